@@ -1,0 +1,49 @@
+"""ONNX Runtime on the CPU."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capt_deploy.backends import Outputs
+from capt_deploy.errors import BackendError
+from capt_deploy.manifest import METADATA_KEY
+
+
+class OnnxRuntime:
+    """A session on the CPU provider. Thread-safe: ONNX Runtime allows concurrent `run` calls."""
+
+    name = "onnxruntime"
+    device = "cpu"
+
+    def __init__(self, onnx: bytes, precision: str) -> None:
+        # ENABLE_ALL crashes the process on half-precision ViTs (onnxruntime 1.31 on CPU).
+        level = "ORT_ENABLE_ALL" if precision == "fp32" else "ORT_ENABLE_EXTENDED"
+        self._session = _session(onnx, level)
+
+    def run(self, images: NDArray[np.uint8]) -> Outputs:
+        """Run (batch, height, width, 3) pixels, RGB, 0-255."""
+        return Outputs(*self._session.run(list(Outputs._fields), {"images": images}))
+
+
+def read_metadata(onnx: bytes) -> str | None:
+    """Return the manifest that a graph carries, as JSON text, or None."""
+    session = _session(onnx, "ORT_DISABLE_ALL")
+    found = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+    return None if found is None else str(found)
+
+
+def _session(onnx: bytes, level: str) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as cause:
+        raise BackendError(
+            "backend onnxruntime: the package is missing; pip install onnxruntime"
+        ) from cause
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors reach the user as exceptions
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+    try:
+        return onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+    except Exception as cause:  # its exceptions share no base class but this
+        raise BackendError(f"backend onnxruntime cannot load the graph: {cause}") from cause

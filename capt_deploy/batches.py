@@ -1,0 +1,34 @@
+"""Image files in batches of pixels, where one broken file spoils only its own row."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capt_deploy.errors import ImageError
+from capt_deploy.preprocess import PreprocessConfig, preprocess
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some files; `pixels` has a row for each readable one, in order."""
+
+    files: tuple[str, ...]
+    pixels: NDArray[np.uint8] | None  # (readable, height, width, 3); None if none is readable
+    errors: dict[str, str]  # by file
+
+
+def preprocess_files(
+    files: Sequence[str], config: PreprocessConfig, batch_size: int
+) -> Iterator[Batch]:
+    """Yield batches in order, with one batch of pixels in memory at a time."""
+    for start in range(0, len(files), batch_size):
+        names = tuple(files[start : start + batch_size])
+        pixels, errors = [], {}
+        for name in names:
+            try:
+                pixels.append(preprocess(name, config))
+            except ImageError as error:
+                errors[name] = str(error)
+        yield Batch(names, np.stack(pixels) if pixels else None, errors)

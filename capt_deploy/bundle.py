@@ -1,0 +1,98 @@
+"""Read a bundle: a `*.capt` folder, a zip of one, or a lone self-describing `model.onnx`."""
+
+import hashlib
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capt_deploy.errors import BundleError
+from capt_deploy.files import is_inside
+from capt_deploy.manifest import Manifest
+
+MANIFEST = "manifest.json"
+TEXT_EMBEDDINGS = "text_embeddings.safetensors"
+REPORT = "report.json"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose files have been checked against the manifest's hashes."""
+
+    path: Path
+    manifest: Manifest
+
+    def read(self, name: str) -> bytes:
+        """Return the content of one of its files.
+
+        Raises:
+            BundleError: the manifest does not list it, it is missing, or it was changed.
+        """
+        record = self.manifest.files.get(name)
+        if record is None:
+            listed = ", ".join(sorted(self.manifest.files))
+            raise BundleError(f"{self.path}: the manifest lists no {name!r}, only {listed}")
+        data = _read_member(self.path, name)
+        if len(data) != record.bytes or hashlib.sha256(data).hexdigest() != record.sha256:
+            raise BundleError(
+                f"{self.path}: {name} is not the file that was exported ({len(data)} bytes, "
+                f"expected {record.bytes} with SHA-256 {record.sha256[:12]}…); export it again"
+            )
+        return data
+
+    def graph(self, precision: str | None = None) -> tuple[str, bytes]:
+        """Return the precision and the ONNX bytes of a graph; the first one by default."""
+        graphs = self.manifest.graphs
+        chosen = precision or next(iter(graphs))
+        if chosen not in graphs:
+            raise BundleError(f"{self.path}: no {chosen!r} graph; it holds {', '.join(graphs)}")
+        return chosen, self.read(graphs[chosen].file)
+
+    def text_embeddings(self) -> dict[str, NDArray[np.float32]]:
+        """Return `text_embeddings` and `zero_shot`, each (classes, dim), and `bias` (classes,)."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        try:
+            return dict(load(self.read(TEXT_EMBEDDINGS)))
+        except SafetensorError as cause:
+            raise BundleError(f"{self.path}: {TEXT_EMBEDDINGS} is damaged ({cause})") from cause
+
+
+def open_bundle(path: str | Path) -> Bundle:
+    """Open a bundle folder or a zip of one. Files are checked when they are read.
+
+    Raises:
+        BundleError: it is no bundle, has another schema version, or names files outside itself.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise BundleError(f"{path}: no such bundle; expected a folder or zip from capt-export")
+    manifest = Manifest.from_json(_read_member(path, MANIFEST), f"{path}/{MANIFEST}")
+    names = [*manifest.files, *(graph.file for graph in manifest.graphs.values())]
+    if escaping := [name for name in names if not is_inside(name)]:
+        raise BundleError(f"{path}: {escaping[0]!r} leads out of the bundle; do not trust it")
+    return Bundle(path, manifest)
+
+
+def is_bundle(path: Path) -> bool:
+    """Tell whether `path` looks like a bundle folder, a zip, or a lone ONNX file."""
+    return (path / MANIFEST).is_file() or (
+        path.is_file() and path.suffix in (".onnx", ".zip", ".capt")
+    )
+
+
+def _read_member(path: Path, name: str) -> bytes:
+    try:
+        if path.is_dir():
+            return (path / name).read_bytes()
+        with zipfile.ZipFile(path) as archive:
+            # A zip of the folder holds either its files or the folder itself.
+            for member in archive.namelist():
+                if member == name or member.split("/", 1)[1:] == [name]:
+                    return archive.read(member)
+    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as cause:
+        raise BundleError(f"{path}: cannot read {name} ({cause}); is it a bundle?") from cause
+    raise BundleError(f"{path}: holds no {name}; is it a bundle?")

@@ -1,0 +1,113 @@
+"""The class that applications embed: images in, labels with calibrated confidences out."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capt_deploy.backends import Backend, create
+from capt_deploy.bundle import open_bundle
+from capt_deploy.errors import BundleError
+from capt_deploy.images import ImageInput
+from capt_deploy.manifest import Manifest
+from capt_deploy.preprocess import preprocess
+
+
+@dataclass(frozen=True, eq=False)  # arrays have no single truth value to compare by
+class Prediction:
+    """What the classifier says about one image."""
+
+    label: str
+    confidence: float  # calibrated probability of `label`, 0-1
+    probabilities: NDArray[np.float32]  # (classes,), in the order of `class_names`
+    class_names: tuple[str, ...]
+
+    def top(self, k: int) -> list[tuple[str, float]]:
+        """Return the `k` most probable classes with their probabilities, best first."""
+        order = np.argsort(-self.probabilities, kind="stable")[:k]
+        return [(self.class_names[index], float(self.probabilities[index])) for index in order]
+
+    def __repr__(self) -> str:
+        return f"Prediction(label={self.label!r}, confidence={self.confidence:.3f})"
+
+
+class Classifier:
+    """A loaded bundle. Thread-safe."""
+
+    def __init__(self, manifest: Manifest, backend: Backend, precision: str) -> None:
+        self.manifest = manifest
+        self.backend = backend
+        self.precision = precision
+
+    @classmethod
+    def load(
+        cls, path: str | Path, backend: str = "auto", precision: str | None = None
+    ) -> "Classifier":
+        """Load a bundle folder, a zip of one, or a lone `model.onnx`.
+
+        Raises:
+            BundleError: it is damaged, unknown, or does not hold that precision.
+            BackendError: the requested backend cannot run here.
+        """
+        path = Path(path).expanduser()
+        if path.suffix == ".onnx":
+            return cls._load_onnx(path, backend)
+        bundle = open_bundle(path)
+        precision, onnx = bundle.graph(precision)
+        return cls(bundle.manifest, create(backend, onnx, precision), precision)
+
+    @classmethod
+    def _load_onnx(cls, path: Path, backend: str) -> "Classifier":
+        try:
+            onnx = path.read_bytes()
+        except OSError as cause:
+            raise BundleError(f"{path}: cannot be read ({cause})") from cause
+        from capt_deploy.backends.onnxruntime import read_metadata
+
+        text = read_metadata(onnx)
+        if text is None:
+            raise BundleError(f"{path}: carries no manifest; expected a graph from capt-export")
+        manifest = Manifest.from_json(text, str(path))
+        precision = next(iter(manifest.graphs))
+        return cls(manifest, create(backend, onnx, precision), precision)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Class names, in the order of all probabilities."""
+        return self.manifest.class_names
+
+    def __call__(self, image: ImageInput) -> Prediction:
+        """Classify one image. Raises `ImageError` if it cannot be decoded."""
+        return self.predict([image])[0]
+
+    def predict(self, images: Iterable[ImageInput], batch_size: int = 32) -> list[Prediction]:
+        """Classify images, with one batch of pixels in memory at a time.
+
+        Raises:
+            ImageError: at the first image that cannot be decoded.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, came {batch_size}")
+        predictions: list[Prediction] = []
+        rest = iter(images)
+        while batch := list(islice(rest, batch_size)):
+            predictions += self.run(
+                np.stack([preprocess(i, self.manifest.preprocess) for i in batch])
+            )
+        return predictions
+
+    def run(self, pixels: NDArray[np.uint8]) -> list[Prediction]:
+        """Classify preprocessed pixels, (batch, height, width, 3) RGB 0-255."""
+        return [
+            self._prediction(probabilities)
+            for probabilities in self.backend.run(pixels).probabilities
+        ]
+
+    def _prediction(self, probabilities: NDArray[np.float32]) -> Prediction:
+        best = int(probabilities.argmax())
+        return Prediction(
+            self.class_names[best], float(probabilities[best]), probabilities, self.class_names
+        )

@@ -1,0 +1,79 @@
+"""`capt-predict`."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import click
+
+from capt_deploy.console import Command, print_json, progress, say
+from capt_deploy.version import __version__
+
+
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("paths", nargs=-1, required=True)
+@click.option("--backend", default="auto", show_default=True, help="auto or onnxruntime.")
+@click.option(
+    "--top-k", default=5, show_default=True, type=click.IntRange(1), help="Classes shown."
+)
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list on stdout.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV on stdout: path,label,confidence.")
+@click.version_option(__version__, prog_name="capt")
+def main(
+    bundle: Path,
+    paths: tuple[str, ...],
+    backend: str,
+    top_k: int,
+    batch_size: int,
+    as_json: bool,
+    as_csv: bool,
+) -> None:
+    """Label images with a BUNDLE. PATHS are images, folders, patterns, or - for a list on stdin.
+
+    An image that cannot be read gets a row with its error; the exit code is then 1.
+
+    \b
+    Example:
+      capt-predict pets.capt photos/ extra.jpg --top-k 3
+      find . -name '*.jpg' | capt-predict pets.capt - --json
+    """
+    if as_json and as_csv:
+        raise click.UsageError("choose --json or --csv, not both")
+    from capt_deploy.classifier import Classifier
+    from capt_deploy.labelling import find_images, label_files
+
+    files = find_images(_from_stdin(paths))
+    classifier = Classifier.load(bundle, backend)
+    say(f"{len(files)} images, {classifier.backend.name} on {classifier.backend.device}")
+    with progress("predicting", len(files), "images") as counter:
+        rows = []
+        for row in label_files(classifier, files, top_k, batch_size):
+            rows.append(row)
+            counter.advance()
+    if as_json:
+        print_json([row.to_dict() for row in rows])
+    elif as_csv:
+        _print_csv([row.fields() for row in rows])
+    else:
+        for row in rows:
+            click.echo(row)
+    if any(row.error for row in rows):
+        sys.exit(1)
+
+
+def _from_stdin(paths: Iterable[str]) -> Iterator[str]:
+    for path in paths:
+        if path == "-":
+            yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
+        else:
+            yield path
+
+
+def _print_csv(rows: Iterable[tuple[str, ...]]) -> None:
+    import csv
+
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["path", "label", "confidence", "error"])
+    writer.writerows(rows)

@@ -1,0 +1,240 @@
+"""Labelled image collections on disk, in the four forms that people have.
+
+1. A folder with `train/`, `val/`, `test/`, each holding a folder per class.
+2. One folder per class; split by a hash of the path, so that a photo never changes sides.
+3. A CSV or JSONL file with `path,label[,split]`, paths relative to the file.
+4. A CoOp `split_zhou_*.json`, or a folder that holds one.
+
+Only names are looked at here; images are decoded when they are used. It lives in the runtime
+because a bundle must be evaluated on machines that have no torch.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+
+from capt_deploy import label_files
+from capt_deploy.errors import DataError
+from capt_deploy.files import read_json
+from capt_deploy.images import IMAGE_SUFFIXES
+from capt_deploy.label_files import Row
+
+SPLITS = ("train", "val", "test")
+_SHARES = {"test": 0.2, "val": 0.2}  # of every class, where the data has no split of its own
+
+
+@dataclass(frozen=True)
+class Item:
+    """One labelled image."""
+
+    path: str  # relative to the data set's root, with forward slashes
+    label: int  # index into `class_names`
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file that was left out, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled images by split; `class_names` are in label order."""
+
+    root: Path
+    class_names: tuple[str, ...]
+    splits: Mapping[str, tuple[Item, ...]]
+    skipped: tuple[Skipped, ...] = ()
+
+    def items(self, split: str) -> tuple[Item, ...]:
+        """Return the images of a split.
+
+        Raises:
+            DataError: the data set has no image in that split.
+        """
+        items = self.splits.get(split, ())
+        if not items:
+            found = ", ".join(f"{name} ({len(of)})" for name, of in self.splits.items() if of)
+            raise DataError(f"{self.root}: no images in split {split!r}; there are: {found}")
+        return items
+
+    def aligned_to(self, class_names: tuple[str, ...]) -> "Dataset":
+        """Return the data set with its labels in a model's order of classes.
+
+        Raises:
+            DataError: it has a class that the model does not know.
+        """
+        if unknown := set(self.class_names) - set(class_names):
+            raise DataError(
+                f"{self.root}: classes {sorted(unknown)[:5]} are not among the "
+                f"{len(class_names)} of the model; rename them with --class-names"
+            )
+        index = [class_names.index(name) for name in self.class_names]
+        splits = {
+            split: tuple(Item(item.path, index[item.label]) for item in items)
+            for split, items in self.splits.items()
+        }
+        return replace(self, class_names=class_names, splits=splits)
+
+    def path(self, item: Item) -> Path:
+        """Return where the image lies."""
+        return self.root / item.path
+
+
+def read_dataset(path: str | Path, class_names: str | Path | None = None) -> Dataset:
+    """Read any of the four forms.
+
+    Args:
+        path: a folder, a `.csv` or `.jsonl` file, or a `split_zhou_*.json`.
+        class_names: JSON `{label: name}` or a two-column CSV that renames classes; classes it
+            does not mention keep their label with underscores turned to spaces.
+
+    Raises:
+        DataError: nothing usable is there, a class has no image, or two classes share a name.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise DataError(f"{path}: no such folder or file; expected a data set (see --help)")
+    if path.is_dir():
+        reader = _folder_reader(path)
+        root = path
+    else:
+        readers: dict[str, Callable[[Path], label_files.Listing]] = {
+            ".csv": label_files.read_csv,
+            ".jsonl": label_files.read_jsonl,
+            ".json": label_files.read_zhou,
+        }
+        if path.suffix.lower() not in readers:
+            raise DataError(f"{path}: expected a folder, .csv, .jsonl or .json, came a file")
+        reader, root = readers[path.suffix.lower()], path.parent
+    listing = reader(path)
+    dataset = _build(root, listing, class_names)
+    return dataset
+
+
+def _folder_reader(path: Path) -> Callable[[Path], label_files.Listing]:
+    if (path / "train").is_dir():
+        return _read_split_folders
+    zhou = sorted(path.glob("split_zhou_*.json"))
+    if len(zhou) > 1:
+        raise DataError(f"{path}: holds {[file.name for file in zhou]}; pass one of them")
+    if zhou:
+        return lambda _: label_files.read_zhou(zhou[0])
+    return _read_class_folders
+
+
+def _build(root: Path, listing: label_files.Listing, names_file: str | Path | None) -> Dataset:
+    rows: list[Row] = []
+    skipped: list[Skipped] = []
+    for row in listing.rows:
+        if Path(row.path).suffix.lower() in IMAGE_SUFFIXES:
+            rows.append(row)
+        else:
+            skipped.append(Skipped(row.path, "not an image by its name"))
+    images = Counter(row.label for row in rows)
+    if not images:
+        left_out = f" ({len(skipped)} files that are no images)" if skipped else ""
+        raise DataError(
+            f"{root}: found no labelled images{left_out}; expected a folder per class, "
+            f"or train/, val/ and test/ with a folder per class in each"
+        )
+    if empty := [label for label in listing.labels if not images[label]]:
+        raise DataError(f"{root}: no image in class {empty}; add some or remove the class")
+    names = _class_names(root, listing.labels, names_file)
+    repeated = [path for path, times in Counter(row.path for row in rows).items() if times > 1]
+    if repeated:
+        raise DataError(f"{root}: {len(repeated)} images are listed twice, e.g. {repeated[0]}")
+    index = {label: position for position, label in enumerate(listing.labels)}
+    return Dataset(root, names, _split(rows, index), tuple(skipped))
+
+
+def _split(rows: Iterable[Row], index: Mapping[str, int]) -> dict[str, tuple[Item, ...]]:
+    splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
+    unsplit: dict[int, list[Item]] = {}
+    for row in sorted(rows):
+        item = Item(row.path, index[row.label])
+        if row.split is None:
+            unsplit.setdefault(item.label, []).append(item)
+        else:
+            splits[row.split].append(item)
+    for items in unsplit.values():
+        rest = sorted(items, key=lambda item: hashlib.sha256(item.path.encode()).digest())
+        for split, share in _SHARES.items():
+            count = min(round(share * len(items)), len(rest) - 1)
+            splits[split] += rest[:count]
+            rest = rest[count:]
+        splits["train"] += rest
+    return {
+        split: tuple(sorted(of, key=lambda i: (i.label, i.path))) for split, of in splits.items()
+    }
+
+
+def _class_names(
+    root: Path, labels: tuple[str, ...], names_file: str | Path | None
+) -> tuple[str, ...]:
+    renamed = _read_names(Path(names_file), labels) if names_file is not None else {}
+    names = tuple(renamed.get(label, " ".join(label.replace("_", " ").split())) for label in labels)
+    for name, times in Counter(name.casefold() for name in names).items():
+        if times > 1:
+            twins = [
+                label for label, own in zip(labels, names, strict=True) if own.casefold() == name
+            ]
+            raise DataError(
+                f"{root}: classes {twins} have the same name {name!r}; "
+                f"merge them or name them apart with --class-names"
+            )
+    return names
+
+
+def _read_names(path: Path, labels: tuple[str, ...]) -> dict[str, str]:
+    if path.suffix.lower() == ".csv":
+        pairs = dict(label_files.read_pairs(path))
+    else:
+        pairs = read_json(path, DataError)
+        texts = isinstance(pairs, dict) and all(isinstance(name, str) for name in pairs.values())
+        if not texts:
+            raise DataError(f'{path}: expected a JSON object such as {{"aquarium_fish": "fish"}}')
+    for label, name in pairs.items():
+        if label not in labels:
+            near = get_close_matches(label, labels, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise DataError(f"{path}: {label!r} is no class of the data set{hint}")
+        if not name.strip():
+            raise DataError(f"{path}: the name of {label!r} is empty")
+    return {label: " ".join(name.split()) for label, name in pairs.items()}
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(f for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
+
+
+def _files(folder: Path) -> list[Path]:
+    # resolve-free and link-friendly: people link photos together from many places
+    return [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name[0] != "."]
+
+
+def _read_class_folders(path: Path) -> label_files.Listing:
+    classes = _folders(path)
+    rows = [
+        Row(file.relative_to(path).as_posix(), folder.name, None)
+        for folder in classes
+        for file in _files(folder)
+    ]
+    return label_files.Listing(tuple(folder.name for folder in classes), tuple(rows))
+
+
+def _read_split_folders(path: Path) -> label_files.Listing:
+    present = [split for split in SPLITS if (path / split).is_dir()]
+    labels = {folder.name for split in present for folder in _folders(path / split)}
+    rows = [
+        Row(file.relative_to(path).as_posix(), folder.name, split)
+        for split in present
+        for folder in _folders(path / split)
+        for file in _files(folder)
+    ]
+    return label_files.Listing(tuple(sorted(labels)), tuple(rows))

@@ -1,0 +1,143 @@
+"""The report of `capt-eval`: the same numbers for a run and for its bundle."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capt_deploy.errors import ConfigError
+from capt_deploy.metrics import Ints, all_metrics, softmax
+
+Report = dict[str, Any]
+Pair = tuple[int, int]  # true class, class it is mistaken for
+
+SCOPES = ("base", "new", "all")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Logits of one split over all classes, tuned beside zero-shot."""
+
+    labels: Ints  # (samples,)
+    tuned: NDArray[np.floating]  # (samples, classes), scaled and calibrated
+    zero_shot: NDArray[np.floating]  # (samples, classes), scaled
+
+
+def harmonic_mean(base: float, new: float) -> float:
+    """Return 2·base·new/(base+new); 0 where both are 0."""
+    return 2 * base * new / (base + new) if base + new else 0.0
+
+
+def evaluate(
+    scores: Scores,
+    class_names: Sequence[str],
+    tuned: Sequence[bool],
+    pairs: Iterable[Pair],
+    scope: str | None = None,
+) -> Report:
+    """Measure everything of METHOD 10 that needs one model only.
+
+    `base` are the classes the prompt was tuned on, `new` the others: each is measured on its own
+    samples with its own columns, `all` with all columns. What does not exist is None.
+
+    Args:
+        scores: logits of tuned and zero-shot model on the same samples.
+        class_names: one per column.
+        tuned: one per column.
+        pairs: the confusions mined from the training images, for recovery and breakage.
+        scope: `base`, `new` or `all` to measure only that.
+
+    Raises:
+        ConfigError: the scope does not exist here.
+    """
+    is_tuned = np.asarray(tuned)
+    columns = {
+        "base": np.flatnonzero(is_tuned),
+        "new": np.flatnonzero(~is_tuned),
+        "all": np.arange(len(is_tuned)),
+    }
+    if is_tuned.all():  # nothing is new, so base and all would say the same twice
+        columns["base"] = columns["new"]
+    report: Report = _measure(scores.labels, scores.tuned, columns, scope)
+    if scope and report[scope] is None:
+        raise ConfigError(f"no images of {scope!r} classes to evaluate; was the run tuned on all?")
+    report["confusion"] = _confusion(scores, class_names, columns, pairs)
+    report["zero_shot"] = _measure(scores.labels, scores.zero_shot, columns, scope)
+    return report
+
+
+def _measure(
+    labels: Ints,
+    logits: NDArray[np.floating],
+    columns: Mapping[str, NDArray[np.int64]],
+    scope: str | None,
+) -> Report:
+    report: Report = {}
+    for name in SCOPES:
+        rows = np.flatnonzero(np.isin(labels, columns[name]))
+        if scope in (None, name) and len(rows):
+            own = np.searchsorted(columns[name], labels[rows])
+            report[name] = all_metrics(softmax(logits[rows][:, columns[name]]), own)
+        else:
+            report[name] = None
+    both = report["base"] and report["new"]
+    report["harmonic_mean"] = (
+        harmonic_mean(report["base"]["accuracy"], report["new"]["accuracy"]) if both else None
+    )
+    return report
+
+
+def _confusion(
+    scores: Scores,
+    class_names: Sequence[str],
+    columns: Mapping[str, NDArray[np.int64]],
+    pairs: Iterable[Pair],
+) -> Report:
+    """Recovery and breakage among the classes tuned on.
+
+    `recovered` is the share of the zero-shot model's errors in mined pairs that are right after
+    tuning; `broken` counts its right answers that tuning turned into an error in a mined pair,
+    over the same number, so that the two can be compared.
+    """
+    own = columns["base"] if len(columns["base"]) else columns["all"]
+    rows = np.isin(scores.labels, own)
+    labels = scores.labels[rows]
+    before = own[scores.zero_shot[rows][:, own].argmax(axis=1)]
+    after = own[scores.tuned[rows][:, own].argmax(axis=1)]
+    mined = np.zeros((len(class_names), len(class_names)), dtype=bool)
+    for true, predicted in pairs:
+        mined[true, predicted] = True
+    errors = mined[labels, before]  # the diagonal is never mined
+    fixed = errors & (after == labels)
+    broken = (before == labels) & mined[labels, after]
+    count = int(errors.sum())
+    return {
+        "recovered": float(fixed.sum() / count) if count else None,
+        "broken": float(broken.sum() / count) if count else None,
+        "zero_shot_errors": count,
+        "pairs": confused_pairs(labels, before, after, class_names),
+    }
+
+
+def confused_pairs(
+    labels: Ints, before: Ints, after: Ints, class_names: Sequence[str], most: int = 20
+) -> list[Report]:
+    """Return who is mistaken for whom most often, before tuning or after it, worst first."""
+    counts = np.zeros((2, len(class_names), len(class_names)), dtype=np.int64)
+    for table, predictions in zip(counts, (before, after), strict=True):
+        np.add.at(table, (labels, predictions), 1)
+        np.fill_diagonal(table, 0)
+    worst = np.argsort(-counts.max(axis=0), axis=None, kind="stable")[:most]
+    rows = [np.unravel_index(cell, counts.shape[1:]) for cell in worst]
+    return [
+        {
+            "true": class_names[true],
+            "predicted": class_names[predicted],
+            "zero_shot": int(counts[0, true, predicted]),
+            "tuned": int(counts[1, true, predicted]),
+        }
+        for true, predicted in rows
+        if counts[:, true, predicted].any()
+    ]

@@ -1,0 +1,137 @@
+"""Files that list labelled images: CSV, JSONL and CoOp's `split_zhou_*.json`."""
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from capt_deploy.errors import DataError
+from capt_deploy.files import is_inside, read_json
+
+_SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+class Row(NamedTuple):
+    """One listed file; `split` is None where the list does not say."""
+
+    path: str
+    label: str
+    split: str | None
+
+
+class Listing(NamedTuple):
+    """Labels in label order, and every file with its label."""
+
+    labels: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+def read_csv(path: Path) -> Listing:
+    """Read a CSV with a header that names `path`, `label` and perhaps `split`."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            return _listing(path, csv.DictReader(file), first_line=2)
+    except (UnicodeDecodeError, csv.Error) as cause:
+        raise DataError(f"{path}: not a UTF-8 CSV file ({cause})") from cause
+
+
+def read_jsonl(path: Path) -> Listing:
+    """Read a file with one JSON object a line: `{"path", "label"[, "split"]}`."""
+    return _listing(path, _json_lines(path), first_line=1)
+
+
+def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as cause:
+        raise DataError(f"{path}: not a UTF-8 file ({cause})") from cause
+    for number, line in enumerate(lines, start=1):
+        try:
+            value = json.loads(line) if line.strip() else None
+        except json.JSONDecodeError as cause:
+            raise DataError(f"{path}, line {number}: not JSON ({cause})") from cause
+        if value is not None:
+            if not isinstance(value, dict):
+                raise DataError(f'{path}, line {number}: expected {{"path": …, "label": …}}')
+            yield value
+
+
+def read_pairs(path: Path) -> Iterable[tuple[str, str]]:
+    """Read a two-column CSV without a header: label, name."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = [row for row in csv.reader(file) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as cause:
+        raise DataError(f"{path}: not a readable UTF-8 CSV file ({cause})") from cause
+    for number, row in enumerate(rows, start=1):
+        if len(row) != 2:
+            raise DataError(f"{path}, row {number}: expected label,name, came {row}")
+        yield row[0].strip(), row[1]
+
+
+def read_zhou(path: Path) -> Listing:
+    """Read `{"train": [[path, label index, class name], …], "val": …, "test": …}`.
+
+    CoOp keeps image paths relative to a folder beside the file (`images/`, `jpg/`, …), whose
+    name the file does not tell: the one in which the first image lies is taken.
+    """
+    content = read_json(path, DataError)
+    if not isinstance(content, dict) or not set(content) <= {"train", "val", "test"}:
+        raise DataError(f"{path}: expected a CoOp split with the keys train, val and test")
+    names: dict[int, str] = {}
+    rows: list[Row] = []
+    for split, entries in content.items():
+        for entry in entries:
+            try:
+                file, index, name = entry
+                index = int(index)
+            except (TypeError, ValueError) as cause:
+                raise DataError(
+                    f"{path}: expected [path, label, class name], came {entry}"
+                ) from cause
+            if names.setdefault(index, name) != name:
+                raise DataError(f"{path}: label {index} is both {names[index]!r} and {name!r}")
+            rows.append(Row(str(file), str(name), split))
+    folder = _image_folder(path, rows)
+    rows = [row._replace(path=_checked(path, folder + row.path, "")) for row in rows]
+    return Listing(tuple(names[index] for index in sorted(names)), tuple(rows))
+
+
+def _image_folder(path: Path, rows: list[Row]) -> str:
+    if not rows or (path.parent / rows[0].path).exists():
+        return ""
+    for folder in sorted(path.parent.iterdir()):
+        if folder.is_dir() and (folder / rows[0].path).exists():
+            return folder.name + "/"
+    raise DataError(
+        f"{path}: {rows[0].path} lies neither beside the file nor in a folder beside it"
+    )
+
+
+def _listing(path: Path, entries: Iterable[Mapping[str, Any]], first_line: int) -> Listing:
+    rows = []
+    for number, entry in enumerate(entries, start=first_line):
+        where = f", line {number}"
+        file, label, split = (entry.get(key) for key in ("path", "label", "split"))
+        if not file or label is None or label == "":
+            raise DataError(
+                f"{path}{where}: expected the columns path and label, came {dict(entry)}"
+            )
+        if split and str(split).lower() not in _SPLIT_NAMES:
+            raise DataError(f"{path}{where}: expected split train, val or test, came {split!r}")
+        split = _SPLIT_NAMES[str(split).lower()] if split else None
+        rows.append(Row(_checked(path, str(file), where), str(label), split))
+    given = {row.split is None for row in rows}
+    if len(given) > 1:
+        raise DataError(f"{path}: some rows have a split and some have none; fill in all or none")
+    return Listing(tuple(sorted({row.label for row in rows})), tuple(rows))
+
+
+def _checked(path: Path, name: str, where: str) -> str:
+    if not is_inside(name):
+        raise DataError(
+            f"{path}{where}: {name!r} leads out of {path.parent}; "
+            f"paths must be relative to the file and stay in its folder"
+        )
+    return Path(name).as_posix()

@@ -1,0 +1,80 @@
+"""Label many files, and let one broken file spoil only its own row."""
+
+import glob
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from capt_deploy.batches import preprocess_files
+from capt_deploy.classifier import Classifier, Prediction
+from capt_deploy.errors import DataError
+from capt_deploy.images import IMAGE_SUFFIXES
+
+
+@dataclass(frozen=True)
+class LabelledFile:
+    """One row of `capt-predict`: a prediction or an error."""
+
+    path: str
+    prediction: Prediction | None
+    top_k: int
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row's JSON form."""
+        if self.prediction is None:
+            return {"path": self.path, "error": self.error}
+        top = self.prediction.top(self.top_k)
+        return {
+            "path": self.path,
+            "label": self.prediction.label,
+            "confidence": self.prediction.confidence,
+            "top_k": [{"label": label, "confidence": share} for label, share in top],
+        }
+
+    def fields(self) -> tuple[str, str, str, str]:
+        """Return the row's CSV fields: path, label, confidence, error."""
+        if self.prediction is None:
+            return self.path, "", "", self.error or ""
+        return self.path, self.prediction.label, f"{self.prediction.confidence:.6f}", ""
+
+    def __str__(self) -> str:
+        if self.prediction is None:
+            return f"{self.path}: error: {self.error}"
+        top = self.prediction.top(self.top_k)
+        return f"{self.path}: " + ", ".join(f"{label} {share:.3f}" for label, share in top)
+
+
+def find_images(paths: Iterable[str]) -> list[str]:
+    """Expand folders (recursively) and patterns into files, in order, without repetition.
+
+    Raises:
+        DataError: a path does not exist, or nothing is left.
+    """
+    found: dict[str, None] = {}
+    for name in paths:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            files = [file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
+            found |= dict.fromkeys(str(file) for file in sorted(files) if file.is_file())
+        elif path.exists():
+            found[str(path)] = None
+        elif matches := sorted(glob.glob(str(path), recursive=True)):
+            found |= dict.fromkeys(match for match in matches if Path(match).is_file())
+        else:
+            raise DataError(f"{name}: no such file, folder, or pattern with a match")
+    if not found:
+        raise DataError("found no image in what was given; expected images or folders of images")
+    return list(found)
+
+
+def label_files(
+    classifier: Classifier, files: Sequence[str], top_k: int, batch_size: int
+) -> Iterator[LabelledFile]:
+    """Yield a row for every file, in order, with a batch of pixels in memory at a time."""
+    for batch in preprocess_files(files, classifier.manifest.preprocess, batch_size):
+        predictions = iter([] if batch.pixels is None else classifier.run(batch.pixels))
+        for name in batch.files:
+            prediction = None if name in batch.errors else next(predictions)
+            yield LabelledFile(name, prediction, top_k, batch.errors.get(name))

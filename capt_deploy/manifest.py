@@ -1,0 +1,108 @@
+"""What a bundle says about itself: `manifest.json`, and the same inside the ONNX file."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from capt_deploy.errors import BundleError
+from capt_deploy.preprocess import PreprocessConfig
+
+SCHEMA_VERSION = 1
+METADATA_KEY = "capt_manifest"  # under which an ONNX file carries its manifest
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One ONNX file of a bundle."""
+
+    file: str
+    opset: int
+    layout: str = "NHWC"  # of the input `images`
+    dtype: str = "uint8"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Content check of one file."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that a reader needs besides the graph. Unknown versions and keys are rejected."""
+
+    class_names: tuple[str, ...]  # in the order of the graph's columns
+    tuned: tuple[bool, ...]  # whether the prompt was tuned on that class
+    preprocess: PreprocessConfig
+    graphs: Mapping[str, Graph]  # by precision
+    calibration: Mapping[str, Mapping[str, float]]  # by precision; already inside the graph
+    confusion_pairs: tuple[Mapping[str, Any], ...]
+    training: Mapping[str, Any]  # provenance: model, data fingerprint, seed, versions
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {**asdict(self), "preprocess": self.preprocess.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str) -> "Manifest":
+        """Read the JSON form.
+
+        Raises:
+            BundleError: another schema version, unknown or missing keys, or values of wrong form.
+        """
+        if not isinstance(values, dict):
+            raise BundleError(f"{where}: expected a JSON object")
+        version = values.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise BundleError(
+                f"{where}: schema version {version!r}, this reader knows {SCHEMA_VERSION}; "
+                f"upgrade capt or export the bundle again"
+            )
+        try:
+            _check_keys(cls, values, where)
+            manifest = cls(
+                **{
+                    **values,
+                    "class_names": tuple(str(name) for name in values["class_names"]),
+                    "tuned": tuple(bool(flag) for flag in values["tuned"]),
+                    "preprocess": PreprocessConfig.from_dict(values["preprocess"], BundleError),
+                    "graphs": _records(Graph, values["graphs"], where),
+                    "files": _records(FileRecord, values.get("files", {}), where),
+                    "confusion_pairs": tuple(values["confusion_pairs"]),
+                }
+            )
+        except (TypeError, AttributeError) as cause:
+            raise BundleError(f"{where}: a value has the wrong form ({cause})") from cause
+        if len(manifest.tuned) != len(manifest.class_names) or not manifest.class_names:
+            raise BundleError(f"{where}: expected one `tuned` flag for each of its class names")
+        if not manifest.graphs:
+            raise BundleError(f"{where}: names no graph")
+        return manifest
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str) -> "Manifest":
+        """Read JSON text; see `from_dict`."""
+        try:
+            return cls.from_dict(json.loads(text), where)
+        except (UnicodeDecodeError, json.JSONDecodeError) as cause:
+            raise BundleError(f"{where}: not JSON ({cause})") from cause
+
+
+def _check_keys(kind: Any, values: Mapping[str, Any], where: str) -> None:
+    known = {f.name for f in fields(kind)}
+    required = known - {"files", "layout", "dtype"}
+    if unknown := set(values) - known:
+        raise BundleError(f"{where}: unknown keys {sorted(unknown)}; upgrade capt to read it")
+    if missing := required - set(values):
+        raise BundleError(f"{where}: missing keys {sorted(missing)}")
+
+
+def _records(kind: Any, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    for name, record in values.items():
+        _check_keys(kind, record, f"{where}, {name}")
+    return {name: kind(**record) for name, record in values.items()}

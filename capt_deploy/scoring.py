@@ -1,0 +1,58 @@
+"""Evaluate a bundle on labelled images, with the runtime that applications use."""
+
+from pathlib import Path
+
+import numpy as np
+
+from capt_deploy.batches import preprocess_files
+from capt_deploy.bundle import Bundle, open_bundle
+from capt_deploy.classifier import Classifier
+from capt_deploy.console import progress
+from capt_deploy.datasets import read_dataset
+from capt_deploy.errors import DataError
+from capt_deploy.evaluation import Pair, Report, Scores, evaluate
+
+
+def evaluate_bundle(
+    path: str | Path,
+    data: str | Path,
+    split: str = "test",
+    scope: str | None = None,
+    class_names: Path | None = None,
+    backend: str = "auto",
+) -> Report:
+    """Return the report of `capt-eval` for a bundle.
+
+    Raises:
+        CaptError: bundle, data or backend cannot be used.
+    """
+    bundle = open_bundle(path)
+    classifier = Classifier.load(path, backend)
+    dataset = read_dataset(data, class_names).aligned_to(classifier.class_names)
+    items = {str(dataset.path(item)): item for item in dataset.items(split)}
+    zero_shot = bundle.text_embeddings()["zero_shot"]
+    labels, logits, embeddings = [], [], []
+    skipped = []
+    with progress(f"predicting {split} images", len(items), "images") as counter:
+        for batch in preprocess_files(list(items), classifier.manifest.preprocess, 32):
+            counter.advance(len(batch.files))
+            labels += [items[file].label for file in batch.files if file not in batch.errors]
+            skipped += [[items[file].path, reason] for file, reason in batch.errors.items()]
+            if batch.pixels is not None:
+                outputs = classifier.backend.run(batch.pixels)
+                logits.append(outputs.logits)
+                embeddings.append(outputs.embedding)
+    if not labels:
+        raise DataError(f"{data}: none of the {len(items)} images in split {split!r} is readable")
+    scores = Scores(
+        np.asarray(labels), np.concatenate(logits), np.concatenate(embeddings) @ zero_shot.T
+    )
+    manifest = bundle.manifest
+    report = evaluate(scores, manifest.class_names, manifest.tuned, _pairs(bundle), scope)
+    report["skipped"] = skipped
+    return report
+
+
+def _pairs(bundle: Bundle) -> list[Pair]:
+    index = {name: row for row, name in enumerate(bundle.manifest.class_names)}
+    return [(index[p["true"]], index[p["predicted"]]) for p in bundle.manifest.confusion_pairs]

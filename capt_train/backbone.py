@@ -1,0 +1,218 @@
+"""A frozen open_clip model: image embeddings, text embeddings, and prompts with a free context."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+from torch.nn import functional
+
+from capt_deploy.errors import ModelError
+from capt_deploy.preprocess import PreprocessConfig
+
+
+class Backbone:
+    """An open_clip model in float32 and evaluation mode whose parameters never change."""
+
+    def __init__(self, model: Any, tokenizer: Any, preprocess: PreprocessConfig) -> None:
+        self.model: Any = model.eval().requires_grad_(False)
+        self.preprocess = preprocess
+        self.scale = float(self.model.logit_scale.exp())  # 1/τ
+        self._tokenizer = tokenizer
+        self._tower: Any = getattr(model, "text", model)  # CLIP keeps its text tower inline
+        self._embedding = _token_embedding(model)
+        # Everything after [EOS] is invisible to a causal tower, so prompts may be cut there.
+        self._causal = getattr(self._tower, "attn_mask", None) is not None and (
+            getattr(self._tower, "cls_emb", None) is None
+        )
+        mean, std = torch.tensor(preprocess.mean), torch.tensor(preprocess.std)
+        self._mean, self._std = mean.to(self.device), std.to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.model.logit_scale.device  # type: ignore[no-any-return]
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 over all weights and the preprocessing."""
+        digest = hashlib.sha256(json.dumps(self.preprocess.to_dict()).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def image_embeddings(
+        self, pixels: UInt8[Tensor, "batch height width 3"]
+    ) -> Float[Tensor, "batch dim"]:
+        """Return unit-norm embeddings f(x) of preprocessed pixels, RGB 0-255."""
+        images = (pixels.to(self.device).float() / 255 - self._mean) / self._std
+        features = self.model.encode_image(images.permute(0, 3, 1, 2))
+        return functional.normalize(features, dim=-1)
+
+    @torch.no_grad()
+    def text_embeddings(self, texts: Sequence[str]) -> Float[Tensor, "texts dim"]:
+        """Return unit-norm embeddings of sentences."""
+        return self.encode(self.tokenize(texts))
+
+    def class_embeddings(
+        self, class_names: Sequence[str], templates: Sequence[str]
+    ) -> Float[Tensor, "classes dim"]:
+        """Return t⁰: the renormalised mean over templates, each with `{}` for the name."""
+        per_template = [
+            self.text_embeddings([template.replace("{}", name) for name in class_names])
+            for template in templates
+        ]
+        return functional.normalize(torch.stack(per_template).mean(dim=0), dim=-1)
+
+    def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "texts tokens"]:
+        """Return token ids, [SOS] first and padded behind [EOS].
+
+        Raises:
+            ModelError: a text is longer than the model's context.
+        """
+        tokens: Tensor = self._tokenizer(list(texts)).to(self.device)
+        # The tokenizer cuts silently; a text that needs the last place may have been cut.
+        full = tokens[:, -1] == self._tokenizer.eot_token_id
+        if full.any():
+            text = texts[int(full.nonzero()[0])]
+            raise ModelError(
+                f"too long for the model's {tokens.shape[1]} tokens: {text!r}; "
+                f"shorten the class name (--class-names) or the prompt"
+            )
+        return tokens
+
+    def words(self, text: str) -> Int[Tensor, " tokens"]:
+        """Return the token ids of `text` without [SOS], [EOS] and padding."""
+        tokens = self.tokenize([text])[0]
+        return tokens[1 : int((tokens == self._tokenizer.eot_token_id).nonzero()[0])]
+
+    def token_vectors(self, tokens: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens width"]:
+        """Return the embedding table's rows for token ids."""
+        return self._embedding.weight[tokens].detach().clone()
+
+    def encode(
+        self,
+        tokens: Int[Tensor, "texts tokens"],
+        context: Float[Tensor, "*texts context width"] | None = None,
+    ) -> Float[Tensor, "texts dim"]:
+        """Return unit-norm text embeddings; gradients reach `context`, never the tower.
+
+        `context` takes the place of the vectors right behind [SOS], whatever tokens stand there:
+        one for all texts, or one for each. The model's own `encode_text` does the rest, so every
+        tower that open_clip builds works, pooling and projection included.
+        """
+        with self._replaced_context(context):
+            if not self._causal:
+                return functional.normalize(self.model.encode_text(tokens), dim=-1)
+            ends = (tokens == self._tokenizer.eot_token_id).int().argmax(dim=1)
+            length = int(ends.max()) + 1
+            prefix = "" if self._tower is self.model else "text."
+            cut = {
+                f"{prefix}positional_embedding": self._tower.positional_embedding[:length],
+                f"{prefix}attn_mask": self._tower.attn_mask[:length, :length],
+            }
+            features = torch.func.functional_call(
+                _TextOnly(self.model), {f"model.{k}": v for k, v in cut.items()}, tokens[:, :length]
+            )
+        return functional.normalize(features, dim=-1)
+
+    @contextmanager
+    def _replaced_context(self, context: Tensor | None) -> Iterator[None]:
+        if context is None:
+            yield
+            return
+
+        def replace(module: nn.Module, arguments: Any, vectors: Tensor) -> Tensor:
+            own = context.expand(len(vectors), -1, -1).to(vectors.dtype)
+            return torch.cat([vectors[:, :1], own, vectors[:, 1 + own.shape[1] :]], dim=1)
+
+        handle = self._embedding.register_forward_hook(replace)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+class _TextOnly(nn.Module):
+    """Gives `functional_call` a module whose forward is `encode_text`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model.encode_text(tokens)  # type: ignore[no-any-return]
+
+
+def load_backbone(model: str, pretrained: str | None, device: torch.device) -> Backbone:
+    """Load anything open_clip takes.
+
+    Args:
+        model: an architecture (`ViT-B-16`), `hf-hub:…`, `local-dir:…`, or such a folder.
+        pretrained: with an architecture: open_clip's tag or a checkpoint file.
+        device: where to put it.
+
+    Raises:
+        ModelError: unknown, not reachable, without weights, or with an unsupported tokenizer.
+    """
+    import open_clip
+    from open_clip.model import get_model_preprocess_cfg
+
+    if (Path(model) / "open_clip_config.json").is_file():
+        model = f"local-dir:{model}"
+    if not model.startswith(("local-dir:", "hf-hub:")) and pretrained is None:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model))
+        known = f"known for {model}: {tags}" if tags else "see open_clip.list_models()"
+        raise ModelError(f"model {model!r}: pass --pretrained with a tag or a file; {known}")
+    level = logging.getLogger().level
+    try:
+        logging.getLogger().setLevel(logging.ERROR)  # open_clip logs through the root logger
+        network = open_clip.create_model(
+            model, pretrained=pretrained, device=device, require_pretrained=True
+        ).float()
+        tokenizer = open_clip.get_tokenizer(model)
+    except Exception as cause:  # open_clip and its hub clients raise whatever they like
+        raise ModelError(
+            f"model {model!r}, pretrained {pretrained!r}: cannot be loaded ({cause}); expected a "
+            f"name from open_clip.list_pretrained(), hf-hub:NAME, or local-dir:FOLDER"
+        ) from cause
+    finally:
+        logging.getLogger().setLevel(level)
+    if not hasattr(tokenizer, "eot_token_id"):
+        raise ModelError(f"model {model!r}: its tokenizer {type(tokenizer).__name__} has no [EOS]")
+    return Backbone(
+        network, tokenizer, PreprocessConfig.from_dict(get_model_preprocess_cfg(network))
+    )
+
+
+def _token_embedding(model: Any) -> nn.Embedding:
+    for owner in (model, getattr(model, "text", None)):
+        found = getattr(owner, "token_embedding", None)
+        if isinstance(found, nn.Embedding):
+            return found
+    raise ModelError(f"{type(model).__name__}: its text tower has no token embedding to tune")
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device; `auto` takes CUDA where it works.
+
+    Raises:
+        ModelError: the device is unknown or not usable here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as cause:
+        raise ModelError(
+            f"device {name!r} cannot be used here: {str(cause).splitlines()[0]}"
+        ) from cause
+    return device

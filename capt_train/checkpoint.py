@@ -1,0 +1,80 @@
+"""Tuning state as safetensors: tensors as they are, everything else as JSON in the header."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from capt_deploy.errors import RunError
+from capt_deploy.files import write_bytes
+
+
+@dataclass(frozen=True)
+class TuningState:
+    """Where the tuning stands after an epoch."""
+
+    epoch: int = 0  # epochs done
+    best_epoch: int = 0
+    best_nll: float | None = None  # on validation, nats; None where there is none
+    history: tuple[Mapping[str, float], ...] = field(default=())  # one entry an epoch
+
+    @property
+    def epochs_since_best(self) -> int:
+        """How many epochs have passed without a better one."""
+        return self.epoch - self.best_epoch
+
+
+def save_checkpoint(
+    path: Path,
+    module: nn.Module,
+    state: TuningState,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """Write parameters and, if given, the optimizer's own tensors, atomically."""
+    tensors = {f"module.{name}": value.detach() for name, value in module.state_dict().items()}
+    if optimizer is not None:
+        for index, own in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in own.items()}
+    cpu = {name: value.cpu().contiguous() for name, value in tensors.items()}
+    write_bytes(path, save(cpu, metadata={"state": json.dumps(asdict(state))}))
+
+
+def load_checkpoint(
+    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> TuningState:
+    """Load what `save_checkpoint` wrote into `module` and `optimizer`.
+
+    Raises:
+        RunError: the file is missing, damaged, or belongs to another module.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            raw = json.loads(file.metadata()["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        state = TuningState(**{**raw, "history": tuple(raw["history"])})
+        module.load_state_dict(_part(tensors, "module"))
+        if optimizer is not None:
+            _load_optimizer(optimizer, _part(tensors, "optimizer"))
+    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as cause:
+        raise RunError(f"{path}: not a checkpoint of this run ({cause})") from cause
+    return state
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    start = prefix + "."
+    return {name[len(start) :]: of for name, of in tensors.items() if name.startswith(start)}
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    own: dict[int, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        own.setdefault(int(index), {})[key] = tensor
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": own, "param_groups": groups})

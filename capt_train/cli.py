@@ -1,0 +1,104 @@
+"""`capt-train`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from capt_deploy.console import Command, print_json, say
+from capt_deploy.version import __version__
+from capt_train.config import METHODS, TrainConfig
+
+_DEFAULT = TrainConfig(data="", model="")
+_HELP = {"help_option_names": ["-h", "--help"]}
+
+
+@click.command(cls=Command, context_settings=_HELP)
+@click.option("--data", help="Folder, .csv, .jsonl, or split_zhou_*.json (forms below).")
+@click.option("--model", help="open_clip model: ViT-B-16, hf-hub:NAME, or local-dir:FOLDER.")
+@click.option("--pretrained", help="open_clip tag (openai) or a checkpoint file.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run folder to write.")
+@click.option(
+    "--method", type=click.Choice(list(METHODS)), default=_DEFAULT.method, show_default=True
+)
+@click.option(
+    "--classes",
+    type=click.Choice(["all", "base"]),
+    default="all",
+    show_default=True,
+    help="base: tune on the first half of the classes, the others stay new.",
+)
+@click.option(
+    "--shots", type=int, default=_DEFAULT.shots, show_default=True, help="Images a class."
+)
+@click.option("--seed", type=int, default=_DEFAULT.seed, show_default=True)
+@click.option("--class-names", help="JSON {label: name} or two-column CSV that renames classes.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 …")
+@click.option(
+    "--split-from", type=click.Path(path_type=Path), help="Run whose images to use again."
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Any other setting or loss weight, e.g. epochs=100, moments=0.",
+)
+@click.option("--resume", is_flag=True, help="Continue the interrupted run in --out.")
+@click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON on stdout.")
+@click.version_option(__version__, prog_name="capt")
+@click.pass_context
+def main(ctx: click.Context, /, out: Path, resume: bool, as_json: bool, **options: Any) -> None:
+    """Tune the prompt of a frozen CLIP on a few labelled images.
+
+    DATA is a folder with train/, val/ and test/ of class folders, one folder of class folders, a
+    CSV or JSONL with path,label[,split], or a CoOp split_zhou_*.json.
+
+    \b
+    Example:
+      capt-train --data photos --model ViT-B-16 --pretrained openai --out runs/mine
+      capt-train --resume --out runs/mine
+    """
+    given = {
+        name: value
+        for name, value in options.items()
+        if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+    }
+    config = _config(out, resume, given)
+    from capt_train.pipeline import train
+
+    report = train(config, out, resume=resume, split_from=options["split_from"])
+    if as_json:
+        print_json(report)
+    from capt_deploy.summary import confused_pairs_table, summary
+
+    say(f"\n{summary(report)}\n\n{confused_pairs_table(report)}")
+    say(f"\ntemperature {report['temperature']:.3f}; run written to {out}")
+
+
+def _config(out: Path, resume: bool, given: dict[str, Any]) -> TrainConfig:
+    """Settings of the command line; a resumed run supplies those that are not given."""
+    settings = _settings(given.pop("settings", ()))
+    given.pop("split_from", None)
+    if resume:
+        from dataclasses import replace
+
+        from capt_train.run import read_config
+
+        written, _ = read_config(out)
+        return replace(written, **given).with_settings(settings)
+    for name in ("data", "model"):
+        if name not in given:
+            raise click.UsageError(f"missing option --{name} (only --resume can do without it)")
+    weights = METHODS[given.get("method", _DEFAULT.method)]
+    return TrainConfig(**given, weights=weights).with_settings(settings)
+
+
+def _settings(texts: tuple[str, ...]) -> dict[str, str]:
+    settings = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise click.UsageError(f"--set: expected NAME=VALUE, came {text!r}")
+        settings[name.strip()] = value.strip()
+    return settings

@@ -1,0 +1,76 @@
+"""Image embeddings on disk, keyed by the content of model and image.
+
+One SQLite file per model: its transactions survive kills and concurrent runs. Losing the cache
+costs time, never a result, so a damaged one is put aside and an unwritable one is done without.
+"""
+
+import os
+import sqlite3
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capt_deploy.console import say
+
+Floats = NDArray[np.float32]
+_VARIABLES = 500  # SQLite's oldest builds allow 999 in one statement
+
+
+def cache_folder() -> Path:
+    """Return `$CAPT_CACHE`, else `capt` in the user's cache folder."""
+    if chosen := os.environ.get("CAPT_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "capt"
+
+
+class EmbeddingCache:
+    """Maps the SHA-256 of an image file to its embedding, for one model."""
+
+    def __init__(self, model_fingerprint: str, folder: Path | None = None) -> None:
+        folder = folder or cache_folder()
+        path = folder / f"embeddings-{model_fingerprint[:32]}.sqlite"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._database = _connect(str(path))
+            except sqlite3.DatabaseError as cause:
+                if isinstance(cause, sqlite3.OperationalError):
+                    raise
+                aside = path.with_suffix(".damaged")
+                say(f"embedding cache: {path} is damaged; moved to {aside.name}")
+                path.replace(aside)
+                self._database = _connect(str(path))
+        except (OSError, sqlite3.OperationalError) as cause:
+            say(f"embedding cache: {path} cannot be used ({cause}); embedding without it")
+            self._database = _connect(":memory:")
+
+    def get(self, keys: Sequence[str]) -> dict[str, Floats]:
+        """Return the embeddings that are there, each (dim,)."""
+        found: dict[str, Floats] = {}
+        for start in range(0, len(keys), _VARIABLES):
+            part = keys[start : start + _VARIABLES]
+            marks = ",".join("?" * len(part))
+            query = f"SELECT image, embedding FROM embeddings WHERE image IN ({marks})"
+            for key, data in self._database.execute(query, part):
+                found[key] = np.frombuffer(data, dtype="<f4")
+        return found
+
+    def put(self, embeddings: Mapping[str, Floats]) -> None:
+        """Store embeddings, all or none."""
+        rows = [(key, value.astype("<f4").tobytes()) for key, value in embeddings.items()]
+        with self._database:
+            self._database.executemany("INSERT OR REPLACE INTO embeddings VALUES (?, ?)", rows)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
+
+
+def _connect(path: str) -> sqlite3.Connection:
+    database = sqlite3.connect(path, timeout=60)
+    database.execute(
+        "CREATE TABLE IF NOT EXISTS embeddings (image TEXT PRIMARY KEY, embedding BLOB NOT NULL)"
+    )
+    return database

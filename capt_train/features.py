@@ -1,0 +1,97 @@
+"""Images to embeddings: read, look up, decode what is missing, embed it, remember it."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from capt_deploy.console import progress
+from capt_deploy.datasets import Dataset, Item, Skipped
+from capt_deploy.errors import ImageError
+from capt_deploy.preprocess import PreprocessConfig, preprocess
+from capt_train.backbone import Backbone
+from capt_train.embedding_cache import EmbeddingCache
+
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Features:
+    """Embedded images; those that could not be read are left out and listed."""
+
+    embeddings: Float[Tensor, "batch dim"]  # unit norm, float32
+    labels: Int[Tensor, " batch"]  # indices of all class names
+    skipped: tuple[Skipped, ...] = ()
+    embedded: int = 0  # how many went through the visual tower, the others were cached
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def of_classes(self, classes: Sequence[int]) -> "Features":
+        """Return those of some classes only."""
+        keep = torch.isin(self.labels, torch.tensor(list(classes)))
+        return Features(self.embeddings[keep], self.labels[keep])
+
+
+def embed(
+    backbone: Backbone, cache: EmbeddingCache, dataset: Dataset, items: Sequence[Item], label: str
+) -> Features:
+    """Embed images in order, through the cache; `label` names them in the progress."""
+    rows: list[NDArray[np.float32]] = []
+    labels: list[int] = []
+    skipped: list[Skipped] = []
+    embedded = 0
+    with (
+        ThreadPoolExecutor(max_workers=min(8, (os.cpu_count() or 1) + 1)) as pool,
+        progress(f"embedding {label}", len(items), "images") as counter,
+    ):
+        for start in range(0, len(items), _BATCH):
+            batch = items[start : start + _BATCH]
+            files = list(pool.map(_read, [dataset.path(item) for item in batch]))
+            keys = [hashlib.sha256(data).hexdigest() for data in files]
+            known = cache.get(keys)
+            missing = {k: data for k, data in zip(keys, files, strict=True) if k not in known}
+            decoded = pool.map(lambda data: _decode(data, backbone.preprocess), missing.values())
+            results = dict(zip(missing, decoded, strict=True))
+            pixels = {k: v for k, v in results.items() if isinstance(v, np.ndarray)}
+            if pixels:
+                stacked = torch.from_numpy(np.stack(list(pixels.values())))
+                vectors = backbone.image_embeddings(stacked).cpu().numpy()
+                fresh = dict(zip(pixels, vectors, strict=True))
+                cache.put(fresh)
+                known |= fresh
+                embedded += len(fresh)
+            for item, key in zip(batch, keys, strict=True):
+                if key in known:
+                    rows.append(known[key])
+                    labels.append(item.label)
+                else:
+                    skipped.append(Skipped(item.path, str(results[key])))
+            counter.advance(len(batch), f"{embedded} new, {len(skipped)} unreadable")
+    dim = backbone.text_embeddings(["a"]).shape[1]
+    matrix = np.stack(rows) if rows else np.zeros((0, dim), np.float32)
+    return Features(
+        torch.from_numpy(matrix), torch.tensor(labels, dtype=torch.long), tuple(skipped), embedded
+    )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""  # decoding it fails and says so
+
+
+def _decode(data: bytes, config: PreprocessConfig) -> NDArray[np.uint8] | str:
+    try:
+        return preprocess(data, config)
+    except ImageError as error:
+        return str(error)

@@ -1,0 +1,73 @@
+"""The loss terms of METHOD 6: pure functions, unweighted, computed in float32 or wider."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+
+def _wide(values: Tensor) -> Tensor:
+    """Half-precision sums of exponentials and squares overflow or cancel; float64 stays."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def cross_entropy(
+    logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]
+) -> Float[Tensor, ""]:
+    """Return the mean of −log p(y)."""
+    return functional.cross_entropy(_wide(logits), labels)
+
+
+def confusion_aware(
+    logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]
+) -> Float[Tensor, ""]:
+    """Return the mean of 1 − p(y), the CoA loss of CoCoA-Mix (arXiv 2506.07484).
+
+    Its gradient is largest where p(y) is near one half: at samples that are confused, not at
+    hopeless ones.
+    """
+    own = _wide(logits).softmax(dim=1).gather(1, labels[:, None])
+    return (1 - own).mean()
+
+
+def margin(
+    logits: Float[Tensor, "batch classes"],
+    labels: Int[Tensor, " batch"],
+    mean_weight: float = 0.1,
+    variance_weight: float = 0.01,
+) -> Float[Tensor, ""]:
+    """Return −0.1·mean(m) + 0.01·var(m), the margin term of TCPT (arXiv 2602.19024).
+
+    `m = z_y − max_{j≠y} z_j` on scaled logits; the variance is that of the population. Margins
+    grow on average, yet evenly, so that confidence is not driven by a few samples.
+    """
+    wide = _wide(logits)
+    own = wide.gather(1, labels[:, None])
+    others = wide.scatter(1, labels[:, None], float("-inf"))
+    margins = (own - others.max(dim=1, keepdim=True).values).squeeze(1)
+    return -mean_weight * margins.mean() + variance_weight * margins.var(correction=0)
+
+
+def moments(
+    embeddings: Float[Tensor, "classes dim"], reference: Float[Tensor, "classes dim"]
+) -> Float[Tensor, ""]:
+    """Return ‖μ−μ⁰‖² + ‖Σ−Σ⁰‖_F² over class embeddings, TCPT (arXiv 2602.19024).
+
+    `Σ = XcᵀXc/C` is D×D; ‖Σ−Σ⁰‖² = ‖Σ‖² − 2⟨Σ,Σ⁰⟩ + ‖Σ⁰‖², and each of the three is a squared
+    norm of a C×C product of centred embeddings, so the D×D matrices are formed only where they
+    are the smaller ones.
+    """
+    wide, anchor = _wide(embeddings), _wide(reference)
+    centred = wide - wide.mean(dim=0)
+    centred_anchor = anchor - anchor.mean(dim=0)
+    shift = (wide.mean(dim=0) - anchor.mean(dim=0)).square().sum()
+    classes, dim = wide.shape
+    if classes < dim:
+        spread = (
+            (centred @ centred.T).square().sum()
+            - 2 * (centred @ centred_anchor.T).square().sum()
+            + (centred_anchor @ centred_anchor.T).square().sum()
+        )
+    else:
+        spread = (centred.T @ centred - centred_anchor.T @ centred_anchor).square().sum()
+    return shift + spread / classes**2

@@ -1,0 +1,63 @@
+"""The prompt learner (METHOD 1): context vectors in front of every class name."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from capt_train.backbone import Backbone
+
+
+class PromptLearner(nn.Module):
+    """Learns v₁..v_M of t_c = norm(E_T([SOS] v₁..v_M [c] . [EOS])).
+
+    Shared by all classes, as in CoOp (arXiv 2109.01134), or one context per class. A class the
+    prompt was not tuned on then takes the mean of the tuned contexts (ours).
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        class_names: Sequence[str],
+        tuned: Sequence[int],
+        *,
+        words: str = "a photo of a",
+        random_tokens: int = 0,
+        class_specific: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Create the context.
+
+        Args:
+            backbone: whose text tower is used; it is not made a submodule, for it never changes.
+            class_names: every class that may be asked for.
+            tuned: the indices of those that are tuned.
+            words: the context starts as their token embeddings.
+            random_tokens: if above 0, start as that many random vectors instead.
+            class_specific: learn one context for each tuned class.
+            generator: for the random vectors.
+        """
+        super().__init__()
+        self._backbone = backbone
+        self._tuned = {index: row for row, index in enumerate(tuned)}
+        if random_tokens:
+            width = backbone.token_vectors(backbone.words("a")).shape[1]
+            start = 0.02 * torch.randn(random_tokens, width, generator=generator)
+        else:
+            start = backbone.token_vectors(backbone.words(words))
+        if class_specific:
+            start = start.repeat(len(tuned), 1, 1)
+        self.context = nn.Parameter(start.float().to(backbone.device))
+        # Any one-token word holds the context's places.
+        places = "a " * self.context.shape[-2]
+        self._tokens = backbone.tokenize([f"{places}{name}." for name in class_names])
+
+    def forward(self, classes: Sequence[int]) -> Float[Tensor, "classes dim"]:
+        """Return the unit-norm embeddings of some classes, given by index."""
+        context: Tensor = self.context
+        if context.dim() == 3:
+            mean = context.mean(dim=0)
+            rows = [self._tuned.get(index) for index in classes]
+            context = torch.stack([mean if row is None else context[row] for row in rows])
+        return self._backbone.encode(self._tokens[list(classes)], context)

@@ -1,0 +1,164 @@
+"""A run folder: what is in it, how it is begun, and how a finished one is used again.
+
+config.json        every setting, versions, the model's fingerprint; written first
+split.json         the images chosen, with their hashes
+last.safetensors   state after the last epoch, for --resume
+best.safetensors   parameters of the best epoch
+result.json        temperature, mined confusions, best epoch; written when tuning has ended
+metrics.json       zero-shot beside tuned
+"""
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from capt_deploy.errors import RunError
+from capt_deploy.evaluation import Pair
+from capt_deploy.files import read_json, write_json
+from capt_deploy.version import __version__
+from capt_train.backbone import Backbone, load_backbone
+from capt_train.checkpoint import load_checkpoint
+from capt_train.config import TrainConfig
+from capt_train.fewshot import FewShotSplit
+from capt_train.prompt import PromptLearner
+from capt_train.tuning import BEST
+
+CONFIG, SPLIT, RESULT, METRICS = "config.json", "split.json", "result.json", "metrics.json"
+_VERSIONED = ("torch", "open_clip_torch", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class TunedModel:
+    """Everything that a finished run says about classes; what export folds."""
+
+    backbone: Backbone
+    config: TrainConfig
+    split: FewShotSplit
+    text_embeddings: Float[Tensor, "classes dim"]  # unit norm, every class name of the data set
+    zero_shot: Float[Tensor, "classes dim"]  # hand-written t⁰, unit norm
+    temperature: float
+    pairs: Mapping[Pair, int]  # zero-shot confusions among the training images
+    provenance: Mapping[str, Any]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Class names, in row order."""
+        return self.split.class_names
+
+    @property
+    def tuned(self) -> tuple[bool, ...]:
+        """Whether each class was tuned on."""
+        own = set(self.split.tuned)
+        return tuple(index in own for index in range(len(self.class_names)))
+
+    def logits(self, embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch classes"]:
+        """Return z/T with z = scale·f·t_c, as in training."""
+        scores = embeddings.to(self.text_embeddings) @ self.text_embeddings.T
+        return self.backbone.scale * scores / self.temperature
+
+    def zero_shot_logits(
+        self, embeddings: Float[Tensor, "batch dim"]
+    ) -> Float[Tensor, "batch classes"]:
+        """Return the frozen model's own scale·f·t⁰_c."""
+        return self.backbone.scale * embeddings.to(self.zero_shot) @ self.zero_shot.T
+
+
+def make_prompt(backbone: Backbone, config: TrainConfig, split: FewShotSplit) -> PromptLearner:
+    """Return the prompt learner of a run, as it is before the first step."""
+    return PromptLearner(
+        backbone,
+        split.class_names,
+        split.tuned,
+        words=config.context_init,
+        random_tokens=config.context_tokens,
+        class_specific=config.class_specific,
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+
+
+def begin(folder: Path, config: TrainConfig, model_fingerprint: str) -> None:
+    """Write `config.json`: from here on the folder is a run."""
+    versions = {name: metadata.version(name) for name in _VERSIONED}
+    write_json(
+        folder / CONFIG,
+        {
+            "config": config.to_dict(),
+            "model_sha256": model_fingerprint,
+            "versions": {"capt": __version__, "python": platform.python_version(), **versions},
+        },
+    )
+
+
+def read_config(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
+    """Return a run's settings and the whole of its `config.json`.
+
+    Raises:
+        RunError: the folder is no run, or another version wrote it.
+    """
+    if not (folder / CONFIG).is_file():
+        raise RunError(f"{folder}: no run ({CONFIG} is missing); expected a folder of capt-train")
+    content = read_json(folder / CONFIG, RunError)
+    if not isinstance(content, dict) or not {"config", "model_sha256"} <= set(content):
+        raise RunError(f"{folder / CONFIG}: not as capt-train writes it")
+    return TrainConfig.from_dict(content["config"], RunError), content
+
+
+def load_run(folder: str | Path, device: torch.device | None = None) -> TunedModel:
+    """Load a finished run.
+
+    Raises:
+        RunError: it is no run, tuning has not ended, or its model has changed.
+        ModelError: its model cannot be loaded.
+    """
+    folder = Path(folder)
+    config, written = read_config(folder)
+    if not (folder / RESULT).is_file():
+        raise RunError(f"{folder}: tuning has not ended; continue with capt-train --resume")
+    result = read_json(folder / RESULT, RunError)
+    split = FewShotSplit.load(folder / SPLIT)
+    backbone = load_backbone(config.model, config.pretrained, device or torch.device("cpu"))
+    fingerprint = backbone.fingerprint()
+    if fingerprint != written["model_sha256"]:
+        raise RunError(
+            f"{folder}: tuned on a model with SHA-256 {written['model_sha256'][:12]}…, but "
+            f"{config.model} now has {fingerprint[:12]}…; restore that model or tune again"
+        )
+    try:
+        temperature, pairs = float(result["temperature"]), result["pairs"]
+        mined = {(int(true), int(predicted)): int(count) for true, predicted, count in pairs}
+    except (TypeError, KeyError, ValueError) as cause:
+        raise RunError(f"{folder / RESULT}: not as capt-train writes it ({cause!r})") from cause
+    prompt = None
+    if config.method != "zeroshot":
+        prompt = make_prompt(backbone, config, split)
+        load_checkpoint(folder / BEST, prompt)
+    provenance = {
+        **config.to_dict(),
+        "data_fingerprint": split.fingerprint(),
+        "model_sha256": fingerprint,
+        "versions": written.get("versions", {}),
+    }
+    return tuned_model(backbone, config, split, prompt, temperature, mined, provenance)
+
+
+@torch.no_grad()
+def tuned_model(
+    backbone: Backbone,
+    config: TrainConfig,
+    split: FewShotSplit,
+    prompt: PromptLearner | None,
+    temperature: float,
+    pairs: Mapping[Pair, int],
+    provenance: Mapping[str, Any],
+) -> TunedModel:
+    """Evaluate the prompt for every class name; without a prompt the model is the zero-shot one."""
+    zero_shot = backbone.class_embeddings(split.class_names, config.templates)
+    tuned = zero_shot if prompt is None else prompt(range(len(split.class_names)))
+    return TunedModel(backbone, config, split, tuned, zero_shot, temperature, pairs, provenance)

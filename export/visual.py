@@ -1,0 +1,76 @@
+"""The network that is exported: pixels in, calibrated probabilities out, no text tower."""
+
+import copy
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torch.nn import functional
+
+from capt_train.backbone import Backbone
+from export.fold import Head
+
+
+class VisualClassifier(nn.Module):
+    """Visual tower and folded head of a tuned model."""
+
+    mean: Tensor
+    std: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, backbone: Backbone, head: Head) -> None:
+        """Copy the visual tower and fold the pixel normalisation into its first convolution.
+
+        Where that convolution pads its input (CLIP's ResNets), folding would not be exact: a
+        padded zero means the mean colour there. Such towers get an explicit normalisation.
+        """
+        super().__init__()
+        self.visual: Any = copy.deepcopy(backbone.model.visual)
+        mean = 255 * torch.tensor(backbone.preprocess.mean)
+        std = 255 * torch.tensor(backbone.preprocess.std)
+        self.normalises = not _fold_normalisation(self.visual, mean, std)
+        self.register_buffer("mean", mean.view(1, 3, 1, 1))
+        self.register_buffer("std", std.view(1, 3, 1, 1))
+        self.register_buffer("weight", head.weight.float())
+        self.register_buffer("bias", head.bias.float())
+
+    def forward(
+        self, images: UInt8[Tensor, "batch height width 3"]
+    ) -> tuple[
+        Float[Tensor, "batch classes"], Float[Tensor, "batch classes"], Float[Tensor, "batch dim"]
+    ]:
+        """Return calibrated logits, probabilities, and unit-norm embeddings."""
+        # TensorRT lets a uint8 input feed nothing but a cast, so it comes first.
+        pixels = images.to(torch.float32).permute(0, 3, 1, 2)
+        if self.normalises:
+            pixels = (pixels - self.mean) / self.std
+        embedding = functional.normalize(self.visual(pixels), dim=-1)
+        logits = functional.linear(embedding, self.weight, self.bias)
+        return logits, logits.softmax(dim=-1), embedding
+
+
+def _fold_normalisation(visual: Any, mean: Tensor, std: Tensor) -> bool:
+    """Let the patch convolution eat 0-255 pixels: `W' = W/σ`, `b' = b − ΣW·μ/σ` (METHOD 9)."""
+    owner, name = _patch_convolution(visual)
+    if owner is None:
+        return False
+    old: nn.Conv2d = getattr(owner, name)
+    scaled = old.weight.detach().double() / std.double().view(1, 3, 1, 1)
+    shift = (scaled * mean.double().view(1, 3, 1, 1)).sum(dim=(1, 2, 3))
+    bias = shift.new_zeros(len(shift)) if old.bias is None else old.bias.detach().double()
+    old.weight = nn.Parameter(scaled.float(), requires_grad=False)
+    old.bias = nn.Parameter((bias - shift).float(), requires_grad=False)
+    return True
+
+
+def _patch_convolution(visual: Any) -> tuple[Any, str]:
+    """Return the owner and name of an unpadded first convolution, or (None, '')."""
+    trunk = getattr(visual, "trunk", None)  # of a timm model
+    for owner, name in ((visual, "conv1"), (getattr(trunk, "patch_embed", None), "proj")):
+        layer = getattr(owner, name, None)
+        if isinstance(layer, nn.Conv2d) and layer.in_channels == 3 and layer.groups == 1:
+            padded = layer.padding not in ((0, 0), "valid")
+            return (None, "") if padded else (owner, name)
+    return None, ""
