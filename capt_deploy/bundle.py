@@ -1,7 +1,8 @@
-"""Read a bundle: a `*.capt` folder, a zip of one, or a lone self-describing `model.onnx`."""
+"""Read a bundle: a `*.capt` folder or a zip of one."""
 
 import hashlib
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capt_deploy.errors import BundleError
-from capt_deploy.files import is_inside
+from capt_deploy.files import expand_home, is_inside
 from capt_deploy.manifest import Manifest
 
 MANIFEST = "manifest.json"
 TEXT_EMBEDDINGS = "text_embeddings.safetensors"
 REPORT = "report.json"
+
+# A damaged zip shows up as any of these.
+_UNREADABLE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def open_bundle(path: str | Path) -> Bundle:
     Raises:
         BundleError: it is no bundle, has another schema version, or names files outside itself.
     """
-    path = Path(path).expanduser()
+    path = expand_home(path)
     if not path.exists():
         raise BundleError(f"{path}: no such bundle; expected a folder or zip from capt-export")
     manifest = Manifest.from_json(_read_member(path, MANIFEST), f"{path}/{MANIFEST}")
@@ -93,6 +97,6 @@ def _read_member(path: Path, name: str) -> bytes:
             for member in archive.namelist():
                 if member == name or member.split("/", 1)[1:] == [name]:
                     return archive.read(member)
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as cause:
+    except _UNREADABLE as cause:
         raise BundleError(f"{path}: cannot read {name} ({cause}); is it a bundle?") from cause
     raise BundleError(f"{path}: holds no {name}; is it a bundle?")

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from capt_deploy.backends import Backend, create
 from capt_deploy.bundle import open_bundle
 from capt_deploy.errors import BundleError
+from capt_deploy.files import expand_home
 from capt_deploy.images import ImageInput
 from capt_deploy.manifest import Manifest
 from capt_deploy.preprocess import preprocess
@@ -52,7 +53,7 @@ class Classifier:
             BundleError: it is damaged, unknown, or does not hold that precision.
             BackendError: the requested backend cannot run here.
         """
-        path = Path(path).expanduser()
+        path = expand_home(path)
         if path.suffix == ".onnx":
             return cls._load_onnx(path, backend)
         bundle = open_bundle(path)

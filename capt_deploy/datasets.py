@@ -1,7 +1,8 @@
 """Labelled image collections on disk, in the four forms that people have.
 
 1. A folder with `train/`, `val/`, `test/`, each holding a folder per class.
-2. One folder per class; split by a hash of the path, so that a photo never changes sides.
+2. One folder per class; split by a hash of the path, so that a photo added or removed moves
+   hardly another one, and none of another class.
 3. A CSV or JSONL file with `path,label[,split]`, paths relative to the file.
 4. A CoOp `split_zhou_*.json`, or a folder that holds one.
 
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from capt_deploy import label_files
 from capt_deploy.errors import DataError
-from capt_deploy.files import read_json
+from capt_deploy.files import expand_home, read_json, visible_files
 from capt_deploy.images import IMAGE_SUFFIXES
 from capt_deploy.label_files import Row
 
@@ -97,7 +98,7 @@ def read_dataset(path: str | Path, class_names: str | Path | None = None) -> Dat
     Raises:
         DataError: nothing usable is there, a class has no image, or two classes share a name.
     """
-    path = Path(path).expanduser()
+    path = expand_home(path)
     if not path.exists():
         raise DataError(f"{path}: no such folder or file; expected a data set (see --help)")
     if path.is_dir():
@@ -118,7 +119,12 @@ def read_dataset(path: str | Path, class_names: str | Path | None = None) -> Dat
 
 
 def _folder_reader(path: Path) -> Callable[[Path], label_files.Listing]:
-    if (path / "train").is_dir():
+    # "train" may also be a class, of vehicles; and a lone test/ is enough to evaluate on
+    folders = _folders(path)
+    splits = [
+        folder for folder in folders if folder.name in label_files.SPLIT_NAMES and _folders(folder)
+    ]
+    if splits and (len(folders) == len(splits) or path / "train" in splits):
         return _read_split_folders
     zhou = sorted(path.glob("split_zhou_*.json"))
     if len(zhou) > 1:
@@ -179,6 +185,9 @@ def _class_names(
 ) -> tuple[str, ...]:
     renamed = _read_names(Path(names_file), labels) if names_file is not None else {}
     names = tuple(renamed.get(label, " ".join(label.replace("_", " ").split())) for label in labels)
+    if "" in names:
+        label = labels[names.index("")]
+        raise DataError(f"{root}: class {label!r} has an empty name; give it one")
     for name, times in Counter(name.casefold() for name in names).items():
         if times > 1:
             twins = [
@@ -193,7 +202,7 @@ def _class_names(
 
 def _read_names(path: Path, labels: tuple[str, ...]) -> dict[str, str]:
     if path.suffix.lower() == ".csv":
-        pairs = dict(label_files.read_pairs(path))
+        pairs = label_files.read_pairs(path)
     else:
         pairs = read_json(path, DataError)
         texts = isinstance(pairs, dict) and all(isinstance(name, str) for name in pairs.values())
@@ -213,28 +222,23 @@ def _folders(path: Path) -> list[Path]:
     return sorted(f for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
 
 
-def _files(folder: Path) -> list[Path]:
-    # resolve-free and link-friendly: people link photos together from many places
-    return [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name[0] != "."]
-
-
 def _read_class_folders(path: Path) -> label_files.Listing:
     classes = _folders(path)
     rows = [
         Row(file.relative_to(path).as_posix(), folder.name, None)
         for folder in classes
-        for file in _files(folder)
+        for file in visible_files(folder)
     ]
     return label_files.Listing(tuple(folder.name for folder in classes), tuple(rows))
 
 
 def _read_split_folders(path: Path) -> label_files.Listing:
-    present = [split for split in SPLITS if (path / split).is_dir()]
-    labels = {folder.name for split in present for folder in _folders(path / split)}
+    present = [folder for folder in _folders(path) if folder.name in label_files.SPLIT_NAMES]
+    labels = {folder.name for split in present for folder in _folders(split)}
     rows = [
-        Row(file.relative_to(path).as_posix(), folder.name, split)
+        Row(file.relative_to(path).as_posix(), folder.name, label_files.SPLIT_NAMES[split.name])
         for split in present
-        for folder in _folders(path / split)
-        for file in _files(folder)
+        for folder in _folders(split)
+        for file in visible_files(folder)
     ]
     return label_files.Listing(tuple(sorted(labels)), tuple(rows))

@@ -88,6 +88,24 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def expand_home(path: str | Path) -> Path:
+    """Return `path` with a leading `~` replaced; a file may also really be called `~x.jpg`."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # there is no such user
+        return Path(path)
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """Return every file below `folder`, sorted, but for those that are hidden by a dot."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    return [
+        file
+        for file in files
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
+
+
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
@@ -97,4 +115,6 @@ def sha256_file(path: Path) -> str:
 def is_inside(name: str) -> bool:
     """Tell whether a relative name stays inside its folder (no `..`, no root, no drive)."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
-    return bool(parts) and not (".." in parts or parts[0] == "/" or ":" in parts[0])
+    if not parts or "\0" in name:
+        return False
+    return not (".." in parts or parts[0].startswith("/") or parts[0][1:2] == ":")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from capt_deploy.errors import ImageError
 
@@ -16,6 +16,16 @@ IMAGE_SUFFIXES = frozenset(
     {".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm"}
     | {".tif", ".tiff", ".webp"}
 )
+
+_UPRIGHT = {  # what undoes each EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def load_image(source: ImageInput) -> Image.Image:
@@ -34,17 +44,19 @@ def load_image(source: ImageInput) -> Image.Image:
             image = source
         elif isinstance(source, bytes):
             image = Image.open(io.BytesIO(source))
+        elif not isinstance(source, str | Path):
+            raise ImageError(f"expected a path, bytes, array or Pillow image, came {type(source)}")
         else:
             if str(source).lower().startswith(("http://", "https://")):
                 raise ImageError(f"{name}: URLs are not fetched; download it and pass the path")
             image = Image.open(source)
         image.load()
-        return _to_eight_bits(ImageOps.exif_transpose(image))
+        return _to_eight_bits(_upright(image))
     except FileNotFoundError as cause:
         raise ImageError(f"{name}: no such file") from cause
     except (UnidentifiedImageError, Image.DecompressionBombError) as cause:
         raise ImageError(f"{name}: not a readable image ({cause})") from cause
-    except (OSError, ValueError, SyntaxError, EOFError) as cause:
+    except (OSError, ValueError, SyntaxError, EOFError, RuntimeError) as cause:
         # Pillow's decoders report damaged files by any of these.
         raise ImageError(f"{name}: damaged or unreadable image ({cause})") from cause
 
@@ -69,6 +81,12 @@ def _from_array(array: NDArray[np.uint8]) -> Image.Image:
     if array.size == 0:
         raise ImageError(f"expected at least one pixel, came an array of shape {array.shape}")
     return Image.fromarray(array)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # Not ImageOps.exif_transpose: it writes all of EXIF anew and fails on a harmless broken tag.
+    method = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image if method is None else image.transpose(method)
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from capt_deploy.errors import DataError
 from capt_deploy.files import is_inside, read_json
 
-_SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 class Row(NamedTuple):
@@ -31,21 +31,23 @@ def read_csv(path: Path) -> Listing:
     """Read a CSV with a header that names `path`, `label` and perhaps `split`."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            return _listing(path, csv.DictReader(file), first_line=2)
-    except (UnicodeDecodeError, csv.Error) as cause:
-        raise DataError(f"{path}: not a UTF-8 CSV file ({cause})") from cause
+            reader = csv.DictReader(file)
+            return _listing(path, ((reader.line_num, row) for row in reader))
+    except (OSError, UnicodeDecodeError, csv.Error) as cause:
+        raise DataError(f"{path}: not a readable UTF-8 CSV file ({cause})") from cause
 
 
 def read_jsonl(path: Path) -> Listing:
     """Read a file with one JSON object a line: `{"path", "label"[, "split"]}`."""
-    return _listing(path, _json_lines(path), first_line=1)
+    return _listing(path, _json_lines(path))
 
 
-def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
+def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as cause:
-        raise DataError(f"{path}: not a UTF-8 file ({cause})") from cause
+        # not splitlines: JSON text may hold other line separators as they are
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as cause:
+        raise DataError(f"{path}: not a readable UTF-8 file ({cause})") from cause
     for number, line in enumerate(lines, start=1):
         try:
             value = json.loads(line) if line.strip() else None
@@ -54,20 +56,25 @@ def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
         if value is not None:
             if not isinstance(value, dict):
                 raise DataError(f'{path}, line {number}: expected {{"path": …, "label": …}}')
-            yield value
+            yield number, value
 
 
-def read_pairs(path: Path) -> Iterable[tuple[str, str]]:
+def read_pairs(path: Path) -> dict[str, str]:
     """Read a two-column CSV without a header: label, name."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = [row for row in csv.reader(file) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as cause:
         raise DataError(f"{path}: not a readable UTF-8 CSV file ({cause})") from cause
+    pairs: dict[str, str] = {}
     for number, row in enumerate(rows, start=1):
         if len(row) != 2:
             raise DataError(f"{path}, row {number}: expected label,name, came {row}")
-        yield row[0].strip(), row[1]
+        label = row[0].strip()
+        if label in pairs:
+            raise DataError(f"{path}, row {number}: {label!r} is named twice")
+        pairs[label] = row[1]
+    return pairs
 
 
 def read_zhou(path: Path) -> Listing:
@@ -82,17 +89,19 @@ def read_zhou(path: Path) -> Listing:
     names: dict[int, str] = {}
     rows: list[Row] = []
     for split, entries in content.items():
+        if not isinstance(entries, list):
+            raise DataError(f"{path}: expected a list of images for {split!r}")
         for entry in entries:
             try:
                 file, index, name = entry
-                index = int(index)
+                index, name = int(index), str(name)
             except (TypeError, ValueError) as cause:
                 raise DataError(
                     f"{path}: expected [path, label, class name], came {entry}"
                 ) from cause
             if names.setdefault(index, name) != name:
                 raise DataError(f"{path}: label {index} is both {names[index]!r} and {name!r}")
-            rows.append(Row(str(file), str(name), split))
+            rows.append(Row(str(file), name, split))
     folder = _image_folder(path, rows)
     rows = [row._replace(path=_checked(path, folder + row.path, "")) for row in rows]
     return Listing(tuple(names[index] for index in sorted(names)), tuple(rows))
@@ -109,18 +118,18 @@ def _image_folder(path: Path, rows: list[Row]) -> str:
     )
 
 
-def _listing(path: Path, entries: Iterable[Mapping[str, Any]], first_line: int) -> Listing:
+def _listing(path: Path, entries: Iterable[tuple[int, Mapping[str, Any]]]) -> Listing:
     rows = []
-    for number, entry in enumerate(entries, start=first_line):
+    for number, entry in entries:
         where = f", line {number}"
         file, label, split = (entry.get(key) for key in ("path", "label", "split"))
         if not file or label is None or label == "":
             raise DataError(
                 f"{path}{where}: expected the columns path and label, came {dict(entry)}"
             )
-        if split and str(split).lower() not in _SPLIT_NAMES:
+        if split and str(split).lower() not in SPLIT_NAMES:
             raise DataError(f"{path}{where}: expected split train, val or test, came {split!r}")
-        split = _SPLIT_NAMES[str(split).lower()] if split else None
+        split = SPLIT_NAMES[str(split).lower()] if split else None
         rows.append(Row(_checked(path, str(file), where), str(label), split))
     given = {row.split is None for row in rows}
     if len(given) > 1:
@@ -129,6 +138,8 @@ def _listing(path: Path, entries: Iterable[Mapping[str, Any]], first_line: int) 
 
 
 def _checked(path: Path, name: str, where: str) -> str:
+    if "\\" in name and not (path.parent / name).exists():
+        name = name.replace("\\", "/")  # the list was made on Windows
     if not is_inside(name):
         raise DataError(
             f"{path}{where}: {name!r} leads out of {path.parent}; "

@@ -9,6 +9,7 @@ from typing import Any
 from capt_deploy.batches import preprocess_files
 from capt_deploy.classifier import Classifier, Prediction
 from capt_deploy.errors import DataError
+from capt_deploy.files import expand_home, visible_files
 from capt_deploy.images import IMAGE_SUFFIXES
 
 
@@ -54,10 +55,12 @@ def find_images(paths: Iterable[str]) -> list[str]:
     """
     found: dict[str, None] = {}
     for name in paths:
-        path = Path(name).expanduser()
+        if not name:
+            raise DataError("one of the paths is empty; is a shell variable unset?")
+        path = expand_home(name)
         if path.is_dir():
-            files = [file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
-            found |= dict.fromkeys(str(file) for file in sorted(files) if file.is_file())
+            files = [f for f in visible_files(path) if f.suffix.lower() in IMAGE_SUFFIXES]
+            found |= dict.fromkeys(str(file) for file in files)
         elif path.exists():
             found[str(path)] = None
         elif matches := sorted(glob.glob(str(path), recursive=True)):

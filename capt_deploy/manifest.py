@@ -65,6 +65,9 @@ class Manifest:
             )
         try:
             _check_keys(cls, values, where)
+            for key in ("class_names", "tuned", "confusion_pairs"):
+                if not isinstance(values[key], list | tuple):
+                    raise TypeError(f"{key} is no list")
             manifest = cls(
                 **{
                     **values,
@@ -76,20 +79,26 @@ class Manifest:
                     "confusion_pairs": tuple(values["confusion_pairs"]),
                 }
             )
-        except (TypeError, AttributeError) as cause:
+            manifest._check(where)
+        except (KeyError, TypeError, AttributeError) as cause:
             raise BundleError(f"{where}: a value has the wrong form ({cause})") from cause
-        if len(manifest.tuned) != len(manifest.class_names) or not manifest.class_names:
-            raise BundleError(f"{where}: expected one `tuned` flag for each of its class names")
-        if not manifest.graphs:
-            raise BundleError(f"{where}: names no graph")
         return manifest
+
+    def _check(self, where: str) -> None:
+        if len(self.tuned) != len(self.class_names) or not self.class_names:
+            raise BundleError(f"{where}: expected one `tuned` flag for each of its class names")
+        mined = {pair[key] for pair in self.confusion_pairs for key in ("true", "predicted")}
+        if unknown := mined - set(self.class_names):
+            raise BundleError(f"{where}: confusion pairs name unknown classes {sorted(unknown)}")
+        if not self.graphs:
+            raise BundleError(f"{where}: names no graph")
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> "Manifest":
         """Read JSON text; see `from_dict`."""
         try:
             return cls.from_dict(json.loads(text), where)
-        except (UnicodeDecodeError, json.JSONDecodeError) as cause:
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as cause:
             raise BundleError(f"{where}: not JSON ({cause})") from cause
 
 
@@ -105,4 +114,7 @@ def _check_keys(kind: Any, values: Mapping[str, Any], where: str) -> None:
 def _records(kind: Any, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name, record in values.items():
         _check_keys(kind, record, f"{where}, {name}")
+        for key, value in record.items():
+            if not isinstance(value, kind.__annotations__[key]):
+                raise TypeError(f"{key} of {name} is {value!r}")
     return {name: kind(**record) for name, record in values.items()}

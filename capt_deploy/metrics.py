@@ -90,12 +90,18 @@ def all_metrics(probabilities: Floats, labels: Ints) -> dict[str, float | int]:
     """Return every metric under the keys of `capt-eval --json`.
 
     Raises:
-        ValueError: no samples, shapes that do not match, or probabilities that are not finite.
+        ValueError: no samples, shapes that do not match, a label that is no column, or
+            probabilities that are not finite.
     """
     if probabilities.ndim != 2 or len(probabilities) != len(labels) or len(labels) == 0:
         raise ValueError(
             f"expected (samples, classes) probabilities and as many labels, at least one; "
             f"came {probabilities.shape} and {labels.shape}"
+        )
+    if labels.min() < 0 or labels.max() >= probabilities.shape[1]:
+        raise ValueError(
+            f"expected labels of {probabilities.shape[1]} classes, "
+            f"came {labels.min()} to {labels.max()}"
         )
     if not np.isfinite(probabilities).all():
         raise ValueError("expected finite probabilities, came NaN or infinity")

@@ -5,6 +5,7 @@ Pixel normalisation is not here: it is folded into the graph's first convolution
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -35,15 +36,21 @@ class PreprocessConfig:
     def __post_init__(self) -> None:
         problems = [
             (self.mode != "RGB", f"mode RGB, came {self.mode!r}"),
-            (self.interpolation not in _RESAMPLING, f"interpolation, came {self.interpolation!r}"),
-            (self.resize_mode not in _RESIZE_MODES, f"resize_mode, came {self.resize_mode!r}"),
+            (
+                self.interpolation not in _RESAMPLING,
+                f"interpolation to be one of {', '.join(_RESAMPLING)}, came {self.interpolation!r}",
+            ),
+            (
+                self.resize_mode not in _RESIZE_MODES,
+                f"resize_mode to be one of {', '.join(_RESIZE_MODES)}, came {self.resize_mode!r}",
+            ),
             (len(self.size) != 2 or min(self.size) < 1, f"size (height, width), came {self.size}"),
-            (len(self.mean) != 3 or len(self.std) != 3, "three values in mean and std"),
-            (min(self.std, default=0) <= 0, f"std above 0, came {self.std}"),
+            (len(self.mean) != 3 or len(self.std) != 3, "three values in mean and in std"),
+            (not all(value > 0 for value in self.std), f"std above 0, came {self.std}"),
         ]
         for wrong, expected in problems:
             if wrong:
-                raise ConfigError(f"preprocessing: expected a known {expected}")
+                raise ConfigError(f"preprocessing: expected {expected}")
 
     @classmethod
     def from_dict(
@@ -57,19 +64,22 @@ class PreprocessConfig:
         known = {field.name for field in fields(cls)}
         if unknown := set(values) - known:
             raise error(f"preprocessing: unknown keys {sorted(unknown)}, known are {sorted(known)}")
+        if missing := {"size", "mean", "std"} - set(values):
+            raise error(f"preprocessing: missing keys {sorted(missing)}")
         try:
             size = values["size"]
-            mean, std = values["mean"], values["std"]
             return cls(
                 **{
                     **values,
-                    "size": (size, size) if isinstance(size, int) else (int(size[0]), int(size[1])),
-                    "mean": (float(mean[0]), float(mean[1]), float(mean[2])),
-                    "std": (float(std[0]), float(std[1]), float(std[2])),
+                    "size": (size, size) if isinstance(size, int) else tuple(map(index, size)),
+                    "mean": tuple(map(float, values["mean"])),
+                    "std": tuple(map(float, values["std"])),
                 }
             )
-        except (KeyError, IndexError, TypeError, ValueError, ConfigError) as cause:
-            raise error(f"preprocessing: {cause!s} in {dict(values)}") from cause
+        except ConfigError as cause:
+            raise error(str(cause)) from cause
+        except (TypeError, ValueError) as cause:
+            raise error(f"preprocessing: {cause} in {dict(values)}") from cause
 
     def to_dict(self) -> dict[str, Any]:
         """Return open_clip's dictionary form, JSON-ready."""

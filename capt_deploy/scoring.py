@@ -9,7 +9,7 @@ from capt_deploy.bundle import Bundle, open_bundle
 from capt_deploy.classifier import Classifier
 from capt_deploy.console import progress
 from capt_deploy.datasets import read_dataset
-from capt_deploy.errors import DataError
+from capt_deploy.errors import BundleError, DataError
 from capt_deploy.evaluation import Pair, Report, Scores, evaluate
 
 
@@ -26,6 +26,8 @@ def evaluate_bundle(
     Raises:
         CaptError: bundle, data or backend cannot be used.
     """
+    if Path(path).suffix == ".onnx":
+        raise BundleError(f"{path}: a lone graph has no zero-shot rows; pass the whole bundle")
     bundle = open_bundle(path)
     classifier = Classifier.load(path, backend)
     dataset = read_dataset(data, class_names).aligned_to(classifier.class_names)

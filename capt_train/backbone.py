@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -27,9 +28,13 @@ class Backbone:
         self._tokenizer = tokenizer
         self._tower: Any = getattr(model, "text", model)  # CLIP keeps its text tower inline
         self._embedding = _token_embedding(model)
-        # Everything after [EOS] is invisible to a causal tower, so prompts may be cut there.
-        self._causal = getattr(self._tower, "attn_mask", None) is not None and (
-            getattr(self._tower, "cls_emb", None) is None
+        # Everything after [EOS] is invisible to a causal tower, so prompts may be cut there, unless
+        # the tower looks at its last place whatever stands there.
+        pooling = getattr(model, "text_pool_type", getattr(self._tower, "pool_type", None))
+        self._cuttable = (
+            getattr(self._tower, "attn_mask", None) is not None
+            and getattr(self._tower, "cls_emb", None) is None
+            and pooling in ("argmax", "eos")
         )
         mean, std = torch.tensor(preprocess.mean), torch.tensor(preprocess.std)
         self._mean, self._std = mean.to(self.device), std.to(self.device)
@@ -109,7 +114,7 @@ class Backbone:
         tower that open_clip builds works, pooling and projection included.
         """
         with self._replaced_context(context):
-            if not self._causal:
+            if not self._cuttable:
                 return functional.normalize(self.model.encode_text(tokens), dim=-1)
             ends = (tokens == self._tokenizer.eot_token_id).int().argmax(dim=1)
             length = int(ends.max()) + 1
@@ -180,8 +185,9 @@ def load_backbone(model: str, pretrained: str | None, device: torch.device) -> B
         tokenizer = open_clip.get_tokenizer(model)
     except Exception as cause:  # open_clip and its hub clients raise whatever they like
         raise ModelError(
-            f"model {model!r}, pretrained {pretrained!r}: cannot be loaded ({cause}); expected a "
-            f"name from open_clip.list_pretrained(), hf-hub:NAME, or local-dir:FOLDER"
+            f"model {model!r}, pretrained {pretrained!r}: cannot be loaded "
+            f"({shorten(str(cause), 300)}); expected a name from open_clip.list_pretrained(), "
+            f"hf-hub:NAME, or local-dir:FOLDER"
         ) from cause
     finally:
         logging.getLogger().setLevel(level)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -62,7 +63,8 @@ def load_checkpoint(
         if optimizer is not None:
             _load_optimizer(optimizer, _part(tensors, "optimizer"))
     except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as cause:
-        raise RunError(f"{path}: not a checkpoint of this run ({cause})") from cause
+        reason = shorten(str(cause), 300)
+        raise RunError(f"{path}: not a checkpoint of this run ({reason})") from cause
     return state
 
 

@@ -78,7 +78,7 @@ def main(ctx: click.Context, /, out: Path, resume: bool, as_json: bool, **option
 
 def _config(out: Path, resume: bool, given: dict[str, Any]) -> TrainConfig:
     """Settings of the command line; a resumed run supplies those that are not given."""
-    settings = _settings(given.pop("settings", ()))
+    settings = parse_settings(given.pop("settings", ()))
     given.pop("split_from", None)
     if resume:
         from dataclasses import replace
@@ -94,7 +94,8 @@ def _config(out: Path, resume: bool, given: dict[str, Any]) -> TrainConfig:
     return TrainConfig(**given, weights=weights).with_settings(settings)
 
 
-def _settings(texts: tuple[str, ...]) -> dict[str, str]:
+def parse_settings(texts: tuple[str, ...]) -> dict[str, str]:
+    """Split `NAME=VALUE` texts. Raises click's UsageError where there is no `=`."""
     settings = {}
     for text in texts:
         name, equals, value = text.partition("=")

@@ -1,5 +1,6 @@
 """All settings of a run, with their defaults, in one place; JSON on disk."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, get_args, get_type_hints
@@ -56,6 +57,7 @@ class TrainConfig:
     weights: LossWeights = field(default_factory=LossWeights)
 
     def __post_init__(self) -> None:
+        weights = tuple(asdict(self.weights).values())
         checks = [
             (self.method in METHODS, "method", f"one of {', '.join(METHODS)}"),
             (self.classes in ("all", "base"), "classes", "all or base"),
@@ -66,8 +68,12 @@ class TrainConfig:
             (0 <= self.warmup_epochs < self.epochs, "warmup_epochs", "0 up to epochs - 1"),
             (self.patience >= 0, "patience", "0 or more"),
             (self.context_tokens >= 0, "context_tokens", "0 or more"),
-            (self.learning_rate > 0, "learning_rate", "above 0"),
-            (self.weight_decay >= 0, "weight_decay", "0 or more"),
+            (0 <= self.seed < 2**32, "seed", "0 up to 2**32 - 1"),
+            (0 < self.learning_rate < math.inf, "learning_rate", "a number above 0"),
+            (0 <= self.momentum < 1, "momentum", "0 up to below 1"),
+            (0 <= self.weight_decay < math.inf, "weight_decay", "a number, 0 or more"),
+            (all(0 <= w < math.inf for w in weights), "weights", "numbers, 0 or more"),
+            (any(weights) or self.method == "zeroshot", "weights", "at least one above 0"),
             (bool(self.templates), "templates", "at least one"),
             (all("{}" in text for text in self.templates), "templates", "{} where the name goes"),
             (bool(self.context_init.split()) or self.context_tokens, "context_init", "words"),
@@ -116,7 +122,8 @@ class TrainConfig:
                 raise ConfigError(
                     f"no setting {name!r}; there are {sorted(weight_names)}, {scalars}"
                 )
-        return replace(self, **own, weights=replace(self.weights, **weights))
+        start = METHODS.get(own.get("method", ""), self.weights)
+        return replace(self, **own, weights=replace(start, **weights))
 
 
 def _parse(name: str, text: str, kind: Any) -> Any:

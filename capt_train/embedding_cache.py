@@ -30,38 +30,50 @@ class EmbeddingCache:
 
     def __init__(self, model_fingerprint: str, folder: Path | None = None) -> None:
         folder = folder or cache_folder()
-        path = folder / f"embeddings-{model_fingerprint[:32]}.sqlite"
+        self._path = folder / f"embeddings-{model_fingerprint[:32]}.sqlite"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            try:
-                self._database = _connect(str(path))
-            except sqlite3.DatabaseError as cause:
-                if isinstance(cause, sqlite3.OperationalError):
-                    raise
-                aside = path.with_suffix(".damaged")
-                say(f"embedding cache: {path} is damaged; moved to {aside.name}")
-                path.replace(aside)
-                self._database = _connect(str(path))
-        except (OSError, sqlite3.OperationalError) as cause:
-            say(f"embedding cache: {path} cannot be used ({cause}); embedding without it")
-            self._database = _connect(":memory:")
+            self._database = _connect(str(self._path))
+        except (OSError, sqlite3.DatabaseError) as cause:
+            self._database = self._replacement(cause)
 
     def get(self, keys: Sequence[str]) -> dict[str, Floats]:
         """Return the embeddings that are there, each (dim,)."""
         found: dict[str, Floats] = {}
-        for start in range(0, len(keys), _VARIABLES):
-            part = keys[start : start + _VARIABLES]
-            marks = ",".join("?" * len(part))
-            query = f"SELECT image, embedding FROM embeddings WHERE image IN ({marks})"
-            for key, data in self._database.execute(query, part):
-                found[key] = np.frombuffer(data, dtype="<f4")
+        try:
+            for start in range(0, len(keys), _VARIABLES):
+                part = keys[start : start + _VARIABLES]
+                marks = ",".join("?" * len(part))
+                query = f"SELECT image, embedding FROM embeddings WHERE image IN ({marks})"
+                for key, data in self._database.execute(query, part):
+                    found[key] = np.frombuffer(data, dtype="<f4")
+        except sqlite3.DatabaseError as cause:
+            self._database.close()
+            self._database = self._replacement(cause)
         return found
 
     def put(self, embeddings: Mapping[str, Floats]) -> None:
         """Store embeddings, all or none."""
         rows = [(key, value.astype("<f4").tobytes()) for key, value in embeddings.items()]
-        with self._database:
-            self._database.executemany("INSERT OR REPLACE INTO embeddings VALUES (?, ?)", rows)
+        try:
+            with self._database:
+                self._database.executemany("INSERT OR REPLACE INTO embeddings VALUES (?, ?)", rows)
+        except sqlite3.DatabaseError as cause:
+            self._database.close()
+            self._database = self._replacement(cause)
+
+    def _replacement(self, cause: Exception) -> sqlite3.Connection:
+        """Put a damaged file aside for a new one; do without a file that cannot be used."""
+        if type(cause) is sqlite3.DatabaseError:  # its subclasses are other troubles
+            aside = self._path.with_suffix(".damaged")
+            say(f"embedding cache: {self._path} is damaged; moved to {aside.name}")
+            try:
+                self._path.replace(aside)
+                return _connect(str(self._path))
+            except (OSError, sqlite3.DatabaseError) as second:
+                cause = second
+        say(f"embedding cache: {self._path} cannot be used ({cause}); embedding without it")
+        return _connect(":memory:")
 
     def close(self) -> None:
         """Close the file."""

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from capt_deploy.console import say
 from capt_deploy.datasets import Dataset, read_dataset
 from capt_deploy.evaluation import Report, Scores, evaluate
 from capt_train.backbone import choose_device
@@ -56,6 +57,10 @@ def evaluate_run(
     model = load_run(run, choose_device("auto"))
     dataset = read_dataset(data, class_names or model.config.class_names)
     dataset = dataset.aligned_to(model.class_names)
+    used = set(model.split.sha256)
+    seen = sum(item.path in used for item in dataset.items(split)) if split == "test" else 0
+    if seen:
+        say(f"note: {seen} of the test images were tuned on; the figures are too good")
     cache = EmbeddingCache(str(model.provenance["model_sha256"]))
     try:
         return evaluate_model(model, cache, dataset, split, scope)

@@ -126,9 +126,12 @@ def choose(dataset: Dataset, classes: str, shots: int, seed: int) -> FewShotSpli
         DataError: fewer than two classes, or a tuned class without a readable training image.
     """
     count = len(dataset.class_names)
-    if count < 2:
-        raise DataError(f"{dataset.root}: expected at least two classes, came {count}")
     tuned = tuple(range(count if classes == "all" else (count + 1) // 2))
+    if len(tuned) < 2:
+        raise DataError(
+            f"{dataset.root}: expected at least two classes to tune on, came {len(tuned)} "
+            f"({classes} of {count})"
+        )
     candidates: dict[int, list[Item]] = {label: [] for label in tuned}
     for item in dataset.splits["train"]:
         if item.label in candidates:
@@ -147,15 +150,17 @@ def choose(dataset: Dataset, classes: str, shots: int, seed: int) -> FewShotSpli
         names = [dataset.class_names[label] for label in missing]
         raise DataError(f"{dataset.root}: no readable training image of {names}; add some")
     val = [item for item in dataset.splits["val"] if item.label in candidates] or spare
+    val = _present(dataset, val, skipped)
     digests = {item.path: sha256_file(dataset.path(item)) for item in (*chosen, *val)}
+    skipped = [*dataset.skipped, *skipped]
     return FewShotSplit(
         class_names=dataset.class_names,
         tuned=tuned,
         train=tuple(chosen),
         val=tuple(val),
         sha256=digests,
-        skipped=(*dataset.skipped, *skipped),
-        notices=tuple(_notices(dataset, chosen, val, shots)),
+        skipped=tuple(skipped),
+        notices=tuple(_notices(dataset, chosen, val, skipped, shots)),
     )
 
 
@@ -175,13 +180,24 @@ def _readable(
     return good, []
 
 
+def _present(dataset: Dataset, items: Sequence[Item], skipped: list[Skipped]) -> list[Item]:
+    """Leave out files that a list names but that are gone; decoding would take too long here."""
+    gone = {item for item in items if not dataset.path(item).is_file()}
+    skipped += [Skipped(item.path, "no such file") for item in items if item in gone]
+    return [item for item in items if item not in gone]
+
+
 def _without(items: Sequence[Item], labels: Sequence[int]) -> list[int]:
     present = {item.label for item in items}
     return [label for label in labels if label not in present]
 
 
 def _notices(
-    dataset: Dataset, chosen: Sequence[Item], val: Sequence[Item], shots: int
+    dataset: Dataset,
+    chosen: Sequence[Item],
+    val: Sequence[Item],
+    skipped: Sequence[Skipped],
+    shots: int,
 ) -> list[str]:
     notices = []
     counts: dict[int, int] = {}
@@ -192,6 +208,11 @@ def _notices(
         listed = ", ".join(f"{name} ({n})" for name, n in list(fewer.items())[:10])
         more = ", …" if len(fewer) > 10 else ""
         notices.append(f"{len(fewer)} classes have fewer than {shots} images: {listed}{more}")
+    if skipped:
+        notices.append(
+            f"{len(skipped)} files are no readable images and were left out, e.g. "
+            f"{skipped[0].path}; the run's split.json lists them"
+        )
     if not dataset.splits["val"] and val:
         notices.append("no validation split: training images that were not chosen stand in for it")
     if not val:

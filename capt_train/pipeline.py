@@ -21,6 +21,7 @@ from capt_train.embedding_cache import EmbeddingCache
 from capt_train.evaluate import evaluate_model
 from capt_train.features import Features, embed
 from capt_train.fewshot import FewShotSplit, choose
+from capt_train.prompt import PromptLearner
 from capt_train.tuning import TuningTask, tune
 
 
@@ -51,14 +52,22 @@ def train(
         say(f"note: {notice}")
     backbone = load_backbone(config.model, config.pretrained, device)
     fingerprint = backbone.fingerprint()
+    # Both refuse names that are too long, so they come before anything is written.
+    zero_shot = backbone.class_embeddings(split.class_names, config.templates)
+    prompt = None
+    if config.method != "zeroshot":
+        prompt = runs.make_prompt(backbone, config, split)
     if (out / runs.CONFIG).exists():
         _check_model(out, fingerprint)
     else:
-        split.save(out / runs.SPLIT)
-        runs.begin(out, config, fingerprint)
+        try:
+            split.save(out / runs.SPLIT)
+            runs.begin(out, config, fingerprint)
+        except OSError as cause:
+            raise RunError(f"{out}: cannot be written ({cause})") from cause
     cache = EmbeddingCache(fingerprint)
     try:
-        return _train(config, out, dataset, split, backbone, cache)
+        return _train(config, out, dataset, split, backbone, cache, zero_shot, prompt)
     finally:
         cache.close()
 
@@ -70,15 +79,15 @@ def _train(
     split: FewShotSplit,
     backbone: Backbone,
     cache: EmbeddingCache,
+    zero_shot: torch.Tensor,
+    prompt: PromptLearner | None,
 ) -> Report:
     train_features = embed(backbone, cache, dataset, split.train, "training images")
     val = embed(backbone, cache, dataset, split.val, "validation images")
-    zero_shot = backbone.class_embeddings(split.class_names, config.templates)
     tuned = list(split.tuned)
     reference = zero_shot[tuned]
-    prompt, state = None, TuningState()
-    if config.method != "zeroshot":
-        prompt = runs.make_prompt(backbone, config, split)
+    state = TuningState()
+    if prompt is not None:
         task = TuningTask(backbone.scale, split.tuned, train_features, val, reference, config)
         state = tune(prompt, task, out)
     pairs = mine_pairs(train_features, reference, tuned)
@@ -98,14 +107,17 @@ def _train(
             "pairs": [[true, predicted, count] for (true, predicted), count in pairs.items()],
         },
     )
-    measured_on = "test" if dataset.splits["test"] else "val"
+    splits = {**dataset.splits, "val": dataset.splits["val"] or split.val}
+    measured_on = next(name for name in ("test", "val", "train") if splits[name])
+    if measured_on != "test":
+        say(f"note: no test images: measured on {measured_on} images, which the run has used")
     report = {
         "split": measured_on,
         "method": config.method,
         "shots": config.shots,
         "seed": config.seed,
         "temperature": model.temperature,
-        **evaluate_model(model, cache, dataset, measured_on),
+        **evaluate_model(model, cache, replace(dataset, splits=splits), measured_on),
     }
     write_json(out / runs.METRICS, report)
     return report
@@ -123,9 +135,10 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     changes: dict[str, Any] = {"data": str(Path(config.data).expanduser().resolve())}
     if config.class_names is not None:
         changes["class_names"] = str(Path(config.class_names).expanduser().resolve())
-    folder = config.model.removeprefix("local-dir:")
-    if config.model.startswith("local-dir:") or Path(folder).is_dir():
-        changes["model"] = f"local-dir:{Path(folder).expanduser().resolve()}"
+    folder = Path(config.model.removeprefix("local-dir:")).expanduser()
+    # any other folder may just be called like an architecture, as a run folder may
+    if config.model.startswith("local-dir:") or (folder / "open_clip_config.json").is_file():
+        changes["model"] = f"local-dir:{folder.resolve()}"
     if config.pretrained is not None and Path(config.pretrained).is_file():
         changes["pretrained"] = str(Path(config.pretrained).resolve())
     return replace(config, **changes)

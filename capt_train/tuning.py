@@ -53,12 +53,14 @@ def tune(prompt: PromptLearner, task: TuningTask, folder: Path) -> TuningState:
         while state.epoch < config.epochs and not _stale(state, task):
             try:
                 terms = _train_epoch(prompt, task, optimizer, state.epoch)
+                nll = _validation_nll(prompt, task)
             except FloatingPointError as cause:
+                kept = f"; the state before that epoch is kept in {LAST}" if state.epoch else ""
                 raise RunError(
                     f"{folder}: in epoch {state.epoch + 1} {cause}; lower learning_rate and tune "
-                    f"again; the state before that epoch is kept in {LAST}"
+                    f"again{kept}"
                 ) from cause
-            state = _next(state, terms, _validation_nll(prompt, task), config.patience)
+            state = _next(state, terms, nll, config.patience)
             if state.best_epoch == state.epoch:
                 save_checkpoint(folder / BEST, prompt, state)
             save_checkpoint(folder / LAST, prompt, state, optimizer)
@@ -162,9 +164,11 @@ def _next(
 
 @torch.no_grad()
 def _validation_nll(prompt: PromptLearner, task: TuningTask) -> float | None:
+    embeddings = prompt(task.tuned)
+    if not torch.isfinite(embeddings).all():  # the epoch's last step went too far
+        raise FloatingPointError("the class embeddings became nan")
     if not len(task.val):
         return None
-    embeddings = prompt(task.tuned)
     logits = task.scale * task.val.embeddings.to(embeddings.device) @ embeddings.T
     labels = _local_labels(task, task.val).to(embeddings.device)
     return float(functional.cross_entropy(logits, labels))

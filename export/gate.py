@@ -67,14 +67,17 @@ def run_gate(model: TunedModel, classifier: Classifier, images: Sequence[Path]) 
     """
     expected, found = [], []
     files = [str(path) for path in images[:MOST_IMAGES]]
+    # Each side reads the files by its own configuration, so that a wrong one shows as well.
+    reference_batches = preprocess_files(files, model.backbone.preprocess, batch_size=32)
+    own_batches = preprocess_files(files, classifier.manifest.preprocess, batch_size=32)
     with progress("checking", len(files), "images") as counter:
-        for batch in preprocess_files(files, model.backbone.preprocess, batch_size=32):
+        for batch, own in zip(reference_batches, own_batches, strict=True):
             counter.advance(len(batch.files))
-            if batch.pixels is None:
+            if batch.pixels is None or own.pixels is None:
                 continue
             embeddings = model.backbone.image_embeddings(torch.from_numpy(batch.pixels))
             expected.append(model.logits(embeddings).cpu())
-            found.append(classifier.backend.run(batch.pixels))
+            found.append(classifier.backend.run(own.pixels))
     if not expected:
         raise DataError(
             f"the export is checked on the run's own images, but none of {len(files)} can be "
@@ -84,11 +87,11 @@ def run_gate(model: TunedModel, classifier: Classifier, images: Sequence[Path]) 
     probabilities = reference.softmax(dim=1).numpy()
     logits = np.concatenate([outputs.logits for outputs in found])
     difference = np.abs(logits - reference.numpy())
-    own = np.concatenate([outputs.probabilities for outputs in found])
+    own_probabilities = np.concatenate([outputs.probabilities for outputs in found])
     return GateResult(
         images=len(logits),
         top1_agreement=float(np.mean(logits.argmax(axis=1) == reference.numpy().argmax(axis=1))),
         max_logit_difference=float(difference.max()),
         mean_logit_difference=float(difference.mean()),
-        max_probability_difference=float(np.abs(own - probabilities).max()),
+        max_probability_difference=float(np.abs(own_probabilities - probabilities).max()),
     )

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,6 +55,16 @@ def trace(network: nn.Module, height: int, width: int, manifest_json: str) -> On
     if program is None:
         raise ModelError("the exporter returned no graph")
     model = program.model_proto
+    _strip(model)
     onnx.helper.set_model_props(model, {METADATA_KEY: manifest_json})
     onnx.checker.check_model(model)
     return OnnxGraph(model.SerializeToString(), OPSET, len(model.graph.node))
+
+
+def _strip(model: Any) -> None:
+    """Drop what the exporter notes for debugging: stack traces name folders of this machine."""
+    graph = model.graph
+    for part in (graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    graph.ClearField("value_info")  # shapes that every reader infers anew

@@ -1,0 +1,38 @@
+# make demo: set up, then tune, export and predict on the embedded pictograms, offline
+# make test: set up, then run every check and every test
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+DEPLOY_VENV ?= .venv-deploy
+BIN = $(VENV)/bin
+
+.PHONY: demo test check install clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m examples.demo.run
+
+test: check $(DEPLOY_VENV)/.installed
+	$(DEPLOY_VENV)/bin/python -m pytest tests/capt_deploy
+	CAPT_DEPLOY_PYTHON=$(CURDIR)/$(DEPLOY_VENV)/bin/python $(BIN)/python -m pytest
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+# The runtime alone, as an edge machine has it: no torch.
+$(DEPLOY_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DEPLOY_VENV)
+	$(DEPLOY_VENV)/bin/pip install --quiet --editable . pytest hypothesis
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(DEPLOY_VENV) demo build *.egg-info

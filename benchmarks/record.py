@@ -1,0 +1,53 @@
+"""Where benchmark figures go, and under which conditions they were measured."""
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from capt_deploy.files import write_json
+
+RESULTS = Path(__file__).parent / "results"
+_VERSIONED = ("torch", "open_clip_torch", "onnxruntime-gpu", "onnxruntime", "numpy", "pillow")
+
+
+def describe() -> dict[str, Any]:
+    """Return commit, versions and machine."""
+    versions = {}
+    for name in _VERSIONED:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "machine": {"arch": platform.machine(), "cores": os.cpu_count(), "gpu": _gpu()},
+        "versions": versions,
+    }
+
+
+def write_result(name: str, result: dict[str, Any]) -> Path:
+    """Write `results/NAME.json`."""
+    path = RESULTS / f"{name}.json"
+    write_json(path, result)
+    return path
+
+
+def _git(*arguments: str) -> str:
+    folder = Path(__file__).parent
+    done = subprocess.run(
+        ["git", *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip()
+
+
+def _gpu() -> str | None:
+    try:
+        import torch
+    except ImportError:
+        return None
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None

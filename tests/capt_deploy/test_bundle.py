@@ -1,0 +1,201 @@
+"""Bundles: the same from a folder and a zip, and nothing that was changed is taken."""
+
+import hashlib
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save
+
+from capt_deploy.bundle import MANIFEST, TEXT_EMBEDDINGS, Bundle, is_bundle, open_bundle
+from capt_deploy.errors import BundleError
+from capt_deploy.manifest import FileRecord, Graph, Manifest
+from capt_deploy.preprocess import PreprocessConfig
+
+ROWS = {
+    "text_embeddings": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "zero_shot": np.ones((2, 3), np.float32),
+    "bias": np.zeros(2, np.float32),
+}
+FILES = {
+    "model.onnx": bytes(range(256)) * 40,
+    "half.onnx": b"half the bytes",
+    TEXT_EMBEDDINGS: save(ROWS),
+}
+
+
+def record(data: bytes) -> FileRecord:
+    return FileRecord(hashlib.sha256(data).hexdigest(), len(data))
+
+
+def manifest() -> Manifest:
+    return Manifest(
+        class_names=("ape", "bee"),
+        tuned=(True, False),
+        preprocess=PreprocessConfig((4, 4), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
+        graphs={"fp32": Graph("model.onnx", 20), "fp16": Graph("half.onnx", 20)},
+        calibration={"fp32": {"temperature": 1.0}},
+        confusion_pairs=(),
+        training={"seed": 1},
+        files={name: record(data) for name, data in FILES.items()},
+    )
+
+
+def write_folder(folder: Path, **changes: Any) -> Path:
+    folder.mkdir()
+    for name, data in FILES.items():
+        (folder / name).write_bytes(data)
+    (folder / MANIFEST).write_text(json.dumps({**manifest().to_dict(), **changes}, default=vars))
+    return folder
+
+
+def write_zip(folder: Path, target: Path, top: str) -> Path:
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(folder.iterdir()):
+            archive.write(file, top + file.name)
+    return target
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "pets.capt")
+
+
+FORMS = {
+    "folder": lambda folder: folder,
+    "zip": lambda folder: write_zip(folder, folder.with_suffix(".zip"), ""),
+    "zip of the folder": lambda folder: write_zip(folder, folder.with_suffix(".zip"), "pets.capt/"),
+    "zip named .capt": lambda folder: write_zip(folder, folder.with_name("x.capt"), "pets.capt/"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_manifest_and_files(folder: Path, form: str) -> None:
+    path = FORMS[form](folder)
+    assert is_bundle(path)
+    bundle = open_bundle(str(path))
+    assert bundle == Bundle(path, manifest())
+    assert {name: bundle.read(name) for name in FILES} == FILES
+    assert bundle.graph() == ("fp32", FILES["model.onnx"])
+    assert bundle.graph("fp16") == ("fp16", FILES["half.onnx"])
+    read = bundle.text_embeddings()
+    assert set(read) == set(ROWS)
+    for name, rows in ROWS.items():
+        np.testing.assert_array_equal(read[name], rows)
+
+
+def test_a_precision_that_is_not_there_names_those_that_are(folder: Path) -> None:
+    with pytest.raises(BundleError, match="no 'int8' graph; it holds fp32, fp16"):
+        open_bundle(folder).graph("int8")
+
+
+def test_a_file_that_the_manifest_does_not_list_is_not_read(folder: Path) -> None:
+    (folder / "extra.txt").write_text("x")
+    with pytest.raises(BundleError, match=r"lists no 'extra\.txt', only half\.onnx, model\.onnx"):
+        open_bundle(folder).read("extra.txt")
+
+
+@pytest.mark.parametrize("change", [lambda d: d[:-1], lambda d: b"X" + d[1:], lambda d: b""])
+def test_a_changed_file_is_refused(folder: Path, change: Callable[[bytes], bytes]) -> None:
+    (folder / "model.onnx").write_bytes(change(FILES["model.onnx"]))
+    with pytest.raises(BundleError, match=r"model\.onnx is not the file that was exported"):
+        open_bundle(folder).graph()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_missing_file_is_named(folder: Path, form: str) -> None:
+    (folder / "model.onnx").unlink()
+    with pytest.raises(BundleError, match=r"(cannot read|holds no) model\.onnx"):
+        open_bundle(FORMS[form](folder)).graph()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_without_a_manifest_it_is_no_bundle(folder: Path, form: str) -> None:
+    (folder / MANIFEST).unlink()
+    with pytest.raises(BundleError, match=r"manifest\.json.*is it a bundle\?"):
+        open_bundle(FORMS[form](folder))
+
+
+def test_a_path_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="no such bundle"):
+        open_bundle(tmp_path / "gone.capt")
+    with pytest.raises(BundleError, match="is it a bundle"):
+        open_bundle(tmp_path)
+    (tmp_path / "text.zip").write_text("this is no zip")
+    with pytest.raises(BundleError, match="is it a bundle"):
+        open_bundle(tmp_path / "text.zip")
+    assert not is_bundle(tmp_path)
+    assert not is_bundle(tmp_path / "gone.zip")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../secret", "/etc/passwd", "//etc/passwd", "a/../../b", "..\\b", "C:\\b", "", ".", "a\0b"],
+)
+@pytest.mark.parametrize("place", ["files", "graphs"])
+def test_a_name_that_leads_out_of_the_bundle_is_refused(
+    tmp_path: Path, name: str, place: str
+) -> None:
+    changes = {
+        "files": {"files": {name: vars(record(b"secret"))}},
+        "graphs": {"graphs": {"fp32": {"file": name, "opset": 20}}},
+    }
+    (tmp_path / "secret").write_bytes(b"secret")
+    with pytest.raises(BundleError, match="leads out of the bundle; do not trust it"):
+        open_bundle(write_folder(tmp_path / "evil.capt", **changes[place]))
+
+
+def test_another_version_is_refused_with_the_files_name(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "new.capt", schema_version=2)
+    with pytest.raises(BundleError, match=r"new\.capt/manifest\.json: schema version 2"):
+        open_bundle(folder)
+
+
+def test_text_embeddings_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
+    files = {TEXT_EMBEDDINGS: vars(record(b"junk"))}
+    folder = write_folder(tmp_path / "bad.capt", files=files)
+    (folder / TEXT_EMBEDDINGS).write_bytes(b"junk")
+    with pytest.raises(BundleError, match=r"text_embeddings\.safetensors is damaged"):
+        open_bundle(folder).text_embeddings()
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    keep=st.floats(0, 1) | st.just(1.0),
+    changes=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=4),
+)
+def test_a_damaged_zip_gives_the_exported_files_or_a_bundle_error(
+    tmp_path_factory: pytest.TempPathFactory, keep: float, changes: list[tuple[int, int]]
+) -> None:
+    place = tmp_path_factory.mktemp("zip")
+    path = write_zip(write_folder(place / "pets.capt"), place / "pets.zip", "")
+    data = bytearray(path.read_bytes())
+    for position, value in changes:
+        data[position % len(data)] = value
+    path.write_bytes(data[: round(keep * len(data))])
+    try:
+        content = open_bundle(path).read("model.onnx")
+    except BundleError as error:
+        assert "pets.zip" in str(error)
+    else:
+        assert content == FILES["model.onnx"]
+    shutil.rmtree(place)
+
+
+def test_damage_inside_the_compressed_data_is_a_bundle_error(folder: Path) -> None:
+    path = FORMS["zip"](folder)
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo("model.onnx")
+    data = bytearray(path.read_bytes())
+    start = info.header_offset + 30 + len("model.onnx")
+    data[start : start + 20] = b"\xff" * 20
+    path.write_bytes(data)
+    with pytest.raises(BundleError, match=r"cannot read model\.onnx"):
+        open_bundle(path).graph()

@@ -1,0 +1,136 @@
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from capt_deploy import BackendError, BundleError, Classifier, ImageError
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+PHOTOS = sorted((GOLDEN / "photos").rglob("*.png"))
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return Classifier.load(GOLDEN / "tiny.capt")
+
+
+@pytest.fixture(scope="module")
+def expected():
+    content = json.loads((GOLDEN / "expected.json").read_text())
+    return {GOLDEN / "photos" / name: row for name, row in content["probabilities"].items()}
+
+
+def test_probabilities_are_those_that_torch_computed(classifier, expected):
+    assert len(expected) == 3
+    for photo, probabilities in expected.items():
+        np.testing.assert_allclose(classifier(photo).probabilities, probabilities, atol=1e-5)
+
+
+def test_a_prediction_names_its_most_probable_class(classifier, expected):
+    for photo, probabilities in expected.items():
+        prediction = classifier(photo)
+        assert prediction.label == classifier.class_names[int(np.argmax(probabilities))]
+        assert prediction.confidence == pytest.approx(max(probabilities), abs=1e-5)
+        names, shares = zip(*prediction.top(4), strict=True)
+        assert sorted(names) == sorted(classifier.class_names)
+        assert list(shares) == sorted(shares, reverse=True)
+        assert sum(shares) == pytest.approx(1, abs=1e-5)
+        assert repr(prediction).startswith(f"Prediction(label={prediction.label!r}")
+
+
+def test_all_kinds_of_input_agree(classifier):
+    photo = PHOTOS[1]
+    image = Image.open(photo)
+    wanted = classifier(photo).probabilities
+    for same in (str(photo), photo.read_bytes(), image, np.asarray(image)):
+        np.testing.assert_array_equal(classifier(same).probabilities, wanted)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_the_batch_size_does_not_change_predictions(classifier, batch_size):
+    images = PHOTOS * 3
+    together = classifier.predict(images, batch_size=batch_size)
+    for image, prediction in zip(images, together, strict=True):
+        np.testing.assert_allclose(
+            prediction.probabilities, classifier(image).probabilities, atol=1e-6
+        )
+
+
+def test_no_images_give_no_predictions(classifier):
+    assert classifier.predict([]) == []
+
+
+def test_a_batch_size_of_zero_is_refused(classifier):
+    with pytest.raises(ValueError, match="batch_size"):
+        classifier.predict(PHOTOS, batch_size=0)
+
+
+def test_an_unreadable_image_is_an_error_that_names_it(classifier, tmp_path):
+    broken = tmp_path / "broken.jpg"
+    broken.write_text("no image")
+    with pytest.raises(ImageError, match=r"broken\.jpg"):
+        classifier.predict([PHOTOS[0], broken])
+
+
+def test_a_zip_of_the_bundle_loads_too(classifier, tmp_path):
+    archive = shutil.make_archive(str(tmp_path / "tiny"), "zip", GOLDEN / "tiny.capt")
+    renamed = Path(archive).rename(tmp_path / "tiny.capt")
+    zipped = Classifier.load(renamed)
+    wanted = classifier(PHOTOS[0]).probabilities
+    np.testing.assert_array_equal(zipped(PHOTOS[0]).probabilities, wanted)
+
+
+def test_a_lone_onnx_file_describes_itself(classifier):
+    lone = Classifier.load(GOLDEN / "tiny.capt" / "model.onnx")
+    assert lone.class_names == classifier.class_names
+    wanted = classifier(PHOTOS[0]).probabilities
+    np.testing.assert_array_equal(lone(PHOTOS[0]).probabilities, wanted)
+
+
+def test_a_changed_graph_is_not_run(tmp_path):
+    copy = tmp_path / "changed.capt"
+    shutil.copytree(GOLDEN / "tiny.capt", copy)
+    data = bytearray((copy / "model.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / "model.onnx").write_bytes(data)
+    with pytest.raises(BundleError, match=r"model\.onnx is not the file that was exported"):
+        Classifier.load(copy)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a graph at all"])
+def test_a_file_that_is_no_graph_is_a_clear_error(tmp_path, content):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    with pytest.raises(BackendError, match="cannot load the graph"):
+        Classifier.load(path)
+
+
+def test_unknown_backend_and_precision_are_refused():
+    with pytest.raises(BackendError, match="expected one of auto, onnxruntime"):
+        Classifier.load(GOLDEN / "tiny.capt", backend="quantum")
+    with pytest.raises(BundleError, match="it holds fp32"):
+        Classifier.load(GOLDEN / "tiny.capt", precision="int3")
+    with pytest.raises(BundleError, match="no such bundle"):
+        Classifier.load(GOLDEN / "missing.capt")
+
+
+def test_threads_get_the_same_answers(classifier):
+    wanted = [classifier(photo).probabilities for photo in PHOTOS]
+    wrong: list[str] = []
+
+    def work():
+        for _ in range(20):
+            for photo, row in zip(PHOTOS, wanted, strict=True):
+                if not np.allclose(classifier(photo).probabilities, row, atol=1e-6):
+                    wrong.append(photo.name)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

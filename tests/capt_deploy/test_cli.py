@@ -1,0 +1,83 @@
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from capt_deploy.cli import main
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+BUNDLE, PHOTOS = str(GOLDEN / "tiny.capt"), GOLDEN / "photos"
+
+
+def run(*arguments, stdin=None):
+    return CliRunner().invoke(main, [str(a) for a in arguments], input=stdin)
+
+
+def test_json_has_a_row_for_every_image_of_a_folder():
+    result = run(BUNDLE, PHOTOS, "--json", "--top-k", "2")
+    assert result.exit_code == 0
+    rows = json.loads(result.stdout)
+    assert [Path(row["path"]).parent.name for row in rows] == [
+        "blue_sky",
+        "green_leaf",
+        "grey_stone",
+    ]
+    for row in rows:
+        assert row["top_k"][0]["label"] == row["label"]
+        assert len(row["top_k"]) == 2
+        assert 0 < row["confidence"] <= 1
+
+
+def test_csv_has_the_same_rows():
+    rows = list(csv.DictReader(io.StringIO(run(BUNDLE, PHOTOS, "--csv").stdout)))
+    wanted = json.loads(run(BUNDLE, PHOTOS, "--json").stdout)
+    assert [(row["path"], row["label"]) for row in rows] == [
+        (w["path"], w["label"]) for w in wanted
+    ]
+
+
+def test_plain_output_is_one_line_an_image():
+    lines = run(BUNDLE, PHOTOS).stdout.splitlines()
+    assert len(lines) == 3
+    assert all(".png: " in line for line in lines)
+
+
+def test_paths_come_from_patterns_and_from_stdin():
+    pattern = run(BUNDLE, PHOTOS / "*" / "g*" / "*.png", "--json")
+    assert len(json.loads(pattern.stdout)) == 2
+    listed = "\n".join(str(p) for p in sorted(PHOTOS.rglob("*.png"))) + "\n"
+    assert len(json.loads(run(BUNDLE, "-", "--json", stdin=listed).stdout)) == 3
+
+
+def test_a_broken_image_gets_an_error_row_and_exit_code_1(tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"nothing")
+    good = next(iter(PHOTOS.rglob("*.png")))
+    result = run(BUNDLE, broken, good, "--json")
+    assert result.exit_code == 1
+    first, second = json.loads(result.stdout)
+    assert "broken.png" in first["error"]
+    assert "label" in second
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((BUNDLE, "nowhere.jpg"), "nowhere.jpg"),
+        (("nowhere.capt", PHOTOS), "no such bundle"),
+        ((PHOTOS, PHOTOS), "is it a bundle?"),
+        ((BUNDLE, PHOTOS, "--backend", "quantum"), "expected one of"),
+        ((BUNDLE, PHOTOS, "--json", "--csv"), "not both"),
+        ((BUNDLE, "-"), "found no image"),
+        ((BUNDLE,), "Missing argument"),
+    ],
+)
+def test_bad_input_is_one_error_and_exit_code_2(arguments, said):
+    result = run(*arguments, stdin="")
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""

@@ -1,0 +1,255 @@
+"""The four forms of a data set, the split by hash, and the names of classes."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from capt_deploy.datasets import SPLITS, Dataset, Item, Skipped, read_dataset
+from capt_deploy.errors import DataError
+
+NAMES = [f"{label}/{number:02}.jpg" for label in ("ape", "big_cat") for number in range(20)]
+
+
+def side(dataset: Dataset) -> dict[str, str]:
+    """Return the split of every image."""
+    return {item.path: split for split in SPLITS for item in dataset.splits[split]}
+
+
+def test_split_folders_are_read_as_they_stand(put_images: Callable[..., Path]) -> None:
+    root = put_images("train/b/1.png", "train/a/deep/2.PNG", "val/a/3.png", "test/b/4.png")
+    dataset = read_dataset(root)
+    assert dataset.class_names == ("a", "b")
+    assert dataset.splits == {
+        "train": (Item("train/a/deep/2.PNG", 0), Item("train/b/1.png", 1)),
+        "val": (Item("val/a/3.png", 0),),
+        "test": (Item("test/b/4.png", 1),),
+    }
+    assert dataset.path(dataset.items("val")[0]) == root / "val" / "a" / "3.png"
+    assert dataset.path(dataset.items("val")[0]).is_file()
+
+
+def test_a_class_may_be_called_train(put_images: Callable[..., Path]) -> None:
+    dataset = read_dataset(put_images("train/1.png", "train/2.png", "bus/1.png"))
+    assert dataset.class_names == ("bus", "train")
+
+
+def test_a_lone_test_folder_is_enough_to_evaluate_on(put_images: Callable[..., Path]) -> None:
+    dataset = read_dataset(put_images("test/ape/1.png", "test/bee/1.png"))
+    assert dataset.splits == {
+        "train": (),
+        "val": (),
+        "test": (Item("test/ape/1.png", 0), Item("test/bee/1.png", 1)),
+    }
+
+
+def test_class_folders_are_split_within_every_class(put_images: Callable[..., Path]) -> None:
+    dataset = read_dataset(put_images(*NAMES, "rare/1.jpg", "pair/1.jpg", "pair/2.jpg"))
+    assert dataset.class_names == ("ape", "big cat", "pair", "rare")
+    counts = {s: Counter(item.label for item in dataset.splits[s]) for s in SPLITS}
+    assert counts == {
+        "train": {0: 12, 1: 12, 2: 2, 3: 1},
+        "val": {0: 4, 1: 4},
+        "test": {0: 4, 1: 4},
+    }
+    assert sorted(side(dataset)) == sorted([*NAMES, "rare/1.jpg", "pair/1.jpg", "pair/2.jpg"])
+
+
+@pytest.mark.parametrize("count", range(1, 13))
+def test_no_class_loses_its_last_training_image(
+    put_images: Callable[..., Path], count: int
+) -> None:
+    dataset = read_dataset(put_images(*(f"a/{number}.jpg" for number in range(count))))
+    sizes = {split: len(items) for split, items in dataset.splits.items()}
+    assert sizes["train"] >= 1
+    assert sizes["test"] == sizes["val"] == round(0.2 * count)
+
+
+def test_the_split_follows_the_hash_and_not_the_order_of_names(
+    put_images: Callable[..., Path],
+) -> None:
+    dataset = read_dataset(put_images(*NAMES))
+    own = sorted(NAMES[:20], key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    expected = {"test": own[:4], "val": own[4:8], "train": own[8:]}
+    for split, names in expected.items():
+        assert [i.path for i in dataset.splits[split] if i.label == 0] == sorted(names)
+
+
+def test_the_split_depends_on_the_names_only(
+    put_images: Callable[..., Path], tmp_path: Path
+) -> None:
+    before = side(read_dataset(put_images(*NAMES)))
+    moved = tmp_path.rename(tmp_path.with_name(tmp_path.name + "_moved"))
+    assert side(read_dataset(moved)) == before
+    listing = moved / "list.csv"
+    rows = [f"{name},{name.split('/')[0]}" for name in reversed(NAMES)]
+    listing.write_text("\n".join(["path,label", *rows]))
+    assert side(read_dataset(listing)) == before
+
+
+def test_an_added_photo_moves_hardly_another_and_none_of_another_class(
+    put_images: Callable[..., Path],
+) -> None:
+    root = put_images(*NAMES)
+    before = side(read_dataset(root))
+    for number in range(20):
+        new = root / "ape" / f"new{number}.jpg"
+        new.touch()
+        after = side(read_dataset(root))
+        moved = [name for name in before if before[name] != after[name]]
+        assert len(moved) <= 3
+        assert all(name.startswith("ape/") for name in moved)
+        new.unlink()
+
+
+def test_csv_and_jsonl_hold_their_own_split(put_images: Callable[..., Path]) -> None:
+    root = put_images("x/1.png", "x/2.png")
+    (root / "a.csv").write_text("path,label,split\nx/1.png,red_fox,train\nx/2.png,ape,test\n")
+    dataset = read_dataset(root / "a.csv")
+    assert dataset.class_names == ("ape", "red fox")
+    assert dataset.splits["train"] == (Item("x/1.png", 1),)
+    assert dataset.splits["test"] == (Item("x/2.png", 0),)
+    assert dataset.path(dataset.items("test")[0]).is_file()
+    rows = [{"path": "x/1.png", "label": "ape"}, {"path": "x/2.png", "label": "ape"}]
+    (root / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert len(read_dataset(root / "a.jsonl").items("train")) == 2
+
+
+def test_a_coop_split_is_found_in_its_folder(put_images: Callable[..., Path]) -> None:
+    root = put_images("images/1.png", "images/2.png")
+    split = {"train": [["1.png", 0, "zebra"]], "val": [], "test": [["2.png", 1, "sea_lion"]]}
+    (root / "split_zhou_Pets.json").write_text(json.dumps(split))
+    dataset = read_dataset(root)
+    assert dataset == read_dataset(root / "split_zhou_Pets.json")
+    assert dataset.class_names == ("zebra", "sea lion")
+    assert dataset.path(dataset.items("test")[0]) == root / "images" / "2.png"
+    (root / "split_zhou_Cars.json").write_text(json.dumps(split))
+    with pytest.raises(DataError, match="pass one of them"):
+        read_dataset(root)
+
+
+def test_files_that_are_no_images_are_counted_and_hidden_ones_ignored(
+    put_images: Callable[..., Path],
+) -> None:
+    root = put_images(
+        "a/1.png", "a/.2.png", "a/.cache/3.png", ".git/4.png", "a/notes.txt", "a/Thumbs.db", "5.png"
+    )
+    dataset = read_dataset(root)
+    assert side(dataset) == {"a/1.png": "train"}
+    assert dataset.class_names == ("a",)
+    assert {row.path for row in dataset.skipped} == {"a/notes.txt", "a/Thumbs.db"}
+    assert dataset.skipped[0] == Skipped("a/Thumbs.db", "not an image by its name")
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        ([], "found no labelled images; expected a folder per class, or train/"),
+        (["1.png", "2.png"], "found no labelled images"),
+        (["a/1.txt"], r"found no labelled images \(1 files that are no images\)"),
+        (["a/1.png", "b/1.txt"], r"no image in class \['b'\]"),
+        (["train/a/1.png", "train/b/.1.png"], r"no image in class \['b'\]"),
+        (["a_b/1.png", "a b/1.png"], r"\['a b', 'a_b'\] have the same name 'a b'"),
+        (["Cat/1.png", "cat/1.png"], r"\['Cat', 'cat'\] have the same name 'cat'"),
+        (["_/1.png"], "class '_' has an empty name"),
+    ],
+)
+def test_a_folder_without_usable_classes_is_refused(
+    put_images: Callable[..., Path], files: list[str], named: str
+) -> None:
+    with pytest.raises(DataError, match=named) as caught:
+        read_dataset(put_images(*files))
+    assert "test_a_folder_without" in str(caught.value)  # names where
+
+
+def test_an_image_listed_twice_is_named(put_images: Callable[..., Path]) -> None:
+    root = put_images("1.png")
+    (root / "a.csv").write_text("path,label\n1.png,ape\n./1.png,bee\n")
+    with pytest.raises(DataError, match=r"1 images are listed twice, e\.g\. 1\.png"):
+        read_dataset(root / "a.csv")
+
+
+@pytest.mark.parametrize("path", ["../1.png", "a/../../1.png", "/1.png", "//1.png", "..\\1.png"])
+def test_a_path_out_of_the_data_set_is_refused(put_images: Callable[..., Path], path: str) -> None:
+    root = put_images("1.png")
+    (root / "a.csv").write_text(f"path,label\n{path},ape\n")
+    with pytest.raises(DataError, match="leads out of"):
+        read_dataset(root / "a.csv")
+
+
+def test_a_path_that_is_no_data_set_is_refused(put_images: Callable[..., Path]) -> None:
+    root = put_images("1.png")
+    with pytest.raises(DataError, match=r"gone: no such folder or file"):
+        read_dataset(root / "gone")
+    with pytest.raises(DataError, match=r"1\.png: expected a folder, \.csv"):
+        read_dataset(root / "1.png")
+    with pytest.raises(DataError, match="no such folder or file"):
+        read_dataset("~no_such_user_of_this_machine/photos")
+
+
+def test_an_empty_split_says_which_there_are(put_images: Callable[..., Path]) -> None:
+    dataset = read_dataset(put_images("train/a/1.png", "test/a/2.png", "test/a/3.png"))
+    with pytest.raises(DataError, match=r"split 'val'; there are: train \(1\), test \(2\)"):
+        dataset.items("val")
+
+
+def test_classes_are_renamed_by_json_or_csv(put_images: Callable[..., Path]) -> None:
+    root = put_images("n01_a/1.png", "n02/1.png", "n03_c/1.png")
+    (root / "names.json").write_text('{"n02": "  red   fox ", "n01_a": "ape"}')
+    (root / "names.csv").write_text("\ufeffn02,red fox\nn01_a,ape\n", encoding="utf-8")
+    for file in ("names.json", "names.csv"):
+        assert read_dataset(root, root / file).class_names == ("ape", "red fox", "n03 c")
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ('{"big_catt": "cat"}', "'big_catt' is no class of the data set; did you mean 'big_cat'"),
+        ('{"xylophone": "cat"}', "'xylophone' is no class of the data set$"),
+        ('{"ape": "  "}', "the name of 'ape' is empty"),
+        ('{"ape": "Big Cat"}', r"\['ape', 'big_cat'\] have the same name 'big cat'.*--class-names"),
+        ('{"ape": 3}', "expected a JSON object"),
+        ('["ape"]', "expected a JSON object"),
+        ('{"ape": ', "expected a readable JSON file"),
+    ],
+)
+def test_bad_class_names_are_told_what_is_wrong(
+    put_images: Callable[..., Path], content: str, named: str
+) -> None:
+    root = put_images("ape/1.png", "big_cat/1.png")
+    (root / "names.json").write_text(content)
+    with pytest.raises(DataError, match=named):
+        read_dataset(root, root / "names.json")
+
+
+def test_labels_are_aligned_to_the_order_of_a_model(put_images: Callable[..., Path]) -> None:
+    dataset = read_dataset(put_images("train/ape/1.png", "train/bee/1.png", "test/bee/2.png"))
+    aligned = dataset.aligned_to(("bee", "cow", "ape"))
+    assert aligned.class_names == ("bee", "cow", "ape")
+    assert aligned.items("train") == (Item("train/ape/1.png", 2), Item("train/bee/1.png", 0))
+    assert aligned.items("test") == (Item("test/bee/2.png", 0),)
+    assert dataset.items("test") == (Item("test/bee/2.png", 1),)
+    with pytest.raises(DataError, match=r"classes \['ape'\] are not among the 1 of the model"):
+        dataset.aligned_to(("bee",))
+
+
+def test_the_shared_cifar_folder_has_all_its_classes(cifar: Path) -> None:
+    dataset = read_dataset(cifar)
+    assert len(dataset.class_names) == 100
+    assert {"aquarium fish", "train"} <= set(dataset.class_names)
+    assert all(dataset.path(dataset.items(split)[0]).is_file() for split in SPLITS)
+
+
+def test_other_names_for_the_validation_folder_are_known(put_images: Callable[..., Path]) -> None:
+    root = put_images("train/cat/1.png", "train/dog/1.png", "valid/cat/2.png", "test/dog/3.png")
+    dataset = read_dataset(root)
+    assert [item.path for item in dataset.items("val")] == ["valid/cat/2.png"]
+
+
+def test_a_lone_test_folder_is_enough_to_evaluate_on(put_images: Callable[..., Path]) -> None:
+    dataset = read_dataset(put_images("test/cat/1.png", "test/dog/1.png"))
+    assert dataset.class_names == ("cat", "dog")
+    assert len(dataset.items("test")) == 2

@@ -1,0 +1,204 @@
+"""Files are whole or not there at all, also when the disk or the process gives up."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from capt_deploy.errors import BundleError, DataError
+from capt_deploy.files import (
+    expand_home,
+    is_inside,
+    new_folder,
+    read_json,
+    sha256_file,
+    visible_files,
+    write_bytes,
+    write_json,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+posix_only = pytest.mark.skipif(os.name != "posix", reason="needs POSIX limits and signals")
+
+
+def test_bytes_are_written_and_replaced_without_leftovers(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "deep" / "a.bin"
+    for content in (b"old", b"", b"newer than old"):
+        write_bytes(path, content)
+        assert path.read_bytes() == content
+        assert list(path.parent.iterdir()) == [path]
+
+
+@posix_only
+def test_a_full_disk_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    script = (
+        "import resource, signal, sys; from pathlib import Path\n"
+        "from capt_deploy.files import write_bytes\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try: write_bytes(Path(sys.argv[1]), b'x' * 100_000)\n"
+        "except OSError as error: print('failed midway:', error)\n"
+    )
+    command = [sys.executable, "-B", "-c", script, str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("failed midway:")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_target_that_cannot_be_replaced_leaves_no_temporary_file(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"):
+        write_bytes(tmp_path / "folder", b"x")
+    assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
+
+
+def test_readers_never_see_half_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    contents = [bytes([number]) * 300_000 for number in (1, 2)]
+    write_bytes(path, contents[0])
+    finished = threading.Event()
+    seen = []
+
+    def read() -> None:
+        while not finished.is_set():
+            seen.append(path.read_bytes() in contents)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for number in range(30):
+        write_bytes(path, contents[number % 2])
+    finished.set()
+    reader.join()
+    assert seen
+    assert all(seen)
+
+
+def test_json_is_readable_text_and_comes_back(tmp_path: Path) -> None:
+    value = {"name": "käse ✓", "values": [1, 2.5, None, True], "nested": {"a": []}}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json", DataError) == value
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert "käse ✓" in text
+    assert text.endswith("}\n")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}])
+def test_what_is_no_json_is_refused_and_the_old_file_stays(tmp_path: Path, value: object) -> None:
+    write_json(tmp_path / "a.json", "old")
+    with pytest.raises((ValueError, TypeError)):
+        write_json(tmp_path / "a.json", {"value": value})
+    assert read_json(tmp_path / "a.json", DataError) == "old"
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe\x00", b"", None])
+@pytest.mark.parametrize("error", [DataError, BundleError])
+def test_unreadable_json_raises_the_callers_error(
+    tmp_path: Path, content: bytes | None, error: type[Exception]
+) -> None:
+    if content is not None:
+        (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(error, match=r"a\.json: expected a readable JSON file"):
+        read_json(tmp_path / "a.json", error)
+
+
+def test_a_new_folder_appears_only_when_its_block_ends(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "run"
+    with new_folder(target) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a.txt").write_text("a")
+        assert not target.exists()
+    assert (target / "sub" / "a.txt").read_text() == "a"
+    assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_in_the_block_leaves_nothing_behind(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    with pytest.raises(error, match="midway"), new_folder(tmp_path / "run") as folder:
+        (folder / "a.txt").write_text("a")
+        raise error("midway")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(FileExistsError, match="run already exists"), new_folder(tmp_path / "run"):
+        pytest.fail("the block must not run")
+    assert list(tmp_path.iterdir()) == [tmp_path / "run"]
+
+
+def test_a_folder_that_appears_meanwhile_is_not_overwritten_either(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="run"), new_folder(tmp_path / "run") as folder:
+        (folder / "a.txt").write_text("mine")
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "a.txt").write_text("theirs")
+    assert (tmp_path / "run" / "a.txt").read_text() == "theirs"
+    assert list(tmp_path.iterdir()) == [tmp_path / "run"]
+
+
+def test_the_hash_is_that_of_the_content(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 5000
+    (tmp_path / "a.bin").write_bytes(data)
+    assert sha256_file(tmp_path / "a.bin") == hashlib.sha256(data).hexdigest()
+
+
+def test_hidden_files_and_files_in_hidden_folders_are_not_visible(tmp_path: Path) -> None:
+    root = tmp_path / ".root"
+    for name in ("b.txt", "a/c.txt", ".d.txt", ".cache/e.txt", "a/.git/f/g.txt", "a.b/h.txt"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    found = [file.relative_to(root).as_posix() for file in visible_files(root)]
+    assert found == ["a/c.txt", "a.b/h.txt", "b.txt"]
+
+
+def test_home_is_expanded_and_an_unknown_user_left_alone() -> None:
+    assert expand_home("~/a.jpg") == Path.home() / "a.jpg"
+    assert expand_home(Path("a/~")) == Path("a/~")
+    assert expand_home("~no_such_user_here.jpg") == Path("~no_such_user_here.jpg")
+
+
+@pytest.mark.parametrize("name", ["a", "a/b.jpg", "a..b", "...", ".hidden/x", "10:30.jpg", "ä ö"])
+def test_names_that_stay_inside(name: str) -> None:
+    assert is_inside(name)
+
+
+OUTSIDE = [
+    "",
+    ".",
+    "..",
+    "../a",
+    "a/../b",
+    "a/..",
+    "/a",
+    "//a",
+    "\\\\server\\a",
+    "\\a",
+    "C:\\a",
+    "c:a",
+    "..\\a",
+    "a\\..\\b",
+    "a\0",
+]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_names_that_lead_out(name: str) -> None:
+    assert not is_inside(name)
+
+
+@given(st.text(st.sampled_from("ab./\\:~\0"), max_size=12))
+def test_whatever_is_called_inside_resolves_below_its_folder(name: str) -> None:
+    root = Path("/srv/bundle")
+    if is_inside(name):
+        joined = os.path.normpath(root / name)
+        assert joined.startswith(f"{root}{os.sep}")

@@ -1,0 +1,140 @@
+"""The manifest: survives its JSON, and refuses what it does not know."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from capt_deploy.errors import BundleError
+from capt_deploy.manifest import SCHEMA_VERSION, FileRecord, Graph, Manifest
+from capt_deploy.preprocess import PreprocessConfig
+
+PREPROCESS = PreprocessConfig((224, 200), (0.48, 0.45, 0.4), (0.27, 0.26, 0.25), fill_color=3)
+
+
+def manifest(**changes: Any) -> Manifest:
+    values: dict[str, Any] = {
+        "class_names": ("ape", "käse"),
+        "tuned": (True, False),
+        "preprocess": PREPROCESS,
+        "graphs": {"fp32": Graph("model.onnx", 20), "fp16": Graph("half.onnx", 20, "NCHW", "f")},
+        "calibration": {"fp32": {"temperature": 1.25}},
+        "confusion_pairs": ({"true": "ape", "predicted": "käse", "count": 3},),
+        "training": {"seed": 1, "versions": {"torch": "2.15"}},
+        "files": {"model.onnx": FileRecord("ab" * 32, 7)},
+    }
+    return Manifest(**{**values, **changes})
+
+
+def as_json(**changes: Any) -> dict[str, Any]:
+    return {**json.loads(json.dumps(manifest().to_dict())), **changes}
+
+
+def test_a_manifest_survives_its_json() -> None:
+    text = json.dumps(manifest().to_dict())
+    assert Manifest.from_json(text, "here") == manifest()
+    assert Manifest.from_json(text.encode(), "here") == manifest()
+    assert list(Manifest.from_json(text, "here").graphs) == ["fp32", "fp16"]
+
+
+names = st.lists(st.tuples(st.text(), st.booleans()), min_size=1, max_size=6)
+
+
+@settings(deadline=None)
+@given(names, st.dictionaries(st.text(), st.floats(allow_nan=False)))
+def test_any_names_and_numbers_survive(
+    classes: list[tuple[str, bool]], calibration: dict[str, float]
+) -> None:
+    wanted = manifest(
+        class_names=tuple(name for name, _ in classes),
+        tuned=tuple(flag for _, flag in classes),
+        calibration={"fp32": calibration},
+        confusion_pairs=(),
+    )
+    assert Manifest.from_json(json.dumps(wanted.to_dict()), "here") == wanted
+
+
+def test_confused_pairs_must_name_the_bundles_own_classes() -> None:
+    values = as_json(confusion_pairs=[{"true": "dragon", "predicted": "dragon", "count": 1}])
+    with pytest.raises(BundleError, match="unknown classes"):
+        Manifest.from_dict(values, "here")
+
+
+def test_a_graph_needs_no_layout_and_a_lone_model_no_files() -> None:
+    values = as_json(graphs={"fp32": {"file": "model.onnx", "opset": 20}})
+    del values["files"]
+    read = Manifest.from_dict(values, "here")
+    assert read.graphs["fp32"] == Graph("model.onnx", 20, "NHWC", "uint8")
+    assert read.files == {}
+
+
+@pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1, str(SCHEMA_VERSION), None])
+def test_another_schema_version_is_refused(version: object) -> None:
+    with pytest.raises(BundleError, match=f"schema version {version!r}, this reader knows 1"):
+        Manifest.from_dict(as_json(schema_version=version), "here")
+
+
+def test_an_unknown_version_is_blamed_before_its_unknown_keys() -> None:
+    with pytest.raises(BundleError, match="schema version 2"):
+        Manifest.from_dict(as_json(schema_version=2, later="x"), "here")
+
+
+@pytest.mark.parametrize("key", [k for k in as_json() if k not in ("files", "schema_version")])
+def test_a_missing_key_is_named(key: str) -> None:
+    values = as_json()
+    del values[key]
+    with pytest.raises(BundleError, match=rf"^here: missing keys \['{key}'\]"):
+        Manifest.from_dict(values, "here")
+
+
+RECORD = {"sha256": "ab", "bytes": 7}
+GRAPH = {"file": "model.onnx", "opset": 20}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"extra": 1}, r"unknown keys \['extra'\]; upgrade capt"),
+        ({"graphs": {"fp32": {**GRAPH, "engine": "x"}}}, r"fp32: unknown keys \['engine'\]"),
+        ({"graphs": {"fp32": {"file": "model.onnx"}}}, r"fp32: missing keys \['opset'\]"),
+        ({"graphs": {"fp32": {**GRAPH, "file": 5}}}, "wrong form .*file of fp32 is 5"),
+        ({"graphs": {"fp32": ["file", "opset"]}}, "wrong form"),
+        ({"graphs": {"fp32": None}}, "wrong form"),
+        ({"graphs": []}, "wrong form"),
+        ({"graphs": {}}, "names no graph"),
+        ({"files": {"a": {"sha256": "ab"}}}, r"a: missing keys \['bytes'\]"),
+        ({"files": {"a": {**RECORD, "sha256": 5}}}, "wrong form .*sha256 of a is 5"),
+        ({"files": {"a": {**RECORD, "bytes": "7"}}}, "wrong form .*bytes of a is '7'"),
+        ({"files": {"a": {**RECORD, "mode": 0}}}, r"a: unknown keys \['mode'\]"),
+        ({"class_names": "ab"}, "wrong form .class_names is no list"),
+        ({"class_names": None}, "wrong form"),
+        ({"class_names": [], "tuned": []}, "one `tuned` flag for each"),
+        ({"tuned": [True]}, "one `tuned` flag for each"),
+        ({"tuned": "ab"}, "wrong form .tuned is no list"),
+        ({"confusion_pairs": {"a": 1}}, "wrong form .confusion_pairs is no list"),
+    ],
+)
+def test_what_is_unknown_or_of_wrong_form_is_refused(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(BundleError, match=f"^here.*{named}"):
+        Manifest.from_dict(as_json(**changes), "here")
+
+
+def test_bad_preprocessing_is_a_bundle_error() -> None:
+    with pytest.raises(BundleError, match=r"preprocessing: missing keys \['mean', 'std'\]"):
+        Manifest.from_dict(as_json(preprocess={"size": 224}), "here")
+    with pytest.raises(BundleError, match="wrong form"):
+        Manifest.from_dict(as_json(preprocess=5), "here")
+
+
+@pytest.mark.parametrize("text", ["", "{", b"\xff\xfe", "[" * 100_000, "nonsense"])
+def test_text_that_is_no_json_is_refused(text: str | bytes) -> None:
+    with pytest.raises(BundleError, match=r"^here: not JSON"):
+        Manifest.from_json(text, "here")
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", '"x"'])
+def test_json_that_is_no_object_is_refused(text: str) -> None:
+    with pytest.raises(BundleError, match=r"^here: expected a JSON object"):
+        Manifest.from_json(text, "here")

@@ -1,0 +1,71 @@
+"""Reports as text: what exists gets a column, and a loss of accuracy is not kept quiet."""
+
+from typing import Any
+
+import numpy as np
+
+from capt_deploy.evaluation import Scores, evaluate
+from capt_deploy.summary import confused_pairs_table, summary, worse_than_zero_shot
+
+NAMES = ("ape", "bee", "cow")
+
+
+def report(before: list[int], after: list[int], tuned: list[bool], **more: Any) -> dict[str, Any]:
+    """Return a real report on images of ape, ape, bee, cow, cow."""
+    hot = np.eye(3) * 50
+    given = Scores(np.array([0, 0, 1, 2, 2]), hot[after], hot[before])
+    return {**evaluate(given, NAMES, tuned, [(0, 1)]), "skipped": [], **more}
+
+
+BETTER = report([1, 1, 1, 2, 0], [0, 1, 1, 2, 2], [True, True, False])
+WORSE = report([0, 0, 1, 2, 2], [1, 0, 1, 2, 2], [True, True, True])
+
+
+def test_the_table_sets_tuned_beside_zero_shot() -> None:
+    lines = summary(BETTER).split("\n")
+    # of base (ape, ape, bee) 1 and 2 of 3 are right, new (cow) has but one column
+    assert lines[0] == "%          base    new  harmonic   all  ECE base  ECE new  ECE all"
+    assert lines[2].split() == ["zero-shot", "33.3", "100.0", "50.0", "40.0", "66.7", "0.0", "60.0"]
+    assert lines[3].split() == ["tuned", "66.7", "100.0", "80.0", "80.0", "33.3", "0.0", "20.0"]
+    assert lines[4] == ("of 2 zero-shot errors in confused pairs 50.0 % recovered, 0.0 % broken")
+    assert len(lines) == 5
+
+
+def test_columns_that_do_not_exist_are_left_out() -> None:
+    lines = summary(WORSE).split("\n")
+    assert lines[0].split() == ["%", "all", "ECE", "all"]
+    assert lines[2].split() == ["zero-shot", "100.0", "0.0"]
+    assert lines[3].split() == ["tuned", "80.0", "20.0"]
+
+
+def test_worse_than_zero_shot_is_a_warning_for_that_scope() -> None:
+    sentence = "tuned is worse than zero-shot on all classes: 80.0 < 100.0"
+    assert worse_than_zero_shot(WORSE) == [sentence]
+    assert f"WARNING: {sentence}" in summary(WORSE).split("\n")
+    assert worse_than_zero_shot(BETTER) == []
+    assert "WARNING" not in summary(BETTER)
+
+
+def test_equal_accuracy_is_no_warning() -> None:
+    assert worse_than_zero_shot(report([0, 1, 1, 2, 2], [1, 0, 1, 2, 2], [True] * 3)) == []
+
+
+def test_recovery_is_not_mentioned_where_nothing_could_be_recovered() -> None:
+    assert "recovered" not in summary(WORSE)
+
+
+def test_unreadable_images_are_counted_and_the_first_named() -> None:
+    skipped = [[f"a/{number}.jpg", "truncated"] for number in range(5)]
+    text = summary({**BETTER, "skipped": skipped})
+    assert text.endswith("\n5 images could not be read: a/0.jpg, a/1.jpg, a/2.jpg")
+
+
+def test_confused_pairs_are_listed_worst_first() -> None:
+    assert confused_pairs_table(BETTER).split("\n") == [
+        "confused pair (images)  zero-shot  tuned",
+        "----------------------  ---------  -----",
+        "ape taken for bee               2      1",
+    ]
+    swapped = report([1, 1, 2, 0, 1], [0, 0, 1, 2, 2], [True] * 3)
+    assert len(confused_pairs_table(swapped).split("\n")) == 2 + 4
+    assert len(confused_pairs_table(swapped, most=3).split("\n")) == 2 + 3

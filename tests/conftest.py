@@ -1,0 +1,156 @@
+"""What all tests share: shape checks, a private cache, a tiny random CLIP, a few small photos."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+if TYPE_CHECKING:
+    from capt_train.backbone import Backbone
+
+# tests/capt_deploy also runs where the training stack is not installed.
+if all(find_spec(name) for name in ("torch", "jaxtyping", "beartype")):
+    from jaxtyping import install_import_hook
+
+    install_import_hook(["capt_train", "export"], "beartype.beartype")
+
+TINY_CLIP: Mapping[str, Any] = {
+    "embed_dim": 32,
+    "vision_cfg": {
+        "image_size": 16,
+        "patch_size": 8,
+        "width": 32,
+        "layers": 2,
+        "head_width": 16,
+    },
+    "text_cfg": {
+        "context_length": 16,
+        "vocab_size": 49408,
+        "width": 32,
+        "heads": 2,
+        "layers": 2,
+    },
+}
+COLOURS = {
+    "blue_sky": (60, 110, 200),
+    "green_leaf": (60, 150, 60),
+    "grey_stone": (120, 120, 120),
+    "red_ball": (200, 50, 50),
+}
+PER_CLASS = {"train": 6, "val": 4, "test": 5}
+
+
+def write_tiny_model(
+    folder: Path, seed: int = 0, preprocess: Mapping[str, Any] | None = None, **changes: Any
+) -> Path:
+    """Write a seeded random open_clip model as a `local-dir`; return the folder.
+
+    Further keywords change TINY_CLIP: dictionaries are merged, other values replaced.
+    """
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    model = json.loads(json.dumps(TINY_CLIP))
+    for name, value in changes.items():
+        model[name] = {**model.get(name, {}), **value} if isinstance(value, dict) else value
+    folder.mkdir(exist_ok=True)
+    config = {"model_cfg": model, "preprocess_cfg": dict(preprocess or {})}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = open_clip.create_model(f"local-dir:{folder}")
+    state = {name: value.contiguous() for name, value in network.state_dict().items()}
+    save_file(state, folder / "open_clip_model.safetensors")
+    return folder
+
+
+def write_photos(root: Path) -> Path:
+    """Write a data set of 20x20 PNGs: four classes of one colour each, under much noise."""
+    random = np.random.default_rng(0)
+    for split, count in PER_CLASS.items():
+        for name, colour in COLOURS.items():
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = random.normal(colour, 70, size=(20, 20, 3)).clip(0, 255)
+                image = Image.fromarray(pixels.astype(np.uint8))
+                image.save(root / split / name / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _private_cache() -> Iterator[None]:
+    """Keep embeddings and engines of tests away from the person's own."""
+    with tempfile.TemporaryDirectory() as folder:
+        before = os.environ.get("CAPT_CACHE")
+        os.environ["CAPT_CACHE"] = folder
+        yield
+        os.environ.pop("CAPT_CACHE")
+        if before is not None:
+            os.environ["CAPT_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def write_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return `write_tiny_model` with a new folder for every call."""
+    return lambda **options: write_tiny_model(tmp_path_factory.mktemp("model"), **options)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(write_model: Callable[..., Path]) -> Path:
+    """Return the `local-dir` of a random CLIP: 16 px, 32 dimensions, 2 layers a tower."""
+    return write_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tiny_model_dir: Path) -> Backbone:
+    """Return that CLIP as a backbone on the CPU."""
+    import torch
+
+    from capt_train.backbone import load_backbone
+
+    return load_backbone(f"local-dir:{tiny_model_dir}", None, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the data set of `write_photos`."""
+    return write_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="session")
+def tuned_run(tiny_model_dir: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a finished run: two of four classes, four shots, a few epochs."""
+    from capt_train.config import TrainConfig
+    from capt_train.pipeline import train
+
+    run = tmp_path_factory.mktemp("runs") / "run"
+    model = f"local-dir:{tiny_model_dir}"
+    train(TrainConfig(data=str(photos), model=model, classes="base", shots=4, epochs=5), run)
+    return run
+
+
+@pytest.fixture(scope="session")
+def bundle(tuned_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the bundle of that run."""
+    from export.writer import export_run
+
+    return export_run(tuned_run, tmp_path_factory.mktemp("bundles") / "tiny.capt")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Return the folder of real data and models beside the repository."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"the shared data is not there ({folder})")
+    return folder

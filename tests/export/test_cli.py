@@ -1,0 +1,39 @@
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from export.cli import main
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def test_it_writes_the_bundle_and_prints_its_report(tuned_run, tmp_path):
+    result = run(tuned_run, "--out", tmp_path / "x.capt", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout) == json.loads((tmp_path / "x.capt/report.json").read_text())
+    assert "max |Δlogit|" in result.stderr
+
+
+def test_a_failed_gate_exits_with_1(tuned_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("export.gate.MAX_PROBABILITY_DIFFERENCE", -1.0)
+    result = run(tuned_run, "--out", tmp_path / "x.capt")
+    assert result.exit_code == 1
+    assert "was not written" in result.stderr
+    assert not (tmp_path / "x.capt").exists()
+
+
+@pytest.mark.parametrize("case", ["no run", "taken", "no out"])
+def test_bad_input_exits_with_2_and_no_traceback(case, tuned_run, tmp_path):
+    arguments = {
+        "no run": (tmp_path / "nowhere", "--out", tmp_path / "x.capt"),
+        "taken": (tuned_run, "--out", tmp_path),
+        "no out": (tuned_run,),
+    }[case]
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "Error" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []

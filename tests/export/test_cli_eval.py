@@ -1,0 +1,101 @@
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from capt_deploy.classifier import Classifier
+from capt_deploy.preprocess import preprocess
+from capt_train.config import TrainConfig
+from capt_train.pipeline import train
+from capt_train.run import load_run
+from export.cli_eval import main
+from export.writer import export_run
+
+
+def evaluate(*arguments):
+    result = CliRunner().invoke(main, [*map(str, arguments), "--json"])
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_run_and_bundle_get_the_same_report(tuned_run, bundle, photos):
+    ours = evaluate(tuned_run, "--data", photos)
+    theirs = evaluate(bundle, "--data", photos)
+    for scope in ("base", "new", "all"):
+        assert ours[scope]["accuracy"] == theirs[scope]["accuracy"]
+        assert ours[scope]["n"] == theirs[scope]["n"]
+        assert ours[scope]["nll"] == pytest.approx(theirs[scope]["nll"], abs=1e-5)
+        assert ours["zero_shot"][scope]["accuracy"] == theirs["zero_shot"][scope]["accuracy"]
+    assert ours["harmonic_mean"] == theirs["harmonic_mean"]
+    assert ours["confusion"] == theirs["confusion"]
+
+
+def test_evaluating_again_gives_what_training_wrote(tuned_run, photos):
+    written = json.loads((tuned_run / "metrics.json").read_text())
+    assert evaluate(tuned_run, "--data", photos)["all"] == written["all"]
+
+
+def test_one_scope_or_another_split_can_be_asked_for(tuned_run, bundle, photos):
+    for model in (tuned_run, bundle):
+        report = evaluate(model, "--data", photos, "--classes", "new", "--split", "val")
+        assert report["new"]["n"] == 8
+        assert report["base"] is None and report["all"] is None
+
+
+def test_a_bundle_made_from_all_classes_has_no_new_ones(tiny_model_dir, photos, tmp_path):
+    model = f"local-dir:{tiny_model_dir}"
+    train(TrainConfig(data=str(photos), model=model, shots=2, epochs=2), tmp_path / "run")
+    report = evaluate(tmp_path / "run", "--data", photos)
+    assert report["base"] is None and report["new"] is None and report["harmonic_mean"] is None
+    assert report["all"]["n"] == 20
+    arguments = [str(tmp_path / "run"), "--data", str(photos), "--classes", "new"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert "no images of 'new'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("nowhere", "--data", "{photos}"), "no run"),
+        (("{run}", "--data", "nowhere"), "no such folder"),
+        (("{bundle}", "--data", "{photos}", "--backend", "abacus"), "expected one of"),
+        (("{run}",), "--data"),
+    ],
+)
+def test_bad_input_exits_with_2_and_no_traceback(arguments, said, tuned_run, bundle, photos):
+    places = {"photos": photos, "run": tuned_run, "bundle": bundle}
+    result = CliRunner().invoke(main, [text.format(**places) for text in arguments])
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def few_photos(source, target):
+    """Link ten test photos of every class, and what little tuning needs."""
+    for split, count in (("train", 2), ("val", 1), ("test", 10)):
+        for folder in sorted((source / split).iterdir()):
+            (target / split / folder.name).mkdir(parents=True)
+            for photo in sorted(folder.iterdir())[:count]:
+                (target / split / folder.name / photo.name).symlink_to(photo)
+    return target
+
+
+def test_on_real_photos_the_bundle_says_what_the_run_says(shared, tmp_path):
+    import torch
+
+    data = few_photos(shared / "data" / "cifar100", tmp_path / "data")
+    model = f"local-dir:{shared / 'models' / 'tinyclip-cifar'}"
+    config = TrainConfig(data=str(data), model=model, classes="base", shots=2, epochs=2)
+    train(config, tmp_path / "run")
+    classifier = Classifier.load(export_run(tmp_path / "run", tmp_path / "cifar.capt"))
+    tuned = load_run(tmp_path / "run")
+    photos = sorted((data / "test").rglob("*.png"))
+    pixels = np.stack([preprocess(photo, tuned.backbone.preprocess) for photo in photos])
+    expected = tuned.logits(tuned.backbone.image_embeddings(torch.from_numpy(pixels)))
+    found = classifier.backend.run(pixels)
+    assert len(photos) == 1000
+    assert np.abs(found.logits - expected.numpy()).max() <= 1e-4
+    assert np.abs(found.probabilities - expected.softmax(dim=1).numpy()).max() <= 1e-4
+    assert (found.logits.argmax(axis=1) == expected.numpy().argmax(axis=1)).all()

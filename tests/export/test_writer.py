@@ -1,0 +1,93 @@
+import hashlib
+import json
+import shutil
+
+import pytest
+from safetensors.numpy import load_file
+
+from capt_deploy.bundle import open_bundle
+from capt_deploy.errors import BundleError, DataError, GateError, RunError
+from capt_train.run import load_run
+from export import gate
+from export.writer import export_run
+
+
+def test_the_bundle_holds_what_its_manifest_lists(bundle):
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    on_disk = {file.name for file in bundle.iterdir()} - {"manifest.json"}
+    assert on_disk == {"model.onnx", "text_embeddings.safetensors", "report.json"}
+    assert set(manifest["files"]) == on_disk
+    for name, record in manifest["files"].items():
+        data = (bundle / name).read_bytes()
+        assert record == {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+
+
+def test_it_remembers_classes_calibration_and_where_it_came_from(bundle, tuned_run):
+    model, manifest = load_run(tuned_run), open_bundle(bundle).manifest
+    assert manifest.class_names == ("blue sky", "green leaf", "grey stone", "red ball")
+    assert manifest.tuned == (True, True, False, False)
+    assert manifest.calibration == {"fp32": {"temperature": model.temperature}}
+    assert manifest.training["data_fingerprint"] == model.split.fingerprint()
+    assert {"seed", "shots", "method", "versions", "model_sha256"} <= set(manifest.training)
+    counted = {(p["true"], p["predicted"]): p["count"] for p in manifest.confusion_pairs}
+    names = model.class_names
+    assert counted == {(names[a], names[b]): n for (a, b), n in model.pairs.items()}
+
+
+def test_rows_for_tools_are_the_graphs_own(bundle):
+    rows = load_file(bundle / "text_embeddings.safetensors")
+    assert {name: array.shape for name, array in rows.items()} == {
+        "text_embeddings": (4, 32),
+        "zero_shot": (4, 32),
+        "bias": (4,),
+    }
+
+
+def test_no_folder_of_this_machine_is_in_the_bundle(bundle, tuned_run, photos):
+    for file in bundle.iterdir():
+        for folder in (photos, tuned_run):
+            assert str(folder).encode() not in file.read_bytes()
+
+
+def test_the_report_holds_the_gates_figures(bundle):
+    report = json.loads((bundle / "report.json").read_text())
+    assert report["gate"]["fp32"]["passed"] is True
+    assert report["gate"]["fp32"]["images"] == 8  # all validation images of the tuned classes
+    assert report["graph"]["nodes"] > 0
+
+
+def test_nothing_is_overwritten(bundle, tuned_run):
+    before = (bundle / "manifest.json").read_bytes()
+    with pytest.raises(BundleError, match="already there"):
+        export_run(tuned_run, bundle)
+    assert (bundle / "manifest.json").read_bytes() == before
+
+
+def test_a_failing_gate_writes_nothing(tuned_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(gate, "MAX_LOGIT_DIFFERENCE", 0.0)
+    monkeypatch.setattr(gate, "MAX_PROBABILITY_DIFFERENCE", -1.0)
+    with pytest.raises(GateError, match=r"max .Δp"):
+        export_run(tuned_run, tmp_path / "x.capt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_moved_data_set_can_be_pointed_to(tuned_run, photos, tmp_path):
+    run, moved = tmp_path / "run", tmp_path / "elsewhere"
+    shutil.copytree(tuned_run, run)
+    shutil.copytree(photos, moved)
+    config = (run / "config.json").read_text()
+    (run / "config.json").write_text(config.replace(str(photos), "/gone"))
+    with pytest.raises(DataError, match="--gate-data"):
+        export_run(run, tmp_path / "a.capt")
+    export_run(run, tmp_path / "b.capt", gate_data=moved)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["b.capt", "elsewhere", "run"]
+
+
+def test_an_unfinished_run_is_refused(tuned_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tuned_run, run)
+    (run / "result.json").unlink()
+    with pytest.raises(RunError, match="--resume"):
+        export_run(run, tmp_path / "x.capt")
+    with pytest.raises(RunError, match="no run"):
+        export_run(tmp_path, tmp_path / "x.capt")
