@@ -247,9 +247,3 @@ def test_other_names_for_the_validation_folder_are_known(put_images: Callable[..
     root = put_images("train/cat/1.png", "train/dog/1.png", "valid/cat/2.png", "test/dog/3.png")
     dataset = read_dataset(root)
     assert [item.path for item in dataset.items("val")] == ["valid/cat/2.png"]
-
-
-def test_a_lone_test_folder_is_enough_to_evaluate_on(put_images: Callable[..., Path]) -> None:
-    dataset = read_dataset(put_images("test/cat/1.png", "test/dog/1.png"))
-    assert dataset.class_names == ("cat", "dog")
-    assert len(dataset.items("test")) == 2
