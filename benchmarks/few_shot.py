@@ -17,7 +17,7 @@ from record import describe, write_result
 
 from capt_deploy.console import Command, print_json, say
 from capt_train.cli import parse_settings
-from capt_train.config import METHODS, TrainConfig
+from capt_train.config import TrainConfig
 from capt_train.evaluate import evaluate_run
 from capt_train.pipeline import train
 
@@ -61,7 +61,6 @@ def main(
                 classes="base",
                 shots=shots,
                 seed=seed,
-                weights=METHODS[method],
             ).with_settings(parse_settings(settings))
             reports.append(_measure(config, split))
         if not rows:

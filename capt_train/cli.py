@@ -33,9 +33,12 @@ _HELP = {"help_option_names": ["-h", "--help"]}
 )
 @click.option("--seed", type=int, default=_DEFAULT.seed, show_default=True)
 @click.option("--class-names", help="JSON {label: name} or two-column CSV that renames classes.")
+@click.option(
+    "--template", "templates", multiple=True, help="Of the hand-written prompt, with {} in it."
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 …")
 @click.option(
-    "--split-from", type=click.Path(path_type=Path), help="Run whose images to use again."
+    "--split-from", type=click.Path(path_type=Path), help="Run whose chosen images to use again."
 )
 @click.option(
     "--set",
@@ -90,8 +93,7 @@ def _config(out: Path, resume: bool, given: dict[str, Any]) -> TrainConfig:
     for name in ("data", "model"):
         if name not in given:
             raise click.UsageError(f"missing option --{name} (only --resume can do without it)")
-    weights = METHODS[given.get("method", _DEFAULT.method)]
-    return TrainConfig(**given, weights=weights).with_settings(settings)
+    return TrainConfig(**given).with_settings(settings)
 
 
 def parse_settings(texts: tuple[str, ...]) -> dict[str, str]:

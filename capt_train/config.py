@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_args, get_type_hints
 
 from capt_deploy.errors import CaptError, ConfigError
@@ -54,10 +54,9 @@ class TrainConfig:
     warmup_epochs: int = 1
     patience: int = 10  # epochs without a better validation NLL; 0 trains all epochs
     device: str = "auto"
-    weights: LossWeights = field(default_factory=LossWeights)
+    weights: LossWeights | None = None  # of the method, unless given
 
     def __post_init__(self) -> None:
-        weights = tuple(asdict(self.weights).values())
         checks = [
             (self.method in METHODS, "method", f"one of {', '.join(METHODS)}"),
             (self.classes in ("all", "base"), "classes", "all or base"),
@@ -72,19 +71,29 @@ class TrainConfig:
             (0 < self.learning_rate < math.inf, "learning_rate", "a number above 0"),
             (0 <= self.momentum < 1, "momentum", "0 up to below 1"),
             (0 <= self.weight_decay < math.inf, "weight_decay", "a number, 0 or more"),
-            (all(0 <= w < math.inf for w in weights), "weights", "numbers, 0 or more"),
-            (any(weights) or self.method == "zeroshot", "weights", "at least one above 0"),
             (bool(self.templates), "templates", "at least one"),
             (all("{}" in text for text in self.templates), "templates", "{} where the name goes"),
             (bool(self.context_init.split()) or self.context_tokens, "context_init", "words"),
         ]
+        if self.method in METHODS:
+            own = tuple(asdict(self.loss_weights).values())
+            checks += [
+                (all(0 <= w < math.inf for w in own), "weights", "numbers, 0 or more"),
+                (any(own) or self.method == "zeroshot", "weights", "at least one above 0"),
+            ]
         for fine, name, expected in checks:
             if not fine:
                 raise ConfigError(f"{name}: expected {expected}, came {getattr(self, name)!r}")
 
+    @property
+    def loss_weights(self) -> LossWeights:
+        """The weights in force."""
+        return self.weights or METHODS[self.method]
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        return {**asdict(self), "templates": list(self.templates)}
+        """Return the JSON form, with the weights in force."""
+        weights = asdict(self.loss_weights)
+        return {**asdict(self), "templates": list(self.templates), "weights": weights}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], error: type[CaptError]) -> "TrainConfig":
@@ -122,8 +131,10 @@ class TrainConfig:
                 raise ConfigError(
                     f"no setting {name!r}; there are {sorted(weight_names)}, {scalars}"
                 )
-        start = METHODS.get(own.get("method", ""), self.weights)
-        return replace(self, **own, weights=replace(start, **weights))
+        changed = replace(self, **own)
+        if not weights:
+            return changed
+        return replace(changed, weights=replace(changed.loss_weights, **weights))
 
 
 def _parse(name: str, text: str, kind: Any) -> Any:

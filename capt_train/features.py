@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from capt_deploy.console import progress
+from capt_deploy.console import progress, say
 from capt_deploy.datasets import Dataset, Item, Skipped
 from capt_deploy.errors import ImageError
 from capt_deploy.preprocess import PreprocessConfig, preprocess
@@ -76,6 +76,8 @@ def embed(
                 else:
                     skipped.append(Skipped(item.path, str(results[key])))
             counter.advance(len(batch), f"{embedded} new, {len(skipped)} unreadable")
+    if skipped:
+        say(f"note: {len(skipped)} {label} cannot be read and are left out, e.g. {skipped[0].path}")
     dim = backbone.text_embeddings(["a"]).shape[1]
     matrix = np.stack(rows) if rows else np.zeros((0, dim), np.float32)
     return Features(

@@ -213,8 +213,10 @@ def _notices(
             f"{len(skipped)} files are no readable images and were left out, e.g. "
             f"{skipped[0].path}; the run's split.json lists them"
         )
-    if not dataset.splits["val"] and val:
-        notices.append("no validation split: training images that were not chosen stand in for it")
+    if val and not set(val) & set(dataset.splits["val"]):
+        notices.append(
+            "no validation images: training images that were not chosen stand in for them"
+        )
     if not val:
         notices.append(
             "no validation images: all epochs are trained and confidences are not calibrated"

@@ -1,15 +1,17 @@
 """The whole of `capt-train`: data, features, zero-shot, tuning, calibration, metrics."""
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from capt_deploy.console import say
 from capt_deploy.datasets import Dataset, read_dataset
-from capt_deploy.errors import RunError
+from capt_deploy.errors import ConfigError, RunError
 from capt_deploy.evaluation import Pair, Report
 from capt_deploy.files import write_json
 from capt_train import run as runs
@@ -22,7 +24,22 @@ from capt_train.evaluate import evaluate_model
 from capt_train.features import Features, embed
 from capt_train.fewshot import FewShotSplit, choose
 from capt_train.prompt import PromptLearner
+from capt_train.run import TunedModel
 from capt_train.tuning import TuningTask, tune
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """A run that is ready to be tuned: everything is loaded and checked, the folder is begun."""
+
+    out: Path
+    config: TrainConfig
+    dataset: Dataset
+    split: FewShotSplit
+    backbone: Backbone
+    model_sha256: str
+    zero_shot: Float[Tensor, "classes dim"]
+    prompt: PromptLearner | None  # none with the method zeroshot
 
 
 def train(
@@ -34,7 +51,8 @@ def train(
         config: all settings.
         out: the run folder; a new or empty one, or with `resume` that of an interrupted run.
         resume: continue; the result has the bits of an uninterrupted run.
-        split_from: another run whose chosen images are used again.
+        split_from: another run whose chosen images are used again; its choice replaces
+            `classes` and `shots`, while `seed` still decides the rest.
 
     Returns:
         What `metrics.json` holds: accuracy and calibration, zero-shot beside tuned.
@@ -42,22 +60,43 @@ def train(
     Raises:
         CaptError: the data, the model, the settings or the folder cannot be used.
     """
-    out = Path(out)
+    setup = _prepare(config, Path(out), resume, split_from)
+    cache = EmbeddingCache(setup.model_sha256)
+    try:
+        model = _tune(setup, cache)
+        report = _measure(setup, model, cache)
+    finally:
+        cache.close()
+    write_json(setup.out / runs.METRICS, report)
+    return report
+
+
+def _prepare(config: TrainConfig, out: Path, resume: bool, split_from: Path | None) -> _Setup:
+    """Load and check everything; only then begin the folder."""
     config = _absolute(config)
+    if split_from is not None:
+        if resume:
+            raise ConfigError("--split-from: a resumed run has its images already; leave it out")
+        theirs, _ = runs.read_config(split_from)
+        config = replace(config, classes=theirs.classes, shots=theirs.shots)
     _check_folder(out, config, resume)
     device = choose_device(config.device)
     dataset = read_dataset(config.data, config.class_names)
-    split = _split(dataset, config, out, split_from)
+    begun = (out / runs.CONFIG).exists()
+    if begun or split_from is not None:
+        split = FewShotSplit.load((split_from or out) / runs.SPLIT)
+        split.check(dataset)
+    else:
+        split = choose(dataset, config.classes, config.shots, config.seed)
     for notice in split.notices:
         say(f"note: {notice}")
     backbone = load_backbone(config.model, config.pretrained, device)
     fingerprint = backbone.fingerprint()
-    # Both refuse names that are too long, so they come before anything is written.
     zero_shot = backbone.class_embeddings(split.class_names, config.templates)
     prompt = None
     if config.method != "zeroshot":
         prompt = runs.make_prompt(backbone, config, split)
-    if (out / runs.CONFIG).exists():
+    if begun:
         _check_model(out, fingerprint)
     else:
         try:
@@ -65,39 +104,28 @@ def train(
             runs.begin(out, config, fingerprint)
         except OSError as cause:
             raise RunError(f"{out}: cannot be written ({cause})") from cause
-    cache = EmbeddingCache(fingerprint)
-    try:
-        return _train(config, out, dataset, split, backbone, cache, zero_shot, prompt)
-    finally:
-        cache.close()
+    return _Setup(out, config, dataset, split, backbone, fingerprint, zero_shot, prompt)
 
 
-def _train(
-    config: TrainConfig,
-    out: Path,
-    dataset: Dataset,
-    split: FewShotSplit,
-    backbone: Backbone,
-    cache: EmbeddingCache,
-    zero_shot: torch.Tensor,
-    prompt: PromptLearner | None,
-) -> Report:
-    train_features = embed(backbone, cache, dataset, split.train, "training images")
-    val = embed(backbone, cache, dataset, split.val, "validation images")
+def _tune(setup: _Setup, cache: EmbeddingCache) -> TunedModel:
+    """Tune, calibrate, and write `result.json`."""
+    backbone, split, config = setup.backbone, setup.split, setup.config
+    train_features = embed(backbone, cache, setup.dataset, split.train, "training images")
+    val = embed(backbone, cache, setup.dataset, split.val, "validation images")
     tuned = list(split.tuned)
-    reference = zero_shot[tuned]
+    reference = setup.zero_shot[tuned]
     state = TuningState()
-    if prompt is not None:
+    if setup.prompt is not None:
         task = TuningTask(backbone.scale, split.tuned, train_features, val, reference, config)
-        state = tune(prompt, task, out)
+        state = tune(setup.prompt, task, setup.out)
     pairs = mine_pairs(train_features, reference, tuned)
-    model = runs.tuned_model(backbone, config, split, prompt, 1.0, pairs, {})
+    model = runs.tuned_model(backbone, config, split, setup.prompt, 1.0, pairs, {})
     if len(val):
         labels = torch.searchsorted(torch.tensor(tuned), val.labels)
         temperature = fit_temperature(model.logits(val.embeddings)[:, tuned].cpu(), labels)
         model = replace(model, temperature=temperature)
     write_json(
-        out / runs.RESULT,
+        setup.out / runs.RESULT,
         {
             "temperature": model.temperature,
             "calibrated_on": len(val),
@@ -107,20 +135,24 @@ def _train(
             "pairs": [[true, predicted, count] for (true, predicted), count in pairs.items()],
         },
     )
-    splits = {**dataset.splits, "val": dataset.splits["val"] or split.val}
+    return model
+
+
+def _measure(setup: _Setup, model: TunedModel, cache: EmbeddingCache) -> Report:
+    """Evaluate on test images, or on the best that there is, and say so."""
+    splits = {**setup.dataset.splits, "val": setup.dataset.splits["val"] or setup.split.val}
     measured_on = next(name for name in ("test", "val", "train") if splits[name])
     if measured_on != "test":
         say(f"note: no test images: measured on {measured_on} images, which the run has used")
-    report = {
+    dataset = replace(setup.dataset, splits=splits)
+    return {
         "split": measured_on,
-        "method": config.method,
-        "shots": config.shots,
-        "seed": config.seed,
+        "method": setup.config.method,
+        "shots": setup.config.shots,
+        "seed": setup.config.seed,
         "temperature": model.temperature,
-        **evaluate_model(model, cache, replace(dataset, splits=splits), measured_on),
+        **evaluate_model(model, cache, dataset, measured_on),
     }
-    write_json(out / runs.METRICS, report)
-    return report
 
 
 def mine_pairs(train: Features, reference: torch.Tensor, tuned: list[int]) -> dict[Pair, int]:
@@ -148,8 +180,8 @@ def _check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
     if not (out / runs.CONFIG).exists():
         if resume:
             raise RunError(f"{out}: nothing to resume ({runs.CONFIG} is missing)")
-        # split.json alone is what a kill between the first two writes leaves
-        if out.exists() and (not out.is_dir() or {f.name for f in out.iterdir()} - {runs.SPLIT}):
+        # split.json and hidden temporary files are what a kill during the first writes leaves
+        if out.exists() and (not out.is_dir() or any(_is_foreign(file) for file in out.iterdir())):
             raise RunError(f"{out}: already there and no run; choose another --out")
         return
     if not resume:
@@ -161,20 +193,11 @@ def _check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
         raise RunError(f"{out}: was begun with other settings: {'; '.join(different)}")
 
 
+def _is_foreign(file: Path) -> bool:
+    return file.name != runs.SPLIT and not (file.name[0] == "." and file.suffix == ".tmp")
+
+
 def _check_model(out: Path, fingerprint: str) -> None:
     _, content = runs.read_config(out)
     if content["model_sha256"] != fingerprint:
         raise RunError(f"{out}: was begun with another model than the one that is there now")
-
-
-def _split(
-    dataset: Dataset, config: TrainConfig, out: Path, split_from: Path | None
-) -> FewShotSplit:
-    if (out / runs.CONFIG).exists():
-        split = FewShotSplit.load(out / runs.SPLIT)
-    elif split_from is not None:
-        split = FewShotSplit.load(split_from / runs.SPLIT if split_from.is_dir() else split_from)
-    else:
-        return choose(dataset, config.classes, config.shots, config.seed)
-    split.check(dataset)
-    return split

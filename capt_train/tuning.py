@@ -92,13 +92,13 @@ def _train_epoch(
         rows = order[batch::batches]
         embeddings = prompt(task.tuned)  # once a step, for all samples of the minibatch
         logits = task.scale * features[rows] @ embeddings.T
-        terms = loss_terms(logits, labels[rows], embeddings, reference, config.weights)
+        terms = loss_terms(logits, labels[rows], embeddings, reference, config.loss_weights)
         for name, value in terms.items():
             if not torch.isfinite(value):
                 raise FloatingPointError(f"the {name} term became {value.item()}")
             means[name] = means.get(name, 0.0) + value.item() / batches
         optimizer.zero_grad()
-        weighted_sum(terms, config.weights).backward()
+        weighted_sum(terms, config.loss_weights).backward()
         optimizer.step()
     return means
 

@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import normalize
+
+from capt_deploy.errors import ConfigError, ModelError
+from capt_deploy.preprocess import preprocess
+from capt_train.backbone import Backbone, choose_device, load_backbone
+
+CPU = torch.device("cpu")
+WEIGHTS = "open_clip_model.safetensors"
+TEXTS = [
+    "a",
+    "a photo of a cat.",
+    "one two three four five six seven eight nine",
+    "a photo of a very small grey cat in a box.",  # fills all but the last place
+]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "clip": {},
+    "custom text": {"custom_text": True},
+    "timm tower": {
+        "custom_text": True,
+        "vision_cfg": {"timm_model_name": "test_vit", "timm_pool": "", "image_size": 160},
+    },
+    "bidirectional text": {
+        "custom_text": True,
+        "text_cfg": {"no_causal_mask": True, "pool_type": "last", "proj_bias": True},
+    },
+    "causal text pooled at its last place": {
+        "custom_text": True,
+        "text_cfg": {"pool_type": "last"},
+    },
+    "text with a class token": {"custom_text": True, "text_cfg": {"embed_cls": True}},
+    "resnet and quick gelu": {"quick_gelu": True, "vision_cfg": {"layers": [1, 1, 1, 1]}},
+    "logit scale of shape 1": {"nonscalar_logit_scale": True},
+}
+
+
+@pytest.fixture
+def own_model(tiny_model_dir: Path, tmp_path: Path) -> Path:
+    """Return a copy of the tiny model that a test may change."""
+    return Path(shutil.copytree(tiny_model_dir, tmp_path / "own"))
+
+
+def opened(folder: Path) -> tuple[Any, Any, Any]:
+    """Return model, transform and tokenizer as open_clip itself makes them."""
+    name = f"local-dir:{folder}"
+    model, _, transform = open_clip.create_model_and_transforms(name)
+    return model.eval(), transform, open_clip.get_tokenizer(name)
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_text_embeddings_equal_open_clips_own(
+    variant: str, write_model: Callable[..., Path]
+) -> None:
+    folder = write_model(**VARIANTS[variant])
+    model, _, tokenizer = opened(folder)
+    backbone = load_backbone(str(folder), None, CPU)
+    with torch.no_grad():
+        expected = model.encode_text(tokenizer(TEXTS), normalize=True)
+    torch.testing.assert_close(backbone.text_embeddings(TEXTS), expected, rtol=0, atol=2e-6)
+    for text, row in zip(TEXTS, expected, strict=True):  # each is cut to a length of its own
+        alone = backbone.text_embeddings([text])
+        torch.testing.assert_close(alone[0], row, rtol=0, atol=2e-6)
+    assert backbone.scale == pytest.approx(model.logit_scale.exp().item())
+
+
+def test_the_text_tower_sees_nothing_behind_the_last_end_of_a_text(tiny_backbone: Backbone) -> None:
+    lengths: list[int] = []
+
+    def record(_: Any, __: Any, vectors: torch.Tensor) -> None:
+        lengths.append(vectors.shape[1])
+
+    handle = tiny_backbone.model.ln_final.register_forward_hook(record)
+    tiny_backbone.text_embeddings(["cat", "a photo of a cat."])
+    handle.remove()
+    assert lengths == [8]  # [SOS] a photo of a cat . [EOS], of 16
+
+
+@pytest.mark.parametrize("variant", ["clip", "timm tower"])
+def test_image_embeddings_equal_open_clips_own(
+    variant: str, write_model: Callable[..., Path]
+) -> None:
+    folder = write_model(**VARIANTS[variant])
+    model, transform, _ = opened(folder)
+    backbone = load_backbone(f"local-dir:{folder}", None, CPU)
+    images = [photo(20, 20), photo(33, 17, 1), photo(16, 50, 2)]
+    pixels = torch.from_numpy(np.stack([preprocess(i, backbone.preprocess) for i in images]))
+    with torch.no_grad():
+        expected = model.encode_image(torch.stack([transform(i) for i in images]), normalize=True)
+    torch.testing.assert_close(backbone.image_embeddings(pixels), expected, rtol=0, atol=1e-5)
+
+
+def test_a_context_in_place_of_its_own_words_changes_nothing(tiny_backbone: Backbone) -> None:
+    words = tiny_backbone.token_vectors(tiny_backbone.words("a photo of a"))
+    tokens = tiny_backbone.tokenize(["x x x x cat.", "x x x x big dog."])
+    expected = tiny_backbone.text_embeddings(["a photo of a cat.", "a photo of a big dog."])
+    torch.testing.assert_close(tiny_backbone.encode(tokens, words), expected)
+    per_text = words.expand(2, -1, -1)
+    torch.testing.assert_close(tiny_backbone.encode(tokens, per_text), expected)
+
+
+def test_the_hook_of_a_context_is_gone_afterwards_even_after_an_error(
+    tiny_backbone: Backbone,
+) -> None:
+    before = tiny_backbone.text_embeddings(["a cat."])
+    tokens = tiny_backbone.tokenize(["x x cat."])
+    with pytest.raises(RuntimeError):
+        tiny_backbone.encode(tokens, torch.zeros(2, 5))  # of another width
+    assert torch.equal(tiny_backbone.text_embeddings(["a cat."]), before)
+
+
+def test_class_embeddings_are_the_renormalised_mean_over_templates(
+    tiny_backbone: Backbone,
+) -> None:
+    names, templates = ["cat", "big dog"], ["a photo of a {}.", "{} drawn as a {}."]
+    sentences = [
+        [f"a photo of a {name}." for name in names],
+        [f"{name} drawn as a {name}." for name in names],
+    ]
+    first, second = (tiny_backbone.text_embeddings(texts) for texts in sentences)
+    expected = normalize((first + second) / 2, dim=1)
+    torch.testing.assert_close(tiny_backbone.class_embeddings(names, templates), expected)
+
+
+def test_text_that_needs_the_last_place_is_refused_by_name(tiny_backbone: Backbone) -> None:
+    assert tiny_backbone.tokenize(["cat " * 13]).shape == (1, 16)
+    with pytest.raises(ModelError, match=r"too long for the model's 16 tokens: 'dog dog.*shorten"):
+        tiny_backbone.tokenize(["cat", "dog " * 14])
+
+
+def test_fingerprint_is_that_of_content_not_of_place(
+    own_model: Path, tiny_backbone: Backbone
+) -> None:
+    assert load_backbone(str(own_model), None, CPU).fingerprint() == tiny_backbone.fingerprint()
+
+
+def test_fingerprint_changes_with_one_weight(own_model: Path, tiny_backbone: Backbone) -> None:
+    state = load_file(own_model / WEIGHTS)
+    state["visual.proj"][0, 0] += 1e-3
+    save_file(state, own_model / WEIGHTS)
+    assert load_backbone(str(own_model), None, CPU).fingerprint() != tiny_backbone.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "change", [{"interpolation": "bilinear"}, {"mean": [0.5, 0.5, 0.5]}, {"resize_mode": "squash"}]
+)
+def test_fingerprint_changes_with_preprocessing(
+    change: dict[str, Any], own_model: Path, tiny_backbone: Backbone
+) -> None:
+    config = json.loads((own_model / "open_clip_config.json").read_text())
+    (own_model / "open_clip_config.json").write_text(
+        json.dumps({**config, "preprocess_cfg": change})
+    )
+    assert load_backbone(str(own_model), None, CPU).fingerprint() != tiny_backbone.fingerprint()
+
+
+def test_an_architecture_with_a_checkpoint_file_gives_the_same_model(
+    tiny_model_dir: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads((tiny_model_dir / "open_clip_config.json").read_text())["model_cfg"]
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "capt-tiny", config)
+    backbone = load_backbone("capt-tiny", str(tiny_model_dir / WEIGHTS), CPU)
+    assert backbone.fingerprint() == tiny_backbone.fingerprint()
+    assert torch.equal(backbone.text_embeddings(TEXTS), tiny_backbone.text_embeddings(TEXTS))
+
+
+def test_a_half_precision_checkpoint_is_computed_in_float32(
+    own_model: Path, tiny_backbone: Backbone
+) -> None:
+    save_file({k: v.half() for k, v in load_file(own_model / WEIGHTS).items()}, own_model / WEIGHTS)
+    embeddings = load_backbone(str(own_model), None, CPU).text_embeddings(TEXTS)
+    assert embeddings.dtype == torch.float32
+    torch.testing.assert_close(embeddings, tiny_backbone.text_embeddings(TEXTS), rtol=0, atol=5e-3)
+
+
+def failure(model: str, pretrained: str | None = None) -> str:
+    with pytest.raises(ModelError) as caught:
+        load_backbone(model, pretrained, CPU)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_an_architecture_without_pretrained_lists_the_known_tags() -> None:
+    message = failure("ViT-B-16")
+    assert all(text in message for text in ("--pretrained", "openai", "laion2b_s34b_b88k"))
+
+
+def test_an_unknown_architecture_or_tag_is_named_with_what_is_expected(
+    tiny_model_dir: Path,
+) -> None:
+    assert "'ViT-B-17'" in failure("ViT-B-17")
+    message = failure("ViT-B-17", str(tiny_model_dir / WEIGHTS))
+    assert "'ViT-B-17'" in message
+    assert "local-dir:FOLDER" in message
+    assert "'openapi'" in failure("ViT-S-32-alt", "openapi")
+
+
+def test_a_missing_folder_and_one_without_weights_are_named(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    assert "nowhere" in failure("local-dir:nowhere")
+    shutil.copy(tiny_model_dir / "open_clip_config.json", tmp_path)
+    assert str(tmp_path) in failure(str(tmp_path))
+
+
+def test_a_checkpoint_of_another_architecture_and_a_damaged_one_are_one_line_each(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads((tiny_model_dir / "open_clip_config.json").read_text())["model_cfg"]
+    config["vision_cfg"]["layers"] = 3
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "capt-deeper", config)
+    assert len(failure("capt-deeper", str(tiny_model_dir / WEIGHTS))) < 1000
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes((tiny_model_dir / WEIGHTS).read_bytes()[:1000])
+    assert "damaged.safetensors" in failure("capt-deeper", str(damaged))
+
+
+def test_preprocessing_that_the_runtime_cannot_do_is_refused(
+    write_model: Callable[..., Path],
+) -> None:
+    folder = write_model(preprocess={"interpolation": "random"})
+    with pytest.raises((ModelError, ConfigError), match="interpolation"):
+        load_backbone(str(folder), None, CPU)
+
+
+def test_device_auto_works_and_others_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_device("cpu") == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == CPU
+    for name in ("gpu", "cuda:99", ""):
+        with pytest.raises(ModelError, match=f"device '{name}' cannot be used here"):
+            choose_device(name)

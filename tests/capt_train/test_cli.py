@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from capt_deploy.datasets import read_dataset
+from capt_deploy.preprocess import preprocess
+from capt_train.backbone import Backbone
+from capt_train.cli import main
+from capt_train.config import METHODS
+from capt_train.pipeline import train
+
+START = "from capt_train.cli import main; main()"
+CHECKPOINTS = ("best.safetensors", "last.safetensors")
+HEAVY = {"torch", "numpy", "open_clip", "PIL", "onnxruntime", "safetensors"}
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(own) for own in arguments])
+
+
+@pytest.fixture
+def base(photos: Path, tiny_model_dir: Path) -> list[str]:
+    """Return the arguments of a run of a second, all but --out."""
+    arguments = ["--data", str(photos), "--model", f"local-dir:{tiny_model_dir}"]
+    return [*arguments, "--device", "cpu", "--shots", "3", "--set", "epochs=2"]
+
+
+def test_it_tunes_and_shows_zero_shot_beside_tuned(base: list[str], tmp_path: Path) -> None:
+    result = call(*base, "--classes", "base", "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == ""
+    for text in ("zero-shot", "tuned", "harmonic", "taken for", f"written to {tmp_path / 'run'}"):
+        assert text in result.stderr
+
+
+def test_json_prints_the_metrics_and_nothing_else_on_stdout(
+    base: list[str], tmp_path: Path
+) -> None:
+    result = call(*base, "--out", tmp_path / "run", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout) == json.loads((tmp_path / "run/metrics.json").read_text())
+
+
+def test_every_option_reaches_the_configuration(base: list[str], tmp_path: Path) -> None:
+    names = tmp_path / "names.json"
+    names.write_text('{"red_ball": "ball"}')
+    result = call(
+        *(*base, "--classes", "base", "--seed", 7, "--method", "coop", "--class-names", names),
+        *("--set", "context_init=this is", "--set", " margin = 0.5", "--out", tmp_path / "run"),
+    )
+    assert result.exit_code == 0, result.stderr
+    config = json.loads((tmp_path / "run/config.json").read_text())["config"]
+    expected = {"classes": "base", "seed": 7, "method": "coop", "shots": 3, "epochs": 2}
+    assert config.items() >= {**expected, "context_init": "this is"}.items()
+    assert config["weights"]["margin"] == 0.5
+    assert config["weights"]["moments"] == METHODS["coop"].moments
+    assert "ball" in json.loads((tmp_path / "run/split.json").read_text())["class_names"]
+
+
+def test_resume_needs_no_other_option_and_refuses_others(base: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert call(*base, "--method", "tcpt", "--out", run).exit_code == 0
+    weights = (run / "best.safetensors").read_bytes()
+    (run / "result.json").unlink()
+    result = call("--resume", "--out", run)
+    assert result.exit_code == 0, result.stderr
+    assert (run / "best.safetensors").read_bytes() == weights
+    for changed in (["--shots", "2"], ["--set", "epochs=9"]):
+        result = call("--resume", "--out", run, *changed)
+        assert result.exit_code == 2
+        assert "was begun with other settings" in result.stderr
+
+
+def test_split_from_reuses_the_images_of_a_run(
+    base: list[str], finished: Path, tmp_path: Path
+) -> None:
+    result = call(
+        *base, "--classes", "base", "--split-from", finished, "--out", tmp_path / "run", "--seed", 9
+    )
+    assert result.exit_code == 0, result.stderr
+    split = (tmp_path / "run/split.json").read_bytes()
+    assert split == (finished / "split.json").read_bytes()
+
+
+def test_tuning_that_made_it_worse_is_said(
+    base: list[str], photos: Path, tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    """Test images are labelled as the zero-shot model predicts them: it cannot be beaten."""
+    dataset = read_dataset(photos)
+    text = tiny_backbone.class_embeddings(dataset.class_names, ["a photo of a {}."])
+    own = tmp_path / "photos"
+    shutil.copytree(photos / "train", own / "train")
+    for item in dataset.splits["test"]:
+        pixels = np.stack([preprocess(dataset.path(item), tiny_backbone.preprocess)])
+        image = tiny_backbone.image_embeddings(torch.from_numpy(pixels))
+        name = dataset.class_names[int((image @ text.T).argmax())].replace(" ", "_")
+        target = own / "test" / name / item.path.replace("/", "-")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(dataset.path(item), target)
+    settings = ["epochs=20", "learning_rate=0.05", "class_specific=true", "patience=0"]
+    changes = [word for setting in settings for word in ("--set", setting)]
+    result = call(*base, "--data", own, "--method", "coop", *changes, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.stderr
+    assert "WARNING: tuned is worse than zero-shot on all classes" in result.stderr
+    assert "< 100.0" in result.stderr
+
+
+BAD = {
+    "no data": (["--data", "nowhere"], "nowhere: no such folder"),
+    "no model": (["--model", "local-dir:nowhere"], "cannot be loaded"),
+    "no tag": (["--model", "ViT-B-16"], "pass --pretrained"),
+    "unknown architecture": (["--model", "ViT-B-17", "--pretrained", "x"], "'ViT-B-17'"),
+    "no device": (["--device", "toaster"], "device 'toaster'"),
+    "no shots": (["--shots", "0"], "shots: expected at least 1"),
+    "huge seed": (["--seed", str(10**30)], "seed: expected"),
+    "unknown setting": (["--set", "epoch=3"], "no setting 'epoch'"),
+    "setting of another type": (["--set", "epochs=many"], "expected int, came 'many'"),
+    "setting without value": (["--set", "epochs"], "expected NAME=VALUE"),
+    "weight that is no number": (["--set", "moments=nan"], "weights: expected"),
+    "infinite rate": (["--set", "learning_rate=inf"], "learning_rate: expected"),
+    "no class names": (["--class-names", "nowhere.json"], "nowhere.json"),
+    "template without a place": (["--template", "a photo"], "templates: expected"),
+    "no split": (["--split-from", "nowhere"], "nowhere"),
+    "long context": (["--set", "context_tokens=99"], "too long for the model's 16 tokens"),
+    "nothing to resume": (["--resume"], "config.json is missing"),
+    "unknown method": (["--method", "magic"], "magic"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_error_line_and_exit_code_2_and_leaves_nothing(
+    case: str, base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments, expected = BAD[case]
+    result = call(*base, *arguments, "--out", "run")
+    assert result.exit_code == 2
+    assert isinstance(result.exception, SystemExit)
+    lines = result.stderr.splitlines()
+    assert lines[-1].startswith("Error: ")
+    assert expected in lines[-1]
+    assert sum(line.startswith("Error: ") for line in lines) == 1
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_and_model_must_be_given(tmp_path: Path) -> None:
+    result = call("--out", tmp_path / "run", "--model", "ViT-B-16")
+    assert result.exit_code == 2
+    assert "missing option --data" in result.stderr
+
+
+def test_an_existing_run_is_not_overwritten(base: list[str], finished: Path) -> None:
+    before = (finished / "config.json").stat().st_mtime_ns
+    result = call(*base, "--out", finished)
+    assert result.exit_code == 2
+    assert "continue it with --resume" in result.stderr
+    assert (finished / "config.json").stat().st_mtime_ns == before
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys; from capt_train.cli import main; main(['--help'], standalone_mode=False); "
+        f"print(sorted({HEAVY} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert "--resume" in done.stdout
+    assert done.stderr.strip() == "[]"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(
+    optimizer: str, configure: Callable[..., object], base: list[str], tmp_path: Path
+) -> None:
+    settings = {"epochs": 40, "patience": 0, "optimizer": optimizer, "batch_size": 6}
+    train(configure(**settings), tmp_path / "whole")  # type: ignore[arg-type]
+    run = tmp_path / "killed"
+    changes = [word for k, v in settings.items() for word in ("--set", f"{k}={v}")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", START, *base, *changes, "--set", "warmup_epochs=1", "--out", run],
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (run / "last.safetensors").exists() and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert (run / "last.safetensors").exists()
+    assert not (run / "result.json").exists()
+    whole = {name: (tmp_path / "whole" / name).read_bytes() for name in CHECKPOINTS}
+    assert (run / "last.safetensors").read_bytes() != whole["last.safetensors"]
+    result = call("--resume", "--out", run)
+    assert result.exit_code == 0, result.stderr
+    assert {name: (run / name).read_bytes() for name in CHECKPOINTS} == whole

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from capt_deploy.errors import ConfigError, RunError
+from capt_train.config import METHODS, LossWeights, TrainConfig
+
+CONFIG = TrainConfig(data="photos", model="ViT-B-16")
+
+
+def test_json_gives_the_same_configuration_back() -> None:
+    config = replace(
+        CONFIG,
+        templates=("a {}.", "the {}."),
+        weights=LossWeights(margin=0.25),
+        class_specific=True,
+        pretrained="openai",
+        epochs=7,
+    )
+    stored = json.loads(json.dumps(config.to_dict()))
+    assert TrainConfig.from_dict(stored, RunError) == config
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"colour": 1},
+        {"weights": {"colour": 1.0}},
+        {"weights": None},
+        {"shots": 0},
+        {"shots": "many"},
+        {"templates": []},
+        {"data": 3, "colour": 1},
+    ],
+)
+def test_json_that_does_not_fit_raises_the_error_asked_for(change: dict[str, Any]) -> None:
+    with pytest.raises(RunError, match="configuration"):
+        TrainConfig.from_dict({**CONFIG.to_dict(), **change}, RunError)
+
+
+def test_json_without_weights_is_refused() -> None:
+    stored = CONFIG.to_dict()
+    del stored["weights"]
+    with pytest.raises(RunError, match="weights"):
+        TrainConfig.from_dict(stored, RunError)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("method", "magic"),
+        ("classes", "new"),
+        ("optimizer", "adam"),
+        ("shots", 0),
+        ("seed", -1),
+        ("seed", 2**80),
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("warmup_epochs", -1),
+        ("patience", -1),
+        ("context_tokens", -1),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("learning_rate", float("inf")),
+        ("momentum", -0.5),
+        ("momentum", 1.0),
+        ("weight_decay", -0.1),
+        ("weight_decay", float("nan")),
+        ("templates", ()),
+        ("templates", ("a photo",)),
+        ("context_init", "  "),
+        ("weights", LossWeights(margin=float("nan"))),
+        ("weights", LossWeights(margin=-1.0)),
+        ("weights", METHODS["zeroshot"]),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_named_with_what_is_expected(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^{name}: expected .*, came "):
+        replace(CONFIG, **{name: value})
+
+
+def test_warm_up_must_be_shorter_than_the_tuning() -> None:
+    assert replace(CONFIG, epochs=3, warmup_epochs=2).warmup_epochs == 2
+    with pytest.raises(ConfigError, match="warmup_epochs"):
+        replace(CONFIG, epochs=3, warmup_epochs=3)
+
+
+def test_empty_context_words_are_fine_for_a_random_context() -> None:
+    assert replace(CONFIG, context_init="", context_tokens=4).context_tokens == 4
+
+
+def test_every_method_makes_a_configuration() -> None:
+    for method, weights in METHODS.items():
+        assert replace(CONFIG, method=method, weights=weights).weights == weights
+
+
+def test_settings_are_parsed_by_type_and_loss_weights_by_their_names() -> None:
+    changed = CONFIG.with_settings(
+        {
+            "epochs": "7",
+            "learning_rate": "1e-3",
+            "class_specific": "True",
+            "context_init": "this is",
+            "moments": "0",
+        }
+    )
+    expected = replace(
+        CONFIG,
+        epochs=7,
+        learning_rate=1e-3,
+        class_specific=True,
+        context_init="this is",
+        weights=replace(CONFIG.loss_weights, moments=0.0),
+    )
+    assert changed == expected
+
+
+def test_a_method_given_as_a_setting_brings_its_weights() -> None:
+    changed = CONFIG.with_settings({"method": "coop", "coa": "0.5"})
+    assert changed.method == "coop"
+    assert changed.loss_weights == replace(METHODS["coop"], coa=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("epochs", "many", "epochs: expected int, came 'many'"),
+        ("epochs", "1.5", "epochs: expected int"),
+        ("learning_rate", "fast", "learning_rate: expected float"),
+        ("class_specific", "1", "class_specific: expected true or false"),
+        ("margin", "", "margin: expected float"),
+        ("weights", "1", "no setting 'weights'"),
+        ("templates", "{}", "no setting 'templates'"),
+        ("epochs", "0", "epochs: expected at least 1"),
+        ("method", "magic", "method: expected one of"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_refused(name: str, text: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        CONFIG.with_settings({name: text})
+
+
+def test_an_unknown_setting_is_answered_with_those_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"no setting 'epoch'.*margin.*epochs"):
+        CONFIG.with_settings({"epoch": "3"})

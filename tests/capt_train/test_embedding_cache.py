@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from capt_train.embedding_cache import EmbeddingCache, cache_folder
+
+Floats = NDArray[np.float32]
+
+
+def some(count: int, dim: int = 32) -> dict[str, Floats]:
+    random = np.random.default_rng(0)
+    return {f"{i:064x}": random.normal(size=dim).astype(np.float32) for i in range(count)}
+
+
+def filled(folder: Path, embeddings: dict[str, Floats]) -> Path:
+    cache = EmbeddingCache("model", folder)
+    cache.put(embeddings)
+    cache.close()
+    (file,) = folder.glob("*.sqlite")
+    return file
+
+
+def test_what_was_put_comes_back_bit_by_bit_after_reopening(tmp_path: Path) -> None:
+    embeddings = some(1200)  # more than one statement may ask for
+    filled(tmp_path, embeddings)
+    cache = EmbeddingCache("model", tmp_path)
+    found = cache.get([*embeddings, "unknown"])
+    cache.close()
+    assert found.keys() == embeddings.keys()
+    assert all(np.array_equal(found[key], embeddings[key]) for key in embeddings)
+
+
+def test_another_model_finds_nothing(tmp_path: Path) -> None:
+    embeddings = some(3)
+    filled(tmp_path, embeddings)
+    other = EmbeddingCache("other", tmp_path)
+    assert other.get(list(embeddings)) == {}
+    other.close()
+
+
+def test_two_open_caches_of_one_model_see_each_others_embeddings(tmp_path: Path) -> None:
+    first, second = EmbeddingCache("model", tmp_path), EmbeddingCache("model", tmp_path)
+    first.put(some(1))
+    second.put(some(3))
+    assert len(first.get(list(some(3)))) == 3
+    first.close()
+    second.close()
+
+
+def test_a_file_that_is_no_database_is_put_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = filled(tmp_path, some(3))
+    file.write_bytes(b"damaged" * 1000)
+    filled(tmp_path, some(2))
+    assert file.with_suffix(".damaged").read_bytes() == b"damaged" * 1000
+    assert "is damaged" in capsys.readouterr().err
+    reopened = EmbeddingCache("model", tmp_path)
+    assert len(reopened.get(list(some(3)))) == 2
+    reopened.close()
+
+
+def test_a_database_damaged_inside_is_put_aside_when_that_shows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    embeddings = some(2000)
+    file = filled(tmp_path, embeddings)
+    content = bytearray(file.read_bytes())
+    content[8192:] = b"\xff" * (len(content) - 8192)
+    file.write_bytes(content)
+    cache = EmbeddingCache("model", tmp_path)
+    found = cache.get(list(embeddings))
+    assert len(found) < 2000
+    cache.put(embeddings)
+    assert len(cache.get(list(embeddings))) == 2000
+    cache.close()
+    assert "is damaged" in capsys.readouterr().err
+    assert file.with_suffix(".damaged").exists()
+
+
+def test_an_unwritable_folder_is_done_without(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    cache = EmbeddingCache("model", tmp_path / "file" / "cache")
+    assert "embedding without it" in capsys.readouterr().err
+    cache.put(some(2))
+    assert len(cache.get(list(some(2)))) == 2  # within this process
+    cache.close()
+
+
+def test_a_disk_that_is_full_costs_the_cache_not_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FullDisk(sqlite3.Connection):
+        def executemany(self, *_: object) -> sqlite3.Cursor:
+            raise sqlite3.OperationalError("database or disk is full")
+
+    cache = EmbeddingCache("model", tmp_path)
+    cache.close()
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: connect(*a, factory=FullDisk, **k))
+    cache = EmbeddingCache("model", tmp_path)
+    monkeypatch.undo()
+    cache.put(some(2))
+    assert "disk is full" in capsys.readouterr().err
+    cache.close()
+
+
+def test_the_folder_is_chosen_by_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("CAPT_CACHE", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own"
+    monkeypatch.delenv("CAPT_CACHE")
+    assert cache_folder() == tmp_path / "xdg" / "capt"

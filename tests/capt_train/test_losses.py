@@ -1,0 +1,157 @@
+"""Every term against METHOD 6 written out again with loops and D×D matrices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from capt_train import losses
+
+Floats = NDArray[np.float64]
+BATCH_TERMS = [losses.cross_entropy, losses.confusion_aware, losses.margin]
+
+
+def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def labels_for(batch: int, classes: int) -> Tensor:
+    return torch.randint(classes, (batch,), generator=torch.Generator().manual_seed(7))
+
+
+def probability(row: Floats, label: int) -> float:
+    return math.exp(row[label]) / sum(math.exp(value) for value in row)
+
+
+def cross_entropy_by_hand(logits: Floats, labels: list[int]) -> float:
+    pairs = zip(logits, labels, strict=True)
+    return sum(-math.log(probability(row, own)) for row, own in pairs) / len(labels)
+
+
+def confusion_aware_by_hand(logits: Floats, labels: list[int]) -> float:
+    pairs = zip(logits, labels, strict=True)
+    return sum(1 - probability(row, own) for row, own in pairs) / len(labels)
+
+
+def margin_by_hand(logits: Floats, labels: list[int]) -> float:
+    margins = [
+        row[own] - max(value for index, value in enumerate(row) if index != own)
+        for row, own in zip(logits, labels, strict=True)
+    ]
+    mean = sum(margins) / len(margins)
+    variance = sum((value - mean) ** 2 for value in margins) / len(margins)
+    return float(-0.1 * mean + 0.01 * variance)
+
+
+def moments_by_hand(embeddings: Floats, reference: Floats) -> float:
+    def covariance(rows: Floats) -> Floats:
+        return sum(np.outer(row - rows.mean(0), row - rows.mean(0)) for row in rows) / len(rows)
+
+    shift = embeddings.mean(0) - reference.mean(0)
+    spread = covariance(embeddings) - covariance(reference)
+    return float((shift**2).sum() + (spread**2).sum())
+
+
+@pytest.mark.parametrize(
+    ("term", "by_hand"),
+    [
+        (losses.cross_entropy, cross_entropy_by_hand),
+        (losses.confusion_aware, confusion_aware_by_hand),
+        (losses.margin, margin_by_hand),
+    ],
+)
+@pytest.mark.parametrize(("batch", "classes"), [(1, 2), (5, 2), (9, 6)])
+def test_batch_terms_equal_their_equations(
+    term: Callable[..., Tensor], by_hand: Callable[..., float], batch: int, classes: int
+) -> None:
+    logits, labels = random(batch, classes, scale=3), labels_for(batch, classes)
+    expected = by_hand(logits.numpy(), labels.tolist())
+    assert term(logits, labels).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(("classes", "dim"), [(3, 8), (8, 8), (9, 4), (1, 5)])
+def test_moments_equal_the_full_covariance_matrices(classes: int, dim: int) -> None:
+    own, reference = random(classes, dim), random(classes, dim, seed=1)
+    expected = moments_by_hand(own.numpy(), reference.numpy())
+    assert losses.moments(own, reference).item() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize(("classes", "dim"), [(3, 8), (9, 4)])
+def test_moments_vanish_at_the_reference_but_not_for_a_rotated_or_shifted_one(
+    classes: int, dim: int
+) -> None:
+    reference = random(classes, dim)
+    assert losses.moments(reference, reference).item() == pytest.approx(0, abs=1e-12)
+    assert losses.moments(reference + 0.1, reference).item() == pytest.approx(0.01 * dim)
+    assert losses.moments(reference.flip(1), reference) > 0.01
+
+
+@pytest.mark.parametrize("term", BATCH_TERMS)
+def test_gradients_of_batch_terms_are_right(term: Callable[..., Tensor]) -> None:
+    labels = labels_for(4, 5)
+    logits = random(4, 5).requires_grad_()
+    assert gradcheck(lambda values: term(values, labels), (logits,))
+
+
+@pytest.mark.parametrize(("classes", "dim"), [(3, 6), (6, 3)])
+def test_gradients_of_moments_are_right(classes: int, dim: int) -> None:
+    reference = random(classes, dim, seed=1)
+    own = random(classes, dim).requires_grad_()
+    assert gradcheck(lambda values: losses.moments(values, reference), (own,))
+
+
+def test_confusion_aware_gradient_is_largest_at_undecided_samples() -> None:
+    gaps = torch.tensor([-8.0, 0.0, 8.0], dtype=torch.float64)  # hopeless, confused, certain
+    logits = torch.stack([gaps, torch.zeros(3)], dim=1).requires_grad_()
+    losses.confusion_aware(logits, torch.zeros(3, dtype=torch.long)).backward()
+    assert logits.grad is not None
+    hopeless, confused, certain = logits.grad[:, 0].abs().tolist()
+    assert confused > 100 * hopeless
+    assert confused > 100 * certain
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("term", BATCH_TERMS)
+def test_half_precision_logits_give_float32_terms(
+    term: Callable[..., Tensor], dtype: torch.dtype
+) -> None:
+    logits, labels = (random(64, 10) * 30).to(dtype), labels_for(64, 10)
+    value = term(logits, labels)
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(term(logits.double(), labels).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("classes", "dim"), [(5, 16), (16, 5)])
+def test_half_precision_embeddings_give_a_float32_moment_term(
+    classes: int, dim: int, dtype: torch.dtype
+) -> None:
+    own, reference = random(classes, dim).to(dtype), random(classes, dim, seed=1).to(dtype)
+    value = losses.moments(own, reference)
+    assert value.dtype == torch.float32
+    expected = losses.moments(own.double(), reference.double()).item()
+    assert value.item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("term", BATCH_TERMS)
+def test_batch_terms_stay_finite_for_extreme_logits(term: Callable[..., Tensor]) -> None:
+    logits = torch.tensor([[1e4, -1e4], [-1e4, 1e4]], requires_grad=True)
+    value = term(logits, torch.tensor([0, 0]))
+    value.backward()
+    assert torch.isfinite(value)
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_shapes_that_do_not_fit_are_noticed_under_test() -> None:
+    with pytest.raises(TypeCheckError):
+        losses.cross_entropy(torch.zeros(3, 2), torch.zeros(4, dtype=torch.long))

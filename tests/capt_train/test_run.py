@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from capt_deploy.errors import RunError
+from capt_train.backbone import Backbone
+from capt_train.config import TrainConfig
+from capt_train.pipeline import train
+from capt_train.prompt import PromptLearner
+from capt_train.run import load_run, read_config
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """Return a copy of the finished run that a test may change."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def edit(path: Path, **changes: Any) -> None:
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, **changes}))
+
+
+def test_a_loaded_run_holds_the_best_context_for_every_class_name(
+    finished: Path, tiny_backbone: Backbone
+) -> None:
+    model = load_run(finished)
+    assert model.class_names == ("blue sky", "green leaf", "grey stone", "red ball")
+    assert model.tuned == (True, True, False, False)
+    prompt = PromptLearner(tiny_backbone, model.class_names, [0, 1])
+    with torch.no_grad():
+        start = prompt(range(4))
+        prompt.context.copy_(load_file(finished / "best.safetensors")["module.context"])
+        torch.testing.assert_close(model.text_embeddings, prompt(range(4)))
+    torch.testing.assert_close(model.zero_shot, start)
+    assert not torch.allclose(model.text_embeddings, start, atol=1e-4)
+
+
+def test_logits_are_the_scaled_cosines_over_the_temperature(finished: Path) -> None:
+    model = load_run(finished)
+    result = json.loads((finished / "result.json").read_text())
+    assert model.temperature == result["temperature"] != 1.0
+    images = torch.nn.functional.normalize(torch.randn(3, 32), dim=1)
+    for row in range(3):
+        for column in range(4):
+            scale = model.backbone.scale
+            cosine = float(sum(images[row] * model.text_embeddings[column]))
+            own = model.logits(images)[row, column].item()
+            assert own == pytest.approx(scale * cosine / model.temperature, abs=1e-4)
+            zero_shot = float(sum(images[row] * model.zero_shot[column]))
+            own = model.zero_shot_logits(images)[row, column].item()
+            assert own == pytest.approx(scale * zero_shot, abs=1e-4)
+
+
+def test_provenance_names_settings_data_model_and_versions(finished: Path) -> None:
+    provenance = load_run(finished).provenance
+    split = json.loads((finished / "split.json").read_text())
+    assert provenance["data_fingerprint"] == split["fingerprint"]
+    assert len(provenance["model_sha256"]) == 64
+    assert provenance["seed"] == 1
+    assert set(provenance["versions"]) >= {"capt", "python", "torch", "open_clip_torch"}
+    json.dumps(provenance)
+
+
+def test_a_zeroshot_run_is_the_hand_written_prompt(
+    configure: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    train(configure(method="zeroshot", templates=("a {}.", "one {}.")), tmp_path / "run")
+    model = load_run(tmp_path / "run")
+    assert torch.equal(model.text_embeddings, model.zero_shot)
+    expected = model.backbone.class_embeddings(model.class_names, ["a {}.", "one {}."])
+    assert torch.equal(model.zero_shot, expected)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(RunError, match=r"no run \(config\.json is missing\)"):
+            load_run(folder)
+
+
+def test_a_run_that_has_not_ended_says_how_to_continue(run: Path) -> None:
+    (run / "result.json").unlink()
+    with pytest.raises(RunError, match=r"tuning has not ended.*--resume"):
+        load_run(run)
+
+
+def test_a_run_whose_model_has_changed_is_refused(run: Path, tiny_model_dir: Path) -> None:
+    model = Path(shutil.copytree(tiny_model_dir, run.parent / "model"))
+    config = json.loads((run / "config.json").read_text())["config"]
+    edit(run / "config.json", config={**config, "model": f"local-dir:{model}"})
+    assert load_run(run).class_names
+    state = load_file(model / "open_clip_model.safetensors")
+    state["logit_scale"] += 0.1
+    save_file(state, model / "open_clip_model.safetensors")
+    with pytest.raises(RunError, match="restore that model or tune again"):
+        load_run(run)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"config": {}, "model_sha256": ""}', "3"])
+def test_a_config_that_is_none_is_refused(content: str, run: Path) -> None:
+    (run / "config.json").write_text(content)
+    with pytest.raises(RunError):
+        read_config(run)
+
+
+@pytest.mark.parametrize(
+    "change", [{"temperature": None}, {"temperature": "warm"}, {"pairs": [[1, 2]]}, {"pairs": 3}]
+)
+def test_a_damaged_result_is_refused(change: dict[str, Any], run: Path) -> None:
+    edit(run / "result.json", **change)
+    with pytest.raises(RunError, match=r"result\.json: not as capt-train writes it"):
+        load_run(run)
+
+
+def test_a_missing_or_damaged_checkpoint_is_refused(run: Path) -> None:
+    (run / "best.safetensors").write_bytes(b"damaged")
+    with pytest.raises(RunError, match=r"best\.safetensors: not a checkpoint"):
+        load_run(run)

@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from capt_deploy.errors import RunError
+from capt_train import losses
+from capt_train.backbone import Backbone
+from capt_train.config import LossWeights, TrainConfig
+from capt_train.features import Features
+from capt_train.prompt import PromptLearner
+from capt_train.tuning import BEST, LAST, TuningTask, loss_terms, tune, weighted_sum
+
+NAMES = ("cat", "dog", "boat", "tree", "car")
+TUNED = (1, 2, 4)  # labels of the data set, not positions among the tuned ones
+
+
+def images(backbone: Backbone, per_class: int, seed: int) -> Features:
+    """Unit vectors around directions that the prompt has to find."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = backbone.text_embeddings([f"a drawing of one {NAMES[label]}" for label in TUNED])
+    rows = centres.repeat(per_class, 1)
+    noise = 0.05 * torch.randn(rows.shape, generator=generator)
+    return Features(normalize(rows + noise, dim=1), torch.tensor(TUNED).repeat(per_class))
+
+
+def task(backbone: Backbone, **settings: Any) -> TuningTask:
+    settings = {"epochs": 6, "warmup_epochs": 1, "batch_size": 4, "patience": 0, **settings}
+    reference = backbone.class_embeddings(NAMES, ["a photo of a {}."])[list(TUNED)]
+    config = TrainConfig(data="", model="", **settings)
+    train, val = images(backbone, 5, seed=0), images(backbone, 3, seed=1)
+    return TuningTask(backbone.scale, TUNED, train, val, reference, config)
+
+
+def learner(backbone: Backbone) -> PromptLearner:
+    return PromptLearner(backbone, NAMES, TUNED)
+
+
+def empty() -> Features:
+    return Features(torch.zeros(0, 32), torch.zeros(0, dtype=torch.long))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+@contextmanager
+def killed_at_call(prompt: PromptLearner, call: int) -> Iterator[None]:
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise KeyboardInterrupt
+
+    handle = prompt.register_forward_hook(count)
+    with pytest.raises(KeyboardInterrupt):
+        yield
+    handle.remove()
+
+
+def test_the_loss_falls_and_validation_gets_better(tiny_backbone: Backbone, tmp_path: Path) -> None:
+    weights = LossWeights(coa=0.0, margin=0.0, moments=0.0)
+    own = task(tiny_backbone, epochs=15, learning_rate=0.01, weights=weights)
+    state = tune(learner(tiny_backbone), own, tmp_path)
+    first, last = state.history[0], state.history[-1]
+    assert state.epoch == state.best_epoch == len(state.history) == 15
+    assert last["cross_entropy"] < 0.7 * first["cross_entropy"]
+    assert last["val_nll"] < 0.7 * first["val_nll"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("call", [1, 8, 16, 23])  # six calls an epoch: four to five batches + val
+def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(
+    tiny_backbone: Backbone, tmp_path: Path, optimizer: str, call: int
+) -> None:
+    own = task(tiny_backbone, optimizer=optimizer)
+    whole = learner(tiny_backbone)
+    expected = tune(whole, own, tmp_path / "whole")
+    cut = learner(tiny_backbone)
+    with killed_at_call(cut, call):
+        tune(cut, own, tmp_path / "cut")
+    resumed = learner(tiny_backbone)
+    assert tune(resumed, own, tmp_path / "cut") == expected
+    assert torch.equal(resumed.context, whole.context)
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+def test_tuning_a_finished_run_again_changes_nothing(
+    tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    own = task(tiny_backbone)
+    state = tune(learner(tiny_backbone), own, tmp_path)
+    before = files(tmp_path)
+    assert tune(learner(tiny_backbone), own, tmp_path) == state
+    assert files(tmp_path) == before
+
+
+def test_the_seed_decides_the_order_of_the_images(tiny_backbone: Backbone, tmp_path: Path) -> None:
+    results = []
+    for number, seed in enumerate((1, 1, 2)):
+        prompt = learner(tiny_backbone)
+        tune(prompt, task(tiny_backbone, seed=seed), tmp_path / str(number))
+        results.append(prompt.context.detach())
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_every_epoch_sees_each_image_once_in_an_order_of_its_own_at_the_scheduled_rate(
+    tiny_backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = task(tiny_backbone, learning_rate=0.01)
+    batches: list[list[int]] = []
+    rates: list[float] = []
+    cross_entropy = losses.cross_entropy
+
+    def recorded(logits: Any, labels: Any) -> Any:
+        batches.append(labels.tolist())
+        return cross_entropy(logits, labels)
+
+    def note_rate(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    monkeypatch.setattr(losses, "cross_entropy", recorded)
+    handle = register_optimizer_step_pre_hook(note_rate)
+    tune(learner(tiny_backbone), own, tmp_path)
+    handle.remove()
+    assert {len(batch) for batch in batches} == {3, 4}  # 15 images in four batches
+    epochs = [list(chain(*batches[start : start + 4])) for start in range(0, 24, 4)]
+    assert all(sorted(epoch) == [0] * 5 + [1] * 5 + [2] * 5 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+    warm_up = [0.0025, 0.005, 0.0075, 0.01]
+    cosine = [0.005 * (1 + math.cos(math.pi * step / 20)) for step in range(20)]
+    assert rates == pytest.approx(warm_up + cosine)
+
+
+def test_it_stops_early_and_keeps_the_best_epoch(tiny_backbone: Backbone, tmp_path: Path) -> None:
+    own = task(tiny_backbone, epochs=40, patience=2, learning_rate=0.05)
+    wrong = Features(own.val.embeddings, own.val.labels.roll(1))  # gets worse with every epoch
+    prompt = learner(tiny_backbone)
+    state = tune(prompt, replace(own, val=wrong), tmp_path)
+    assert state.epoch == state.best_epoch + 2 < 40
+    assert state.best_nll == min(entry["val_nll"] for entry in state.history)
+    assert state.best_nll == state.history[state.best_epoch - 1]["val_nll"]
+    short = replace(own, val=wrong, config=replace(own.config, patience=40))
+    with killed_at_call(other := learner(tiny_backbone), state.best_epoch * 5 + 1):
+        tune(other, short, tmp_path / "to the best epoch only")
+    best = (tmp_path / BEST).read_bytes()
+    assert (tmp_path / "to the best epoch only" / BEST).read_bytes() == best
+    assert torch.equal(prompt.context, other.context)
+    assert best != (tmp_path / LAST).read_bytes()
+
+
+def test_patience_0_trains_all_epochs_and_takes_the_last(
+    tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    own = task(tiny_backbone, patience=0, learning_rate=0.05)
+    wrong = Features(own.val.embeddings, own.val.labels.roll(1))
+    state = tune(learner(tiny_backbone), replace(own, val=wrong), tmp_path)
+    assert state.epoch == state.best_epoch == 6
+    assert state.history[0]["val_nll"] < state.history[-1]["val_nll"]
+
+
+def test_without_validation_images_all_epochs_are_trained(
+    tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    own = replace(task(tiny_backbone, patience=1), val=empty())
+    state = tune(learner(tiny_backbone), own, tmp_path)
+    assert state.epoch == state.best_epoch == 6
+    assert state.best_nll is None
+    assert all("val_nll" not in entry for entry in state.history)
+
+
+@pytest.mark.parametrize("validated", [True, False])
+def test_a_step_that_goes_too_far_is_an_error_and_keeps_no_broken_checkpoint(
+    tiny_backbone: Backbone, tmp_path: Path, validated: bool
+) -> None:
+    own = task(tiny_backbone, learning_rate=1e30, batch_size=100)
+    own = own if validated else replace(own, val=empty())
+    with pytest.raises(RunError, match="in epoch 1 the class embeddings became nan; lower learn"):
+        tune(learner(tiny_backbone), own, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("term", ["cross_entropy", "moments"])
+def test_a_term_that_is_not_finite_is_named_and_the_last_checkpoint_stays(
+    tiny_backbone: Backbone, tmp_path: Path, term: str
+) -> None:
+    own = task(tiny_backbone)
+    with killed_at_call(prompt := learner(tiny_backbone), 14):
+        tune(prompt, own, tmp_path)
+    before = files(tmp_path)
+    broken = replace(own, reference=own.reference * float("inf"))
+    if term == "cross_entropy":
+        rows = own.train.embeddings.clone()
+        rows[3] = float("nan")
+        broken = replace(own, train=Features(rows, own.train.labels))
+    with pytest.raises(RunError, match=rf"in epoch 3 the {term} term became .*kept in {LAST}"):
+        tune(learner(tiny_backbone), broken, tmp_path)
+    assert files(tmp_path) == before
+
+
+def test_terms_are_unweighted_and_weighted_only_in_the_sum() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 4, generator=generator)
+    own, reference = torch.randn(2, 4, 8, generator=generator)
+    labels = torch.tensor([0, 1, 2, 3, 0, 1])
+    weights = LossWeights(cross_entropy=2.0, coa=3.0, margin=0.5, moments=0.25)
+    terms = loss_terms(logits, labels, own, reference, weights)
+    expected = {
+        "cross_entropy": losses.cross_entropy(logits, labels),
+        "coa": losses.confusion_aware(logits, labels),
+        "margin": losses.margin(logits, labels),
+        "moments": losses.moments(own, reference),
+    }
+    assert terms == expected
+    total = 2 * terms["cross_entropy"] + 3 * terms["coa"]
+    total = total + 0.5 * terms["margin"] + 0.25 * terms["moments"]
+    torch.testing.assert_close(weighted_sum(terms, weights), total)
+
+
+def test_terms_of_weight_0_are_not_computed() -> None:
+    nowhere = torch.full((4, 8), float("nan"))
+    weights = LossWeights(coa=0.0, margin=0.0, moments=0.0)
+    terms = loss_terms(torch.zeros(2, 4), torch.tensor([0, 1]), nowhere, nowhere, weights)
+    assert list(terms) == ["cross_entropy"]
+    assert torch.isfinite(weighted_sum(terms, weights))
