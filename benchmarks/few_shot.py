@@ -1,6 +1,6 @@
 """Accuracy and calibration of tuning methods, base to new, over seeds; zero-shot beside them.
 
-    python benchmarks/few_shot.py --data ../shared/data/cifar100 \
+    python -m benchmarks.few_shot --data ../shared/data/cifar100 \
         --model local-dir:../shared/models/tinyclip-cifar --name cifar100
 
 `--split val` with `--set` is the way to search settings; `test` is for figures to report.
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from record import describe, write_result
 
+from benchmarks.record import describe, write_result
 from capt_deploy.console import Command, print_json, say
 from capt_train.cli import parse_settings
 from capt_train.config import TrainConfig
