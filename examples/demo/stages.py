@@ -131,7 +131,7 @@ def _optimise(
             group["lr"] = rate * share
         loss = loss_of()
         optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         yield step + 1, float(loss.detach())
