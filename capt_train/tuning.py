@@ -12,6 +12,7 @@ from torch.nn import functional
 from capt_deploy.console import progress
 from capt_deploy.errors import RunError
 from capt_train import losses
+from capt_train.calibration import fit_temperature
 from capt_train.checkpoint import TuningState, load_checkpoint, save_checkpoint
 from capt_train.config import LossWeights, TrainConfig
 from capt_train.features import Features
@@ -36,9 +37,9 @@ class TuningTask:
 def tune(prompt: PromptLearner, task: TuningTask, folder: Path) -> TuningState:
     """Tune `prompt`; on return it holds the best epoch's parameters, which lie in `folder` too.
 
-    Best is the lowest NLL on validation, or the last epoch where there is none or patience is 0.
+    Best is the lowest calibrated NLL on validation, or the last epoch where there is none or patience is 0.
     If `folder` holds the checkpoint of an interrupted run, tuning continues from it and ends
-    with the very bits that it would have had uninterrupted.
+    with the very bits that it would have had uninterrupted (same machine, same number of threads).
 
     Raises:
         RunError: a loss term is not finite; the last good checkpoint stays.
@@ -164,6 +165,10 @@ def _next(
 
 @torch.no_grad()
 def _validation_nll(prompt: PromptLearner, task: TuningTask) -> float | None:
+    """Return the NLL at the temperature that would be fitted now, for so the model will be used.
+
+    At temperature 1 the NLL mostly tells how far the scale is off, which calibration mends (ours).
+    """
     embeddings = prompt(task.tuned)
     if not torch.isfinite(embeddings).all():  # the epoch's last step went too far
         raise FloatingPointError("the class embeddings became nan")
@@ -171,4 +176,4 @@ def _validation_nll(prompt: PromptLearner, task: TuningTask) -> float | None:
         return None
     logits = task.scale * task.val.embeddings.to(embeddings.device) @ embeddings.T
     labels = _local_labels(task, task.val).to(embeddings.device)
-    return float(functional.cross_entropy(logits, labels))
+    return float(functional.cross_entropy(logits / fit_temperature(logits, labels), labels))

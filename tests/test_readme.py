@@ -53,7 +53,7 @@ def test_the_commands_run_and_the_python_code_after_them(clone):
 
 
 def test_the_file_tree_names_every_module():
-    listed = set(re.findall(r"^\s*([\w.]+\.py) ", blocks("")[-1], re.MULTILINE))
+    listed = set(re.findall(r"^\s*(?:\w+/)?([\w.]+\.py) ", blocks("")[-1], re.MULTILINE))
     packages = ("capt_deploy", "capt_train", "export", "benchmarks", "examples")
     modules = {
         file.name
@@ -66,4 +66,4 @@ def test_the_file_tree_names_every_module():
 
 
 def test_it_fits_on_two_screens():
-    assert len(README.splitlines()) <= 150
+    assert len(README.splitlines()) <= 130

@@ -80,6 +80,22 @@ def test_the_loss_falls_and_validation_gets_better(tiny_backbone: Backbone, tmp_
     assert last["val_nll"] < 0.7 * first["val_nll"]
 
 
+def test_validation_is_judged_at_the_temperature_that_fits_it_best(
+    tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    own = task(tiny_backbone)
+    prompt = learner(tiny_backbone)
+    state = tune(prompt, own, tmp_path)
+    with torch.no_grad():
+        logits = own.scale * own.val.embeddings @ prompt(own.tuned).T
+    labels = [own.tuned.index(label) for label in own.val.labels.tolist()]
+    lowest = min(
+        -sum(float((row / t).log_softmax(0)[y]) for row, y in zip(logits, labels, strict=True))
+        for t in torch.logspace(-1.3, 1.3, 400).tolist()
+    )
+    assert state.best_nll == pytest.approx(lowest / len(labels), rel=1e-3)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("call", [1, 8, 16, 23])  # six calls an epoch: four to five batches + val
 def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(
