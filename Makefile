@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 
 test: check $(DEPLOY_VENV)/.installed
 	$(DEPLOY_VENV)/bin/python -m pytest tests/capt_deploy
-	CAPT_DEPLOY_PYTHON=$(CURDIR)/$(DEPLOY_VENV)/bin/python $(BIN)/python -m pytest
+	$(BIN)/python -m pytest
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ MANIFEST = "manifest.json"
 TEXT_EMBEDDINGS = "text_embeddings.safetensors"
 REPORT = "report.json"
 
+_LARGEST_MANIFEST = 64 * 2**20  # bytes; a zip of nothing but zeros must not fill the memory
 # A damaged zip shows up as any of these.
 _UNREADABLE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
 
@@ -38,7 +39,7 @@ class Bundle:
         if record is None:
             listed = ", ".join(sorted(self.manifest.files))
             raise BundleError(f"{self.path}: the manifest lists no {name!r}, only {listed}")
-        data = _read_member(self.path, name)
+        data = _read_member(self.path, name, record.bytes)
         if len(data) != record.bytes or hashlib.sha256(data).hexdigest() != record.sha256:
             raise BundleError(
                 f"{self.path}: {name} is not the file that was exported ({len(data)} bytes, "
@@ -74,7 +75,9 @@ def open_bundle(path: str | Path) -> Bundle:
     path = expand_home(path)
     if not path.exists():
         raise BundleError(f"{path}: no such bundle; expected a folder or zip from capt-export")
-    manifest = Manifest.from_json(_read_member(path, MANIFEST), f"{path}/{MANIFEST}")
+    manifest = Manifest.from_json(
+        _read_member(path, MANIFEST, _LARGEST_MANIFEST), f"{path}/{MANIFEST}"
+    )
     names = [*manifest.files, *(graph.file for graph in manifest.graphs.values())]
     if escaping := [name for name in names if not is_inside(name)]:
         raise BundleError(f"{path}: {escaping[0]!r} leads out of the bundle; do not trust it")
@@ -88,7 +91,7 @@ def is_bundle(path: Path) -> bool:
     )
 
 
-def _read_member(path: Path, name: str) -> bytes:
+def _read_member(path: Path, name: str, limit: int) -> bytes:
     try:
         if path.is_dir():
             return (path / name).read_bytes()
@@ -96,6 +99,8 @@ def _read_member(path: Path, name: str) -> bytes:
             # A zip of the folder holds either its files or the folder itself.
             for member in archive.namelist():
                 if member == name or member.split("/", 1)[1:] == [name]:
+                    if archive.getinfo(member).file_size > limit:
+                        raise BundleError(f"{path}: {name} is larger than {limit} bytes")
                     return archive.read(member)
     except _UNREADABLE as cause:
         raise BundleError(f"{path}: cannot read {name} ({cause}); is it a bundle?") from cause

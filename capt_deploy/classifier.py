@@ -1,7 +1,7 @@
 """The class that applications embed: images in, labels with calibrated confidences out."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from capt_deploy.errors import BundleError
 from capt_deploy.files import expand_home
 from capt_deploy.images import ImageInput
 from capt_deploy.manifest import Manifest
+from capt_deploy.onnx_metadata import read_metadata
 from capt_deploy.preprocess import preprocess
 
 
@@ -58,6 +59,10 @@ class Classifier:
             return cls._load_onnx(path, backend)
         bundle = open_bundle(path)
         precision, onnx = bundle.graph(precision)
+        # Only the graph is hashed: a manifest with other names would mislabel every image.
+        inside = Manifest.from_json(read_metadata(onnx) or "", f"{path}, inside the graph")
+        if replace(bundle.manifest, files={}) != inside:
+            raise BundleError(f"{path}: its manifest was changed after the export; export it again")
         return cls(bundle.manifest, create(backend, onnx, precision), precision)
 
     @classmethod
@@ -66,8 +71,6 @@ class Classifier:
             onnx = path.read_bytes()
         except OSError as cause:
             raise BundleError(f"{path}: cannot be read ({cause})") from cause
-        from capt_deploy.backends.onnxruntime import read_metadata
-
         text = read_metadata(onnx)
         if text is None:
             raise BundleError(f"{path}: carries no manifest; expected a graph from capt-export")

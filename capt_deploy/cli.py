@@ -1,13 +1,17 @@
 """`capt-predict`."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from capt_deploy.console import Command, print_json, progress, say
 from capt_deploy.version import __version__
+
+if TYPE_CHECKING:
+    from capt_deploy.labelling import LabelledFile
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
@@ -44,36 +48,37 @@ def main(
     from capt_deploy.classifier import Classifier
     from capt_deploy.labelling import find_images, label_files
 
-    files = find_images(_from_stdin(paths))
+    listed = [line.rstrip("\r\n") for line in sys.stdin] if "-" in paths else []
+    files = find_images([path for path in paths if path != "-"], listed)
     classifier = Classifier.load(bundle, backend)
     say(f"{len(files)} images, {classifier.backend.name} on {classifier.backend.device}")
-    with progress("predicting", len(files), "images") as counter:
-        rows = []
-        for row in label_files(classifier, files, top_k, batch_size):
-            rows.append(row)
-            counter.advance()
+    results = label_files(classifier, files, top_k, batch_size)
     if as_json:
+        rows = []
+        with progress("predicting", len(files), "images") as counter:
+            for row in results:
+                rows.append(row)
+                counter.advance()
         print_json([row.to_dict() for row in rows])
-    elif as_csv:
-        _print_csv([row.fields() for row in rows])
+        failed = any(row.error for row in rows)
     else:
-        for row in rows:
-            click.echo(row)
-    if any(row.error for row in rows):
+        failed = _print_lines(results, as_csv)
+    if failed:
         sys.exit(1)
 
 
-def _from_stdin(paths: Iterable[str]) -> Iterator[str]:
-    for path in paths:
-        if path == "-":
-            yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
-        else:
-            yield path
-
-
-def _print_csv(rows: Iterable[tuple[str, ...]]) -> None:
+def _print_lines(rows: "Iterable[LabelledFile]", as_csv: bool) -> bool:
+    """Print each row as soon as it is there; return whether one of them is an error."""
     import csv
 
+    failed = False
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["path", "label", "confidence", "error"])
-    writer.writerows(rows)
+    if as_csv:
+        writer.writerow(["path", "label", "confidence", "error"])
+    for row in rows:
+        failed |= row.error is not None
+        if as_csv:
+            writer.writerow(row.fields())
+        else:
+            click.echo(row)
+    return failed

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from shutil import get_terminal_size
 from typing import Any, TypeVar
 
 import click
@@ -13,6 +14,9 @@ from capt_deploy.errors import CaptError
 
 T = TypeVar("T")
 _SECONDS_BETWEEN_LINES = 5.0
+_BAR_WIDTH = 20
+_TRAINING_MODULES = {"torch", "torchvision", "open_clip", "jaxtyping", "filelock", "onnx"}
+_INSTALL = "pip install 'capt[export]' to tune and export; the bare install only runs bundles"
 
 
 class Command(click.Command):
@@ -25,6 +29,19 @@ class Command(click.Command):
         except CaptError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except BrokenPipeError:  # the reader has seen enough, as in `… | head`
+            raise
+        except OSError as error:  # no space, no permission, a file where a folder should be
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(2)
+        except ModuleNotFoundError as error:
+            if error.name not in _TRAINING_MODULES:
+                raise
+            click.echo(f"Error: needs {error.name}, which is missing: {_INSTALL}", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(130)
 
 
 def say(text: str) -> None:
@@ -52,7 +69,8 @@ class Progress:
                 label=label,
                 file=sys.stderr,
                 show_pos=True,
-                item_show_func=lambda _: self._note,
+                width=_BAR_WIDTH,
+                item_show_func=lambda _: self._fitting_note(),
             )
             self._bar.__enter__()
 
@@ -71,6 +89,12 @@ class Progress:
             self._bar.__exit__(None, None, None)
         elif self._printed < self._done or not self._done:
             self._line()
+
+    def _fitting_note(self) -> str:
+        # A line that wraps leaves a new line behind at every update.
+        others = len(self._label) + _BAR_WIDTH + 2 * len(str(self._total)) + len("  []  /    ")
+        time_left = len("  00:00:00")
+        return self._note[: max(0, get_terminal_size().columns - others - time_left - 2)]
 
     def _line(self) -> None:
         self._printed_at = time.monotonic()

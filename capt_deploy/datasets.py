@@ -87,13 +87,17 @@ class Dataset:
         return self.root / item.path
 
 
-def read_dataset(path: str | Path, class_names: str | Path | None = None) -> Dataset:
+def read_dataset(
+    path: str | Path, class_names: str | Path | None = None, *, strict_names: bool = True
+) -> Dataset:
     """Read any of the four forms.
 
     Args:
         path: a folder, a `.csv` or `.jsonl` file, or a `split_zhou_*.json`.
         class_names: JSON `{label: name}` or a two-column CSV that renames classes; classes it
             does not mention keep their label with underscores turned to spaces.
+        strict_names: whether it is an error to rename a class that is not there, as it is for
+            training data, while test data may hold fewer classes.
 
     Raises:
         DataError: nothing usable is there, a class has no image, or two classes share a name.
@@ -114,7 +118,7 @@ def read_dataset(path: str | Path, class_names: str | Path | None = None) -> Dat
             raise DataError(f"{path}: expected a folder, .csv, .jsonl or .json, came a file")
         reader, root = readers[path.suffix.lower()], path.parent
     listing = reader(path)
-    dataset = _build(root, listing, class_names)
+    dataset = _build(root, listing, class_names, strict_names)
     return dataset
 
 
@@ -134,11 +138,19 @@ def _folder_reader(path: Path) -> Callable[[Path], label_files.Listing]:
     return _read_class_folders
 
 
-def _build(root: Path, listing: label_files.Listing, names_file: str | Path | None) -> Dataset:
+def _build(
+    root: Path,
+    listing: label_files.Listing,
+    names_file: str | Path | None,
+    strict_names: bool,
+) -> Dataset:
     rows: list[Row] = []
     skipped: list[Skipped] = []
     for row in listing.rows:
-        if Path(row.path).suffix.lower() in IMAGE_SUFFIXES:
+        if any("\ud800" <= character <= "\udfff" for character in row.path):
+            printable = row.path.encode("utf-8", "backslashreplace").decode()
+            skipped.append(Skipped(printable, "its name is not valid UTF-8"))
+        elif Path(row.path).suffix.lower() in IMAGE_SUFFIXES:
             rows.append(row)
         else:
             skipped.append(Skipped(row.path, "not an image by its name"))
@@ -151,7 +163,7 @@ def _build(root: Path, listing: label_files.Listing, names_file: str | Path | No
         )
     if empty := [label for label in listing.labels if not images[label]]:
         raise DataError(f"{root}: no image in class {empty}; add some or remove the class")
-    names = _class_names(root, listing.labels, names_file)
+    names = _class_names(root, listing.labels, names_file, strict_names)
     repeated = [path for path, times in Counter(row.path for row in rows).items() if times > 1]
     if repeated:
         raise DataError(f"{root}: {len(repeated)} images are listed twice, e.g. {repeated[0]}")
@@ -181,9 +193,11 @@ def _split(rows: Iterable[Row], index: Mapping[str, int]) -> dict[str, tuple[Ite
 
 
 def _class_names(
-    root: Path, labels: tuple[str, ...], names_file: str | Path | None
+    root: Path, labels: tuple[str, ...], names_file: str | Path | None, strict_names: bool
 ) -> tuple[str, ...]:
-    renamed = _read_names(Path(names_file), labels) if names_file is not None else {}
+    renamed = {}
+    if names_file is not None:
+        renamed = _read_names(Path(names_file), labels, strict_names)
     names = tuple(renamed.get(label, " ".join(label.replace("_", " ").split())) for label in labels)
     if "" in names:
         label = labels[names.index("")]
@@ -200,7 +214,7 @@ def _class_names(
     return names
 
 
-def _read_names(path: Path, labels: tuple[str, ...]) -> dict[str, str]:
+def _read_names(path: Path, labels: tuple[str, ...], strict: bool) -> dict[str, str]:
     if path.suffix.lower() == ".csv":
         pairs = label_files.read_pairs(path)
     else:
@@ -209,7 +223,7 @@ def _read_names(path: Path, labels: tuple[str, ...]) -> dict[str, str]:
         if not texts:
             raise DataError(f'{path}: expected a JSON object such as {{"aquarium_fish": "fish"}}')
     for label, name in pairs.items():
-        if label not in labels:
+        if label not in labels and strict:
             near = get_close_matches(label, labels, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise DataError(f"{path}: {label!r} is no class of the data set{hint}")

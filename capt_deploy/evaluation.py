@@ -22,7 +22,9 @@ class Scores:
 
     labels: Ints  # (samples,)
     tuned: NDArray[np.floating]  # (samples, classes), scaled and calibrated
-    zero_shot: NDArray[np.floating]  # (samples, classes), scaled
+    zero_shot: NDArray[np.floating]  # likewise, each model by its own temperature
+    temperature: float = 1.0  # that `tuned` has been divided by
+    zero_shot_temperature: float = 1.0
 
 
 def harmonic_mean(base: float, new: float) -> float:
@@ -60,11 +62,15 @@ def evaluate(
     }
     if is_tuned.all():  # nothing is new, so base and all would say the same twice
         columns["base"] = columns["new"]
-    report: Report = _measure(scores.labels, scores.tuned, columns, scope)
+    report = _measure(scores.labels, scores.tuned, columns, scope)
     if scope and report[scope] is None:
         raise ConfigError(f"no images of {scope!r} classes to evaluate; was the run tuned on all?")
     report["confusion"] = _confusion(scores, class_names, columns, pairs)
     report["zero_shot"] = _measure(scores.labels, scores.zero_shot, columns, scope)
+    raw = scores.tuned * scores.temperature
+    raw_zero_shot = scores.zero_shot * scores.zero_shot_temperature
+    report["uncalibrated"] = _measure(scores.labels, raw, columns, scope)
+    report["uncalibrated"]["zero_shot"] = _measure(scores.labels, raw_zero_shot, columns, scope)
     return report
 
 
@@ -98,8 +104,8 @@ def _confusion(
     """Recovery and breakage among the classes tuned on.
 
     `recovered` is the share of the zero-shot model's errors in mined pairs that are right after
-    tuning; `broken` counts its right answers that tuning turned into an error in a mined pair,
-    over the same number, so that the two can be compared.
+    tuning; `broken` the share of its right answers that are wrong after it, in any pair. The
+    counts stand beside them, for the two are shares of different numbers.
     """
     own = columns["base"] if len(columns["base"]) else columns["all"]
     rows = np.isin(scores.labels, own)
@@ -110,13 +116,17 @@ def _confusion(
     for true, predicted in pairs:
         mined[true, predicted] = True
     errors = mined[labels, before]  # the diagonal is never mined
-    fixed = errors & (after == labels)
-    broken = (before == labels) & mined[labels, after]
-    count = int(errors.sum())
+    right = before == labels
+    fixed, lost = int((errors & (after == labels)).sum()), int((right & (after != labels)).sum())
     return {
-        "recovered": float(fixed.sum() / count) if count else None,
-        "broken": float(broken.sum() / count) if count else None,
-        "zero_shot_errors": count,
+        "recovered": fixed / int(errors.sum()) if errors.any() else None,
+        "broken": lost / int(right.sum()) if right.any() else None,
+        "counts": {
+            "zero_shot_errors_in_pairs": int(errors.sum()),
+            "recovered": fixed,
+            "zero_shot_right": int(right.sum()),
+            "broken": lost,
+        },
         "pairs": confused_pairs(labels, before, after, class_names),
     }
 

@@ -47,8 +47,11 @@ class LabelledFile:
         return f"{self.path}: " + ", ".join(f"{label} {share:.3f}" for label, share in top)
 
 
-def find_images(paths: Iterable[str]) -> list[str]:
+def find_images(paths: Iterable[str], listed: Iterable[str] = ()) -> list[str]:
     """Expand folders (recursively) and patterns into files, in order, without repetition.
+
+    Names that are `listed` in a file or pipe are taken as they are: one that is not there gets
+    its error row later and does not stop the others.
 
     Raises:
         DataError: a path does not exist, or nothing is left.
@@ -67,6 +70,7 @@ def find_images(paths: Iterable[str]) -> list[str]:
             found |= dict.fromkeys(match for match in matches if Path(match).is_file())
         else:
             raise DataError(f"{name}: no such file, folder, or pattern with a match")
+    found |= dict.fromkeys(name for name in listed if name)
     if not found:
         raise DataError("found no image in what was given; expected images or folders of images")
     return list(found)

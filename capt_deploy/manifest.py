@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from capt_deploy.errors import BundleError
 from capt_deploy.preprocess import PreprocessConfig
 
 SCHEMA_VERSION = 1
+_CALIBRATION = {"temperature", "zero_shot_temperature"}
 METADATA_KEY = "capt_manifest"  # under which an ONNX file carries its manifest
 
 
@@ -90,6 +91,14 @@ class Manifest:
         mined = {pair[key] for pair in self.confusion_pairs for key in ("true", "predicted")}
         if unknown := mined - set(self.class_names):
             raise BundleError(f"{where}: confusion pairs name unknown classes {sorted(unknown)}")
+        for precision, graph in self.graphs.items():
+            if (graph.layout, graph.dtype) != ("NHWC", "uint8"):
+                raise BundleError(
+                    f"{where}: the {precision} graph takes {graph.layout} {graph.dtype}, this "
+                    f"reader knows NHWC uint8; upgrade capt"
+                )
+            if set(self.calibration.get(precision, {})) != _CALIBRATION:
+                raise BundleError(f"{where}: expected {sorted(_CALIBRATION)} of {precision}")
         if not self.graphs:
             raise BundleError(f"{where}: names no graph")
 
@@ -104,7 +113,9 @@ class Manifest:
 
 def _check_keys(kind: Any, values: Mapping[str, Any], where: str) -> None:
     known = {f.name for f in fields(kind)}
-    required = known - {"files", "layout", "dtype"}
+    required = {
+        f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING
+    }
     if unknown := set(values) - known:
         raise BundleError(f"{where}: unknown keys {sorted(unknown)}; upgrade capt to read it")
     if missing := required - set(values):

@@ -30,7 +30,7 @@ def evaluate_bundle(
         raise BundleError(f"{path}: a lone graph has no zero-shot rows; pass the whole bundle")
     bundle = open_bundle(path)
     classifier = Classifier.load(path, backend)
-    dataset = read_dataset(data, class_names).aligned_to(classifier.class_names)
+    dataset = read_dataset(data, class_names, strict_names=False).aligned_to(classifier.class_names)
     items = {str(dataset.path(item)): item for item in dataset.items(split)}
     zero_shot = bundle.text_embeddings()["zero_shot"]
     labels, logits, embeddings = [], [], []
@@ -46,10 +46,15 @@ def evaluate_bundle(
                 embeddings.append(outputs.embedding)
     if not labels:
         raise DataError(f"{data}: none of the {len(items)} images in split {split!r} is readable")
-    scores = Scores(
-        np.asarray(labels), np.concatenate(logits), np.concatenate(embeddings) @ zero_shot.T
-    )
     manifest = bundle.manifest
+    calibration = manifest.calibration[classifier.precision]
+    scores = Scores(
+        np.asarray(labels),
+        np.concatenate(logits),
+        np.concatenate(embeddings) @ zero_shot.T,
+        calibration["temperature"],
+        calibration["zero_shot_temperature"],
+    )
     report = evaluate(scores, manifest.class_names, manifest.tuned, _pairs(bundle), scope)
     report["skipped"] = skipped
     return report

@@ -23,12 +23,13 @@ def summary(report: Report) -> str:
     header = ["%", "base", "new", "harmonic", "all", "ECE base", "ECE new", "ECE all"]
     keep = [i for i in range(len(header)) if i == 0 or any(row[i] != "-" for row in rows)]
     lines = [table([header[i] for i in keep], [[row[i] for i in keep] for row in rows])]
-    confusion = report["confusion"]
-    if confusion["recovered"] is not None:
-        lines.append(
-            f"of {confusion['zero_shot_errors']} zero-shot errors in confused pairs "
-            f"{_share(confusion['recovered'])} % recovered, {_share(confusion['broken'])} % broken"
-        )
+    counts = report["confusion"]["counts"]
+    lines.append(
+        f"of {counts['zero_shot_errors_in_pairs']} zero-shot errors in confused pairs "
+        f"{counts['recovered']} ({_share(report['confusion']['recovered'])} %) are recovered, "
+        f"of {counts['zero_shot_right']} right answers "
+        f"{counts['broken']} ({_share(report['confusion']['broken'])} %) are broken"
+    )
     lines += [f"WARNING: {text}" for text in worse_than_zero_shot(report)]
     if report["skipped"]:
         names = ", ".join(path for path, _ in report["skipped"][:3])

@@ -70,7 +70,11 @@ def main(ctx: click.Context, /, out: Path, resume: bool, as_json: bool, **option
     config = _config(out, resume, given)
     from capt_train.pipeline import train
 
-    report = train(config, out, resume=resume, split_from=options["split_from"])
+    try:
+        report = train(config, out, resume=resume, split_from=options["split_from"])
+    except KeyboardInterrupt:
+        say(f"\nto go on where it stopped: capt-train --resume --out {out}")
+        raise
     if as_json:
         print_json(report)
     from capt_deploy.summary import confused_pairs_table, summary
@@ -82,7 +86,8 @@ def main(ctx: click.Context, /, out: Path, resume: bool, as_json: bool, **option
 def _config(out: Path, resume: bool, given: dict[str, Any]) -> TrainConfig:
     """Settings of the command line; a resumed run supplies those that are not given."""
     settings = parse_settings(given.pop("settings", ()))
-    given.pop("split_from", None)
+    if given.pop("split_from", None) and {"shots", "classes"} & set(given):
+        raise click.UsageError("--split-from brings its own --shots and --classes; leave them out")
     if resume:
         from dataclasses import replace
 

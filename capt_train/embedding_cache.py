@@ -4,33 +4,46 @@ One SQLite file per model: its transactions survive kills and concurrent runs. L
 costs time, never a result, so a damaged one is put aside and an unwritable one is done without.
 """
 
+import hashlib
 import os
 import sqlite3
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
 
 from capt_deploy.console import say
 
 Floats = NDArray[np.float32]
+_PIXELS_VERSION = 1  # to be raised when decoding or preprocessing changes its pixels
 _VARIABLES = 500  # SQLite's oldest builds allow 999 in one statement
 
 
 def cache_folder() -> Path:
-    """Return `$CAPT_CACHE`, else `capt` in the user's cache folder."""
+    """Return `$CAPT_CACHE`, else `capt` in the user's cache folder, else among temporary files."""
     if chosen := os.environ.get("CAPT_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "capt"
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "capt"
+    try:
+        return Path.home() / ".cache" / "capt"
+    except RuntimeError:  # a user without a home, as in many containers
+        return Path(tempfile.gettempdir()) / "capt"
 
 
 class EmbeddingCache:
     """Maps the SHA-256 of an image file to its embedding, for one model."""
 
-    def __init__(self, model_fingerprint: str, folder: Path | None = None) -> None:
+    def __init__(
+        self, model_fingerprint: str, device: str = "cpu", folder: Path | None = None
+    ) -> None:
         folder = folder or cache_folder()
-        self._path = folder / f"embeddings-{model_fingerprint[:32]}.sqlite"
+        # Whatever may change the last digits of an embedding, or more, starts another file.
+        key = f"{model_fingerprint} {device} {_PIXELS_VERSION} {PIL.__version__}"
+        self._path = folder / f"embeddings-{hashlib.sha256(key.encode()).hexdigest()[:32]}.sqlite"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._database = _connect(str(self._path))

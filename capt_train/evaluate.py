@@ -1,4 +1,4 @@
-"""Evaluate a tuned model in torch, as it was trained; the bundle's twin is `export.evaluate`."""
+"""Evaluate a tuned model in torch, as it was trained; `capt_deploy.scoring` does it for bundles."""
 
 from pathlib import Path
 
@@ -6,20 +6,12 @@ import torch
 
 from capt_deploy.console import say
 from capt_deploy.datasets import Dataset, read_dataset
+from capt_deploy.errors import DataError
 from capt_deploy.evaluation import Report, Scores, evaluate
 from capt_train.backbone import choose_device
 from capt_train.embedding_cache import EmbeddingCache
-from capt_train.features import Features, embed
+from capt_train.features import embed
 from capt_train.run import TunedModel, load_run
-
-
-def model_scores(model: TunedModel, features: Features) -> Scores:
-    """Return tuned and zero-shot logits of embedded images."""
-    return Scores(
-        features.labels.numpy(),
-        model.logits(features.embeddings).cpu().numpy(),
-        model.zero_shot_logits(features.embeddings).cpu().numpy(),
-    )
 
 
 @torch.no_grad()
@@ -30,14 +22,27 @@ def evaluate_model(
     split: str,
     scope: str | None = None,
 ) -> Report:
-    """Return the report of `capt-eval` for one split, uncalibrated figures included."""
-    features = embed(model.backbone, cache, dataset, dataset.items(split), f"{split} images")
-    scores = model_scores(model, features)
-    report = evaluate(scores, model.class_names, model.tuned, model.pairs, scope)
-    raw = Scores(scores.labels, scores.tuned * model.temperature, scores.zero_shot)
-    uncalibrated = evaluate(raw, model.class_names, model.tuned, model.pairs, scope)
-    keys = ("base", "new", "all")
-    report["uncalibrated"] = {key: uncalibrated[key] for key in keys}
+    """Return the report of `capt-eval` for one split.
+
+    Raises:
+        DataError: none of its images can be read.
+    """
+    items = dataset.items(split)
+    features = embed(model.backbone, cache, dataset, items, f"{split} images")
+    if not len(features):
+        raise DataError(f"{dataset.root}: none of the {len(items)} {split} images is readable")
+    if split == "test":
+        used = set(model.split.sha256.values())
+        if seen := sum(digest in used for digest in features.sha256):
+            say(f"note: {seen} test images are also among those that the run has used")
+    scores = Scores(
+        features.labels.numpy(),
+        model.logits(features.embeddings).cpu().numpy(),
+        model.zero_shot_logits(features.embeddings).cpu().numpy(),
+        model.fitted.temperature,
+        model.fitted.zero_shot_temperature,
+    )
+    report = evaluate(scores, model.class_names, model.tuned, model.fitted.pairs, scope)
     report["skipped"] = [[file.path, file.reason] for file in features.skipped]
     return report
 
@@ -55,13 +60,9 @@ def evaluate_run(
         CaptError: the run or the data cannot be used.
     """
     model = load_run(run, choose_device("auto"))
-    dataset = read_dataset(data, class_names or model.config.class_names)
+    dataset = read_dataset(data, class_names or model.config.class_names, strict_names=False)
     dataset = dataset.aligned_to(model.class_names)
-    used = set(model.split.sha256)
-    seen = sum(item.path in used for item in dataset.items(split)) if split == "test" else 0
-    if seen:
-        say(f"note: {seen} of the test images were tuned on; the figures are too good")
-    cache = EmbeddingCache(str(model.provenance["model_sha256"]))
+    cache = EmbeddingCache(str(model.provenance["model_sha256"]), model.backbone.device.type)
     try:
         return evaluate_model(model, cache, dataset, split, scope)
     finally:

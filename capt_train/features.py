@@ -31,14 +31,10 @@ class Features:
     labels: Int[Tensor, " batch"]  # indices of all class names
     skipped: tuple[Skipped, ...] = ()
     embedded: int = 0  # how many went through the visual tower, the others were cached
+    sha256: tuple[str, ...] = ()  # of the image files, one per row
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    def of_classes(self, classes: Sequence[int]) -> "Features":
-        """Return those of some classes only."""
-        keep = torch.isin(self.labels, torch.tensor(list(classes)))
-        return Features(self.embeddings[keep], self.labels[keep])
 
 
 def embed(
@@ -47,6 +43,7 @@ def embed(
     """Embed images in order, through the cache; `label` names them in the progress."""
     rows: list[NDArray[np.float32]] = []
     labels: list[int] = []
+    digests: list[str] = []
     skipped: list[Skipped] = []
     embedded = 0
     with (
@@ -73,6 +70,7 @@ def embed(
                 if key in known:
                     rows.append(known[key])
                     labels.append(item.label)
+                    digests.append(key)
                 else:
                     skipped.append(Skipped(item.path, str(results[key])))
             counter.advance(len(batch), f"{embedded} new, {len(skipped)} unreadable")
@@ -81,7 +79,11 @@ def embed(
     dim = backbone.text_embeddings(["a"]).shape[1]
     matrix = np.stack(rows) if rows else np.zeros((0, dim), np.float32)
     return Features(
-        torch.from_numpy(matrix), torch.tensor(labels, dtype=torch.long), tuple(skipped), embedded
+        torch.from_numpy(matrix),
+        torch.tensor(labels, dtype=torch.long),
+        tuple(skipped),
+        embedded,
+        tuple(digests),
     )
 
 

@@ -58,6 +58,11 @@ def moments(
     are the smaller ones.
     """
     wide, anchor = _wide(embeddings), _wide(reference)
+    with torch.autocast(wide.device.type, enabled=False):  # it would halve the products again
+        return _moment_distance(wide, anchor)
+
+
+def _moment_distance(wide: Tensor, anchor: Tensor) -> Tensor:
     centred = wide - wide.mean(dim=0)
     centred_anchor = anchor - anchor.mean(dim=0)
     shift = (wide.mean(dim=0) - anchor.mean(dim=0)).square().sum()

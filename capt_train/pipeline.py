@@ -13,7 +13,7 @@ from capt_deploy.console import say
 from capt_deploy.datasets import Dataset, read_dataset
 from capt_deploy.errors import ConfigError, RunError
 from capt_deploy.evaluation import Pair, Report
-from capt_deploy.files import write_json
+from capt_deploy.files import expand_home, write_json
 from capt_train import run as runs
 from capt_train.backbone import Backbone, choose_device, load_backbone
 from capt_train.calibration import fit_temperature
@@ -26,6 +26,10 @@ from capt_train.fewshot import FewShotSplit, choose
 from capt_train.prompt import PromptLearner
 from capt_train.run import TunedModel
 from capt_train.tuning import TuningTask, tune
+
+# Where things lie may change before a run is resumed: what is there is checked by its content.
+_MAY_MOVE = {"data", "model", "pretrained", "class_names", "device"}
+_FEW_FOR_CALIBRATION = 50
 
 
 @dataclass(frozen=True)
@@ -60,14 +64,16 @@ def train(
     Raises:
         CaptError: the data, the model, the settings or the folder cannot be used.
     """
-    setup = _prepare(config, Path(out), resume, split_from)
-    cache = EmbeddingCache(setup.model_sha256)
-    try:
-        model = _tune(setup, cache)
-        report = _measure(setup, model, cache)
-    finally:
-        cache.close()
-    write_json(setup.out / runs.METRICS, report)
+    out = expand_home(out)
+    with runs.locked(out):
+        setup = _prepare(config, out, resume, split_from)
+        cache = EmbeddingCache(setup.model_sha256, setup.backbone.device.type)
+        try:
+            model = _tune(setup, cache)
+            report = _measure(setup, model, cache)
+        finally:
+            cache.close()
+        write_json(setup.out / runs.METRICS, report)
     return report
 
 
@@ -99,11 +105,8 @@ def _prepare(config: TrainConfig, out: Path, resume: bool, split_from: Path | No
     if begun:
         _check_model(out, fingerprint)
     else:
-        try:
-            split.save(out / runs.SPLIT)
-            runs.begin(out, config, fingerprint)
-        except OSError as cause:
-            raise RunError(f"{out}: cannot be written ({cause})") from cause
+        split.save(out / runs.SPLIT)
+    runs.begin(out, config, fingerprint)  # a resumed run may have moved
     return _Setup(out, config, dataset, split, backbone, fingerprint, zero_shot, prompt)
 
 
@@ -119,16 +122,24 @@ def _tune(setup: _Setup, cache: EmbeddingCache) -> TunedModel:
         task = TuningTask(backbone.scale, split.tuned, train_features, val, reference, config)
         state = tune(setup.prompt, task, setup.out)
     pairs = mine_pairs(train_features, reference, tuned)
-    model = runs.tuned_model(backbone, config, split, setup.prompt, 1.0, pairs, {})
+    model = runs.tuned_model(backbone, config, split, setup.prompt, runs.Fitted(pairs), {})
+    if 0 < len(val) < _FEW_FOR_CALIBRATION:
+        say(f"note: confidences are calibrated on no more than {len(val)} validation images")
     if len(val):
         labels = torch.searchsorted(torch.tensor(tuned), val.labels)
-        temperature = fit_temperature(model.logits(val.embeddings)[:, tuned].cpu(), labels)
-        model = replace(model, temperature=temperature)
+        after, before = model.logits(val.embeddings), model.zero_shot_logits(val.embeddings)
+        fitted = runs.Fitted(
+            pairs,
+            fit_temperature(after[:, tuned].cpu(), labels),
+            fit_temperature(before[:, tuned].cpu(), labels),
+        )
+        model = replace(model, fitted=fitted)
     write_json(
         setup.out / runs.RESULT,
         {
-            "temperature": model.temperature,
-            "calibrated_on": len(val),
+            "temperature": model.fitted.temperature,
+            "zero_shot_temperature": model.fitted.zero_shot_temperature,
+            "images": {"train": len(train_features), "val": len(val)},
             "epochs": state.epoch,
             "best_epoch": state.best_epoch,
             "history": state.history,
@@ -150,7 +161,8 @@ def _measure(setup: _Setup, model: TunedModel, cache: EmbeddingCache) -> Report:
         "method": setup.config.method,
         "shots": setup.config.shots,
         "seed": setup.config.seed,
-        "temperature": model.temperature,
+        "images": {"train": len(setup.split.train), "val": len(setup.split.val)},
+        "temperature": model.fitted.temperature,
         **evaluate_model(model, cache, dataset, measured_on),
     }
 
@@ -188,7 +200,11 @@ def _check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
         raise RunError(f"{out}: holds a run; continue it with --resume, or choose another --out")
     written, _ = runs.read_config(out)
     was, now = written.to_dict(), config.to_dict()
-    different = [f"{key} {was[key]!r} → {now[key]!r}" for key in was if was[key] != now[key]]
+    different = [
+        f"{key} {was[key]!r} → {now[key]!r}"
+        for key in was
+        if was[key] != now[key] and key not in _MAY_MOVE
+    ]
     if different:
         raise RunError(f"{out}: was begun with other settings: {'; '.join(different)}")
 

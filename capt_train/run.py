@@ -8,20 +8,26 @@ result.json        temperature, mined confusions, best epoch; written when tunin
 metrics.json       zero-shot beside tuned
 """
 
+import getpass
+import hashlib
+import os
 import platform
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from jaxtyping import Float
 from torch import Tensor
 
 from capt_deploy.errors import RunError
 from capt_deploy.evaluation import Pair
-from capt_deploy.files import read_json, write_json
+from capt_deploy.files import expand_home, read_json, write_json
 from capt_deploy.version import __version__
 from capt_train.backbone import Backbone, load_backbone
 from capt_train.checkpoint import load_checkpoint
@@ -35,6 +41,15 @@ _VERSIONED = ("torch", "open_clip_torch", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
+class Fitted:
+    """What is measured on training and validation images around the tuning."""
+
+    pairs: Mapping[Pair, int]  # zero-shot confusions among the training images
+    temperature: float = 1.0
+    zero_shot_temperature: float = 1.0  # of the frozen model, so that the two compare fairly
+
+
+@dataclass(frozen=True)
 class TunedModel:
     """Everything that a finished run says about classes; what export folds."""
 
@@ -43,8 +58,7 @@ class TunedModel:
     split: FewShotSplit
     text_embeddings: Float[Tensor, "classes dim"]  # unit norm, every class name of the data set
     zero_shot: Float[Tensor, "classes dim"]  # hand-written t⁰, unit norm
-    temperature: float
-    pairs: Mapping[Pair, int]  # zero-shot confusions among the training images
+    fitted: Fitted
     provenance: Mapping[str, Any]
 
     @property
@@ -61,13 +75,14 @@ class TunedModel:
     def logits(self, embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch classes"]:
         """Return z/T with z = scale·f·t_c, as in training."""
         scores = embeddings.to(self.text_embeddings) @ self.text_embeddings.T
-        return self.backbone.scale * scores / self.temperature
+        return self.backbone.scale * scores / self.fitted.temperature
 
     def zero_shot_logits(
         self, embeddings: Float[Tensor, "batch dim"]
     ) -> Float[Tensor, "batch classes"]:
-        """Return the frozen model's own scale·f·t⁰_c."""
-        return self.backbone.scale * embeddings.to(self.zero_shot) @ self.zero_shot.T
+        """Return the frozen model's own scale·f·t⁰_c, over its own temperature."""
+        scores = embeddings.to(self.zero_shot) @ self.zero_shot.T
+        return self.backbone.scale * scores / self.fitted.zero_shot_temperature
 
 
 def make_prompt(backbone: Backbone, config: TrainConfig, split: FewShotSplit) -> PromptLearner:
@@ -96,6 +111,28 @@ def begin(folder: Path, config: TrainConfig, model_fingerprint: str) -> None:
     )
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep every other process out of a run folder; a kill sets it free.
+
+    The lock lies among the machine's temporary files, so that a refused run leaves no folder.
+
+    Raises:
+        RunError: another process is tuning into it.
+    """
+    key = hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:16]
+    user = getpass.getuser() if os.name != "posix" else str(os.getuid())
+    lock = FileLock(Path(tempfile.gettempdir()) / f"capt-{user}-{key}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as cause:
+        raise RunError(f"{folder}: another capt-train is writing this run") from cause
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def read_config(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
     """Return a run's settings and the whole of its `config.json`.
 
@@ -117,7 +154,7 @@ def load_run(folder: str | Path, device: torch.device | None = None) -> TunedMod
         RunError: it is no run, tuning has not ended, or its model has changed.
         ModelError: its model cannot be loaded.
     """
-    folder = Path(folder)
+    folder = expand_home(folder)
     config, written = read_config(folder)
     if not (folder / RESULT).is_file():
         raise RunError(f"{folder}: tuning has not ended; continue with capt-train --resume")
@@ -131,8 +168,11 @@ def load_run(folder: str | Path, device: torch.device | None = None) -> TunedMod
             f"{config.model} now has {fingerprint[:12]}…; restore that model or tune again"
         )
     try:
-        temperature, pairs = float(result["temperature"]), result["pairs"]
-        mined = {(int(true), int(predicted)): int(count) for true, predicted, count in pairs}
+        fitted = Fitted(
+            {(int(true), int(taken)): int(count) for true, taken, count in result["pairs"]},
+            float(result["temperature"]),
+            float(result["zero_shot_temperature"]),
+        )
     except (TypeError, KeyError, ValueError) as cause:
         raise RunError(f"{folder / RESULT}: not as capt-train writes it ({cause!r})") from cause
     prompt = None
@@ -145,7 +185,7 @@ def load_run(folder: str | Path, device: torch.device | None = None) -> TunedMod
         "model_sha256": fingerprint,
         "versions": written.get("versions", {}),
     }
-    return tuned_model(backbone, config, split, prompt, temperature, mined, provenance)
+    return tuned_model(backbone, config, split, prompt, fitted, provenance)
 
 
 @torch.no_grad()
@@ -154,11 +194,10 @@ def tuned_model(
     config: TrainConfig,
     split: FewShotSplit,
     prompt: PromptLearner | None,
-    temperature: float,
-    pairs: Mapping[Pair, int],
+    fitted: Fitted,
     provenance: Mapping[str, Any],
 ) -> TunedModel:
     """Evaluate the prompt for every class name; without a prompt the model is the zero-shot one."""
     zero_shot = backbone.class_embeddings(split.class_names, config.templates)
     tuned = zero_shot if prompt is None else prompt(range(len(split.class_names)))
-    return TunedModel(backbone, config, split, tuned, zero_shot, temperature, pairs, provenance)
+    return TunedModel(backbone, config, split, tuned, zero_shot, fitted, provenance)

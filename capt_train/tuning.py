@@ -37,9 +37,10 @@ class TuningTask:
 def tune(prompt: PromptLearner, task: TuningTask, folder: Path) -> TuningState:
     """Tune `prompt`; on return it holds the best epoch's parameters, which lie in `folder` too.
 
-    Best is the lowest calibrated NLL on validation, or the last epoch where there is none or patience is 0.
-    If `folder` holds the checkpoint of an interrupted run, tuning continues from it and ends
-    with the very bits that it would have had uninterrupted (same machine, same number of threads).
+    Best is the lowest calibrated NLL on validation, or the last epoch where there is none or
+    patience is 0. If `folder` holds the checkpoint of an interrupted run, tuning continues from
+    it and ends with the very bits that it would have had uninterrupted (on the same machine,
+    with the same number of threads).
 
     Raises:
         RunError: a loss term is not finite; the last good checkpoint stays.
@@ -85,7 +86,7 @@ def _train_epoch(
         rate = learning_rate(
             epoch * batches + batch,
             config.epochs * batches,
-            config.warmup_epochs * batches,
+            min(config.warmup_epochs, config.epochs - 1) * batches,
             config.learning_rate,
         )
         for group in optimizer.param_groups:

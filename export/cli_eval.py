@@ -37,8 +37,11 @@ def main(
       capt-eval mine.capt --data photos --split val --json
     """
     from capt_deploy.bundle import is_bundle
+    from capt_deploy.errors import RunError
     from capt_deploy.summary import confused_pairs_table, summary
 
+    if not run_or_bundle.exists():
+        raise RunError(f"{run_or_bundle}: no such run or bundle")
     if is_bundle(run_or_bundle):
         from capt_deploy.scoring import evaluate_bundle
 

@@ -18,11 +18,11 @@ class Head:
 
 def fold(model: TunedModel) -> Head:
     """Return the head whose logits equal the tuned model's calibrated ones."""
-    weight = (model.backbone.scale / model.temperature) * model.text_embeddings
+    weight = (model.backbone.scale / model.fitted.temperature) * model.text_embeddings
     return Head(weight, weight.new_zeros(len(weight)))
 
 
 def fold_zero_shot(model: TunedModel) -> Head:
-    """Return the head of the frozen model with the hand-written prompt, uncalibrated."""
-    weight = model.backbone.scale * model.zero_shot
+    """Return the head of the frozen model with the hand-written prompt, calibrated likewise."""
+    weight = (model.backbone.scale / model.fitted.zero_shot_temperature) * model.zero_shot
     return Head(weight, weight.new_zeros(len(weight)))

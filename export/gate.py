@@ -66,7 +66,9 @@ def run_gate(model: TunedModel, classifier: Classifier, images: Sequence[Path]) 
         DataError: none of the images can be read.
     """
     expected, found = [], []
-    files = [str(path) for path in images[:MOST_IMAGES]]
+    # Spread over the list, which is sorted by class.
+    chosen = np.linspace(0, len(images) - 1, min(len(images), MOST_IMAGES)).astype(int)
+    files = [str(images[index]) for index in chosen]
     # Each side reads the files by its own configuration, so that a wrong one shows as well.
     reference_batches = preprocess_files(files, model.backbone.preprocess, batch_size=32)
     own_batches = preprocess_files(files, classifier.manifest.preprocess, batch_size=32)

@@ -46,7 +46,10 @@ class VisualClassifier(nn.Module):
         pixels = images.to(torch.float32).permute(0, 3, 1, 2)
         if self.normalises:
             pixels = (pixels - self.mean) / self.std
-        embedding = functional.normalize(self.visual(pixels), dim=-1)
+        features = self.visual(pixels)
+        if isinstance(features, tuple):  # CoCa's tower returns its tokens as well
+            features = features[0]
+        embedding = functional.normalize(features, dim=-1)
         logits = functional.linear(embedding, self.weight, self.bias)
         return logits, logits.softmax(dim=-1), embedding
 

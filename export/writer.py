@@ -12,7 +12,7 @@ from capt_deploy.bundle import MANIFEST, REPORT, TEXT_EMBEDDINGS
 from capt_deploy.classifier import Classifier
 from capt_deploy.console import say
 from capt_deploy.errors import BundleError, GateError
-from capt_deploy.files import new_folder, write_bytes, write_json
+from capt_deploy.files import expand_home, new_folder, write_bytes, write_json
 from capt_deploy.manifest import FileRecord, Graph, Manifest
 from capt_deploy.version import __version__
 from capt_train.run import TunedModel, load_run
@@ -45,12 +45,12 @@ def export_run(run: str | Path, out: str | Path, gate_data: str | Path | None = 
         GateError: the exported graph does not say the same; nothing is written.
         CaptError: the run cannot be loaded or exported, or `out` exists.
     """
-    out = Path(out)
+    out = expand_home(out)
     if out.exists():
         raise BundleError(f"{out}: already there; remove it or choose another --out")
     model = load_run(run)
     say(f"exporting {model.config.model} with {len(model.class_names)} classes")
-    root = Path(gate_data) if gate_data is not None else Path(model.config.data)
+    root = expand_home(gate_data) if gate_data is not None else Path(model.config.data)
     root = root if root.is_dir() else root.parent
     images = [root / item.path for item in model.split.val or model.split.train]
     with new_folder(out) as folder:
@@ -73,7 +73,7 @@ def export_run(run: str | Path, out: str | Path, gate_data: str | Path | None = 
 def make_manifest(model: TunedModel) -> Manifest:
     """Return the manifest of a bundle, without the hashes of its files."""
     names = model.class_names
-    worst = sorted(model.pairs.items(), key=lambda pair: -pair[1])
+    worst = sorted(model.fitted.pairs.items(), key=lambda pair: -pair[1])
     spec = model.config.model
     if spec.startswith("local-dir:"):
         spec = f"local-dir:{Path(spec.removeprefix('local-dir:')).name}"
@@ -82,7 +82,12 @@ def make_manifest(model: TunedModel) -> Manifest:
         tuned=model.tuned,
         preprocess=model.backbone.preprocess,
         graphs={PRECISION: Graph(_ONNX, OPSET)},
-        calibration={PRECISION: {"temperature": model.temperature}},
+        calibration={
+            PRECISION: {
+                "temperature": model.fitted.temperature,
+                "zero_shot_temperature": model.fitted.zero_shot_temperature,
+            }
+        },
         confusion_pairs=tuple(
             {"true": names[true], "predicted": names[predicted], "count": count}
             for (true, predicted), count in worst

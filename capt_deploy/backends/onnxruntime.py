@@ -7,7 +7,6 @@ from numpy.typing import NDArray
 
 from capt_deploy.backends import Outputs
 from capt_deploy.errors import BackendError
-from capt_deploy.manifest import METADATA_KEY
 
 
 class OnnxRuntime:
@@ -24,13 +23,6 @@ class OnnxRuntime:
     def run(self, images: NDArray[np.uint8]) -> Outputs:
         """Run (batch, height, width, 3) pixels, RGB, 0-255."""
         return Outputs(*self._session.run(list(Outputs._fields), {"images": images}))
-
-
-def read_metadata(onnx: bytes) -> str | None:
-    """Return the manifest that a graph carries, as JSON text, or None."""
-    session = _session(onnx, "ORT_DISABLE_ALL")
-    found = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
-    return None if found is None else str(found)
 
 
 def _session(onnx: bytes, level: str) -> Any:

@@ -31,6 +31,9 @@ FILES = {
 }
 
 
+CALIBRATION = {"temperature": 1.0, "zero_shot_temperature": 1.0}
+
+
 def record(data: bytes) -> FileRecord:
     return FileRecord(hashlib.sha256(data).hexdigest(), len(data))
 
@@ -41,7 +44,7 @@ def manifest() -> Manifest:
         tuned=(True, False),
         preprocess=PreprocessConfig((4, 4), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
         graphs={"fp32": Graph("model.onnx", 20), "fp16": Graph("half.onnx", 20)},
-        calibration={"fp32": {"temperature": 1.0}},
+        calibration=dict.fromkeys(("fp32", "fp16"), CALIBRATION),
         confusion_pairs=(),
         training={"seed": 1},
         files={name: record(data) for name, data in FILES.items()},

@@ -101,11 +101,29 @@ def test_a_changed_graph_is_not_run(tmp_path):
         Classifier.load(copy)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values["class_names"].reverse(),
+        lambda values: values["preprocess"].update(size=[8, 8]),
+        lambda values: values["calibration"]["fp32"].update(temperature=9.0),
+    ],
+)
+def test_a_changed_manifest_is_noticed_for_the_graph_carries_its_own(tmp_path, change):
+    copy = tmp_path / "changed.capt"
+    shutil.copytree(GOLDEN / "tiny.capt", copy)
+    values = json.loads((copy / "manifest.json").read_text())
+    change(values)
+    (copy / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(BundleError, match="manifest was changed after the export"):
+        Classifier.load(copy)
+
+
 @pytest.mark.parametrize("content", [b"", b"not a graph at all"])
 def test_a_file_that_is_no_graph_is_a_clear_error(tmp_path, content):
     path = tmp_path / "model.onnx"
     path.write_bytes(content)
-    with pytest.raises(BackendError, match="cannot load the graph"):
+    with pytest.raises(BundleError, match="carries no manifest"):
         Classifier.load(path)
 
 

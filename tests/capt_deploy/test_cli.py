@@ -63,6 +63,15 @@ def test_a_broken_image_gets_an_error_row_and_exit_code_1(tmp_path):
     assert "label" in second
 
 
+def test_a_missing_name_in_a_list_spoils_only_its_own_row():
+    good = next(iter(PHOTOS.rglob("*.png")))
+    result = run(BUNDLE, "-", "--csv", stdin=f"nowhere.png\n{good}\n")
+    assert result.exit_code == 1
+    first, second = csv.DictReader(io.StringIO(result.stdout))
+    assert "no such file" in first["error"]
+    assert second["label"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -72,6 +81,7 @@ def test_a_broken_image_gets_an_error_row_and_exit_code_1(tmp_path):
         ((BUNDLE, PHOTOS, "--backend", "quantum"), "expected one of"),
         ((BUNDLE, PHOTOS, "--json", "--csv"), "not both"),
         ((BUNDLE, "-"), "found no image"),
+        ((BUNDLE, "a" * 300 + ".jpg"), "name too long"),
         ((BUNDLE,), "Missing argument"),
     ],
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -199,3 +200,32 @@ def test_every_cell_of_a_table_ends_where_its_column_ends(rows: list[list[str]])
         for cell, width in zip(row[1:], widths[1:], strict=True):
             end += 2 + width
             assert padded[end - len(cell) : end] == cell
+
+
+@pytest.mark.parametrize(
+    ("problem", "code", "said"),
+    [
+        (PermissionError(13, "Permission denied", "/x"), 2, "Error: [Errno 13] Permission denied"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), 2, "capt[export]"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_is_no_bug_is_one_line_and_a_code(
+    problem: BaseException, code: int, said: str
+) -> None:
+    @click.command(cls=Command)
+    def command() -> None:
+        raise problem
+
+    result = CliRunner().invoke(command)
+    assert result.exit_code == code
+    assert said in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_missing_module_that_is_no_extra_is_a_bug_and_stays_one() -> None:
+    @click.command(cls=Command)
+    def command() -> None:
+        raise ModuleNotFoundError("No module named 'numpi'", name="numpi")
+
+    assert isinstance(CliRunner().invoke(command).exception, ModuleNotFoundError)

@@ -32,7 +32,7 @@ def top(row: np.ndarray, own: list[int]) -> int:
 
 
 def confusion_by_hand(given: Scores, own: list[int], pairs: list) -> dict:
-    errors = fixed = broken = 0
+    errors = fixed = right = broken = 0
     for label, tuned, zero_shot in zip(given.labels, given.tuned, given.zero_shot, strict=True):
         if label not in own:
             continue
@@ -40,12 +40,17 @@ def confusion_by_hand(given: Scores, own: list[int], pairs: list) -> dict:
         if (label, before) in pairs:
             errors += 1
             fixed += after == label
-        if before == label and (label, after) in pairs:
-            broken += 1
+        right += before == label
+        broken += before == label and after != label
     return {
         "recovered": fixed / errors if errors else None,
-        "broken": broken / errors if errors else None,
-        "zero_shot_errors": errors,
+        "broken": broken / right if right else None,
+        "counts": {
+            "zero_shot_errors_in_pairs": errors,
+            "recovered": fixed,
+            "zero_shot_right": right,
+            "broken": broken,
+        },
     }
 
 
@@ -69,7 +74,7 @@ def test_the_whole_report_equals_its_definition(seed: int, n: int) -> None:
             assert part["harmonic_mean"] is None
     confusion = dict(report["confusion"])
     del confusion["pairs"]
-    assert confusion == pytest.approx(confusion_by_hand(given, base, PAIRS))
+    assert confusion == confusion_by_hand(given, base, PAIRS)
 
 
 def one_hot(columns: list[int], classes: int = 3) -> np.ndarray:
@@ -82,11 +87,14 @@ def test_recovery_and_breakage_by_hand() -> None:
     after = [0, 1, 0, 1, 1, 0]  # one recovered, one newly broken in the pair, one outside it
     given = Scores(labels, one_hot(after), one_hot(before))
     confusion = evaluate(given, NAMES[:3], [True] * 3, [(0, 1)])["confusion"]
-    assert (confusion["zero_shot_errors"], confusion["recovered"], confusion["broken"]) == (
-        2,
-        0.5,
-        0.5,
-    )
+    # right answers that are lost count wherever they go, not only into mined pairs
+    assert (confusion["recovered"], confusion["broken"]) == (1 / 2, 2 / 3)
+    assert confusion["counts"] == {
+        "zero_shot_errors_in_pairs": 2,
+        "recovered": 1,
+        "zero_shot_right": 3,
+        "broken": 2,
+    }
     assert confusion["pairs"] == [
         {"true": "ape", "predicted": "bee", "zero_shot": 2, "tuned": 2},
         {"true": "ape", "predicted": "cow", "zero_shot": 1, "tuned": 0},
@@ -98,11 +106,18 @@ def test_recovery_and_breakage_by_hand() -> None:
 def test_without_errors_in_mined_pairs_there_is_no_share(pairs: list) -> None:
     given = Scores(np.array([0, 1]), one_hot([0, 1]), one_hot([1, 1]))
     confusion = evaluate(given, NAMES[:3], [True] * 3, pairs)["confusion"]
-    assert (confusion["recovered"], confusion["broken"], confusion["zero_shot_errors"]) == (
-        None,
-        None,
-        0,
-    )
+    assert confusion["recovered"] is None
+    assert confusion["counts"]["zero_shot_errors_in_pairs"] == 0
+
+
+def test_uncalibrated_figures_are_those_of_temperature_1() -> None:
+    cold = scores()
+    warm = Scores(cold.labels, cold.tuned / 2.5, cold.zero_shot / 0.4, 2.5, 0.4)
+    before = evaluate(warm, NAMES, TUNED, PAIRS)["uncalibrated"]
+    wanted = evaluate(cold, NAMES, TUNED, PAIRS)
+    for scope in ("base", "new", "all"):
+        assert before[scope] == pytest.approx(wanted[scope])
+        assert before["zero_shot"][scope] == pytest.approx(wanted["zero_shot"][scope])
 
 
 def test_a_run_tuned_on_all_classes_has_only_the_scope_all() -> None:

@@ -168,6 +168,11 @@ def test_a_url_is_refused_and_the_way_out_is_told(url: str) -> None:
     assert url in str(caught.value)
 
 
+def test_floats_are_refused_for_their_range_is_unknown() -> None:
+    with pytest.raises(ImageError, match="32-bit floats"):
+        load_image(Image.fromarray(np.full((2, 2), 0.5, np.float32)))
+
+
 @pytest.mark.parametrize("source", [["a.jpg"], bytearray(b"x"), None, 3])
 def test_another_type_is_refused(source: object) -> None:
     with pytest.raises(ImageError, match="expected a path, bytes, array or Pillow image"):

@@ -144,6 +144,13 @@ def test_what_does_not_exist_is_named(put_images: Callable[..., Path], missing: 
         find_images([str(put_images("a.png")), str(put_images() / missing)])
 
 
+def test_names_from_a_list_are_taken_as_they_are(put_images: Callable[..., Path]) -> None:
+    here = str(put_images("a.png") / "a.png")
+    assert find_images([], ["gone.png", here, ""]) == ["gone.png", here]
+    with pytest.raises(DataError, match="found no image"):
+        find_images([], [""])
+
+
 def test_an_empty_path_does_not_mean_the_current_folder() -> None:
     with pytest.raises(DataError, match="empty"):
         find_images([""])

@@ -14,13 +14,16 @@ from capt_deploy.preprocess import PreprocessConfig
 PREPROCESS = PreprocessConfig((224, 200), (0.48, 0.45, 0.4), (0.27, 0.26, 0.25), fill_color=3)
 
 
+CALIBRATION = {"temperature": 1.25, "zero_shot_temperature": 0.5}
+
+
 def manifest(**changes: Any) -> Manifest:
     values: dict[str, Any] = {
         "class_names": ("ape", "käse"),
         "tuned": (True, False),
         "preprocess": PREPROCESS,
-        "graphs": {"fp32": Graph("model.onnx", 20), "fp16": Graph("half.onnx", 20, "NCHW", "f")},
-        "calibration": {"fp32": {"temperature": 1.25}},
+        "graphs": {"fp32": Graph("model.onnx", 20), "fp16": Graph("half.onnx", 20)},
+        "calibration": {"fp32": CALIBRATION, "fp16": CALIBRATION},
         "confusion_pairs": ({"true": "ape", "predicted": "käse", "count": 3},),
         "training": {"seed": 1, "versions": {"torch": "2.15"}},
         "files": {"model.onnx": FileRecord("ab" * 32, 7)},
@@ -43,17 +46,30 @@ names = st.lists(st.tuples(st.text(), st.booleans()), min_size=1, max_size=6)
 
 
 @settings(deadline=None)
-@given(names, st.dictionaries(st.text(), st.floats(allow_nan=False)))
-def test_any_names_and_numbers_survive(
-    classes: list[tuple[str, bool]], calibration: dict[str, float]
-) -> None:
+@given(names, st.floats(allow_nan=False))
+def test_any_names_and_numbers_survive(classes: list[tuple[str, bool]], temperature: float) -> None:
     wanted = manifest(
         class_names=tuple(name for name, _ in classes),
         tuned=tuple(flag for _, flag in classes),
-        calibration={"fp32": calibration},
+        calibration={
+            precision: {**CALIBRATION, "temperature": temperature} for precision in ("fp32", "fp16")
+        },
         confusion_pairs=(),
     )
     assert Manifest.from_json(json.dumps(wanted.to_dict()), "here") == wanted
+
+
+@pytest.mark.parametrize("other", [{"layout": "NCHW"}, {"dtype": "float32"}])
+def test_a_graph_that_takes_other_pixels_is_refused(other: dict[str, str]) -> None:
+    values = as_json()
+    values["graphs"]["fp32"] |= other
+    with pytest.raises(BundleError, match="this reader knows NHWC uint8"):
+        Manifest.from_dict(values, "here")
+
+
+def test_every_graph_needs_its_calibration() -> None:
+    with pytest.raises(BundleError, match="of fp16"):
+        Manifest.from_dict(as_json(calibration={"fp32": CALIBRATION}), "here")
 
 
 def test_confused_pairs_must_name_the_bundles_own_classes() -> None:
@@ -63,7 +79,8 @@ def test_confused_pairs_must_name_the_bundles_own_classes() -> None:
 
 
 def test_a_graph_needs_no_layout_and_a_lone_model_no_files() -> None:
-    values = as_json(graphs={"fp32": {"file": "model.onnx", "opset": 20}})
+    graphs = {"fp32": {"file": "model.onnx", "opset": 20}}
+    values = as_json(graphs=graphs, calibration={"fp32": CALIBRATION})
     del values["files"]
     read = Manifest.from_dict(values, "here")
     assert read.graphs["fp32"] == Graph("model.onnx", 20, "NHWC", "uint8")

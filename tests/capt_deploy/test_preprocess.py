@@ -30,7 +30,6 @@ MODES = [
     "LAB",
     "RGBX",
     "RGBa",
-    "F",
     "PA",
 ]
 

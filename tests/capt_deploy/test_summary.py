@@ -27,7 +27,10 @@ def test_the_table_sets_tuned_beside_zero_shot() -> None:
     assert lines[0] == "%          base    new  harmonic   all  ECE base  ECE new  ECE all"
     assert lines[2].split() == ["zero-shot", "33.3", "100.0", "50.0", "40.0", "66.7", "0.0", "60.0"]
     assert lines[3].split() == ["tuned", "66.7", "100.0", "80.0", "80.0", "33.3", "0.0", "20.0"]
-    assert lines[4] == ("of 2 zero-shot errors in confused pairs 50.0 % recovered, 0.0 % broken")
+    assert lines[4] == (
+        "of 2 zero-shot errors in confused pairs 1 (50.0 %) are recovered, "
+        "of 1 right answers 0 (0.0 %) are broken"
+    )
     assert len(lines) == 5
 
 
@@ -50,8 +53,9 @@ def test_equal_accuracy_is_no_warning() -> None:
     assert worse_than_zero_shot(report([0, 1, 1, 2, 2], [1, 0, 1, 2, 2], [True] * 3)) == []
 
 
-def test_recovery_is_not_mentioned_where_nothing_could_be_recovered() -> None:
-    assert "recovered" not in summary(WORSE)
+def test_where_nothing_could_be_recovered_there_is_no_share() -> None:
+    wanted = "of 0 zero-shot errors in confused pairs 0 (- %) are recovered, "
+    assert wanted + "of 5 right answers 1 (20.0 %) are broken" in summary(WORSE)
 
 
 def test_unreadable_images_are_counted_and_the_first_named() -> None:

@@ -29,6 +29,10 @@ def test_run_and_bundle_get_the_same_report(tuned_run, bundle, photos):
         assert ours["zero_shot"][scope]["accuracy"] == theirs["zero_shot"][scope]["accuracy"]
     assert ours["harmonic_mean"] == theirs["harmonic_mean"]
     assert ours["confusion"] == theirs["confusion"]
+    assert ours.keys() == theirs.keys()
+    for scope in ("base", "new", "all"):
+        raw, same = ours["uncalibrated"][scope], theirs["uncalibrated"][scope]
+        assert raw == pytest.approx(same, abs=1e-5)
 
 
 def test_evaluating_again_gives_what_training_wrote(tuned_run, photos):
@@ -58,7 +62,7 @@ def test_a_bundle_made_from_all_classes_has_no_new_ones(tiny_model_dir, photos, 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("nowhere", "--data", "{photos}"), "no run"),
+        (("nowhere", "--data", "{photos}"), "no such run or bundle"),
         (("{run}", "--data", "nowhere"), "no such folder"),
         (("{bundle}", "--data", "{photos}", "--backend", "abacus"), "expected one of"),
         (("{run}",), "--data"),

@@ -15,10 +15,10 @@ def test_each_row_is_the_scaled_embedding_over_the_temperature(model):
     head = fold(model)
     scale = float(model.backbone.model.logit_scale.exp())
     for row, embedding in zip(head.weight, model.text_embeddings, strict=True):
-        expected = [scale * value / model.temperature for value in embedding.tolist()]
+        expected = [scale * value / model.fitted.temperature for value in embedding.tolist()]
         np.testing.assert_allclose(row.numpy(), expected, rtol=1e-5)
         # never renormalised: the norm carries scale and temperature
-        assert float(row.norm()) == pytest.approx(scale / model.temperature, rel=1e-5)
+        assert float(row.norm()) == pytest.approx(scale / model.fitted.temperature, rel=1e-5)
     assert not head.bias.any()
 
 
@@ -29,10 +29,11 @@ def test_folded_logits_are_the_tuned_models(model):
     assert float(difference.abs().max()) <= 1e-5
 
 
-def test_zero_shot_rows_are_neither_tuned_nor_calibrated(model):
+def test_zero_shot_rows_are_not_tuned_but_have_their_own_temperature(model):
     images = torch.nn.functional.normalize(torch.randn(9, 32), dim=1)
     names = [f"a photo of a {name}." for name in model.class_names]
     backbone = model.backbone
-    expected = backbone.scale * images @ backbone.text_embeddings(names).T
+    scale = backbone.scale / model.fitted.zero_shot_temperature
+    expected = scale * images @ backbone.text_embeddings(names).T
     found = images @ fold_zero_shot(model).weight.T
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

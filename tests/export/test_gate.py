@@ -74,7 +74,8 @@ def test_a_broken_export_is_caught(model, bundle, images, change):
 
 
 def test_another_temperature_is_caught(model, bundle, images):
-    colder = dataclasses.replace(model, temperature=model.temperature * 1.01)
+    fitted = dataclasses.replace(model.fitted, temperature=model.fitted.temperature * 1.01)
+    colder = dataclasses.replace(model, fitted=fitted)
     assert run_gate(colder, Classifier.load(bundle), images).failures
 
 

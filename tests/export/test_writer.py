@@ -26,12 +26,17 @@ def test_it_remembers_classes_calibration_and_where_it_came_from(bundle, tuned_r
     model, manifest = load_run(tuned_run), open_bundle(bundle).manifest
     assert manifest.class_names == ("blue sky", "green leaf", "grey stone", "red ball")
     assert manifest.tuned == (True, True, False, False)
-    assert manifest.calibration == {"fp32": {"temperature": model.temperature}}
+    assert manifest.calibration == {
+        "fp32": {
+            "temperature": model.fitted.temperature,
+            "zero_shot_temperature": model.fitted.zero_shot_temperature,
+        }
+    }
     assert manifest.training["data_fingerprint"] == model.split.fingerprint()
     assert {"seed", "shots", "method", "versions", "model_sha256"} <= set(manifest.training)
     counted = {(p["true"], p["predicted"]): p["count"] for p in manifest.confusion_pairs}
     names = model.class_names
-    assert counted == {(names[a], names[b]): n for (a, b), n in model.pairs.items()}
+    assert counted == {(names[a], names[b]): n for (a, b), n in model.fitted.pairs.items()}
 
 
 def test_rows_for_tools_are_the_graphs_own(bundle):
@@ -81,6 +86,12 @@ def test_a_moved_data_set_can_be_pointed_to(tuned_run, photos, tmp_path):
         export_run(run, tmp_path / "a.capt")
     export_run(run, tmp_path / "b.capt", gate_data=moved)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["b.capt", "elsewhere", "run"]
+
+
+def test_a_home_in_the_path_is_understood(tuned_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    export_run(tuned_run, "~/x.capt")
+    assert (tmp_path / "x.capt" / "manifest.json").is_file()
 
 
 def test_an_unfinished_run_is_refused(tuned_run, tmp_path):

@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 
 from capt_deploy.backends import create
-from capt_deploy.backends.onnxruntime import read_metadata
 from capt_deploy.errors import BackendError
-from capt_deploy.manifest import Manifest
 
 ONNX = (Path(__file__).parents[2] / "golden" / "tiny.capt" / "model.onnx").read_bytes()
 
@@ -27,13 +25,6 @@ def test_every_optimisation_level_says_the_same():
     pixels = np.random.default_rng(1).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     high, low = (create("auto", ONNX, precision).run(pixels) for precision in ("fp32", "fp16"))
     np.testing.assert_allclose(high.logits, low.logits, atol=1e-4)
-
-
-def test_the_graph_carries_its_manifest():
-    manifest = Manifest.from_json(read_metadata(ONNX) or "", "model.onnx")
-    assert manifest.class_names == ("blue sky", "green leaf", "grey stone", "red ball")
-    assert manifest.tuned == (True, True, False, False)
-    assert manifest.preprocess.size == (16, 16)
 
 
 def test_a_damaged_graph_is_a_typed_error():

@@ -1,0 +1,34 @@
+"""Class names and file names that are out of the ordinary."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from capt_deploy.datasets import read_dataset
+from capt_deploy.errors import DataError
+
+
+def test_names_of_absent_classes_are_an_error_only_where_asked_for(
+    put_images: Callable[..., Path], tmp_path: Path
+) -> None:
+    root = put_images("data/ape/1.png", "data/bee/1.png") / "data"
+    names = tmp_path / "names.json"
+    names.write_text('{"ape": "great ape", "whale": "blue whale"}')
+    with pytest.raises(DataError, match="'whale' is no class"):
+        read_dataset(root, names)
+    assert read_dataset(root, names, strict_names=False).class_names == ("great ape", "bee")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="only POSIX has file names that are no text")
+def test_a_file_name_that_is_no_text_is_skipped_and_listed(
+    put_images: Callable[..., Path],
+) -> None:
+    root = put_images("ape/1.png", "bee/1.png")
+    image = (root / "ape" / "1.png").read_bytes()
+    Path(os.fsdecode(os.fsencode(root / "ape") + b"/k\xe4se.png")).write_bytes(image)
+    dataset = read_dataset(root)
+    assert sum(len(items) for items in dataset.splits.values()) == 2
+    (left_out,) = dataset.skipped
+    assert (left_out.path, left_out.reason) == ("ape/k\\udce4se.png", "its name is not valid UTF-8")
