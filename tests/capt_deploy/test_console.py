@@ -8,7 +8,6 @@ from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -211,21 +210,14 @@ def test_every_cell_of_a_table_ends_where_its_column_ends(rows: list[list[str]])
     ],
 )
 def test_what_is_no_bug_is_one_line_and_a_code(
-    problem: BaseException, code: int, said: str
+    problem: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    @click.command(cls=Command)
-    def command() -> None:
-        raise problem
-
-    result = CliRunner().invoke(command)
-    assert result.exit_code == code
-    assert said in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    ended, _, stderr = invoke(problem, capsys)
+    assert ended == code
+    assert said in stderr
+    assert len(stderr.splitlines()) == 1
 
 
 def test_a_missing_module_that_is_no_extra_is_a_bug_and_stays_one() -> None:
-    @click.command(cls=Command)
-    def command() -> None:
-        raise ModuleNotFoundError("No module named 'numpi'", name="numpi")
-
-    assert isinstance(CliRunner().invoke(command).exception, ModuleNotFoundError)
+    with pytest.raises(ModuleNotFoundError):
+        command(ModuleNotFoundError("No module named 'numpi'", name="numpi")).main([])
