@@ -1,5 +1,6 @@
 """ONNX Runtime on the CPU."""
 
+import os
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,11 @@ def _session(onnx: bytes, level: str) -> Any:
         ) from cause
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors reach the user as exceptions
+    # A graph in memory may name weights in other files, which would be sought in the current
+    # folder: whatever lies there is none of a bundle's business.
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", f"{os.devnull}/none"
+    )
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
     try:
         return onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])

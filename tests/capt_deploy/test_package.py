@@ -1,5 +1,9 @@
+import json
 import subprocess
 import sys
+from pathlib import Path
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def run(code):
@@ -27,3 +31,43 @@ def test_importing_the_package_is_light():
 def test_every_public_name_can_be_had():
     code = "import capt_deploy as c; print(all(getattr(c, name) for name in c.__all__))"
     assert run(code) == "True"
+
+
+WITHOUT_TORCH = """
+import sys
+for name in ("torch", "torchvision", "open_clip", "onnx", "jaxtyping", "filelock"):
+    sys.modules[name] = None
+from {module} import main
+main({arguments})
+"""
+
+
+def call_without_torch(module, *arguments):
+    code = WITHOUT_TORCH.format(module=module, arguments=[str(a) for a in arguments])
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_a_bundle_is_evaluated_and_used_where_torch_is_missing():
+    bundle, photos = GOLDEN / "tiny.capt", GOLDEN / "photos"
+    done = call_without_torch("export.cli_eval", bundle, "--data", photos, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["all"]["n"] == 3
+    done = call_without_torch("capt_deploy.cli", bundle, photos, "--json")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)) == 3
+
+
+def test_what_needs_torch_says_how_to_install_it(tmp_path):
+    cases = (
+        ("capt_train.cli", "--data", GOLDEN / "photos", "--model", "x", "--out", tmp_path / "run"),
+        ("export.cli", tmp_path, "--out", tmp_path / "x.capt"),
+        ("export.cli_eval", tmp_path, "--data", GOLDEN / "photos"),
+    )
+    for case in cases:
+        done = call_without_torch(*case)
+        assert done.returncode == 2
+        assert "pip install 'capt[export]'" in done.stderr
+        assert "Traceback" not in done.stderr
+    done = call_without_torch("export.cli_eval", "typo.capt", "--data", GOLDEN / "photos")
+    assert (done.returncode, done.stderr) == (2, "Error: typo.capt: no such run or bundle\n")
+    assert list(tmp_path.iterdir()) == []

@@ -30,3 +30,18 @@ def test_every_optimisation_level_says_the_same():
 def test_a_damaged_graph_is_a_typed_error():
     with pytest.raises(BackendError, match="cannot load the graph"):
         create("auto", ONNX[:1000], "fp32")
+
+
+def test_weights_beside_the_current_folder_are_not_read(tmp_path, monkeypatch):
+    onnx = pytest.importorskip("onnx", reason="needed to make such a graph")
+    weights = onnx.numpy_helper.from_array(np.arange(400, dtype=np.float32), "w")
+    output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [400])
+    node = onnx.helper.make_node("Identity", ["w"], ["y"])
+    graph = onnx.helper.make_graph([node], "g", [], [output], [weights])
+    opset = [onnx.helper.make_opsetid("", 20)]
+    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=10)
+    path = tmp_path / "evil.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="secret", size_threshold=0)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BackendError, match="External data"):
+        create("onnxruntime", path.read_bytes(), "fp32")
