@@ -14,12 +14,12 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 
 from capt_deploy import label_files
+from capt_deploy.class_names import name_classes
 from capt_deploy.errors import DataError
-from capt_deploy.files import expand_home, read_json, visible_files
+from capt_deploy.files import expand_home, visible_files
 from capt_deploy.images import IMAGE_SUFFIXES
 from capt_deploy.label_files import Row
 
@@ -163,7 +163,7 @@ def _build(
         )
     if empty := [label for label in listing.labels if not images[label]]:
         raise DataError(f"{root}: no image in class {empty}; add some or remove the class")
-    names = _class_names(root, listing.labels, names_file, strict_names)
+    names = name_classes(root, listing.labels, names_file, strict_names)
     repeated = [path for path, times in Counter(row.path for row in rows).items() if times > 1]
     if repeated:
         raise DataError(f"{root}: {len(repeated)} images are listed twice, e.g. {repeated[0]}")
@@ -190,46 +190,6 @@ def _split(rows: Iterable[Row], index: Mapping[str, int]) -> dict[str, tuple[Ite
     return {
         split: tuple(sorted(of, key=lambda i: (i.label, i.path))) for split, of in splits.items()
     }
-
-
-def _class_names(
-    root: Path, labels: tuple[str, ...], names_file: str | Path | None, strict_names: bool
-) -> tuple[str, ...]:
-    renamed = {}
-    if names_file is not None:
-        renamed = _read_names(Path(names_file), labels, strict_names)
-    names = tuple(renamed.get(label, " ".join(label.replace("_", " ").split())) for label in labels)
-    if "" in names:
-        label = labels[names.index("")]
-        raise DataError(f"{root}: class {label!r} has an empty name; give it one")
-    for name, times in Counter(name.casefold() for name in names).items():
-        if times > 1:
-            twins = [
-                label for label, own in zip(labels, names, strict=True) if own.casefold() == name
-            ]
-            raise DataError(
-                f"{root}: classes {twins} have the same name {name!r}; "
-                f"merge them or name them apart with --class-names"
-            )
-    return names
-
-
-def _read_names(path: Path, labels: tuple[str, ...], strict: bool) -> dict[str, str]:
-    if path.suffix.lower() == ".csv":
-        pairs = label_files.read_pairs(path)
-    else:
-        pairs = read_json(path, DataError)
-        texts = isinstance(pairs, dict) and all(isinstance(name, str) for name in pairs.values())
-        if not texts:
-            raise DataError(f'{path}: expected a JSON object such as {{"aquarium_fish": "fish"}}')
-    for label, name in pairs.items():
-        if label not in labels and strict:
-            near = get_close_matches(label, labels, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise DataError(f"{path}: {label!r} is no class of the data set{hint}")
-        if not name.strip():
-            raise DataError(f"{path}: the name of {label!r} is empty")
-    return {label: " ".join(name.split()) for label, name in pairs.items()}
 
 
 def _folders(path: Path) -> list[Path]:

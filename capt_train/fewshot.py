@@ -152,15 +152,10 @@ def choose(dataset: Dataset, classes: str, shots: int, seed: int) -> FewShotSpli
     val = [item for item in dataset.splits["val"] if item.label in candidates] or spare
     val = _present(dataset, val, skipped)
     digests = {item.path: sha256_file(dataset.path(item)) for item in (*chosen, *val)}
-    skipped = [*dataset.skipped, *skipped]
+    left_out = (*dataset.skipped, *skipped)
+    notices = tuple(_notices(dataset, chosen, val, left_out, shots))
     return FewShotSplit(
-        class_names=dataset.class_names,
-        tuned=tuned,
-        train=tuple(chosen),
-        val=tuple(val),
-        sha256=digests,
-        skipped=tuple(skipped),
-        notices=tuple(_notices(dataset, chosen, val, skipped, shots)),
+        dataset.class_names, tuned, tuple(chosen), tuple(val), digests, left_out, notices
     )
 
 
