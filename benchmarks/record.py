@@ -9,7 +9,9 @@ from typing import Any
 
 from capt_deploy.files import write_json
 
-RESULTS = Path(__file__).parent / "results"
+_ROOT = Path(__file__).parents[1]
+RESULTS = _ROOT / "benchmarks" / "results"
+_MEASURED = ("capt_deploy", "capt_train", "export", "benchmarks/*.py", "examples")
 _VERSIONED = ("torch", "open_clip_torch", "onnxruntime-gpu", "onnxruntime", "numpy", "pillow")
 
 
@@ -23,7 +25,7 @@ def describe() -> dict[str, Any]:
             continue
     return {
         "commit": _git("rev-parse", "HEAD"),
-        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "changed": bool(_git("status", "--porcelain", "--untracked-files=no", "--", *_MEASURED)),
         "python": platform.python_version(),
         "machine": {"arch": platform.machine(), "cores": os.cpu_count(), "gpu": _gpu()},
         "versions": versions,
@@ -38,9 +40,8 @@ def write_result(name: str, result: dict[str, Any]) -> Path:
 
 
 def _git(*arguments: str) -> str:
-    folder = Path(__file__).parent
     done = subprocess.run(
-        ["git", *arguments], cwd=folder, capture_output=True, text=True, check=False
+        ["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=False
     )
     return done.stdout.strip()
 

@@ -73,7 +73,8 @@ def main(ctx: click.Context, /, out: Path, resume: bool, as_json: bool, **option
     try:
         report = train(config, out, resume=resume, split_from=options["split_from"])
     except KeyboardInterrupt:
-        say(f"\nto go on where it stopped: capt-train --resume --out {out}")
+        if (out / "config.json").exists():  # else there is nothing to go on with
+            say(f"\nto go on where it stopped: capt-train --resume --out {out}")
         raise
     if as_json:
         print_json(report)
@@ -86,7 +87,7 @@ def main(ctx: click.Context, /, out: Path, resume: bool, as_json: bool, **option
 def _config(out: Path, resume: bool, given: dict[str, Any]) -> TrainConfig:
     """Settings of the command line; a resumed run supplies those that are not given."""
     settings = parse_settings(given.pop("settings", ()))
-    if given.pop("split_from", None) and {"shots", "classes"} & set(given):
+    if given.pop("split_from", None) and {"shots", "classes"} & {*given, *settings}:
         raise click.UsageError("--split-from brings its own --shots and --classes; leave them out")
     if resume:
         from dataclasses import replace

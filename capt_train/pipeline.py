@@ -69,8 +69,8 @@ def train(
         setup = _prepare(config, out, resume, split_from)
         cache = EmbeddingCache(setup.model_sha256, setup.backbone.device.type)
         try:
-            model = _tune(setup, cache)
-            report = _measure(setup, model, cache)
+            model, images = _tune(setup, cache)
+            report = {**_measure(setup, model, cache), "images": images}
         finally:
             cache.close()
         write_json(setup.out / runs.METRICS, report)
@@ -110,8 +110,8 @@ def _prepare(config: TrainConfig, out: Path, resume: bool, split_from: Path | No
     return _Setup(out, config, dataset, split, backbone, fingerprint, zero_shot, prompt)
 
 
-def _tune(setup: _Setup, cache: EmbeddingCache) -> TunedModel:
-    """Tune, calibrate, and write `result.json`."""
+def _tune(setup: _Setup, cache: EmbeddingCache) -> tuple[TunedModel, dict[str, int]]:
+    """Tune, calibrate, and write `result.json`; return also how many images were used for what."""
     backbone, split, config = setup.backbone, setup.split, setup.config
     train_features = embed(backbone, cache, setup.dataset, split.train, "training images")
     val = embed(backbone, cache, setup.dataset, split.val, "validation images")
@@ -134,19 +134,20 @@ def _tune(setup: _Setup, cache: EmbeddingCache) -> TunedModel:
             fit_temperature(before[:, tuned].cpu(), labels),
         )
         model = replace(model, fitted=fitted)
+    images = {"train": len(train_features), "val": len(val)}
     write_json(
         setup.out / runs.RESULT,
         {
             "temperature": model.fitted.temperature,
             "zero_shot_temperature": model.fitted.zero_shot_temperature,
-            "images": {"train": len(train_features), "val": len(val)},
+            "images": images,
             "epochs": state.epoch,
             "best_epoch": state.best_epoch,
             "history": state.history,
             "pairs": [[true, predicted, count] for (true, predicted), count in pairs.items()],
         },
     )
-    return model
+    return model, images
 
 
 def _measure(setup: _Setup, model: TunedModel, cache: EmbeddingCache) -> Report:
@@ -161,7 +162,6 @@ def _measure(setup: _Setup, model: TunedModel, cache: EmbeddingCache) -> Report:
         "method": setup.config.method,
         "shots": setup.config.shots,
         "seed": setup.config.seed,
-        "images": {"train": len(setup.split.train), "val": len(setup.split.val)},
         "temperature": model.fitted.temperature,
         **evaluate_model(model, cache, dataset, measured_on),
     }

@@ -99,14 +99,20 @@ def make_prompt(backbone: Backbone, config: TrainConfig, split: FewShotSplit) ->
 
 
 def begin(folder: Path, config: TrainConfig, model_fingerprint: str) -> None:
-    """Write `config.json`: from here on the folder is a run."""
+    """Write `config.json`: from here on the folder is a run.
+
+    A run that is resumed may have moved; the versions it was begun with stay.
+    """
     versions = {name: metadata.version(name) for name in _VERSIONED}
+    versions = {"capt": __version__, "python": platform.python_version(), **versions}
+    if (folder / CONFIG).exists():
+        versions = read_config(folder)[1].get("versions", versions)
     write_json(
         folder / CONFIG,
         {
             "config": config.to_dict(),
             "model_sha256": model_fingerprint,
-            "versions": {"capt": __version__, "python": platform.python_version(), **versions},
+            "versions": versions,
         },
     )
 
@@ -120,7 +126,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         RunError: another process is tuning into it.
     """
-    key = hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:16]
+    key = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     user = getpass.getuser() if os.name != "posix" else str(os.getuid())
     lock = FileLock(Path(tempfile.gettempdir()) / f"capt-{user}-{key}.lock")
     try:

@@ -1,4 +1,4 @@
-"""Configurations of the tiny run, and one that is finished."""
+"""Configurations and arguments of the tiny run, and one that is finished."""
 
 from __future__ import annotations
 
@@ -32,3 +32,16 @@ def finished(
     folder = tmp_path_factory.mktemp("runs") / "finished"
     train(configure(classes="base"), folder)
     return folder
+
+
+@pytest.fixture
+def inputs(photos: Path, tiny_model_dir: Path) -> list[str]:
+    """Return the arguments of a run of a second, all but --shots and --out."""
+    arguments = ["--data", str(photos), "--model", f"local-dir:{tiny_model_dir}"]
+    return [*arguments, "--device", "cpu", "--set", "epochs=2"]
+
+
+@pytest.fixture
+def base(inputs: list[str]) -> list[str]:
+    """Return the arguments of a run of a second, all but --out."""
+    return [*inputs, "--shots", "3"]

@@ -2,11 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,22 +16,12 @@ from capt_deploy.preprocess import preprocess
 from capt_train.backbone import Backbone
 from capt_train.cli import main
 from capt_train.config import METHODS
-from capt_train.pipeline import train
 
-START = "from capt_train.cli import main; main()"
-CHECKPOINTS = ("best.safetensors", "last.safetensors")
 HEAVY = {"torch", "numpy", "open_clip", "PIL", "onnxruntime", "safetensors"}
 
 
 def call(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(own) for own in arguments])
-
-
-@pytest.fixture
-def base(photos: Path, tiny_model_dir: Path) -> list[str]:
-    """Return the arguments of a run of a second, all but --out."""
-    arguments = ["--data", str(photos), "--model", f"local-dir:{tiny_model_dir}"]
-    return [*arguments, "--device", "cpu", "--shots", "3", "--set", "epochs=2"]
 
 
 def test_it_tunes_and_shows_zero_shot_beside_tuned(base: list[str], tmp_path: Path) -> None:
@@ -84,14 +71,46 @@ def test_resume_needs_no_other_option_and_refuses_others(base: list[str], tmp_pa
 
 
 def test_split_from_reuses_the_images_of_a_run(
-    base: list[str], finished: Path, tmp_path: Path
+    inputs: list[str], finished: Path, tmp_path: Path
 ) -> None:
-    result = call(
-        *base, "--classes", "base", "--split-from", finished, "--out", tmp_path / "run", "--seed", 9
-    )
+    run = tmp_path / "run"
+    result = call(*inputs, "--split-from", finished, "--out", run, "--seed", 9)
     assert result.exit_code == 0, result.stderr
-    split = (tmp_path / "run/split.json").read_bytes()
-    assert split == (finished / "split.json").read_bytes()
+    assert (run / "split.json").read_bytes() == (finished / "split.json").read_bytes()
+    config = json.loads((run / "config.json").read_text())["config"]
+    assert config.items() >= {"classes": "base", "shots": 3, "seed": 9}.items()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--shots", 3], ["--classes", "base"], ["--set", "shots=9"], ["--set", "classes=all"]],
+)
+def test_split_from_with_a_choice_of_images_is_a_usage_error(
+    arguments: list[object], inputs: list[str], finished: Path, tmp_path: Path
+) -> None:
+    result = call(*inputs, "--split-from", finished, *arguments, "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Usage: ")
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("Error: --split-from brings its own --shots and --classes")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_has_moved_is_resumed_with_its_new_paths(
+    base: list[str], photos: Path, tmp_path: Path
+) -> None:
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    assert call(*base, "--method", "zeroshot", "--out", run).exit_code == 0
+    shutil.copytree(photos, moved)
+    result = call("--resume", "--data", moved, "--out", run)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads((run / "config.json").read_text())["config"]["data"] == str(moved)
+
+
+def test_one_epoch_needs_no_other_setting(base: list[str], tmp_path: Path) -> None:
+    result = call(*base, "--set", "epochs=1", "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads((tmp_path / "run/result.json").read_text())["epochs"] == 1
 
 
 def test_tuning_that_made_it_worse_is_said(
@@ -115,6 +134,16 @@ def test_tuning_that_made_it_worse_is_said(
     assert result.exit_code == 0, result.stderr
     assert "WARNING: tuned is worse than zero-shot on all classes" in result.stderr
     assert "< 100.0" in result.stderr
+
+
+def assert_one_error_line(result: Result, expected: str) -> None:
+    assert result.exit_code == 2
+    assert isinstance(result.exception, SystemExit)
+    lines = result.stderr.splitlines()
+    assert lines[-1].startswith("Error: ")
+    assert expected in lines[-1]
+    assert sum(line.startswith("Error: ") for line in lines) == 1
+    assert result.stdout == ""
 
 
 BAD = {
@@ -141,19 +170,22 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_error_line_and_exit_code_2_and_leaves_nothing(
-    case: str, base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     arguments, expected = BAD[case]
-    result = call(*base, *arguments, "--out", "run")
-    assert result.exit_code == 2
-    assert isinstance(result.exception, SystemExit)
-    lines = result.stderr.splitlines()
-    assert lines[-1].startswith("Error: ")
-    assert expected in lines[-1]
-    assert sum(line.startswith("Error: ") for line in lines) == 1
-    assert result.stdout == ""
+    assert_one_error_line(call(*inputs, *arguments, "--out", "run"), expected)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("out", ["file/run", "file/deep/run"])
+def test_a_folder_that_cannot_be_made_is_one_error_line(
+    out: str, base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert_one_error_line(call(*base, "--method", "zeroshot", "--out", out), "file")
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 def test_data_and_model_must_be_given(tmp_path: Path) -> None:
@@ -180,32 +212,3 @@ def test_help_imports_nothing_heavy() -> None:
     )
     assert "--resume" in done.stdout
     assert done.stderr.strip() == "[]"
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(
-    optimizer: str, configure: Callable[..., object], base: list[str], tmp_path: Path
-) -> None:
-    settings = {"epochs": 40, "patience": 0, "optimizer": optimizer, "batch_size": 6}
-    train(configure(**settings), tmp_path / "whole")  # type: ignore[arg-type]
-    run = tmp_path / "killed"
-    changes = [word for k, v in settings.items() for word in ("--set", f"{k}={v}")]
-    process = subprocess.Popen(
-        [sys.executable, "-c", START, *base, *changes, "--set", "warmup_epochs=1", "--out", run],
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while not (run / "last.safetensors").exists() and time.monotonic() < deadline:
-            assert process.poll() is None
-            time.sleep(0.005)
-    finally:
-        process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert (run / "last.safetensors").exists()
-    assert not (run / "result.json").exists()
-    whole = {name: (tmp_path / "whole" / name).read_bytes() for name in CHECKPOINTS}
-    assert (run / "last.safetensors").read_bytes() != whole["last.safetensors"]
-    result = call("--resume", "--out", run)
-    assert result.exit_code == 0, result.stderr
-    assert {name: (run / name).read_bytes() for name in CHECKPOINTS} == whole

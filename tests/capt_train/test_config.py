@@ -83,10 +83,15 @@ def test_a_value_that_cannot_be_used_is_named_with_what_is_expected(name: str, v
         replace(CONFIG, **{name: value})
 
 
-def test_warm_up_must_be_shorter_than_the_tuning() -> None:
-    assert replace(CONFIG, epochs=3, warmup_epochs=2).warmup_epochs == 2
-    with pytest.raises(ConfigError, match="warmup_epochs"):
-        replace(CONFIG, epochs=3, warmup_epochs=3)
+@pytest.mark.parametrize("warmup_epochs", [0, 2, 3, 99])
+def test_warm_up_may_be_longer_than_the_tuning(warmup_epochs: int) -> None:
+    config = replace(CONFIG, epochs=3, warmup_epochs=warmup_epochs)
+    assert config.warmup_epochs == warmup_epochs
+    assert TrainConfig.from_dict(config.to_dict(), RunError).warmup_epochs == warmup_epochs
+
+
+def test_one_epoch_needs_no_other_setting() -> None:
+    assert CONFIG.with_settings({"epochs": "1"}) == replace(CONFIG, epochs=1)
 
 
 def test_empty_context_words_are_fine_for_a_random_context() -> None:

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import re
 import sqlite3
+import tempfile
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 from numpy.typing import NDArray
 
+from capt_train import embedding_cache
 from capt_train.embedding_cache import EmbeddingCache, cache_folder
 
 Floats = NDArray[np.float32]
@@ -18,7 +22,7 @@ def some(count: int, dim: int = 32) -> dict[str, Floats]:
 
 
 def filled(folder: Path, embeddings: dict[str, Floats]) -> Path:
-    cache = EmbeddingCache("model", folder)
+    cache = EmbeddingCache("model", folder=folder)
     cache.put(embeddings)
     cache.close()
     (file,) = folder.glob("*.sqlite")
@@ -28,7 +32,7 @@ def filled(folder: Path, embeddings: dict[str, Floats]) -> Path:
 def test_what_was_put_comes_back_bit_by_bit_after_reopening(tmp_path: Path) -> None:
     embeddings = some(1200)  # more than one statement may ask for
     filled(tmp_path, embeddings)
-    cache = EmbeddingCache("model", tmp_path)
+    cache = EmbeddingCache("model", folder=tmp_path)
     found = cache.get([*embeddings, "unknown"])
     cache.close()
     assert found.keys() == embeddings.keys()
@@ -38,13 +42,40 @@ def test_what_was_put_comes_back_bit_by_bit_after_reopening(tmp_path: Path) -> N
 def test_another_model_finds_nothing(tmp_path: Path) -> None:
     embeddings = some(3)
     filled(tmp_path, embeddings)
-    other = EmbeddingCache("other", tmp_path)
+    other = EmbeddingCache("other", folder=tmp_path)
     assert other.get(list(embeddings)) == {}
     other.close()
 
 
+def test_a_file_belongs_to_one_model_device_pixels_version_and_pillow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embeddings = some(3)
+    first = filled(tmp_path, embeddings)
+    assert re.fullmatch(r"embeddings-[0-9a-f]{32}\.sqlite", first.name)
+
+    def files_after(found: int, *arguments: str) -> int:
+        cache = EmbeddingCache(*arguments, folder=tmp_path)
+        assert len(cache.get(list(embeddings))) == found
+        cache.close()
+        return len(list(tmp_path.iterdir()))
+
+    assert files_after(3, "model") == 1
+    assert files_after(3, "model", "cpu") == 1
+    assert files_after(0, "model", "cuda") == 2
+    assert files_after(0, "a/../name no file may have") == 3
+    monkeypatch.setattr(embedding_cache, "_PIXELS_VERSION", 10**6)
+    assert files_after(0, "model") == 4
+    monkeypatch.undo()
+    monkeypatch.setattr(PIL, "__version__", "0.0")
+    assert files_after(0, "model") == 5
+
+
 def test_two_open_caches_of_one_model_see_each_others_embeddings(tmp_path: Path) -> None:
-    first, second = EmbeddingCache("model", tmp_path), EmbeddingCache("model", tmp_path)
+    first, second = (
+        EmbeddingCache("model", folder=tmp_path),
+        EmbeddingCache("model", folder=tmp_path),
+    )
     first.put(some(1))
     second.put(some(3))
     assert len(first.get(list(some(3)))) == 3
@@ -60,7 +91,7 @@ def test_a_file_that_is_no_database_is_put_aside(
     filled(tmp_path, some(2))
     assert file.with_suffix(".damaged").read_bytes() == b"damaged" * 1000
     assert "is damaged" in capsys.readouterr().err
-    reopened = EmbeddingCache("model", tmp_path)
+    reopened = EmbeddingCache("model", folder=tmp_path)
     assert len(reopened.get(list(some(3)))) == 2
     reopened.close()
 
@@ -73,7 +104,7 @@ def test_a_database_damaged_inside_is_put_aside_when_that_shows(
     content = bytearray(file.read_bytes())
     content[8192:] = b"\xff" * (len(content) - 8192)
     file.write_bytes(content)
-    cache = EmbeddingCache("model", tmp_path)
+    cache = EmbeddingCache("model", folder=tmp_path)
     found = cache.get(list(embeddings))
     assert len(found) < 2000
     cache.put(embeddings)
@@ -87,7 +118,7 @@ def test_an_unwritable_folder_is_done_without(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
-    cache = EmbeddingCache("model", tmp_path / "file" / "cache")
+    cache = EmbeddingCache("model", folder=tmp_path / "file" / "cache")
     assert "embedding without it" in capsys.readouterr().err
     cache.put(some(2))
     assert len(cache.get(list(some(2)))) == 2  # within this process
@@ -101,11 +132,11 @@ def test_a_disk_that_is_full_costs_the_cache_not_the_run(
         def executemany(self, *_: object) -> sqlite3.Cursor:
             raise sqlite3.OperationalError("database or disk is full")
 
-    cache = EmbeddingCache("model", tmp_path)
+    cache = EmbeddingCache("model", folder=tmp_path)
     cache.close()
     connect = sqlite3.connect
     monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: connect(*a, factory=FullDisk, **k))
-    cache = EmbeddingCache("model", tmp_path)
+    cache = EmbeddingCache("model", folder=tmp_path)
     monkeypatch.undo()
     cache.put(some(2))
     assert "disk is full" in capsys.readouterr().err
@@ -120,3 +151,18 @@ def test_the_folder_is_chosen_by_the_environment(
     assert cache_folder() == tmp_path / "own"
     monkeypatch.delenv("CAPT_CACHE")
     assert cache_folder() == tmp_path / "xdg" / "capt"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    assert cache_folder() == tmp_path / "home" / ".cache" / "capt"
+
+
+def test_a_user_without_a_home_has_the_cache_among_temporary_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("could not determine home directory")
+
+    for name in ("CAPT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert cache_folder() == Path(tempfile.gettempdir()) / "capt"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from capt_deploy.datasets import Dataset, Item, read_dataset
 from capt_deploy.preprocess import preprocess
 from capt_train.backbone import Backbone, load_backbone
 from capt_train.embedding_cache import EmbeddingCache
-from capt_train.features import Features, embed
+from capt_train.features import embed
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def passes(tiny_backbone: Backbone) -> Iterator[list[int]]:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[EmbeddingCache]:
-    cache = EmbeddingCache("tiny", tmp_path / "cache")
+    cache = EmbeddingCache("tiny", folder=tmp_path / "cache")
     yield cache
     cache.close()
 
@@ -57,7 +58,7 @@ def test_a_second_time_no_image_goes_through_the_visual_tower(
     items = dataset.splits["train"]
     results = []
     for _ in range(2):
-        cache = EmbeddingCache("tiny", tmp_path)
+        cache = EmbeddingCache("tiny", folder=tmp_path)
         results.append(embed(tiny_backbone, cache, dataset, items, "images"))
         cache.close()
     assert sum(passes) == len(items)
@@ -134,14 +135,26 @@ def test_no_images_give_an_empty_matrix_of_the_models_dimension(
 ) -> None:
     features = embed(tiny_backbone, cache, read_dataset(photos), [], "images")
     assert features.embeddings.shape == (0, 32)
+    assert features.sha256 == ()
     assert len(features) == 0
 
 
-def test_of_classes_keeps_rows_and_labels_together() -> None:
-    features = Features(torch.arange(10.0).reshape(5, 2), torch.tensor([3, 0, 2, 3, 1]))
-    kept = features.of_classes([3, 1])
-    assert kept.labels.tolist() == [3, 3, 1]
-    assert kept.embeddings[:, 0].tolist() == [0, 6, 8]
+def test_sha256_are_the_content_hashes_of_the_rows_that_are_kept(
+    tiny_backbone: Backbone, cache: EmbeddingCache, photos: Path, tmp_path: Path
+) -> None:
+    own = Path(shutil.copytree(photos, tmp_path / "photos"))
+    items = read_dataset(own).splits["test"]
+    shutil.copy(own / items[7].path, own / items[4].path)  # the same content twice
+    (own / items[2].path).write_bytes(b"no image")
+    (own / items[5].path).unlink()
+    contents = [(own / item.path).read_bytes() for i, item in enumerate(items) if i not in (2, 5)]
+    expected = tuple(hashlib.sha256(content).hexdigest() for content in contents)
+    dataset = Dataset(own, ("a",) * 4, {})
+    for fresh in (len(expected) - 1, 0):  # then all from the cache
+        features = embed(tiny_backbone, cache, dataset, items, "images")
+        assert features.embedded == fresh
+        assert features.sha256 == expected
+        assert len(features) == len(expected)
 
 
 def test_real_photos_give_open_clips_own_embeddings(shared: Path, cache: EmbeddingCache) -> None:

@@ -152,6 +152,26 @@ def test_batch_terms_stay_finite_for_extreme_logits(term: Callable[..., Tensor])
     assert torch.isfinite(logits.grad).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("term", [*BATCH_TERMS, losses.moments])
+@pytest.mark.parametrize(("rows", "columns"), [(6, 40), (40, 6)])
+def test_autocast_changes_neither_terms_nor_gradients(
+    term: Callable[..., Tensor], dtype: torch.dtype, rows: int, columns: int
+) -> None:
+    own = random(rows, columns, scale=3).float().requires_grad_()
+    other = random(rows, columns, seed=1).float()
+    if term is not losses.moments:
+        other = labels_for(rows, columns)
+    outside = term(own, other)
+    (slope,) = torch.autograd.grad(outside, own)
+    with torch.autocast("cpu", dtype):
+        assert (own @ own.T).dtype == dtype  # so autocast is at work here
+        inside = term(own, other)
+    assert inside.dtype == torch.float32
+    torch.testing.assert_close(inside, outside, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(inside, own)[0], slope, rtol=1e-6, atol=1e-6)
+
+
 def test_shapes_that_do_not_fit_are_noticed_under_test() -> None:
     with pytest.raises(TypeCheckError):
         losses.cross_entropy(torch.zeros(3, 2), torch.zeros(4, dtype=torch.long))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from capt_train.backbone import Backbone
 from capt_train.config import TrainConfig
 from capt_train.pipeline import train
 from capt_train.prompt import PromptLearner
-from capt_train.run import load_run, read_config
+from capt_train.run import Fitted, load_run, read_config
 
 
 @pytest.fixture
@@ -44,20 +45,25 @@ def test_a_loaded_run_holds_the_best_context_for_every_class_name(
     assert not torch.allclose(model.text_embeddings, start, atol=1e-4)
 
 
-def test_logits_are_the_scaled_cosines_over_the_temperature(finished: Path) -> None:
+def test_logits_are_the_scaled_cosines_over_the_temperature_of_each_model(finished: Path) -> None:
     model = load_run(finished)
     result = json.loads((finished / "result.json").read_text())
-    assert model.temperature == result["temperature"] != 1.0
+    fitted = model.fitted
+    assert fitted.temperature == result["temperature"] != 1.0
+    assert fitted.zero_shot_temperature == result["zero_shot_temperature"] != 1.0
+    assert abs(math.log(fitted.temperature / fitted.zero_shot_temperature)) > 0.01
+    assert [[*pair, count] for pair, count in fitted.pairs.items()] == result["pairs"] != []
     images = torch.nn.functional.normalize(torch.randn(3, 32), dim=1)
     for row in range(3):
         for column in range(4):
             scale = model.backbone.scale
             cosine = float(sum(images[row] * model.text_embeddings[column]))
             own = model.logits(images)[row, column].item()
-            assert own == pytest.approx(scale * cosine / model.temperature, abs=1e-4)
+            assert own == pytest.approx(scale * cosine / fitted.temperature, abs=1e-4)
             zero_shot = float(sum(images[row] * model.zero_shot[column]))
             own = model.zero_shot_logits(images)[row, column].item()
-            assert own == pytest.approx(scale * zero_shot, abs=1e-4)
+            expected = scale * zero_shot / fitted.zero_shot_temperature
+            assert own == pytest.approx(expected, abs=1e-4)
 
 
 def test_provenance_names_settings_data_model_and_versions(finished: Path) -> None:
@@ -78,6 +84,10 @@ def test_a_zeroshot_run_is_the_hand_written_prompt(
     assert torch.equal(model.text_embeddings, model.zero_shot)
     expected = model.backbone.class_embeddings(model.class_names, ["a {}.", "one {}."])
     assert torch.equal(model.zero_shot, expected)
+
+
+def test_a_model_without_validation_images_has_temperature_1() -> None:
+    assert Fitted({(0, 1): 2}) == Fitted({(0, 1): 2}, 1.0, 1.0)
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
@@ -111,8 +121,25 @@ def test_a_config_that_is_none_is_refused(content: str, run: Path) -> None:
         read_config(run)
 
 
+@pytest.mark.parametrize("key", ["temperature", "zero_shot_temperature", "pairs"])
+def test_a_result_without_one_of_its_values_is_refused(key: str, run: Path) -> None:
+    content = json.loads((run / "result.json").read_text())
+    del content[key]
+    (run / "result.json").write_text(json.dumps(content))
+    with pytest.raises(RunError, match=rf"result\.json: not as capt-train writes it.*'{key}'"):
+        load_run(run)
+
+
 @pytest.mark.parametrize(
-    "change", [{"temperature": None}, {"temperature": "warm"}, {"pairs": [[1, 2]]}, {"pairs": 3}]
+    "change",
+    [
+        {"temperature": None},
+        {"temperature": "warm"},
+        {"zero_shot_temperature": None},
+        {"zero_shot_temperature": "warm"},
+        {"pairs": [[1, 2]]},
+        {"pairs": 3},
+    ],
 )
 def test_a_damaged_result_is_refused(change: dict[str, Any], run: Path) -> None:
     edit(run / "result.json", **change)

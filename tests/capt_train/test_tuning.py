@@ -19,7 +19,7 @@ from capt_train.backbone import Backbone
 from capt_train.config import LossWeights, TrainConfig
 from capt_train.features import Features
 from capt_train.prompt import PromptLearner
-from capt_train.tuning import BEST, LAST, TuningTask, loss_terms, tune, weighted_sum
+from capt_train.tuning import BEST, LAST, TuningTask, tune
 
 NAMES = ("cat", "dog", "boat", "tree", "car")
 TUNED = (1, 2, 4)  # labels of the data set, not positions among the tuned ones
@@ -80,7 +80,7 @@ def test_the_loss_falls_and_validation_gets_better(tiny_backbone: Backbone, tmp_
     assert last["val_nll"] < 0.7 * first["val_nll"]
 
 
-def test_validation_is_judged_at_the_temperature_that_fits_it_best(
+def test_validation_is_judged_at_the_temperature_that_would_be_fitted(
     tiny_backbone: Backbone, tmp_path: Path
 ) -> None:
     own = task(tiny_backbone)
@@ -89,11 +89,16 @@ def test_validation_is_judged_at_the_temperature_that_fits_it_best(
     with torch.no_grad():
         logits = own.scale * own.val.embeddings @ prompt(own.tuned).T
     labels = [own.tuned.index(label) for label in own.val.labels.tolist()]
-    lowest = min(
-        -sum(float((row / t).log_softmax(0)[y]) for row, y in zip(logits, labels, strict=True))
-        for t in torch.logspace(-1.3, 1.3, 400).tolist()
-    )
-    assert state.best_nll == pytest.approx(lowest / len(labels), rel=1e-3)
+
+    def nll(t: float) -> float:
+        rows = zip(logits, labels, strict=True)
+        return -sum(float((row / t).log_softmax(0)[own]) for row, own in rows)
+
+    grid = torch.logspace(-1.3, 1.3, 600).tolist()
+    fitted = min(grid, key=lambda t: nll(t) + math.log(t) ** 2 / (2 * 0.5**2))
+    assert state.best_nll == pytest.approx(nll(fitted) / len(labels), rel=2e-3)
+    for other in (1.0, min(grid, key=nll)):  # neither raw nor without the prior
+        assert state.best_nll != pytest.approx(nll(other) / len(labels), rel=1e-2)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -133,31 +138,55 @@ def test_the_seed_decides_the_order_of_the_images(tiny_backbone: Backbone, tmp_p
     assert not torch.equal(results[0], results[2])
 
 
+@contextmanager
+def noted_rates() -> Iterator[list[float]]:
+    """Collect the learning rate of every step."""
+    rates: list[float] = []
+
+    def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    handle = register_optimizer_step_pre_hook(note)
+    try:
+        yield rates
+    finally:
+        handle.remove()
+
+
 def test_every_epoch_sees_each_image_once_in_an_order_of_its_own_at_the_scheduled_rate(
     tiny_backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = task(tiny_backbone, learning_rate=0.01)
     batches: list[list[int]] = []
-    rates: list[float] = []
     cross_entropy = losses.cross_entropy
 
     def recorded(logits: Any, labels: Any) -> Any:
         batches.append(labels.tolist())
         return cross_entropy(logits, labels)
 
-    def note_rate(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        rates.append(optimizer.param_groups[0]["lr"])
-
     monkeypatch.setattr(losses, "cross_entropy", recorded)
-    handle = register_optimizer_step_pre_hook(note_rate)
-    tune(learner(tiny_backbone), own, tmp_path)
-    handle.remove()
+    with noted_rates() as rates:
+        tune(learner(tiny_backbone), own, tmp_path)
     assert {len(batch) for batch in batches} == {3, 4}  # 15 images in four batches
     epochs = [list(chain(*batches[start : start + 4])) for start in range(0, 24, 4)]
     assert all(sorted(epoch) == [0] * 5 + [1] * 5 + [2] * 5 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6
     warm_up = [0.0025, 0.005, 0.0075, 0.01]
     cosine = [0.005 * (1 + math.cos(math.pi * step / 20)) for step in range(20)]
+    assert rates == pytest.approx(warm_up + cosine)
+
+
+@pytest.mark.parametrize(("epochs", "warmup_epochs"), [(1, 1), (1, 9), (2, 2), (3, 9)])
+def test_a_warm_up_that_is_too_long_leaves_one_epoch_of_cosine(
+    tiny_backbone: Backbone, tmp_path: Path, epochs: int, warmup_epochs: int
+) -> None:
+    settings = {"epochs": epochs, "warmup_epochs": warmup_epochs, "learning_rate": 0.01}
+    with noted_rates() as rates:
+        state = tune(learner(tiny_backbone), task(tiny_backbone, **settings), tmp_path)
+    assert state.epoch == epochs
+    rising = 4 * (epochs - 1)
+    warm_up = [0.01 * (step + 1) / rising for step in range(rising)]
+    cosine = [0.005 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
     assert rates == pytest.approx(warm_up + cosine)
 
 
@@ -225,30 +254,3 @@ def test_a_term_that_is_not_finite_is_named_and_the_last_checkpoint_stays(
     with pytest.raises(RunError, match=rf"in epoch 3 the {term} term became .*kept in {LAST}"):
         tune(learner(tiny_backbone), broken, tmp_path)
     assert files(tmp_path) == before
-
-
-def test_terms_are_unweighted_and_weighted_only_in_the_sum() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(6, 4, generator=generator)
-    own, reference = torch.randn(2, 4, 8, generator=generator)
-    labels = torch.tensor([0, 1, 2, 3, 0, 1])
-    weights = LossWeights(cross_entropy=2.0, coa=3.0, margin=0.5, moments=0.25)
-    terms = loss_terms(logits, labels, own, reference, weights)
-    expected = {
-        "cross_entropy": losses.cross_entropy(logits, labels),
-        "coa": losses.confusion_aware(logits, labels),
-        "margin": losses.margin(logits, labels),
-        "moments": losses.moments(own, reference),
-    }
-    assert terms == expected
-    total = 2 * terms["cross_entropy"] + 3 * terms["coa"]
-    total = total + 0.5 * terms["margin"] + 0.25 * terms["moments"]
-    torch.testing.assert_close(weighted_sum(terms, weights), total)
-
-
-def test_terms_of_weight_0_are_not_computed() -> None:
-    nowhere = torch.full((4, 8), float("nan"))
-    weights = LossWeights(coa=0.0, margin=0.0, moments=0.0)
-    terms = loss_terms(torch.zeros(2, 4), torch.tensor([0, 1]), nowhere, nowhere, weights)
-    assert list(terms) == ["cross_entropy"]
-    assert torch.isfinite(weighted_sum(terms, weights))
