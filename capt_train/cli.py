@@ -14,7 +14,7 @@ _HELP = {"help_option_names": ["-h", "--help"]}
 
 
 @click.command(cls=Command, context_settings=_HELP)
-@click.option("--data", help="Folder, .csv, .jsonl, or split_zhou_*.json (forms below).")
+@click.option("--data", help="Folder, .csv, .jsonl, or split_zhou_*.json (see above).")
 @click.option("--model", help="open_clip model: ViT-B-16, hf-hub:NAME, or local-dir:FOLDER.")
 @click.option("--pretrained", help="open_clip tag (openai) or a checkpoint file.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Run folder to write.")
@@ -38,7 +38,9 @@ _HELP = {"help_option_names": ["-h", "--help"]}
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 …")
 @click.option(
-    "--split-from", type=click.Path(path_type=Path), help="Run whose chosen images to use again."
+    "--split-from",
+    type=click.Path(path_type=Path),
+    help="Run whose images, --shots and --classes to use again.",
 )
 @click.option(
     "--set",
