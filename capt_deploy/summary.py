@@ -26,7 +26,7 @@ def summary(report: Report) -> str:
     counts = report["confusion"]["counts"]
     lines.append(
         f"of {counts['zero_shot_errors_in_pairs']} zero-shot errors in confused pairs "
-        f"{counts['recovered']} ({_share(report['confusion']['recovered'])} %) are recovered, "
+        f"{counts['recovered']} ({_share(report['confusion']['recovered'])} %) are recovered,\n"
         f"of {counts['zero_shot_right']} right answers "
         f"{counts['broken']} ({_share(report['confusion']['broken'])} %) are broken"
     )

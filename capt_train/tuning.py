@@ -66,7 +66,7 @@ def tune(prompt: PromptLearner, task: TuningTask, folder: Path) -> TuningState:
             if state.best_epoch == state.epoch:
                 save_checkpoint(folder / BEST, prompt, state)
             save_checkpoint(folder / LAST, prompt, state, optimizer)
-            newest = reversed(state.history[-1].items())  # validation first, if there is any
+            newest = reversed(list(state.history[-1].items()))  # validation first, if there is any
             counter.advance(1, ", ".join(f"{name} {value:.3f}" for name, value in newest))
     load_checkpoint(folder / BEST, prompt)
     return state

@@ -27,11 +27,10 @@ def test_the_table_sets_tuned_beside_zero_shot() -> None:
     assert lines[0] == "%          base    new  harmonic   all  ECE base  ECE new  ECE all"
     assert lines[2].split() == ["zero-shot", "33.3", "100.0", "50.0", "40.0", "66.7", "0.0", "60.0"]
     assert lines[3].split() == ["tuned", "66.7", "100.0", "80.0", "80.0", "33.3", "0.0", "20.0"]
-    assert lines[4] == (
-        "of 2 zero-shot errors in confused pairs 1 (50.0 %) are recovered, "
-        "of 1 right answers 0 (0.0 %) are broken"
-    )
-    assert len(lines) == 5
+    assert lines[4:] == [
+        "of 2 zero-shot errors in confused pairs 1 (50.0 %) are recovered,",
+        "of 1 right answers 0 (0.0 %) are broken",
+    ]
 
 
 def test_columns_that_do_not_exist_are_left_out() -> None:
@@ -54,7 +53,7 @@ def test_equal_accuracy_is_no_warning() -> None:
 
 
 def test_where_nothing_could_be_recovered_there_is_no_share() -> None:
-    wanted = "of 0 zero-shot errors in confused pairs 0 (- %) are recovered, "
+    wanted = "of 0 zero-shot errors in confused pairs 0 (- %) are recovered,\n"
     assert wanted + "of 5 right answers 1 (20.0 %) are broken" in summary(WORSE)
 
 
