@@ -24,7 +24,7 @@ _UNREADABLE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplemented
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose files have been checked against the manifest's hashes."""
+    """An opened bundle; each file is checked against the manifest's hash when it is read."""
 
     path: Path
     manifest: Manifest

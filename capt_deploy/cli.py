@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from capt_deploy.console import Command, print_json, progress, say
+from capt_deploy.console import Command, PathInHome, print_json, progress, say
 from capt_deploy.version import __version__
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=PathInHome())
 @click.argument("paths", nargs=-1, required=True)
 @click.option("--backend", default="auto", show_default=True, help="auto or onnxruntime.")
 @click.option(

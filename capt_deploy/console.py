@@ -1,6 +1,7 @@
 """What all commands share: error handling, progress, tables, JSON."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,12 +12,21 @@ from typing import Any, TypeVar
 import click
 
 from capt_deploy.errors import CaptError
+from capt_deploy.files import expand_home
 
 T = TypeVar("T")
 _SECONDS_BETWEEN_LINES = 5.0
 _BAR_WIDTH = 20
 _TRAINING_MODULES = {"torch", "torchvision", "open_clip", "jaxtyping", "filelock", "onnx"}
 _INSTALL = "pip install 'capt[export]' to tune and export; the bare install only runs bundles"
+
+
+class PathInHome(click.Path):
+    """A path argument in which a leading `~` is understood, also as in `--out=~/x`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return a `Path`."""
+        return expand_home(os.fsdecode(super().convert(value, param, ctx)))
 
 
 class Command(click.Command):

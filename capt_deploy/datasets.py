@@ -117,9 +117,7 @@ def read_dataset(
         if path.suffix.lower() not in readers:
             raise DataError(f"{path}: expected a folder, .csv, .jsonl or .json, came a file")
         reader, root = readers[path.suffix.lower()], path.parent
-    listing = reader(path)
-    dataset = _build(root, listing, class_names, strict_names)
-    return dataset
+    return _build(root, reader(path), class_names, strict_names)
 
 
 def _folder_reader(path: Path) -> Callable[[Path], label_files.Listing]:

@@ -51,6 +51,10 @@ def load_image(source: ImageInput) -> Image.Image:
                 raise ImageError(f"{name}: URLs are not fetched; download it and pass the path")
             image = Image.open(source)
         image.load()
+        if image.mode == "F":
+            raise ImageError(
+                f"{name}: expected 8 or 16 bits a channel, came 32-bit floats; convert it first"
+            )
         return _to_eight_bits(_upright(image))
     except FileNotFoundError as cause:
         raise ImageError(f"{name}: no such file") from cause
@@ -91,8 +95,6 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
     """Scale 16-bit grey to 8 bits: Pillow's own conversion would clip it to white."""
-    if image.mode == "F":
-        raise ImageError("expected 8 or 16 bits a channel, came 32-bit floats; convert it first")
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         deep = image.mode != "I" or values.max(initial=0) > 255

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from capt_deploy.console import Command, print_json, say
+from capt_deploy.console import Command, PathInHome, print_json, say
 from capt_deploy.version import __version__
 from capt_train.config import METHODS, TrainConfig
 
@@ -17,7 +17,7 @@ _HELP = {"help_option_names": ["-h", "--help"]}
 @click.option("--data", help="Folder, .csv, .jsonl, or split_zhou_*.json (see above).")
 @click.option("--model", help="open_clip model: ViT-B-16, hf-hub:NAME, or local-dir:FOLDER.")
 @click.option("--pretrained", help="open_clip tag (openai) or a checkpoint file.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run folder to write.")
+@click.option("--out", required=True, type=PathInHome(), help="Run folder to write.")
 @click.option(
     "--method", type=click.Choice(list(METHODS)), default=_DEFAULT.method, show_default=True
 )
@@ -39,7 +39,7 @@ _HELP = {"help_option_names": ["-h", "--help"]}
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 …")
 @click.option(
     "--split-from",
-    type=click.Path(path_type=Path),
+    type=PathInHome(),
     help="Run whose images, --shots and --classes to use again.",
 )
 @click.option(
@@ -71,11 +71,12 @@ def main(ctx: click.Context, /, out: Path, resume: bool, as_json: bool, **option
     }
     config = _config(out, resume, given)
     from capt_train.pipeline import train
+    from capt_train.run import CONFIG
 
     try:
         report = train(config, out, resume=resume, split_from=options["split_from"])
     except KeyboardInterrupt:
-        if (out / "config.json").exists():  # else there is nothing to go on with
+        if (out / CONFIG).exists():  # else there is nothing to go on with
             say(f"\nto go on where it stopped: capt-train --resume --out {out}")
         raise
     if as_json:

@@ -1,5 +1,6 @@
 """Evaluate a tuned model in torch, as it was trained; `capt_deploy.scoring` does it for bundles."""
 
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -62,8 +63,6 @@ def evaluate_run(
     model = load_run(run, choose_device("auto"))
     dataset = read_dataset(data, class_names or model.config.class_names, strict_names=False)
     dataset = dataset.aligned_to(model.class_names)
-    cache = EmbeddingCache(str(model.provenance["model_sha256"]), model.backbone.device.type)
-    try:
+    fingerprint = str(model.provenance["model_sha256"])
+    with closing(EmbeddingCache(fingerprint, model.backbone.device.type)) as cache:
         return evaluate_model(model, cache, dataset, split, scope)
-    finally:
-        cache.close()

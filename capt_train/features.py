@@ -36,6 +36,10 @@ class Features:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def labels_among(self, classes: Sequence[int]) -> Int[Tensor, " batch"]:
+        """Return the labels as positions in `classes`, which is ascending and holds them all."""
+        return torch.searchsorted(torch.tensor(list(classes)), self.labels)
+
 
 def embed(
     backbone: Backbone, cache: EmbeddingCache, dataset: Dataset, items: Sequence[Item], label: str
@@ -76,8 +80,10 @@ def embed(
             counter.advance(len(batch), f"{embedded} new, {len(skipped)} unreadable")
     if skipped:
         say(f"note: {len(skipped)} {label} cannot be read and are left out, e.g. {skipped[0].path}")
-    dim = backbone.text_embeddings(["a"]).shape[1]
-    matrix = np.stack(rows) if rows else np.zeros((0, dim), np.float32)
+    if rows:
+        matrix = np.stack(rows)
+    else:
+        matrix = np.zeros((0, backbone.text_embeddings(["a"]).shape[1]), np.float32)
     return Features(
         torch.from_numpy(matrix),
         torch.tensor(labels, dtype=torch.long),

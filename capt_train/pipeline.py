@@ -1,6 +1,7 @@
 """The whole of `capt-train`: data, features, zero-shot, tuning, calibration, metrics."""
 
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,12 +68,9 @@ def train(
     out = expand_home(out)
     with runs.locked(out):
         setup = _prepare(config, out, resume, split_from)
-        cache = EmbeddingCache(setup.model_sha256, setup.backbone.device.type)
-        try:
+        with closing(EmbeddingCache(setup.model_sha256, setup.backbone.device.type)) as cache:
             model, images = _tune(setup, cache)
             report = {**_measure(setup, model, cache), "images": images}
-        finally:
-            cache.close()
         write_json(setup.out / runs.METRICS, report)
     return report
 
@@ -122,11 +120,13 @@ def _tune(setup: _Setup, cache: EmbeddingCache) -> tuple[TunedModel, dict[str, i
         task = TuningTask(backbone.scale, split.tuned, train_features, val, reference, config)
         state = tune(setup.prompt, task, setup.out)
     pairs = mine_pairs(train_features, reference, tuned)
-    model = runs.tuned_model(backbone, config, split, setup.prompt, runs.Fitted(pairs), {})
+    embeddings = runs.all_embeddings(setup.prompt, setup.zero_shot)
+    fitted = runs.Fitted(pairs)
+    model = TunedModel(backbone, config, split, embeddings, setup.zero_shot, fitted, {})
     if 0 < len(val) < _FEW_FOR_CALIBRATION:
         say(f"note: confidences are calibrated on no more than {len(val)} validation images")
     if len(val):
-        labels = torch.searchsorted(torch.tensor(tuned), val.labels)
+        labels = val.labels_among(tuned)
         after, before = model.logits(val.embeddings), model.zero_shot_logits(val.embeddings)
         fitted = runs.Fitted(
             pairs,
@@ -176,15 +176,15 @@ def mine_pairs(train: Features, reference: torch.Tensor, tuned: list[int]) -> di
 
 def _absolute(config: TrainConfig) -> TrainConfig:
     """Make paths independent of the folder the command was started in."""
-    changes: dict[str, Any] = {"data": str(Path(config.data).expanduser().resolve())}
+    changes: dict[str, Any] = {"data": str(expand_home(config.data).resolve())}
     if config.class_names is not None:
-        changes["class_names"] = str(Path(config.class_names).expanduser().resolve())
-    folder = Path(config.model.removeprefix("local-dir:")).expanduser()
+        changes["class_names"] = str(expand_home(config.class_names).resolve())
+    folder = expand_home(config.model.removeprefix("local-dir:"))
     # any other folder may just be called like an architecture, as a run folder may
     if config.model.startswith("local-dir:") or (folder / "open_clip_config.json").is_file():
         changes["model"] = f"local-dir:{folder.resolve()}"
-    if config.pretrained is not None and Path(config.pretrained).is_file():
-        changes["pretrained"] = str(Path(config.pretrained).resolve())
+    if config.pretrained is not None and expand_home(config.pretrained).is_file():
+        changes["pretrained"] = str(expand_home(config.pretrained).resolve())
     return replace(config, **changes)
 
 

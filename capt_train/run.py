@@ -191,19 +191,14 @@ def load_run(folder: str | Path, device: torch.device | None = None) -> TunedMod
         "model_sha256": fingerprint,
         "versions": written.get("versions", {}),
     }
-    return tuned_model(backbone, config, split, prompt, fitted, provenance)
+    zero_shot = backbone.class_embeddings(split.class_names, config.templates)
+    tuned = all_embeddings(prompt, zero_shot)
+    return TunedModel(backbone, config, split, tuned, zero_shot, fitted, provenance)
 
 
 @torch.no_grad()
-def tuned_model(
-    backbone: Backbone,
-    config: TrainConfig,
-    split: FewShotSplit,
-    prompt: PromptLearner | None,
-    fitted: Fitted,
-    provenance: Mapping[str, Any],
-) -> TunedModel:
-    """Evaluate the prompt for every class name; without a prompt the model is the zero-shot one."""
-    zero_shot = backbone.class_embeddings(split.class_names, config.templates)
-    tuned = zero_shot if prompt is None else prompt(range(len(split.class_names)))
-    return TunedModel(backbone, config, split, tuned, zero_shot, fitted, provenance)
+def all_embeddings(
+    prompt: PromptLearner | None, zero_shot: Float[Tensor, "classes dim"]
+) -> Float[Tensor, "classes dim"]:
+    """Return the prompt's embedding of every class; without a prompt the hand-written ones."""
+    return zero_shot if prompt is None else prompt(range(len(zero_shot)))

@@ -78,7 +78,7 @@ def _train_epoch(
     """Take one step for every minibatch; return the mean of every loss term."""
     config, device = task.config, prompt.context.device
     features = task.train.embeddings.to(device)
-    labels = _local_labels(task, task.train).to(device)
+    labels = task.train.labels_among(task.tuned).to(device)
     reference = task.reference.to(device)
     batches = -(-len(features) // config.batch_size)
     order = torch.randperm(len(features), generator=_generator(config.seed, epoch)).to(device)
@@ -146,10 +146,6 @@ def _generator(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
 
 
-def _local_labels(task: TuningTask, features: Features) -> Int[Tensor, " batch"]:
-    return torch.searchsorted(torch.tensor(task.tuned), features.labels)
-
-
 def _stale(state: TuningState, task: TuningTask) -> bool:
     patience = task.config.patience
     return bool(len(task.val) and patience and state.epochs_since_best >= patience)
@@ -177,5 +173,5 @@ def _validation_nll(prompt: PromptLearner, task: TuningTask) -> float | None:
     if not len(task.val):
         return None
     logits = task.scale * task.val.embeddings.to(embeddings.device) @ embeddings.T
-    labels = _local_labels(task, task.val).to(embeddings.device)
+    labels = task.val.labels_among(task.tuned).to(embeddings.device)
     return float(functional.cross_entropy(logits / fit_temperature(logits, labels), labels))

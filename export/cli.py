@@ -4,16 +4,14 @@ from pathlib import Path
 
 import click
 
-from capt_deploy.console import Command, print_json, say
+from capt_deploy.console import Command, PathInHome, print_json, say
 from capt_deploy.version import __version__
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Bundle to write.")
-@click.option(
-    "--gate-data", type=click.Path(path_type=Path), help="The run's data set, if it has moved."
-)
+@click.argument("run", type=PathInHome())
+@click.option("--out", required=True, type=PathInHome(), help="Bundle to write.")
+@click.option("--gate-data", type=PathInHome(), help="The run's data set, if it has moved.")
 @click.option("--json", "as_json", is_flag=True, help="Print the bundle's report on stdout.")
 @click.version_option(__version__, prog_name="capt")
 def main(run: Path, out: Path, gate_data: Path | None, as_json: bool) -> None:

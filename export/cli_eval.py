@@ -4,19 +4,19 @@ from pathlib import Path
 
 import click
 
-from capt_deploy.console import Command, print_json, say
+from capt_deploy.console import Command, PathInHome, print_json, say
 from capt_deploy.evaluation import SCOPES
 from capt_deploy.version import __version__
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("run_or_bundle", type=click.Path(path_type=Path))
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="As of capt-train.")
+@click.argument("run_or_bundle", type=PathInHome())
+@click.option("--data", required=True, type=PathInHome(), help="As of capt-train.")
 @click.option("--split", type=click.Choice(["train", "val", "test"]), default="test")
 @click.option(
     "--classes", type=click.Choice(SCOPES), help="Measure only these; by default all that exist."
 )
-@click.option("--class-names", type=click.Path(path_type=Path), help="As of capt-train.")
+@click.option("--class-names", type=PathInHome(), help="As of capt-train.")
 @click.option("--backend", default="auto", show_default=True, help="Of a bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
 @click.version_option(__version__, prog_name="capt")

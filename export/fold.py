@@ -18,11 +18,14 @@ class Head:
 
 def fold(model: TunedModel) -> Head:
     """Return the head whose logits equal the tuned model's calibrated ones."""
-    weight = (model.backbone.scale / model.fitted.temperature) * model.text_embeddings
-    return Head(weight, weight.new_zeros(len(weight)))
+    return _head(model.backbone.scale / model.fitted.temperature, model.text_embeddings)
 
 
 def fold_zero_shot(model: TunedModel) -> Head:
     """Return the head of the frozen model with the hand-written prompt, calibrated likewise."""
-    weight = (model.backbone.scale / model.fitted.zero_shot_temperature) * model.zero_shot
+    return _head(model.backbone.scale / model.fitted.zero_shot_temperature, model.zero_shot)
+
+
+def _head(scale: float, embeddings: Float[Tensor, "classes dim"]) -> Head:
+    weight = scale * embeddings
     return Head(weight, weight.new_zeros(len(weight)))

@@ -17,6 +17,13 @@ def test_it_writes_the_bundle_and_prints_its_report(tuned_run, tmp_path):
     assert "max |Δlogit|" in result.stderr
 
 
+def test_a_home_that_the_shell_leaves_alone_is_understood(tuned_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = run(tuned_run, "--out=~/x.capt", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout) == json.loads((tmp_path / "x.capt/report.json").read_text())
+
+
 def test_a_failed_gate_exits_with_1(tuned_run, tmp_path, monkeypatch):
     monkeypatch.setattr("export.gate.MAX_PROBABILITY_DIFFERENCE", -1.0)
     result = run(tuned_run, "--out", tmp_path / "x.capt")
