@@ -1,0 +1,277 @@
+"""The confusion bank of METHOD 2 and what is mined from it, METHOD 3 and 4 (arXiv 2603.02557).
+
+Classes are positions 0..C-1 among the tuned ones, samples are rows of the training features.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import shorten
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from capt_deploy.errors import RunError
+from capt_deploy.evaluation import Pair
+from capt_deploy.files import write_bytes
+
+_FORMAT = {"format": "capt-confusion-bank 1"}  # two keys would be written in any order
+_RETRIEVAL_CHUNK = 256  # rows; bounds the memory of queries × confused samples
+
+
+@dataclass(frozen=True)
+class ConfusionBank:
+    """Who is mistaken for whom among the training images, and the samples behind it.
+
+    METHOD 2: `N[a,b]` is how many samples of class `a` the model calls `b`. Momentum makes the
+    counts fractions. Never asked at inference.
+    """
+
+    counts: Float[Tensor, "classes classes"]  # N[true, predicted], zero diagonal
+    labels: Int[Tensor, " samples"]
+    predicted: Int[Tensor, " samples"]  # pseudo-labels
+    confidences: Float[Tensor, "samples classes"]  # probabilities
+    embeddings: Float[Tensor, "samples dim"]  # unit norm
+
+    @classmethod
+    def fill(
+        cls,
+        logits: Float[Tensor, "samples classes"],
+        labels: Int[Tensor, " samples"],
+        embeddings: Float[Tensor, "samples dim"],
+    ) -> "ConfusionBank":
+        """Return the bank of a model that has not seen the images, the zero-shot one (METHOD 2).
+
+        Args:
+            logits: scaled logits of the training images over the tuned classes.
+            labels: positions among the tuned classes.
+            embeddings: of the images, unit norm.
+        """
+        confidences = _probabilities(logits)
+        predicted = confidences.argmax(dim=1)
+        counts = _confusions(labels, predicted[None], logits.shape[1])
+        return cls(counts, labels, predicted, confidences, embeddings)
+
+    def updated(
+        self,
+        logits: Float[Tensor, "views samples classes"],
+        momentum: float = 0.9,
+        embeddings: Float[Tensor, "samples dim"] | None = None,
+    ) -> "ConfusionBank":
+        """Return the bank after a write-back, `N ← ρ·N + (1−ρ)·N_new` (METHOD 2, ours).
+
+        `N_new` is the mean over the views; confidences are blended likewise, and the pseudo-labels
+        are the argmax of the blend. Predictions on the training images themselves would not do:
+        a tuned model has almost no errors on the few shots it was tuned on, so the bank would
+        run dry just when it is needed.
+
+        Args:
+            logits: scaled, predicted out of fold or on augmented views of the training images.
+            momentum: ρ in [0, 1]; 0 keeps nothing of the old bank.
+            embeddings: new ones of the images, unit norm; the old ones stay without.
+        """
+        views = _probabilities(logits)
+        new = _confusions(self.labels, views.argmax(dim=2), views.shape[2])
+        confidences = momentum * self.confidences + (1 - momentum) * views.mean(dim=0)
+        return ConfusionBank(
+            momentum * self.counts + (1 - momentum) * new,
+            self.labels,
+            confidences.argmax(dim=1),
+            confidences,
+            self.embeddings if embeddings is None else embeddings,
+        )
+
+    def to(self, device: torch.device) -> "ConfusionBank":
+        """Return the same bank on another device."""
+        return ConfusionBank(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+    def save(self, path: Path) -> None:
+        """Write the bank as safetensors, atomically."""
+        cpu = {name: tensor.cpu().contiguous() for name, tensor in vars(self).items()}
+        write_bytes(path, save(cpu, metadata=_FORMAT))
+
+    @classmethod
+    def load(cls, path: Path) -> "ConfusionBank":
+        """Read a saved bank onto the CPU.
+
+        Raises:
+            RunError: the file is missing, damaged, or holds something else.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                if file.metadata() != _FORMAT:
+                    raise ValueError("another format or version")
+                bank = cls(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            _check(bank)
+        except (OSError, SafetensorError, TypeError, ValueError) as cause:
+            reason = shorten(str(cause), 300)
+            raise RunError(f"{path}: not a confusion bank of this run ({reason})") from cause
+        return bank
+
+
+def semantic_scores(
+    bank: ConfusionBank,
+    predicted: Int[Tensor, " batch"],
+    confidences: Float[Tensor, "batch classes"],
+) -> Float[Tensor, "batch classes"]:
+    """Return `S_i = (1 + n_i/Σ_j n_j)·C_i` with `n_i = N[i,p]`, −∞ at `i = p` (METHOD 3, SEM).
+
+    Where nothing was ever called `p` the factor is 1.
+
+    Args:
+        bank: where the counts come from.
+        predicted: pseudo-label `p` of each sample.
+        confidences: its probabilities `C`.
+    """
+    behind = bank.counts[:, predicted].T
+    total = behind.sum(dim=1, keepdim=True)
+    share = torch.where(total > 0, behind / total, 0.0)
+    return ((1 + share) * confidences).scatter(1, predicted[:, None], float("-inf"))
+
+
+def mined_classes(bank: ConfusionBank, k: int) -> Int[Tensor, "samples mined"]:
+    """Return `p` and the `k` classes with the highest score after it, for each sample (METHOD 3).
+
+    Among equal scores the class that comes first is taken.
+
+    Args:
+        bank: whose samples are asked about.
+        k: how many classes; no more than the C−1 that there are besides `p`.
+    """
+    scores = semantic_scores(bank, bank.predicted, bank.confidences)
+    best = scores.argsort(dim=1, descending=True, stable=True)
+    return torch.cat([bank.predicted[:, None], best[:, : min(k, scores.shape[1] - 1)]], dim=1)
+
+
+def pairs(bank: ConfusionBank, k: int) -> list[tuple[int, int, int]]:
+    """Return `(a, b, samples that mine it)` for each unordered mined pair, `a < b` (METHOD 3).
+
+    These are the pairs that sentences are wanted for, the most frequent first.
+
+    Args:
+        bank: whose samples are mined.
+        k: as in `mined_classes`.
+    """
+    classes = len(bank.counts)
+    mined = mined_classes(bank, k)
+    own, others = mined[:, :1], mined[:, 1:]
+    codes = torch.minimum(own, others) * classes + torch.maximum(own, others)
+    found, weights = codes.unique(return_counts=True)
+    order = weights.argsort(descending=True, stable=True)
+    return [
+        (code // classes, code % classes, weight)
+        for code, weight in zip(found[order].tolist(), weights[order].tolist(), strict=True)
+    ]
+
+
+def confused_pairs(bank: ConfusionBank) -> dict[Pair, float]:
+    """Return the cells of `N` that are not zero, `{(true, predicted): count}`, by class."""
+    cells = bank.counts.nonzero()
+    counts = bank.counts[cells[:, 0], cells[:, 1]].tolist()
+    return {(true, taken): n for (true, taken), n in zip(cells.tolist(), counts, strict=True)}
+
+
+def samples_behind(bank: ConfusionBank, true: int, predicted: int) -> Int[Tensor, " found"]:
+    """Return the rows of the samples of class `true` whose pseudo-label is `predicted`."""
+    return ((bank.labels == true) & (bank.predicted == predicted)).nonzero().squeeze(1)
+
+
+def retrieve(
+    bank: ConfusionBank, rows: Int[Tensor, " batch"], mined: Int[Tensor, "batch mined"]
+) -> Int[Tensor, "batch mined"]:
+    """Return for each query and pair class the confused sample most like the query (METHOD 4, SAM).
+
+    `I* = argmax_j cos(f(x), f(u_j))` over samples `u_j` of class `i` that the model gets wrong;
+    over those behind the cell `N[i,p]` where there are any, else over all of the class *(ours)*.
+    The query itself is never among them.
+
+    Args:
+        bank: holds queries and candidates.
+        rows: the queries.
+        mined: their rows of `mined_classes`: `p`, then the classes paired with it.
+
+    Returns:
+        Rows of the bank, −1 where there is no such sample.
+    """
+    confused = (bank.labels != bank.predicted).nonzero().squeeze(1)
+    if not len(confused):
+        return torch.full_like(mined, -1)
+    places = _places_by_class(bank.labels[confused], len(bank.counts))
+    chunks = zip(rows.split(_RETRIEVAL_CHUNK), mined.split(_RETRIEVAL_CHUNK), strict=True)
+    return torch.cat([_nearest(bank, confused, places, some, wanted) for some, wanted in chunks])
+
+
+def intensity(logits: Float[Tensor, "batch classes"]) -> Float[Tensor, " batch"]:
+    """Return the confusion intensity `c = 1 − (p₁ − p₂)` in [0, 1] (METHOD 4).
+
+    Args:
+        logits: scaled zero-shot logits over two classes or more.
+    """
+    first, second = _probabilities(logits).topk(2, dim=1).values.unbind(dim=1)
+    return 1 - (first - second)
+
+
+def _places_by_class(
+    labels: Int[Tensor, " found"], classes: int
+) -> Int[Tensor, "{classes} largest"]:
+    """Return for each class where in `labels` it stands, ascending, then −1."""
+    order = labels.argsort(stable=True)
+    sizes = labels.bincount(minlength=classes)
+    first = sizes.cumsum(dim=0) - sizes
+    column = torch.arange(len(labels), device=labels.device) - first[labels[order]]
+    places = labels.new_full((classes, int(sizes.max())), -1)
+    places[labels[order], column] = order
+    return places
+
+
+def _nearest(
+    bank: ConfusionBank,
+    confused: Int[Tensor, " found"],
+    places: Int[Tensor, "classes largest"],
+    rows: Int[Tensor, " batch"],
+    mined: Int[Tensor, "batch mined"],
+) -> Int[Tensor, "batch mined"]:
+    cosines = bank.embeddings[rows] @ bank.embeddings[confused].T
+    place = places[mined]
+    found = confused[place]  # what −1 finds is never wanted
+    wanted = (place >= 0) & (found != rows[:, None, None])
+    behind_cell = wanted & (bank.predicted[found] == mined[:, :1, None])
+    preferred = torch.where(behind_cell.any(dim=2, keepdim=True), behind_cell, wanted)
+    own = cosines.gather(1, place.clamp(min=0).flatten(1)).reshape(place.shape)
+    best = own.masked_fill(~preferred, float("-inf")).argmax(dim=2, keepdim=True)
+    return torch.where(wanted.any(dim=2), found.gather(2, best).squeeze(2), -1)
+
+
+def _probabilities(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch classes"]:
+    return logits.detach().float().softmax(dim=-1)
+
+
+def _confusions(
+    labels: Int[Tensor, " samples"], predicted: Int[Tensor, "views samples"], classes: int
+) -> Float[Tensor, "{classes} {classes}"]:
+    """Return how often each class is called another, the mean over the views."""
+    cells = (labels * classes + predicted).flatten()
+    counts = cells.bincount(minlength=classes**2).reshape(classes, classes)
+    return counts.fill_diagonal_(0) / len(predicted)
+
+
+def _check(bank: ConfusionBank) -> None:
+    """Refuse tensors that do not belong together; shapes are not checked at run time otherwise."""
+    samples, classes = len(bank.labels), len(bank.counts)
+    shapes = {
+        "counts": (classes, classes),
+        "labels": (samples,),
+        "predicted": (samples,),
+        "confidences": (samples, classes),
+        "embeddings": (samples, *bank.embeddings.shape[-1:]),
+    }
+    for name, shape in shapes.items():
+        if getattr(bank, name).shape != shape:
+            raise ValueError(f"{name} are not of shape {shape}")
+    for classes_of in (bank.labels, bank.predicted):
+        if not ((classes_of >= 0) & (classes_of < classes)).all():
+            raise ValueError("labels that are not among the classes")
+    if bank.counts.diagonal().any() or not (bank.counts >= 0).all():
+        raise ValueError("counts that are negative or of right answers")
