@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capt_deploy.errors import DataError
+from capt_train.sentence_files import read_class_file, read_pair_file, write_pair_file
+from capt_train.sentences import PairSentences, clean, gather
+
+CLASSES = ("maine coon", "otter", "t-shirt")
+OTTER = ("an otter has webbed feet",)
+
+
+def write(path: Path, content: Any) -> Path:
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "sentences.json"
+
+
+@pytest.mark.parametrize("spelling", ["Maine_Coon", "MAINE-COON", " maine \t coon", "maine coon"])
+def test_classes_are_found_however_they_are_spelt(spelling: str, file: Path) -> None:
+    assert read_class_file(write(file, {spelling: ["a"]}), CLASSES) == {"maine coon": ("a",)}
+    pairs = read_pair_file(write(file, {f"otter|{spelling}": {"difference": ["a"]}}), CLASSES)
+    assert pairs == {("maine coon", "otter"): PairSentences((), ("a",))}
+
+
+def test_classes_that_only_a_hyphen_tells_apart_go_by_their_exact_names(file: Path) -> None:
+    content = {"t-shirt": ["a"], "t_shirt": ["b"], "T SHIRT": ["c"]}
+    found = read_class_file(write(file, content), ("t-shirt", "t_shirt"))
+    assert found == {"t-shirt": ("a",), "t_shirt": ("b",), "T SHIRT": ("c",)}
+
+
+def test_sentences_are_stripped_and_empty_and_repeated_ones_dropped(file: Path) -> None:
+    content = {"otter": [" a  b\n", "a b", "", " ", "c"], "Otter": ["c", "d"]}
+    assert read_class_file(write(file, content), CLASSES) == {"otter": ("a b", "c", "d")}
+    both = {
+        "otter|t-shirt": {"commonality": ["x", " x"], "difference": []},
+        "t-shirt|otter": {"commonality": ["y"], "difference": ["z"]},
+    }
+    found = read_pair_file(write(file, both), CLASSES)
+    assert found == {("otter", "t-shirt"): PairSentences(("x", "y"), ("z",))}
+
+
+def test_text_that_no_file_can_hold_can_still_be_written_again(file: Path) -> None:
+    found = read_class_file(write(file, '{"otter": ["a \\ud800 b"], "\\udfff": []}'), CLASSES)
+    assert found == {"otter": ("a ? b",), "?": ()}
+    assert clean(["\ud800"]) == ("?",)
+
+
+def test_names_may_hold_a_bar(file: Path) -> None:
+    names = ("a|b", "c", "d")
+    content = {"a|b|c": {"commonality": ["x"]}, "d|a|b": {"commonality": ["y"]}}
+    found = read_pair_file(write(file, content), names)
+    assert set(found) == {("a|b", "c"), ("a|b", "d")}
+
+
+WRONG = [
+    ("", "readable JSON"),
+    ("{", "readable JSON"),
+    ("\ufeff{}", "readable JSON"),
+    ("[]", "came a list"),
+    ("3", "came a number"),
+    ("null", "came null"),
+    ("[" * 100_000, "came JSON that cannot be read"),
+    (f'{{"a": {"9" * 5000}}}', "came JSON that cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("content", "came"), WRONG)
+def test_a_file_that_is_no_object_is_refused(content: str, came: str, file: Path) -> None:
+    write(file, content)
+    for read, form in ((read_class_file, r'\{"class"'), (read_pair_file, r'\{"a\|b"')):
+        with pytest.raises(DataError, match=f"{came}.*{form}|{form}.*{came}") as caught:
+            read(file, CLASSES)
+        assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("texts", "came"),
+    [
+        (3, "a number"),
+        (None, "null"),
+        ("a sentence", "a text"),
+        (["a", 3], "a list with a number"),
+        ([["a"]], "a list with a list"),
+        ([True], "a list with true or false"),
+    ],
+)
+def test_entries_that_are_no_lists_of_sentences_are_refused(
+    texts: Any, came: str, file: Path
+) -> None:
+    with pytest.raises(DataError, match=f"'otter' with {came}; correct it"):
+        read_class_file(write(file, {"otter": texts}), CLASSES)
+    with pytest.raises(DataError, match=f"'otter.t-shirt' with {came}"):
+        read_pair_file(write(file, {"otter|t-shirt": {"difference": texts}}), CLASSES)
+
+
+def test_the_other_form_is_recognised(file: Path) -> None:
+    pairs = {"otter|t-shirt": {"commonality": ["a"], "difference": ["b"]}}
+    with pytest.raises(DataError, match=r"is the file of the form .*--sentences"):
+        read_class_file(write(file, pairs), CLASSES)
+    with pytest.raises(DataError, match=r"is the file of the form .*--commonality, --difference"):
+        read_pair_file(write(file, {"otter": ["a"]}), CLASSES)
+
+
+@pytest.mark.parametrize("name", ["otter", "otter|", "|", "", "otter|Otter", "dodo|dodo"])
+def test_a_pair_needs_two_classes(name: str, file: Path) -> None:
+    with pytest.raises(DataError, match="expected two classes"):
+        read_pair_file(write(file, {name: {"commonality": ["a"]}}), CLASSES)
+
+
+def test_other_keys_of_a_pair_are_refused(file: Path) -> None:
+    with pytest.raises(DataError, match="an object with 'commonalities'"):
+        read_pair_file(write(file, {"otter|t-shirt": {"commonalities": ["a"]}}), CLASSES)
+
+
+def test_files_that_are_missing_or_huge_are_refused(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for read in (read_class_file, read_pair_file):
+        with pytest.raises(DataError, match="No such file"):
+            read(file, CLASSES)
+        with pytest.raises(DataError, match="Is a directory"):
+            read(file.parent, CLASSES)
+    monkeypatch.setattr("capt_train.sentence_files._MAX_MIB", 0)
+    with pytest.raises(DataError, match="at most 0 MiB"):
+        read_class_file(write(file, {}), CLASSES)
+
+
+def test_what_is_written_can_be_given_again_and_templates_stay_templates(file: Path) -> None:
+    pairs = [("otter", "maine coon"), ("otter", "t-shirt")]
+    first = gather(pairs, commonality={"otter": OTTER})
+    write_pair_file(file, first.sentences)
+    assert json.loads(file.read_text()) == {
+        "|".join(pair): {"commonality": [*texts.commonality], "difference": [*texts.difference]}
+        for pair, texts in first.sentences.items()
+    }
+    again = gather(pairs, pair_sentences=read_pair_file(file, CLASSES))
+    assert again.sentences == first.sentences
+    assert set(again.sources[pairs[1]].items()) == {
+        ("commonality", "pair file"),
+        ("difference", "templates"),
+    }
+    answers = {pairs[1]: PairSentences(("c",), ("d",))}
+    with_llm = gather(pairs, pair_sentences=again.sentences, llm=answers)
+    assert with_llm.sentences[pairs[1]] == PairSentences(OTTER, ("d",))
+
+
+def test_the_published_files_of_the_pets_are_read_and_their_gaps_named(shared: Path) -> None:
+    folder = shared / "data" / "descriptions"
+    common, distinct = folder / "oxford_pets_common.json", folder / "oxford_pets_distinct.json"
+    published = json.loads(common.read_text())
+    names = tuple(sorted(name.title() for name in published))
+    assert len(names) == 37
+    commonality, difference = (read_class_file(path, names) for path in (common, distinct))
+    assert {len(commonality["Newfoundland"]), len(commonality["Pug"])} == {9, 10}
+    pairs = [("Beagle", "Basset Hound"), ("Siamese", "Keeshond"), ("Pug", "Keeshond")]
+    gathered = gather(pairs, commonality=commonality, difference=difference)
+    assert gathered.sentences[("Basset Hound", "Beagle")].difference == (
+        "The biggest difference between basset hound and beagle lies in droopy ears and very "
+        "short legs.",
+        "The biggest difference between beagle and basset hound lies in tri-color coat and long "
+        "ears.",
+    )
+    assert gathered.on_templates == (("Keeshond", "Siamese"),)
+    assert len(gathered.sentences[("Keeshond", "Pug")].difference) == 10
+    coverage = gathered.coverage(names)
+    assert coverage.files["--difference"]["missing"] == ("Keeshond", "Siamese")
+    assert coverage.notices() == ["--difference: missing: Keeshond, Siamese"]
+    with pytest.raises(DataError, match="--commonality, --difference"):
+        read_pair_file(common, names)
