@@ -1,0 +1,259 @@
+"""The CoCoA mixture of hand-written and learned prompts (METHOD 7), fitted after the tuning.
+
+Confidence-aware weights of CoCoA-Mix (arXiv 2506.07484): trust in the learned prompts is fitted
+once for the classes they were tuned on and once for all others.
+"""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from capt_deploy.errors import ModelError, RunError
+from capt_train.losses import cross_entropy
+
+STEPS = 1000
+LEARNING_RATE = 0.5
+_SLOPE_AT_REST = 1e-5
+_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """π over K+1 prompts, the hand-written one first; each of the two sums to 1."""
+
+    inside: tuple[float, ...]  # for classes that were tuned on
+    outside: tuple[float, ...]  # for all others
+
+    def __post_init__(self) -> None:
+        if len(self.inside) != len(self.outside) or len(self.inside) < 2:
+            raise RunError(
+                f"mixture: expected as many weights inside as outside, at least 2, came "
+                f"{len(self.inside)} and {len(self.outside)}"
+            )
+        for values in (self.inside, self.outside):
+            # Written so that NaN fails too.
+            if not (min(values) >= 0 and abs(sum(values) - 1) <= _ROUNDING):
+                raise RunError(f"mixture: expected weights of 0 to 1 that sum to 1, came {values}")
+
+    @classmethod
+    def learned_only(cls, learned: int) -> "Mixture":
+        """Return equal parts of the learned prompts and nothing of the hand-written one."""
+        parts = (0.0, *[1 / learned] * learned)
+        return cls(parts, parts)
+
+    @classmethod
+    def from_dict(cls, content: Any, learned: int) -> "Mixture":
+        """Read the JSON form of a mixture with K = `learned`.
+
+        Raises:
+            RunError: other keys, other than K+1 numbers, a weight below 0 or not finite, or a sum
+                that is not 1.
+        """
+        if not isinstance(content, dict) or set(content) != {"inside", "outside"}:
+            raise RunError(f"mixture: expected lists 'inside' and 'outside', came {content!r}")
+        for values in content.values():
+            if (
+                not isinstance(values, list)
+                or len(values) != learned + 1
+                or not all(type(value) in (int, float) for value in values)
+            ):
+                raise RunError(f"mixture: expected {learned + 1} numbers, came {values!r}")
+        return cls(**{name: tuple(map(float, values)) for name, values in content.items()})
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """Return the JSON form."""
+        return {name: list(values) for name, values in asdict(self).items()}
+
+    def rows(
+        self, embeddings: Float[Tensor, "prompts classes dim"], tuned: Sequence[bool]
+    ) -> Float[Tensor, "classes dim"]:
+        """Return Ŵ_c = Σ_i π_i(c)·t_{i,c}, in float32 or wider.
+
+        Never renormalised (METHOD 9): a row's norm carries the weight of its class.
+
+        Args:
+            embeddings: t_{i,c}, unit norm, the hand-written prompt first.
+            tuned: whether each class was tuned on.
+
+        Raises:
+            ValueError: weights, classes and embeddings differ in number.
+        """
+        if embeddings.shape[:2] != (len(self.inside), len(tuned)):
+            raise ValueError(
+                f"{len(self.inside)} prompts and {len(tuned)} classes expected, "
+                f"came embeddings of shape {tuple(embeddings.shape)}"
+            )
+        wide = _wide(embeddings)
+        chosen = wide.new_tensor([self.inside if own else self.outside for own in tuned])
+        return (chosen.T[:, :, None] * wide).sum(dim=0)
+
+
+def weights(shares: Float[Tensor, " learned"]) -> Float[Tensor, " learned+1"]:
+    """Return π of the shares s_i = σ(a_i): π_i = s_i/K, and π₀ = 1 − Σ_i π_i is what is left.
+
+    Ours: with K = 1 it is the paper's sigmoid weight, and for every K each π is positive and their
+    sum is 1 without a constraint.
+    """
+    return torch.cat([(1 - shares).mean(dim=0, keepdim=True), shares / len(shares)])
+
+
+def inside_loss(
+    shares: Float[Tensor, " learned"],
+    logits: Float[Tensor, "batch learned+1 classes"],
+    labels: Int[Tensor, " batch"],
+) -> Float[Tensor, ""]:
+    """Return the mean of −log p(y) of the mixed logits z = Σ_i π_i z_i, in float32 or wider.
+
+    Args:
+        shares: σ(a_i) of the learned prompts.
+        logits: z_i = scale·f·t_i of every prompt, the hand-written one first.
+        labels: y.
+    """
+    return cross_entropy((weights(shares)[:, None] * _wide(logits)).sum(dim=1), labels)
+
+
+def outside_loss(
+    shares: Float[Tensor, " learned"],
+    logits: Float[Tensor, "batch learned+1 pseudo"],
+    d: float = 0.1,
+) -> Float[Tensor, ""]:
+    """Return Σ_i mean max(0, H(p_t0) − H(p_ti) + d), in float32 or wider.
+
+    On classes that it was not tuned on a learned prompt shall be less sure than the hand-written
+    one, by `d`. The weight acts as an inverse temperature: p_ti = softmax(s_i·z_i), while
+    p_t0 = softmax(z_0) (ours: the paper leaves open how the weight enters H). No term holds
+    another prompt's share, so the sum over i minimises each alone.
+
+    Args:
+        shares: s_i = σ(a_i) of the learned prompts, before they are divided by K.
+        logits: z_i = scale·f·t_i over the pseudo-classes, the hand-written prompt first.
+        d: by how many nats.
+    """
+    wide = _wide(logits)
+    hand_written = _entropy(wide[:, :1])
+    learned = _entropy(shares[:, None] * wide[:, 1:])
+    return (hand_written - learned + d).clamp(min=0).mean(dim=0).sum()
+
+
+def fit_inside(
+    features: Float[Tensor, "batch dim"],
+    labels: Int[Tensor, " batch"],
+    embeddings: Float[Tensor, "prompts classes dim"],
+    scale: float,
+    *,
+    steps: int = STEPS,
+    learning_rate: float = LEARNING_RATE,
+) -> tuple[float, ...]:
+    """Return π_in, one weight vector for all classes tuned on; minimises `inside_loss`.
+
+    Args:
+        features: f(x) of the training samples, unit norm.
+        labels: their classes, as indices into `embeddings`.
+        embeddings: t_{i,c} of the classes tuned on, the hand-written prompt first.
+        scale: 1/τ.
+        steps: at most so many steps of gradient descent over all samples.
+        learning_rate: of these steps.
+    """
+    logits = _logits(features, embeddings, scale)
+    return _descend(lambda s: inside_loss(s, logits, labels), logits, 0.5, steps, learning_rate)
+
+
+def fit_outside(
+    features: Float[Tensor, "batch dim"],
+    pseudo: Float[Tensor, "prompts pseudo dim"],
+    scale: float,
+    d: float = 0.1,
+    *,
+    start: float = 0.5,
+    steps: int = STEPS,
+    learning_rate: float = LEARNING_RATE,
+) -> tuple[float, ...]:
+    """Return π_out, one weight vector for all classes not tuned on; minimises `outside_loss`.
+
+    The loss never falls with a share and is flat at 0 where every sample is unsure enough, so the
+    fit only lowers shares, from `start` down to where the loss rests.
+
+    Args:
+        features: f(x) of the training samples, unit norm.
+        pseudo: t_{i,c} of the pseudo-classes, the hand-written prompt first.
+        scale: 1/τ.
+        d: by how many nats a learned prompt shall be less sure.
+        start: the share that a learned prompt has if it is nowhere too sure.
+        steps: at most so many steps of gradient descent over all samples.
+        learning_rate: of these steps.
+    """
+    logits = _logits(features, pseudo, scale)
+    return _descend(lambda s: outside_loss(s, logits, d), logits, start, steps, learning_rate)
+
+
+def pseudo_class_names(
+    words: Sequence[str], count: int, seed: int, exclude: Sequence[str]
+) -> list[str]:
+    """Return `count` different random words that stand for classes never tuned on.
+
+    Args:
+        words: a vocabulary, such as `whole_words` returns.
+        count: how many are wanted.
+        seed: the same seed draws the same words.
+        exclude: class names; no word that is one, or part of one, is drawn.
+
+    Raises:
+        ModelError: the vocabulary holds too few such words.
+    """
+    names = "\n".join(exclude).lower()
+    usable = [word for word in words if word not in names]
+    if len(usable) < count:
+        raise ModelError(
+            f"pseudo-classes: {count} words wanted, but the tokenizer's vocabulary has only "
+            f"{len(usable)} that are in no class name; tune without the mixture"
+        )
+    return random.Random(seed).sample(usable, count)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """Half precision is too coarse for sums of logits and for entropies; float64 stays."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _entropy(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch"]:
+    log_p = logits.log_softmax(dim=-1)
+    return -(log_p.exp() * log_p).sum(dim=-1)
+
+
+@torch.no_grad()
+def _logits(
+    features: Float[Tensor, "batch dim"],
+    embeddings: Float[Tensor, "prompts classes dim"],
+    scale: float,
+) -> Float[Tensor, "batch prompts classes"]:
+    with torch.autocast(features.device.type, enabled=False):  # it would halve the product again
+        return scale * torch.einsum("bd,pcd->bpc", _wide(features), _wide(embeddings))
+
+
+def _descend(
+    loss: Callable[[Tensor], Tensor],
+    logits: Float[Tensor, "batch prompts classes"],
+    start: float,
+    steps: int,
+    learning_rate: float,
+) -> tuple[float, ...]:
+    """Minimise a loss of the shares σ(a) by gradient descent on a; return π.
+
+    Plain steps over all samples, without momentum: it would carry a share past the place where
+    the hinge of `outside_loss` comes to rest.
+    """
+    raw = logits.new_full((logits.shape[1] - 1,), math.log(start / (1 - start)))
+    with torch.enable_grad():
+        for _ in range(steps):
+            raw.requires_grad_()
+            (slope,) = torch.autograd.grad(loss(raw.sigmoid()), raw)
+            raw = (raw - learning_rate * slope).detach()
+            if slope.abs().max() < _SLOPE_AT_REST:
+                break
+    return tuple(weights(raw.double().sigmoid()).tolist())
