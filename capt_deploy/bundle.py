@@ -56,7 +56,11 @@ class Bundle:
         return chosen, self.read(graphs[chosen].file)
 
     def text_embeddings(self) -> dict[str, NDArray[np.float32]]:
-        """Return `text_embeddings` and `zero_shot`, each (classes, dim), and `bias` (classes,)."""
+        """Return `text_embeddings` (classes, dim), `bias` (classes,), and maybe `zero_shot` rows.
+
+        The hand-written prompt's rows are there where the graph's embeddings fit them, that is
+        where the visual side is the frozen one.
+        """
         from safetensors import SafetensorError
         from safetensors.numpy import load
 

@@ -17,7 +17,10 @@ from capt_deploy.files import expand_home
 T = TypeVar("T")
 _SECONDS_BETWEEN_LINES = 5.0
 _BAR_WIDTH = 20
-_TRAINING_MODULES = {"torch", "torchvision", "open_clip", "jaxtyping", "filelock", "onnx"}
+_TRAINING_MODULES = {
+    *("torch", "torchvision", "open_clip", "jaxtyping", "filelock", "matplotlib", "sklearn"),
+    *("onnx", "onnxscript"),
+}
 _INSTALL = "pip install 'capt[export]' to tune and export; the bare install only runs bundles"
 
 

@@ -22,7 +22,9 @@ class Scores:
 
     labels: Ints  # (samples,)
     tuned: NDArray[np.floating]  # (samples, classes), scaled and calibrated
-    zero_shot: NDArray[np.floating]  # likewise, each model by its own temperature
+    # Likewise, each model by its own temperature; None where the frozen model is not at hand, as
+    # in a bundle whose visual side was tuned.
+    zero_shot: NDArray[np.floating] | None
     temperature: float = 1.0  # that `tuned` has been divided by
     zero_shot_temperature: float = 1.0
 
@@ -65,11 +67,15 @@ def evaluate(
     report = _measure(scores.labels, scores.tuned, columns, scope)
     if scope and report[scope] is None:
         raise ConfigError(f"no images of {scope!r} classes to evaluate; was the run tuned on all?")
-    report["confusion"] = _confusion(scores, class_names, columns, pairs)
-    report["zero_shot"] = _measure(scores.labels, scores.zero_shot, columns, scope)
     raw = scores.tuned * scores.temperature
-    raw_zero_shot = scores.zero_shot * scores.zero_shot_temperature
     report["uncalibrated"] = _measure(scores.labels, raw, columns, scope)
+    if scores.zero_shot is None:
+        report["confusion"] = _confusion_alone(scores, class_names, columns)
+        report["zero_shot"] = report["uncalibrated"]["zero_shot"] = None
+        return report
+    report["confusion"] = _confusion(scores, scores.zero_shot, class_names, columns, pairs)
+    report["zero_shot"] = _measure(scores.labels, scores.zero_shot, columns, scope)
+    raw_zero_shot = scores.zero_shot * scores.zero_shot_temperature
     report["uncalibrated"]["zero_shot"] = _measure(scores.labels, raw_zero_shot, columns, scope)
     return report
 
@@ -95,8 +101,28 @@ def _measure(
     return report
 
 
+def _confusion_alone(
+    scores: Scores, class_names: Sequence[str], columns: Mapping[str, NDArray[np.int64]]
+) -> Report:
+    """Return the tuned model's confusions, with nothing to compare them with."""
+    labels, after = _own_predictions(scores, scores.tuned, columns)
+    pairs = confused_pairs(labels, after, after, class_names)
+    nothing = dict.fromkeys(("recovered", "broken", "counts"))
+    return {**nothing, "pairs": [{**pair, "zero_shot": None} for pair in pairs]}
+
+
+def _own_predictions(
+    scores: Scores, logits: NDArray[np.floating], columns: Mapping[str, NDArray[np.int64]]
+) -> tuple[Ints, Ints]:
+    """Return labels and predictions of the samples of classes tuned on, among these classes."""
+    own = columns["base"] if len(columns["base"]) else columns["all"]
+    rows = np.isin(scores.labels, own)
+    return scores.labels[rows], own[logits[rows][:, own].argmax(axis=1)]
+
+
 def _confusion(
     scores: Scores,
+    zero_shot: NDArray[np.floating],
     class_names: Sequence[str],
     columns: Mapping[str, NDArray[np.int64]],
     pairs: Iterable[Pair],
@@ -107,11 +133,8 @@ def _confusion(
     tuning; `broken` the share of its right answers that are wrong after it, in any pair. The
     counts stand beside them, for the two are shares of different numbers.
     """
-    own = columns["base"] if len(columns["base"]) else columns["all"]
-    rows = np.isin(scores.labels, own)
-    labels = scores.labels[rows]
-    before = own[scores.zero_shot[rows][:, own].argmax(axis=1)]
-    after = own[scores.tuned[rows][:, own].argmax(axis=1)]
+    labels, before = _own_predictions(scores, zero_shot, columns)
+    _, after = _own_predictions(scores, scores.tuned, columns)
     mined = np.zeros((len(class_names), len(class_names)), dtype=bool)
     for true, predicted in pairs:
         mined[true, predicted] = True

@@ -9,7 +9,8 @@ from capt_deploy.errors import BundleError
 from capt_deploy.preprocess import PreprocessConfig
 
 SCHEMA_VERSION = 1
-_CALIBRATION = {"temperature", "zero_shot_temperature"}
+# The second one only where the graph's embeddings are also those of the frozen model.
+_CALIBRATIONS = ({"temperature", "zero_shot_temperature"}, {"temperature"})
 METADATA_KEY = "capt_manifest"  # under which an ONNX file carries its manifest
 
 
@@ -97,8 +98,8 @@ class Manifest:
                     f"{where}: the {precision} graph takes {graph.layout} {graph.dtype}, this "
                     f"reader knows NHWC uint8; upgrade capt"
                 )
-            if set(self.calibration.get(precision, {})) != _CALIBRATION:
-                raise BundleError(f"{where}: expected {sorted(_CALIBRATION)} of {precision}")
+            if set(self.calibration.get(precision, {})) not in _CALIBRATIONS:
+                raise BundleError(f"{where}: expected {sorted(_CALIBRATIONS[0])} of {precision}")
         if not self.graphs:
             raise BundleError(f"{where}: names no graph")
 

@@ -32,7 +32,7 @@ def evaluate_bundle(
     classifier = Classifier.load(path, backend)
     dataset = read_dataset(data, class_names, strict_names=False).aligned_to(classifier.class_names)
     items = {str(dataset.path(item)): item for item in dataset.items(split)}
-    zero_shot = bundle.text_embeddings()["zero_shot"]
+    zero_shot = bundle.text_embeddings().get("zero_shot")
     labels, logits, embeddings = [], [], []
     skipped = []
     with progress(f"predicting {split} images", len(items), "images") as counter:
@@ -51,9 +51,9 @@ def evaluate_bundle(
     scores = Scores(
         np.asarray(labels),
         np.concatenate(logits),
-        np.concatenate(embeddings) @ zero_shot.T,
+        None if zero_shot is None else np.concatenate(embeddings) @ zero_shot.T,
         calibration["temperature"],
-        calibration["zero_shot_temperature"],
+        calibration.get("zero_shot_temperature", 1.0),
     )
     report = evaluate(scores, manifest.class_names, manifest.tuned, _pairs(bundle), scope)
     report["skipped"] = skipped

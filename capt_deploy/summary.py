@@ -11,6 +11,8 @@ def summary(report: Report) -> str:
     """Return the table of `capt-train` and `capt-eval`: tuned beside zero-shot, and a warning."""
     rows = []
     for name, part in (("zero-shot", report["zero_shot"]), ("tuned", report)):
+        if part is None:
+            continue
         rows.append(
             [
                 name,
@@ -24,12 +26,10 @@ def summary(report: Report) -> str:
     keep = [i for i in range(len(header)) if i == 0 or any(row[i] != "-" for row in rows)]
     lines = [table([header[i] for i in keep], [[row[i] for i in keep] for row in rows])]
     counts = report["confusion"]["counts"]
-    lines.append(
-        f"of {counts['zero_shot_errors_in_pairs']} zero-shot errors in confused pairs "
-        f"{counts['recovered']} ({_share(report['confusion']['recovered'])} %) are recovered,\n"
-        f"of {counts['zero_shot_right']} right answers "
-        f"{counts['broken']} ({_share(report['confusion']['broken'])} %) are broken"
-    )
+    if counts is None:
+        lines.append("the frozen model is not in this bundle: to compare with it, evaluate the run")
+    else:
+        lines.append(_recovery(report["confusion"], counts))
     lines += [f"WARNING: {text}" for text in worse_than_zero_shot(report)]
     if report["skipped"]:
         names = ", ".join(path for path, _ in report["skipped"][:3])
@@ -37,9 +37,20 @@ def summary(report: Report) -> str:
     return "\n".join(lines)
 
 
+def _recovery(confusion: Mapping[str, Any], counts: Mapping[str, int]) -> str:
+    return (
+        f"of {counts['zero_shot_errors_in_pairs']} zero-shot errors in confused pairs "
+        f"{counts['recovered']} ({_share(confusion['recovered'])} %) are recovered,\n"
+        f"of {counts['zero_shot_right']} right answers "
+        f"{counts['broken']} ({_share(confusion['broken'])} %) are broken"
+    )
+
+
 def worse_than_zero_shot(report: Report) -> list[str]:
     """Return a sentence for every scope in which tuning lost accuracy."""
-    warnings = []
+    warnings: list[str] = []
+    if report["zero_shot"] is None:
+        return warnings
     for scope in SCOPES:
         after, before = report[scope], report["zero_shot"][scope]
         if after and after["accuracy"] < before["accuracy"]:
@@ -53,7 +64,7 @@ def confused_pairs_table(report: Report, most: int = 8) -> str:
     rows = [
         [
             f"{pair['true']} taken for {pair['predicted']}",
-            str(pair["zero_shot"]),
+            "-" if pair["zero_shot"] is None else str(pair["zero_shot"]),
             str(pair["tuned"]),
         ]
         for pair in report["confusion"]["pairs"][:most]

@@ -4,7 +4,8 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -16,6 +17,8 @@ from torch.nn import functional
 
 from capt_deploy.errors import ModelError
 from capt_deploy.preprocess import PreprocessConfig
+from capt_train.vision_tower import Tower, open_tower
+from capt_train.vocabulary import whole_words
 
 
 class Backbone:
@@ -35,6 +38,9 @@ class Backbone:
             getattr(self._tower, "attn_mask", None) is not None
             and getattr(self._tower, "cls_emb", None) is None
             and pooling in ("argmax", "eos")
+        )
+        self._text_blocks: Any = getattr(
+            getattr(self._tower, "transformer", None), "resblocks", None
         )
         mean, std = torch.tensor(preprocess.mean), torch.tensor(preprocess.std)
         self._mean, self._std = mean.to(self.device), std.to(self.device)
@@ -57,14 +63,39 @@ class Backbone:
         self, pixels: UInt8[Tensor, "batch height width 3"]
     ) -> Float[Tensor, "batch dim"]:
         """Return unit-norm embeddings f(x) of preprocessed pixels, RGB 0-255."""
+        return functional.normalize(self.model.encode_image(self.normalise(pixels)), dim=-1)
+
+    def normalise(
+        self, pixels: UInt8[Tensor, "batch height width 3"]
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Return what the visual tower takes."""
         images = (pixels.to(self.device).float() / 255 - self._mean) / self._std
-        features = self.model.encode_image(images.permute(0, 3, 1, 2))
-        return functional.normalize(features, dim=-1)
+        return images.permute(0, 3, 1, 2)
+
+    @cached_property
+    def tower(self) -> Tower | None:
+        """The visual tower in pieces; None where its tokens cannot be reached."""
+        return open_tower(self.model.visual, self.preprocess.size)
 
     @torch.no_grad()
     def text_embeddings(self, texts: Sequence[str]) -> Float[Tensor, "texts dim"]:
         """Return unit-norm embeddings of sentences."""
         return self.encode(self.tokenize(texts))
+
+    @torch.no_grad()
+    def sentence_embeddings(self, texts: Sequence[str]) -> Float[Tensor, "texts dim"]:
+        """Return unit-norm embeddings of sentences, cut at the end where they are too long."""
+        batches = [texts[start : start + 256] for start in range(0, len(texts), 256)]
+        tokens = [self._tokenizer(list(batch)).to(self.device) for batch in batches]
+        return torch.cat([self.encode(part) for part in tokens])
+
+    def words_known(self) -> list[str]:
+        """Return the whole words of the tokenizer's vocabulary, sorted.
+
+        Raises:
+            ModelError: its vocabulary cannot be listed.
+        """
+        return whole_words(self._tokenizer)
 
     def class_embeddings(
         self, class_names: Sequence[str], templates: Sequence[str]
@@ -106,14 +137,19 @@ class Backbone:
         self,
         tokens: Int[Tensor, "texts tokens"],
         context: Float[Tensor, "*texts context width"] | None = None,
+        deeper: Float[Tensor, "blocks context width"] | None = None,
     ) -> Float[Tensor, "texts dim"]:
         """Return unit-norm text embeddings; gradients reach `context`, never the tower.
 
         `context` takes the place of the vectors right behind [SOS], whatever tokens stand there:
         one for all texts, or one for each. The model's own `encode_text` does the rest, so every
-        tower that open_clip builds works, pooling and projection included.
+        tower that open_clip builds works, pooling and projection included. `deeper` does the same
+        in the second block, the third, and so on.
+
+        Raises:
+            ModelError: `deeper` asks for more blocks than can be reached.
         """
-        with self._replaced_context(context):
+        with self._replaced_context(context), self._replaced_deeper(deeper):
             if not self._cuttable:
                 return functional.normalize(self.model.encode_text(tokens), dim=-1)
             ends = (tokens == self._tokenizer.eot_token_id).int().argmax(dim=1)
@@ -127,6 +163,19 @@ class Backbone:
                 _TextOnly(self.model), {f"model.{k}": v for k, v in cut.items()}, tokens[:, :length]
             )
         return functional.normalize(features, dim=-1)
+
+    def check_text_depth(self, depth: int) -> None:
+        """Make sure that context vectors can be put into the first `depth` blocks.
+
+        Raises:
+            ModelError: there are not so many blocks that can be reached.
+        """
+        reached = 1 if self._text_blocks is None else len(self._text_blocks)
+        if depth > reached:
+            raise ModelError(
+                f"text_depth: context vectors in {depth} blocks are asked for, the model's text "
+                f"tower has {reached} that can be reached; set text_depth={reached}"
+            )
 
     @contextmanager
     def _replaced_context(self, context: Tensor | None) -> Iterator[None]:
@@ -143,6 +192,32 @@ class Backbone:
             yield
         finally:
             handle.remove()
+
+    @contextmanager
+    def _replaced_deeper(self, deeper: Tensor | None) -> Iterator[None]:
+        if deeper is None:
+            yield
+            return
+        self.check_text_depth(len(deeper) + 1)
+        blocks = self._text_blocks
+        batch_first = getattr(self._tower.transformer, "batch_first", True)
+        with ExitStack() as stack:
+            for block, own in zip(blocks[1:], deeper, strict=False):
+                hook = partial(_replace_tokens, own=own, axis=1 if batch_first else 0)
+                stack.callback(block.register_forward_pre_hook(hook).remove)
+            yield
+
+
+def _replace_tokens(
+    _: nn.Module, arguments: tuple[Tensor, ...], own: Tensor, axis: int
+) -> tuple[Tensor, ...]:
+    """Put `own` behind the first token, on the token axis (0 or 1)."""
+    tokens, *others = arguments
+    before, _, after = tokens.split([1, len(own), tokens.shape[axis] - 1 - len(own)], dim=axis)
+    batch = tokens.shape[1 - axis]
+    own = own.to(tokens.dtype).unsqueeze(1 - axis)
+    own = own.expand(*((batch, -1, -1) if axis else (-1, batch, -1)))
+    return (torch.cat([before, own, after], dim=axis), *others)
 
 
 class _TextOnly(nn.Module):

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from textwrap import shorten
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,20 +37,25 @@ def save_checkpoint(
     module: nn.Module,
     state: TuningState,
     optimizer: torch.optim.Optimizer | None = None,
+    extra: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
-    """Write parameters and, if given, the optimizer's own tensors, atomically."""
+    """Write parameters and, if given, the optimizer's own and further tensors, atomically."""
     tensors = {f"module.{name}": value.detach() for name, value in module.state_dict().items()}
     if optimizer is not None:
         for index, own in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in own.items()}
+    tensors |= {f"extra.{name}": value for name, value in extra.items()}
     cpu = {name: value.cpu().contiguous() for name, value in tensors.items()}
     write_bytes(path, save(cpu, metadata={"state": json.dumps(asdict(state))}))
 
 
 def load_checkpoint(
     path: Path, module: nn.Module, optimizer: torch.optim.Optimizer | None = None
-) -> TuningState:
+) -> tuple[TuningState, dict[str, Tensor]]:
     """Load what `save_checkpoint` wrote into `module` and `optimizer`.
+
+    Returns:
+        The state, and the further tensors.
 
     Raises:
         RunError: the file is missing, damaged, or belongs to another module.
@@ -59,16 +65,17 @@ def load_checkpoint(
             raw = json.loads(file.metadata()["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         state = TuningState(**{**raw, "history": tuple(raw["history"])})
-        module.load_state_dict(_part(tensors, "module"))
+        module.load_state_dict(part_of(tensors, "module"))
         if optimizer is not None:
-            _load_optimizer(optimizer, _part(tensors, "optimizer"))
+            _load_optimizer(optimizer, part_of(tensors, "optimizer"))
     except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as cause:
         reason = shorten(str(cause), 300)
         raise RunError(f"{path}: not a checkpoint of this run ({reason})") from cause
-    return state
+    return state, part_of(tensors, "extra")
 
 
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names start with `prefix.`, without it."""
     start = prefix + "."
     return {name[len(start) :]: of for name, of in tensors.items() if name.startswith(start)}
 

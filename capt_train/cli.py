@@ -21,6 +21,8 @@ _HELP = {"help_option_names": ["-h", "--help"]}
 @click.option(
     "--method", type=click.Choice(list(METHODS)), default=_DEFAULT.method, show_default=True
 )
+@click.option("--with", "added", multiple=True, metavar="PARTS", help="Parts to add, see below.")
+@click.option("--without", multiple=True, metavar="PARTS", help="Parts to leave out, see below.")
 @click.option(
     "--classes",
     type=click.Choice(["all", "base"]),
@@ -42,6 +44,12 @@ _HELP = {"help_option_names": ["-h", "--help"]}
     type=PathInHome(),
     help="Run whose images, --shots and --classes to use again.",
 )
+@click.option("--sentences", help='JSON {"a|b": {"commonality": […], "difference": […]}}.')
+@click.option("--commonality", help="JSON {class: [what it shares with others, …]}.")
+@click.option("--difference", help="JSON {class: [what tells it from others, …]}.")
+@click.option("--llm-url", help="OpenAI-compatible endpoint to ask for sentences, ending in /v1.")
+@click.option("--llm-model", help="Of that endpoint; the key is taken from $CAPT_LLM_KEY.")
+@click.option("--llm-dry-run", is_flag=True, help="Print what would be asked, and stop.")
 @click.option(
     "--set",
     "settings",
@@ -53,15 +61,28 @@ _HELP = {"help_option_names": ["-h", "--help"]}
 @click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON on stdout.")
 @click.version_option(__version__, prog_name="capt")
 @click.pass_context
-def main(ctx: click.Context, /, out: Path, resume: bool, as_json: bool, **options: Any) -> None:
-    """Tune the prompt of a frozen CLIP on a few labelled images.
+def main(
+    ctx: click.Context,
+    /,
+    out: Path,
+    resume: bool,
+    llm_dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Tune a frozen CLIP on a few labelled images: prompts, experts, and adapters.
 
     DATA is a folder with train/, val/ and test/ of class folders, one folder of class folders, a
     CSV or JSONL with path,label[,split], or a CoOp split_zhou_*.json.
 
+    PARTS are separated by commas: prompt, coa, margin, moments, infonce, retrieval, adapter,
+    semantic-experts, sample-experts, mixture, text-prompts, visual-prompts; or groups of them:
+    tcpt, bank, experts, visual, deep-prompts.
+
     \b
     Example:
       capt-train --data photos --model ViT-B-16 --pretrained openai --out runs/mine
+      capt-train --data photos --model ViT-B-16 --pretrained openai --out runs/text --without visual
       capt-train --resume --out runs/mine
     """
     given = {
@@ -69,9 +90,18 @@ def main(ctx: click.Context, /, out: Path, resume: bool, as_json: bool, **option
         for name, value in options.items()
         if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
     }
+    for name in ("added", "without"):
+        if name in given:
+            parts = ",".join(given[name]).split(",")
+            given[name] = tuple(part.strip() for part in parts if part.strip())
     config = _config(out, resume, given)
-    from capt_train.pipeline import train
+    from capt_train.pipeline import dry_run, train
     from capt_train.run import CONFIG
+
+    if llm_dry_run:
+        asked = dry_run(config, out, options["split_from"])
+        click.echo(asked.text())
+        return
 
     try:
         report = train(config, out, resume=resume, split_from=options["split_from"])

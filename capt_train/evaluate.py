@@ -36,9 +36,13 @@ def evaluate_model(
         used = set(model.split.sha256.values())
         if seen := sum(digest in used for digest in features.sha256):
             say(f"note: {seen} test images are also among those that the run has used")
+    own = features.embeddings
+    if model.visual is not None:
+        label = f"{split} images with the tuned visual side"
+        own = embed(model.backbone, None, dataset, items, label, model.learner).embeddings
     scores = Scores(
         features.labels.numpy(),
-        model.logits(features.embeddings).cpu().numpy(),
+        model.logits(own).cpu().numpy(),
         model.zero_shot_logits(features.embeddings).cpu().numpy(),
         model.fitted.temperature,
         model.fitted.zero_shot_temperature,

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -36,15 +37,46 @@ class Features:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def rows(self, chosen: Int[Tensor, " rows"]) -> "Features":
+        """Return some of the images."""
+        digests = tuple(self.sha256[row] for row in chosen.tolist()) if self.sha256 else ()
+        return Features(self.embeddings[chosen], self.labels[chosen], (), 0, digests)
+
     def labels_among(self, classes: Sequence[int]) -> Int[Tensor, " batch"]:
         """Return the labels as positions in `classes`, which is ascending and holds them all."""
         return torch.searchsorted(torch.tensor(list(classes)), self.labels)
 
 
+@runtime_checkable
+class Encoder(Protocol):
+    """What turns pixels into embeddings: the frozen backbone, or a tuned learner."""
+
+    def image_embeddings(
+        self, pixels: UInt8[Tensor, "batch height width 3"]
+    ) -> Float[Tensor, "batch dim"]:
+        """Return unit-norm embeddings."""
+        ...
+
+
 def embed(
-    backbone: Backbone, cache: EmbeddingCache, dataset: Dataset, items: Sequence[Item], label: str
+    backbone: Backbone,
+    cache: EmbeddingCache | None,
+    dataset: Dataset,
+    items: Sequence[Item],
+    label: str,
+    encoder: Encoder | None = None,
 ) -> Features:
-    """Embed images in order, through the cache; `label` names them in the progress."""
+    """Embed images in order.
+
+    Args:
+        backbone: says how images are preprocessed.
+        cache: holds embeddings of this very encoder, or None.
+        dataset: where the images lie.
+        items: the images.
+        label: names them in the progress.
+        encoder: instead of the backbone.
+    """
+    encoder = encoder or backbone
     rows: list[NDArray[np.float32]] = []
     labels: list[int] = []
     digests: list[str] = []
@@ -58,16 +90,17 @@ def embed(
             batch = items[start : start + _BATCH]
             files = list(pool.map(_read, [dataset.path(item) for item in batch]))
             keys = [hashlib.sha256(data).hexdigest() for data in files]
-            known = cache.get(keys)
+            known = cache.get(keys) if cache is not None else {}
             missing = {k: data for k, data in zip(keys, files, strict=True) if k not in known}
             decoded = pool.map(lambda data: _decode(data, backbone.preprocess), missing.values())
             results = dict(zip(missing, decoded, strict=True))
             pixels = {k: v for k, v in results.items() if isinstance(v, np.ndarray)}
             if pixels:
                 stacked = torch.from_numpy(np.stack(list(pixels.values())))
-                vectors = backbone.image_embeddings(stacked).cpu().numpy()
+                vectors = encoder.image_embeddings(stacked).cpu().numpy()
                 fresh = dict(zip(pixels, vectors, strict=True))
-                cache.put(fresh)
+                if cache is not None:
+                    cache.put(fresh)
                 known |= fresh
                 embedded += len(fresh)
             for item, key in zip(batch, keys, strict=True):

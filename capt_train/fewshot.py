@@ -27,6 +27,12 @@ class FewShotSplit:
     skipped: tuple[Skipped, ...] = ()
     notices: tuple[str, ...] = ()  # what the person should know about the choice
 
+    @property
+    def tuned_flags(self) -> tuple[bool, ...]:
+        """Whether each class is tuned."""
+        own = set(self.tuned)
+        return tuple(index in own for index in range(len(self.class_names)))
+
     def fingerprint(self) -> str:
         """Return a SHA-256 over class names, images, labels and contents."""
         content = [

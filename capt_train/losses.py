@@ -48,6 +48,50 @@ def margin(
     return -mean_weight * margins.mean() + variance_weight * margins.var(correction=0)
 
 
+def confusion_infonce(
+    logits: Float[Tensor, "batch classes"],
+    labels: Int[Tensor, " batch"],
+    mined: Int[Tensor, "batch pairs"],
+) -> Float[Tensor, ""]:
+    """Return the symmetric InfoNCE of CAPT (arXiv 2603.02557), restricted to confused classes.
+
+    `M_b = {y_b} ∪ mined_b`. From image to prompts: `−log softmax(z_b over M_b)[y_b]`. From prompt
+    to images *(ours)*: the prompt of `y_b` shall find image b among those of the minibatch whose
+    class is mined for b; other images of `y_b` are neither wanted nor to be pushed away, so they
+    are left out. The two are averaged.
+    """
+    wide = _wide(logits)
+    rows = torch.arange(len(labels), device=labels.device)
+    allowed = torch.zeros_like(wide, dtype=torch.bool).scatter(1, mined, True)
+    allowed[rows, labels] = True
+    to_text = functional.cross_entropy(wide.masked_fill(~allowed, float("-inf")), labels)
+    by_prompt = wide[:, labels].T  # row b: how well each image of the minibatch fits prompt y_b
+    rivals = allowed[:, labels] & (labels[:, None] != labels)
+    rivals[rows, rows] = True
+    to_images = functional.cross_entropy(by_prompt.masked_fill(~rivals, float("-inf")), rows)
+    return (to_text + to_images) / 2
+
+
+def consistency(
+    embeddings: Float[Tensor, "batch dim"], frozen: Float[Tensor, "batch dim"]
+) -> Float[Tensor, ""]:
+    """Return the mean of 1 − cos(f, f⁰) over unit-norm image embeddings *(ours)*.
+
+    It makes every change of the visual side pay for itself, on classes never seen as well.
+    """
+    return 1 - (_wide(embeddings) * _wide(frozen)).sum(dim=1).mean()
+
+
+def balance(gates: Float[Tensor, "batch experts"]) -> Float[Tensor, ""]:
+    """Return the squared coefficient of variation of the experts' importance (arXiv 1701.06538).
+
+    An expert's importance is the sum of its gates over the batch. 0 where all are used alike; the
+    gradient reaches the router.
+    """
+    importance = _wide(gates).sum(dim=0)
+    return importance.var(correction=0) / importance.mean().square()
+
+
 def moments(
     embeddings: Float[Tensor, "classes dim"], reference: Float[Tensor, "classes dim"]
 ) -> Float[Tensor, ""]:

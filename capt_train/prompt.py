@@ -25,6 +25,7 @@ class PromptLearner(nn.Module):
         words: str = "a photo of a",
         random_tokens: int = 0,
         class_specific: bool = False,
+        depth: int = 1,
         generator: torch.Generator | None = None,
     ) -> None:
         """Create the context.
@@ -36,6 +37,8 @@ class PromptLearner(nn.Module):
             words: the context starts as their token embeddings.
             random_tokens: if above 0, start as that many random vectors instead.
             class_specific: learn one context for each tuned class.
+            depth: blocks with context vectors of their own, the input counted; those behind it
+                are shared by all classes.
             generator: for the random vectors.
         """
         super().__init__()
@@ -49,9 +52,14 @@ class PromptLearner(nn.Module):
         if class_specific:
             start = start.repeat(len(tuned), 1, 1)
         self.context = nn.Parameter(start.float().to(backbone.device))
-        # Any one-token word holds the context's places.
-        places = "a " * self.context.shape[-2]
-        self._tokens = backbone.tokenize([f"{places}{name}." for name in class_names])
+        self.deeper: nn.Parameter | None = None
+        if depth > 1:
+            backbone.check_text_depth(depth)
+            # The width of the random start is CoOp's.
+            shape = (depth - 1, *self.context.shape[-2:])
+            deeper = 0.02 * torch.randn(shape, generator=generator)
+            self.deeper = nn.Parameter(deeper.to(backbone.device))
+        self._tokens = self._tokenize(class_names)
 
     def forward(self, classes: Sequence[int]) -> Float[Tensor, "classes dim"]:
         """Return the unit-norm embeddings of some classes, given by index."""
@@ -60,4 +68,14 @@ class PromptLearner(nn.Module):
             mean = context.mean(dim=0)
             rows = [self._tuned.get(index) for index in classes]
             context = torch.stack([mean if row is None else context[row] for row in rows])
-        return self._backbone.encode(self._tokens[list(classes)], context)
+        return self._backbone.encode(self._tokens[list(classes)], context, self.deeper)
+
+    def of_names(self, class_names: Sequence[str]) -> Float[Tensor, "classes dim"]:
+        """Return the unit-norm embeddings of classes the prompt was not tuned on, by name."""
+        context = self.context if self.context.dim() == 2 else self.context.mean(dim=0)
+        return self._backbone.encode(self._tokenize(class_names), context, self.deeper)
+
+    def _tokenize(self, class_names: Sequence[str]) -> Tensor:
+        # Any one-token word holds the context's places.
+        places = "a " * self.context.shape[-2]
+        return self._backbone.tokenize([f"{places}{name}." for name in class_names])

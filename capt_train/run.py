@@ -2,9 +2,13 @@
 
 config.json        every setting, versions, the model's fingerprint; written first
 split.json         the images chosen, with their hashes
-last.safetensors   state after the last epoch, for --resume
-best.safetensors   parameters of the best epoch
-result.json        temperature, mined confusions, best epoch; written when tuning has ended
+sentences.json     of the mined pairs, as --sentences takes them; llm_answers.json those of an LLM
+last.safetensors   state after the last epoch, for --resume; text-last… and near-last… of the
+                   stages before the last
+best.safetensors   parameters of the best epoch; likewise
+bank.safetensors   the confusion bank after its last write-back
+confusions.json    who is mistaken for whom, before and after; confusions.png draws it
+result.json        what was fitted around the tuning; written when it has ended
 metrics.json       zero-shot beside tuned
 """
 
@@ -15,7 +19,7 @@ import platform
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,10 +37,13 @@ from capt_train.backbone import Backbone, load_backbone
 from capt_train.checkpoint import load_checkpoint
 from capt_train.config import TrainConfig
 from capt_train.fewshot import FewShotSplit
-from capt_train.prompt import PromptLearner
+from capt_train.learner import Learner, make_learner
+from capt_train.mixture import Mixture
 from capt_train.tuning import BEST
+from capt_train.visual_tuner import VisualTuner
 
 CONFIG, SPLIT, RESULT, METRICS = "config.json", "split.json", "result.json", "metrics.json"
+BANK, MATRIX = "bank.safetensors", "confusions.png"
 _VERSIONED = ("torch", "open_clip_torch", "numpy", "pillow")
 
 
@@ -45,8 +52,33 @@ class Fitted:
     """What is measured on training and validation images around the tuning."""
 
     pairs: Mapping[Pair, int]  # zero-shot confusions among the training images
+    mixture: Mixture
+    strength: float = 1.0  # κ of the visual side
     temperature: float = 1.0
     zero_shot_temperature: float = 1.0  # of the frozen model, so that the two compare fairly
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {
+            **{f.name: getattr(self, f.name) for f in fields(self)},
+            "pairs": [[true, taken, count] for (true, taken), count in self.pairs.items()],
+            "mixture": self.mixture.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], learned: int) -> "Fitted":
+        """Read the JSON form; `learned` is the number of learned prompts.
+
+        Raises:
+            TypeError, KeyError, ValueError, RunError: values of wrong form.
+        """
+        return cls(
+            {(int(true), int(taken)): int(count) for true, taken, count in values["pairs"]},
+            Mixture.from_dict(values["mixture"], learned),
+            float(values["strength"]),
+            float(values["temperature"]),
+            float(values["zero_shot_temperature"]),
+        )
 
 
 @dataclass(frozen=True)
@@ -56,7 +88,9 @@ class TunedModel:
     backbone: Backbone
     config: TrainConfig
     split: FewShotSplit
-    text_embeddings: Float[Tensor, "classes dim"]  # unit norm, every class name of the data set
+    learner: Learner  # its strength set
+    # Ŵ_c = Σ_i π_i(c)·t̃_{i,c}, never renormalised, of every class name of the data set
+    text_embeddings: Float[Tensor, "classes dim"]
     zero_shot: Float[Tensor, "classes dim"]  # hand-written t⁰, unit norm
     fitted: Fitted
     provenance: Mapping[str, Any]
@@ -69,33 +103,27 @@ class TunedModel:
     @property
     def tuned(self) -> tuple[bool, ...]:
         """Whether each class was tuned on."""
-        own = set(self.split.tuned)
-        return tuple(index in own for index in range(len(self.class_names)))
+        return self.split.tuned_flags
+
+    @property
+    def visual(self) -> VisualTuner | None:
+        """What changes the visual tower; None where nothing does."""
+        own = self.learner.visual
+        if own is None or (self.fitted.strength == 0 and own.prompts is None):
+            return None
+        return own
 
     def logits(self, embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch classes"]:
-        """Return z/T with z = scale·f·t_c, as in training."""
+        """Return z/T with z = scale·f·Ŵ_c, of embeddings by `learner.image_embeddings`."""
         scores = embeddings.to(self.text_embeddings) @ self.text_embeddings.T
         return self.backbone.scale * scores / self.fitted.temperature
 
     def zero_shot_logits(
         self, embeddings: Float[Tensor, "batch dim"]
     ) -> Float[Tensor, "batch classes"]:
-        """Return the frozen model's own scale·f·t⁰_c, over its own temperature."""
+        """Return the frozen model's own scale·f⁰·t⁰_c, over its own temperature."""
         scores = embeddings.to(self.zero_shot) @ self.zero_shot.T
         return self.backbone.scale * scores / self.fitted.zero_shot_temperature
-
-
-def make_prompt(backbone: Backbone, config: TrainConfig, split: FewShotSplit) -> PromptLearner:
-    """Return the prompt learner of a run, as it is before the first step."""
-    return PromptLearner(
-        backbone,
-        split.class_names,
-        split.tuned,
-        words=config.context_init,
-        random_tokens=config.context_tokens,
-        class_specific=config.class_specific,
-        generator=torch.Generator().manual_seed(config.seed),
-    )
 
 
 def begin(folder: Path, config: TrainConfig, model_fingerprint: str) -> None:
@@ -173,32 +201,40 @@ def load_run(folder: str | Path, device: torch.device | None = None) -> TunedMod
             f"{folder}: tuned on a model with SHA-256 {written['model_sha256'][:12]}…, but "
             f"{config.model} now has {fingerprint[:12]}…; restore that model or tune again"
         )
+    zero_shot = backbone.class_embeddings(split.class_names, config.templates)
+    learner = make_learner(backbone, config, split, zero_shot)
     try:
-        fitted = Fitted(
-            {(int(true), int(taken)): int(count) for true, taken, count in result["pairs"]},
-            float(result["temperature"]),
-            float(result["zero_shot_temperature"]),
-        )
-    except (TypeError, KeyError, ValueError) as cause:
+        fitted = Fitted.from_dict(result, learner.learned)
+    except (TypeError, KeyError, ValueError, RunError) as cause:
         raise RunError(f"{folder / RESULT}: not as capt-train writes it ({cause!r})") from cause
-    prompt = None
-    if config.method != "zeroshot":
-        prompt = make_prompt(backbone, config, split)
-        load_checkpoint(folder / BEST, prompt)
+    if learner.trainable:
+        load_checkpoint(folder / BEST, learner)
+    if learner.visual is not None:
+        learner.visual.set_constants(strength=fitted.strength)
     provenance = {
         **config.to_dict(),
         "data_fingerprint": split.fingerprint(),
         "model_sha256": fingerprint,
         "versions": written.get("versions", {}),
     }
-    zero_shot = backbone.class_embeddings(split.class_names, config.templates)
-    tuned = all_embeddings(prompt, zero_shot)
-    return TunedModel(backbone, config, split, tuned, zero_shot, fitted, provenance)
+    rows = mixed_rows(learner, zero_shot, split, fitted.mixture)
+    return TunedModel(backbone, config, split, learner, rows, zero_shot, fitted, provenance)
 
 
 @torch.no_grad()
-def all_embeddings(
-    prompt: PromptLearner | None, zero_shot: Float[Tensor, "classes dim"]
+def all_texts(
+    learner: Learner, zero_shot: Float[Tensor, "classes dim"]
+) -> Float[Tensor, "prompts classes dim"]:
+    """Return the hand-written embedding of every class, and behind it the learned ones."""
+    learned = learner.texts(range(len(zero_shot))).embeddings
+    return torch.cat([zero_shot[None], learned])
+
+
+def mixed_rows(
+    learner: Learner,
+    zero_shot: Float[Tensor, "classes dim"],
+    split: FewShotSplit,
+    mixture: Mixture,
 ) -> Float[Tensor, "classes dim"]:
-    """Return the prompt's embedding of every class; without a prompt the hand-written ones."""
-    return zero_shot if prompt is None else prompt(range(len(zero_shot)))
+    """Return Ŵ_c of every class (METHOD 9)."""
+    return mixture.rows(all_texts(learner, zero_shot), split.tuned_flags)

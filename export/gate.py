@@ -77,7 +77,7 @@ def run_gate(model: TunedModel, classifier: Classifier, images: Sequence[Path]) 
             counter.advance(len(batch.files))
             if batch.pixels is None or own.pixels is None:
                 continue
-            embeddings = model.backbone.image_embeddings(torch.from_numpy(batch.pixels))
+            embeddings = model.learner.image_embeddings(torch.from_numpy(batch.pixels))
             expected.append(model.logits(embeddings).cpu())
             found.append(classifier.backend.run(own.pixels))
     if not expected:

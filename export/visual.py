@@ -8,7 +8,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
+from capt_deploy.errors import ModelError
 from capt_train.backbone import Backbone
+from capt_train.vision_tower import open_tower
+from capt_train.visual_tuner import VisualTuner
 from export.fold import Head
 
 
@@ -20,14 +23,23 @@ class VisualClassifier(nn.Module):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, backbone: Backbone, head: Head) -> None:
+    def __init__(self, backbone: Backbone, head: Head, tuner: VisualTuner | None = None) -> None:
         """Copy the visual tower and fold the pixel normalisation into its first convolution.
+
+        Adapter, sample experts and visual prompts of `tuner` go into the graph with its constant
+        α and κ.
 
         Where that convolution pads its input (CLIP's ResNets), folding would not be exact: a
         padded zero means the mean colour there. Such towers get an explicit normalisation.
         """
         super().__init__()
         self.visual: Any = copy.deepcopy(backbone.model.visual)
+        self.tuner = None if tuner is None else tuner.folded()
+        self._tower = None
+        if self.tuner is not None:
+            self._tower = open_tower(self.visual, backbone.preprocess.size)
+            if self._tower is None:
+                raise ModelError("the visual tower cannot be opened to put its tuning in")
         mean = 255 * torch.tensor(backbone.preprocess.mean)
         std = 255 * torch.tensor(backbone.preprocess.std)
         self.normalises = not _fold_normalisation(self.visual, mean, std)
@@ -46,10 +58,14 @@ class VisualClassifier(nn.Module):
         pixels = images.to(torch.float32).permute(0, 3, 1, 2)
         if self.normalises:
             pixels = (pixels - self.mean) / self.std
-        features = self.visual(pixels)
-        if isinstance(features, tuple):  # CoCa's tower returns its tokens as well
-            features = features[0]
-        embedding = functional.normalize(features, dim=-1)
+        if self.tuner is not None and self._tower is not None:
+            tokens = self.tuner.prefix(self._tower, pixels)
+            embedding = self.tuner(self._tower, tokens).embeddings
+        else:
+            features = self.visual(pixels)
+            if isinstance(features, tuple):  # CoCa's tower returns its tokens as well
+                features = features[0]
+            embedding = functional.normalize(features, dim=-1)
         logits = functional.linear(embedding, self.weight, self.bias)
         return logits, logits.softmax(dim=-1), embedding
 

@@ -25,7 +25,7 @@ PRECISION = "fp32"
 _ONNX = "model.onnx"
 # What a reader of the bundle may want to know; folders of the machine it came from are not in it.
 _PROVENANCE = (
-    *("method", "classes", "shots", "seed", "templates", "context_init"),
+    *("method", "added", "without", "classes", "shots", "seed", "templates", "context_init"),
     *("data_fingerprint", "model_sha256", "versions"),
 )
 
@@ -82,12 +82,7 @@ def make_manifest(model: TunedModel) -> Manifest:
         tuned=model.tuned,
         preprocess=model.backbone.preprocess,
         graphs={PRECISION: Graph(_ONNX, OPSET)},
-        calibration={
-            PRECISION: {
-                "temperature": model.fitted.temperature,
-                "zero_shot_temperature": model.fitted.zero_shot_temperature,
-            }
-        },
+        calibration={PRECISION: _calibration(model)},
         confusion_pairs=tuple(
             {"true": names[true], "predicted": names[predicted], "count": count}
             for (true, predicted), count in worst
@@ -101,10 +96,17 @@ def make_manifest(model: TunedModel) -> Manifest:
     )
 
 
+def _calibration(model: TunedModel) -> dict[str, float]:
+    own = {"temperature": model.fitted.temperature}
+    if model.visual is None:
+        own["zero_shot_temperature"] = model.fitted.zero_shot_temperature
+    return own
+
+
 def _write_graph(model: TunedModel, folder: Path) -> tuple[Manifest, dict[str, Any]]:
-    head, zero_shot = fold(model), fold_zero_shot(model)
+    head = fold(model)
     manifest = make_manifest(model)
-    network = VisualClassifier(model.backbone, head)
+    network = VisualClassifier(model.backbone, head, model.visual)
     height, width = model.backbone.preprocess.size
     described = json.dumps(manifest.to_dict(), ensure_ascii=False, allow_nan=False)
     graph = trace(network, height, width, described)
@@ -112,8 +114,9 @@ def _write_graph(model: TunedModel, folder: Path) -> tuple[Manifest, dict[str, A
     rows = {
         "text_embeddings": head.weight.cpu().contiguous(),
         "bias": head.bias.cpu(),
-        "zero_shot": zero_shot.weight.cpu().contiguous(),
     }
+    if model.visual is None:  # else the graph's embeddings are not what these rows are for
+        rows["zero_shot"] = fold_zero_shot(model).weight.cpu().contiguous()
     write_bytes(folder / TEXT_EMBEDDINGS, save(rows))
     _write_manifest(folder, manifest)
     report = {

@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,13 +130,18 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tuned_run(tiny_model_dir: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a finished run: two of four classes, four shots, a few epochs."""
+    """Return a finished run with every part: two of four classes, four shots, few epochs.
+
+    The visual side learns fast, so that what an export leaves out would show.
+    """
     from capt_train.config import TrainConfig
     from capt_train.pipeline import train
 
     run = tmp_path_factory.mktemp("runs") / "run"
     model = f"local-dir:{tiny_model_dir}"
-    train(TrainConfig(data=str(photos), model=model, classes="base", shots=4, epochs=5), run)
+    few = {"shots": 4, "epochs": 5, "visual_epochs": 3, "far_epochs": 2, "text_depth": 2}
+    config = TrainConfig(data=str(photos), model=model, method="full", classes="base", **few)
+    train(replace(config, visual_learning_rate=0.02), run)
     return run
 
 

@@ -63,7 +63,7 @@ def without_figures(line):
 
 
 def test_the_file_tree_names_every_module():
-    listed = set(re.findall(r"^\s*(?:\w+/)?([\w.]+\.py) ", blocks("")[-1], re.MULTILINE))
+    listed = set(re.findall(r"(?:^|\|) +(?:\w+/)?([\w.]+\.py) ", blocks("")[-1], re.MULTILINE))
     packages = ("capt_deploy", "capt_train", "export", "benchmarks", "examples")
     modules = {
         file.name

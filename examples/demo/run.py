@@ -27,7 +27,8 @@ def main() -> None:
     pictures = [photo.relative_to(ROOT) for photo in photos]
     _command("capt-train", "--data", DATA, "--model", MODEL, "--classes", "base", "--out", RUN)
     _command("capt-export", RUN, "--out", BUNDLE)
-    _command("capt-eval", BUNDLE, "--data", DATA)
+    _command("capt-eval", RUN, "--data", DATA)
+    _command("capt-confusions", RUN, "--top", 8)
     _command("capt-predict", BUNDLE, *pictures, "--top-k", 3)
     print(f"\nThe bundle lies in {BUNDLE}. Label more images: capt-predict {BUNDLE} FOLDER")
 

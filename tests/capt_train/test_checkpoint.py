@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from capt_deploy.errors import RunError
-from capt_train.checkpoint import TuningState, load_checkpoint, save_checkpoint
+from capt_train.checkpoint import TuningState, load_checkpoint, part_of, save_checkpoint
 
 STATE = TuningState(3, 2, 0.1 + 0.2, ({"coa": 1 / 3}, {"coa": 0.1, "val_nll": 2.0}))
 OPTIMIZERS = {
@@ -41,7 +41,7 @@ def test_parameters_optimizer_and_state_come_back_bit_by_bit(name: str, tmp_path
     optimizer, own = (OPTIMIZERS[name](of.parameters()) for of in (first, other))
     advance(first, optimizer, 3)
     save_checkpoint(tmp_path / "c.safetensors", first, STATE, optimizer)
-    assert load_checkpoint(tmp_path / "c.safetensors", other, own) == STATE
+    assert load_checkpoint(tmp_path / "c.safetensors", other, own) == (STATE, {})
     saved, loaded = tensors(optimizer), tensors(own)
     assert saved.keys() == loaded.keys()
     for key, value in saved.items():
@@ -56,8 +56,23 @@ def test_parameters_optimizer_and_state_come_back_bit_by_bit(name: str, tmp_path
 def test_without_an_optimizer_only_parameters_are_written(tmp_path: Path) -> None:
     first, other = module(0), module(1)
     save_checkpoint(tmp_path / "c.safetensors", first, TuningState())
-    assert load_checkpoint(tmp_path / "c.safetensors", other) == TuningState()
+    assert load_checkpoint(tmp_path / "c.safetensors", other) == (TuningState(), {})
     assert torch.equal(first.weight, other.weight)
+
+
+def test_further_tensors_come_back_under_their_names(tmp_path: Path) -> None:
+    path, own = tmp_path / "c.safetensors", module(0)
+    optimizer = torch.optim.AdamW(own.parameters())
+    advance(own, optimizer, 1)
+    extra = {"bank.counts": torch.tensor([[0.0, 1 / 3]]), "bank.labels": torch.tensor([2, 0])}
+    save_checkpoint(path, own, STATE, optimizer, extra)
+    _, loaded = load_checkpoint(path, module(1), OPTIMIZERS["adamw"](module(1).parameters()))
+    assert loaded.keys() == extra.keys()
+    assert all(torch.equal(loaded[name], own) for name, own in extra.items())
+    bank = part_of(loaded, "bank")
+    assert list(bank) == ["counts", "labels"]
+    assert bank["labels"].dtype == torch.long
+    assert part_of(loaded, "ban") == {}
 
 
 def test_the_same_state_gives_the_same_bytes(tmp_path: Path) -> None:

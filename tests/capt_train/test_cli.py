@@ -15,7 +15,7 @@ from capt_deploy.datasets import read_dataset
 from capt_deploy.preprocess import preprocess
 from capt_train.backbone import Backbone
 from capt_train.cli import main
-from capt_train.config import METHODS
+from capt_train.config import LossWeights
 
 HEAVY = {"torch", "numpy", "open_clip", "PIL", "onnxruntime", "safetensors"}
 
@@ -45,6 +45,7 @@ def test_every_option_reaches_the_configuration(base: list[str], tmp_path: Path)
     names.write_text('{"red_ball": "ball"}')
     result = call(
         *(*base, "--classes", "base", "--seed", 7, "--method", "coop", "--class-names", names),
+        *("--with", "mixture, text-prompts", "--without", "moments", "--without", "mixture"),
         *("--set", "context_init=this is", "--set", " margin = 0.5", "--out", tmp_path / "run"),
     )
     assert result.exit_code == 0, result.stderr
@@ -52,7 +53,9 @@ def test_every_option_reaches_the_configuration(base: list[str], tmp_path: Path)
     expected = {"classes": "base", "seed": 7, "method": "coop", "shots": 3, "epochs": 2}
     assert config.items() >= {**expected, "context_init": "this is"}.items()
     assert config["weights"]["margin"] == 0.5
-    assert config["weights"]["moments"] == METHODS["coop"].moments
+    assert config["weights"]["moments"] == LossWeights().moments
+    assert config["added"] == ["mixture", "text-prompts"]
+    assert config["without"] == ["moments", "mixture"]
     assert "ball" in json.loads((tmp_path / "run/split.json").read_text())["class_names"]
 
 
@@ -110,7 +113,8 @@ def test_a_run_that_has_moved_is_resumed_with_its_new_paths(
 def test_one_epoch_needs_no_other_setting(base: list[str], tmp_path: Path) -> None:
     result = call(*base, "--set", "epochs=1", "--out", tmp_path / "run")
     assert result.exit_code == 0, result.stderr
-    assert json.loads((tmp_path / "run/result.json").read_text())["epochs"] == 1
+    stages = json.loads((tmp_path / "run/result.json").read_text())["stages"]
+    assert [stage["epochs"] for stage in stages] == [1, 1]
 
 
 def test_tuning_that_made_it_worse_is_said(
@@ -165,6 +169,9 @@ BAD = {
     "long context": (["--set", "context_tokens=99"], "too long for the model's 16 tokens"),
     "nothing to resume": (["--resume"], "config.json is missing"),
     "unknown method": (["--method", "magic"], "magic"),
+    "unknown part": (["--without", "adapters"], "without: expected parts prompt,"),
+    "no sentences": (["--sentences", "nowhere.json"], "nowhere.json"),
+    "no address of an LLM": (["--llm-model", "tiny"], "llm_url: expected both"),
 }
 
 

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 
 from capt_deploy.errors import ConfigError, RunError
-from capt_train.config import METHODS, LossWeights, TrainConfig
+from capt_train.config import GROUPS, METHODS, PARTS, LossWeights, TrainConfig
 
 CONFIG = TrainConfig(data="photos", model="ViT-B-16")
 
@@ -17,6 +17,10 @@ def test_json_gives_the_same_configuration_back() -> None:
         CONFIG,
         templates=("a {}.", "the {}."),
         weights=LossWeights(margin=0.25),
+        added=("mixture",),
+        without=("experts", "coa"),
+        consistency=4.0,
+        far_epochs=0,
         class_specific=True,
         pretrained="openai",
         epochs=7,
@@ -75,7 +79,37 @@ def test_json_without_weights_is_refused() -> None:
         ("context_init", "  "),
         ("weights", LossWeights(margin=float("nan"))),
         ("weights", LossWeights(margin=-1.0)),
-        ("weights", METHODS["zeroshot"]),
+        ("weights", LossWeights(**dict.fromkeys(asdict(LossWeights()), 0.0))),
+        ("weights", LossWeights(0.0, 0.0, 0.0, 0.0, 0.0, balance=1.0)),
+        ("added", ("magic",)),
+        ("without", ("adapters",)),
+        ("prompts", 0),
+        ("text_depth", 0),
+        ("mined_pairs", 0),
+        ("bank_momentum", 1.5),
+        ("llm_url", "http://localhost/v1"),
+        ("centres", 0),
+        ("centre_temperature", 0.0),
+        ("experts", 0),
+        ("expert_rank", 0),
+        ("adapter_blocks", 0),
+        ("adapter_scale", -1.0),
+        ("adapter_exponent", float("nan")),
+        ("visual_depth", 0),
+        ("visual_tokens", 0),
+        ("views", 0),
+        ("view_area", 0.0),
+        ("view_area", 1.5),
+        ("mixture_margin", -0.1),
+        ("visual_learning_rate", 0.0),
+        ("text_rate_beside_visual", 1.5),
+        ("clip_norm", -1.0),
+        ("visual_epochs", 0),
+        ("autocast", "fp8"),
+        ("consistency", -1.0),
+        ("far_consistency", float("inf")),
+        ("far_epochs", -1),
+        ("far_patience", -1),
     ],
 )
 def test_a_value_that_cannot_be_used_is_named_with_what_is_expected(name: str, value: Any) -> None:
@@ -99,8 +133,42 @@ def test_empty_context_words_are_fine_for_a_random_context() -> None:
 
 
 def test_every_method_makes_a_configuration() -> None:
-    for method, weights in METHODS.items():
-        assert replace(CONFIG, method=method, weights=weights).weights == weights
+    for method, parts in METHODS.items():
+        config = replace(CONFIG, method=method)
+        assert config.parts == {*parts} <= {*PARTS}
+        assert config.weights == LossWeights()
+    assert METHODS["full"] == tuple(PARTS)
+
+
+def test_every_part_and_group_can_be_switched_alone() -> None:
+    for name in (*PARTS, *GROUPS):
+        own = {*GROUPS.get(name, (name,))}
+        assert own <= {*PARTS}
+        assert replace(CONFIG, method="full", without=(name,)).parts == {*PARTS} - own
+        assert replace(CONFIG, method="zeroshot", added=(name,)).parts == own
+        assert replace(CONFIG, added=(name,), without=(name,)).parts == CONFIG.parts - own
+
+
+def test_only_terms_of_parts_that_are_on_have_a_weight() -> None:
+    weights = LossWeights(2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
+    on = {
+        "coop": {"cross_entropy", "balance"},
+        "coa": {"cross_entropy", "balance", "coa"},
+        "tcpt": {"cross_entropy", "balance", "margin", "moments"},
+        "prompt": {"cross_entropy", "balance", "coa", "margin", "moments"},
+        "capt": {*asdict(weights)},
+    }
+    for method, names in on.items():
+        in_force = asdict(replace(CONFIG, method=method, weights=weights).loss_weights)
+        expected = {name: own if name in names else 0.0 for name, own in asdict(weights).items()}
+        assert in_force == expected
+    off = replace(CONFIG, method="coop", added=("tcpt",), without=("margin",), weights=weights)
+    assert (off.loss_weights.margin, off.loss_weights.moments) == (0.0, weights.moments)
+
+
+def test_what_trains_nothing_needs_no_weight() -> None:
+    nothing = LossWeights(**dict.fromkeys(asdict(LossWeights()), 0.0))
+    assert replace(CONFIG, method="zeroshot", weights=nothing).parts == frozenset()
 
 
 def test_settings_are_parsed_by_type_and_loss_weights_by_their_names() -> None:
@@ -111,6 +179,7 @@ def test_settings_are_parsed_by_type_and_loss_weights_by_their_names() -> None:
             "class_specific": "True",
             "context_init": "this is",
             "moments": "0",
+            "far_consistency": "0.5",
         }
     )
     expected = replace(
@@ -119,15 +188,19 @@ def test_settings_are_parsed_by_type_and_loss_weights_by_their_names() -> None:
         learning_rate=1e-3,
         class_specific=True,
         context_init="this is",
-        weights=replace(CONFIG.loss_weights, moments=0.0),
+        weights=replace(CONFIG.weights, moments=0.0),
+        far_consistency=0.5,
     )
     assert changed == expected
 
 
-def test_a_method_given_as_a_setting_brings_its_weights() -> None:
-    changed = CONFIG.with_settings({"method": "coop", "coa": "0.5"})
-    assert changed.method == "coop"
-    assert changed.loss_weights == replace(METHODS["coop"], coa=0.5)
+def test_a_method_given_as_a_setting_brings_its_parts() -> None:
+    changed = CONFIG.with_settings({"method": "coa", "coa": "0.5", "margin": "9"})
+    assert changed.method == "coa"
+    assert changed.parts == {"prompt", "coa"}
+    expected = LossWeights(coa=0.5, infonce=0.0, margin=0.0, moments=0.0)
+    assert changed.loss_weights == expected
+    assert changed.weights.margin == 9.0  # kept, for the day the part is on
 
 
 @pytest.mark.parametrize(
@@ -142,6 +215,7 @@ def test_a_method_given_as_a_setting_brings_its_weights() -> None:
         ("templates", "{}", "no setting 'templates'"),
         ("epochs", "0", "epochs: expected at least 1"),
         ("method", "magic", "method: expected one of"),
+        ("added", "coa", "no setting 'added'"),
     ],
 )
 def test_a_setting_that_cannot_be_used_is_refused(name: str, text: str, expected: str) -> None:

@@ -30,7 +30,7 @@ HOLD = (
     "    print('locked', flush=True)\n"
     "    time.sleep(60)\n"
 )
-CHECKPOINTS = ("best.safetensors", "last.safetensors")
+CHECKPOINTS = ("best.safetensors", "last.safetensors", "bank.safetensors")
 BUSY = "another capt-train is writing this run"
 
 
@@ -50,17 +50,24 @@ def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "how"),
-    [("adamw", signal.SIGKILL), ("sgd", signal.SIGINT)],
+    ("method", "optimizer", "how"),
+    [
+        ("capt", "adamw", signal.SIGKILL),
+        ("prompt", "sgd", signal.SIGINT),
+    ],
 )
 def test_a_stopped_run_resumes_to_the_bits_of_an_uninterrupted_one(
+    method: str,
     optimizer: str,
     how: signal.Signals,
     configure: Callable[..., TrainConfig],
     base: list[str],
     tmp_path: Path,
 ) -> None:
-    settings = {"epochs": 40, "patience": 0, "optimizer": optimizer, "batch_size": 6}
+    settings = {"method": method, "epochs": 40, "patience": 0, "optimizer": optimizer}
+    settings |= {"batch_size": 6, "visual_epochs": 20, "views": 2}
+    if method == "capt":  # the text side is interrupted elsewhere
+        settings["epochs"] = 2
     train(configure(**settings), tmp_path / "whole")
     run = tmp_path / "stopped"
     changes = [word for k, v in settings.items() for word in ("--set", f"{k}={v}")]

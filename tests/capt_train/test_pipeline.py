@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,14 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 
 from capt_deploy.datasets import read_dataset
-from capt_deploy.errors import CaptError, ConfigError, ModelError, RunError
 from capt_deploy.preprocess import preprocess
+from capt_train import run as runs
 from capt_train.backbone import Backbone
-from capt_train.config import TrainConfig
-from capt_train.features import Features
-from capt_train.pipeline import mine_pairs, train
-from capt_train.run import load_run, read_config
+from capt_train.config import PARTS, TrainConfig
+from capt_train.fewshot import choose
+from capt_train.pipeline import train
+from capt_train.run import load_run
+from capt_train.strength import GRID
 
 Configure = Callable[..., TrainConfig]
 RUN_FILES = {
@@ -28,8 +31,15 @@ RUN_FILES = {
     "split.json",
     "last.safetensors",
     "best.safetensors",
+    "bank.safetensors",
+    "confusions.json",
+    "confusions.png",
     "result.json",
     "metrics.json",
+}
+BOTH_SIDES = {
+    *("text-last.safetensors", "text-best.safetensors"),
+    *("near-last.safetensors", "near-best.safetensors", "sentences.json"),
 }
 
 
@@ -41,8 +51,13 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
 
 
-def test_a_run_folder_holds_what_is_documented_and_nothing_else(finished: Path) -> None:
+def test_a_run_folder_holds_what_is_documented_and_nothing_else(
+    finished: Path, tuned_run: Path
+) -> None:
     assert {file.name for file in finished.iterdir()} == RUN_FILES
+    assert {file.name for file in tuned_run.iterdir()} == RUN_FILES | BOTH_SIDES
+    documented = runs.__doc__ or ""
+    assert all(name in documented for name in RUN_FILES | {"sentences.json", "text-last"})
 
 
 def test_metrics_have_zero_shot_beside_tuned_on_every_scope(finished: Path) -> None:
@@ -53,15 +68,37 @@ def test_metrics_have_zero_shot_beside_tuned_on_every_scope(finished: Path) -> N
         assert 0 <= part["harmonic_mean"] <= 1
     assert report["split"] == "test"
     assert (report["method"], report["shots"], report["seed"]) == ("prompt", 3, 1)
+    assert report["parts"] == ["coa", "margin", "moments", "prompt"]
+    assert report["trained_parameters"] == 4 * 32  # the context
+    assert report["strength"] == 1.0
+    assert report["mixture"] == {"inside": [0.0, 1.0], "outside": [0.0, 1.0]}
 
 
 def test_the_result_has_what_was_fitted_and_on_how_many_images(finished: Path) -> None:
     result, report = read(finished / "result.json"), read(finished / "metrics.json")
     assert result["images"] == report["images"] == {"train": 6, "val": 8}
     assert result["temperature"] == report["temperature"] != 1.0
-    keys = {"temperature", "zero_shot_temperature", "images", "epochs", "best_epoch", "history"}
-    assert result.keys() == keys | {"pairs"}
-    assert result["epochs"] == len(result["history"]) == 3
+    keys = {"temperature", "zero_shot_temperature", "images", "pairs", "mixture", "strength"}
+    assert result.keys() == keys | {"trained_parameters", "trial", "stages"}
+    (stage,) = result["stages"]
+    assert stage.keys() == {"epochs", "best_epoch", "history"}
+    assert stage["epochs"] == len(stage["history"]) == 3
+    assert result["trial"] is None
+
+
+def test_a_run_of_both_sides_has_its_stages_and_what_was_chosen_for_the_visual_one(
+    tuned_run: Path,
+) -> None:
+    result, report = read(tuned_run / "result.json"), read(tuned_run / "metrics.json")
+    text, near, far = ({*stage["history"][0]} for stage in result["stages"])
+    assert [stage["epochs"] for stage in result["stages"][:2]] == [5, 3]
+    terms = {"cross_entropy", "coa", "infonce", "margin", "moments", "balance", "val_nll"}
+    assert text == terms
+    assert near == far == terms | {"consistency"}
+    assert report["parts"] == sorted(PARTS)
+    assert report["trained_parameters"] == result["trained_parameters"] > 4 * 32
+    assert result["strength"] == report["strength"] in GRID
+    assert result["trial"] is None  # two tuned classes cannot be halved
 
 
 def test_zero_shot_metrics_equal_a_prediction_by_hand(
@@ -120,12 +157,32 @@ def test_few_validation_images_are_noted(
     assert note in capsys.readouterr().err.splitlines()
 
 
-def test_mined_pairs_count_the_zero_shot_errors_among_tuned_classes() -> None:
-    reference = torch.eye(3)
-    images = Features(
-        torch.eye(3)[[0, 1, 1, 2, 0]], torch.tensor([2, 2, 2, 6, 6])
-    )  # classes 2, 4 and 6 are tuned
-    assert mine_pairs(images, reference, [2, 4, 6]) == {(2, 4): 2, (6, 2): 1}
+def test_pairs_count_the_zero_shot_errors_among_the_training_images(
+    configure: Configure, finished: Path, photos: Path, tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    """The tuned classes need not be the first: here they are 1 and 3."""
+    other, dataset, tuned = tmp_path / "other", read_dataset(photos), (1, 3)
+    whole = choose(dataset, "all", 6, 1)
+    train_items, val = (
+        tuple(item for item in items if item.label in tuned) for items in (whole.train, whole.val)
+    )
+    digests = {item.path: whole.sha256[item.path] for item in (*train_items, *val)}
+    other.mkdir()
+    shutil.copy(finished / "config.json", other)
+    replace(whole, tuned=tuned, train=train_items, val=val, sha256=digests).save(
+        other / "split.json"
+    )
+    train(configure(method="zeroshot"), tmp_path / "run", split_from=other)
+    names = [f"a photo of a {dataset.class_names[label]}." for label in tuned]
+    text = tiny_backbone.text_embeddings(names)
+    found: Counter[tuple[int, int]] = Counter()
+    for item in train_items:
+        pixels = np.stack([preprocess(dataset.path(item), tiny_backbone.preprocess)])
+        image = tiny_backbone.image_embeddings(torch.from_numpy(pixels))
+        found[item.label, tuned[int((image @ text.T).argmax())]] += 1
+    wrong = [[*pair, count] for pair, count in sorted(found.items()) if len({*pair}) == 2]
+    assert len(train_items) == 12
+    assert read(tmp_path / "run" / "result.json")["pairs"] == wrong != []
 
 
 def test_a_zeroshot_run_tunes_nothing_and_equals_zero_shot(
@@ -134,6 +191,7 @@ def test_a_zeroshot_run_tunes_nothing_and_equals_zero_shot(
     report = train(configure(method="zeroshot"), tmp_path / "run")
     names = {file.name for file in (tmp_path / "run").iterdir()}
     assert names == RUN_FILES - {"last.safetensors", "best.safetensors"}
+    assert report["trained_parameters"] == 0
     assert report["all"]["accuracy"] == report["zero_shot"]["all"]["accuracy"]
     assert report["base"] is None
 
@@ -146,36 +204,6 @@ def test_a_second_run_with_the_same_seed_has_the_same_weights(
     other = tmp_path / "other"
     train(configure(classes="base", seed=2), other)
     assert weights(other) != weights(finished)
-
-
-def test_an_existing_run_is_not_overwritten(configure: Configure, finished: Path) -> None:
-    before = {file.name: file.read_bytes() for file in finished.iterdir()}
-    with pytest.raises(RunError, match="holds a run; continue it with --resume"):
-        train(configure(classes="base"), finished)
-    assert {file.name: file.read_bytes() for file in finished.iterdir()} == before
-
-
-def test_a_folder_with_other_files_is_not_used(configure: Configure, tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").touch()
-    with pytest.raises(RunError, match="already there and no run"):
-        train(configure(), tmp_path)
-    with pytest.raises(RunError, match="already there and no run"):
-        train(configure(), tmp_path / "thesis.tex")
-    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def test_split_from_uses_the_images_of_another_run(
-    configure: Configure, finished: Path, tmp_path: Path
-) -> None:
-    train(configure(classes="base", seed=5), tmp_path / "run", split_from=finished)
-    assert read(tmp_path / "run" / "split.json") == read(finished / "split.json")
-    with pytest.raises(RunError, match="nowhere"):
-        train(configure(), tmp_path / "other", split_from=tmp_path / "nowhere")
-    written = read_config(tmp_path / "run")[0]
-    theirs = read_config(finished)[0]
-    assert (written.classes, written.shots, written.seed) == (theirs.classes, theirs.shots, 5)
-    with pytest.raises(ConfigError, match="split-from"):
-        train(written, tmp_path / "run", resume=True, split_from=finished)
 
 
 def test_without_test_images_it_measures_on_those_left_and_says_so(
@@ -192,30 +220,3 @@ def test_without_test_images_it_measures_on_those_left_and_says_so(
     assert read(tmp_path / "all shots" / "result.json")["zero_shot_temperature"] == 1.0
     assert report["images"] == {"train": 24, "val": 0}
     assert "calibrated on no more" not in capsys.readouterr().err
-
-
-def test_a_model_named_like_a_folder_that_is_no_model_stays_an_architecture(
-    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "ViT-B-16").mkdir()
-    with pytest.raises(ModelError, match="'ViT-B-16': pass --pretrained"):
-        train(configure(model="ViT-B-16"), tmp_path / "run")
-
-
-def test_a_failed_run_leaves_nothing_behind(
-    configure: Configure, finished: Path, tmp_path: Path
-) -> None:
-    bad = [
-        {"data": str(tmp_path / "nowhere")},
-        {"model": "local-dir:nowhere"},
-        {"device": "cuda:99"},
-        {"class_names": str(tmp_path / "names.json")},
-    ]
-    for settings in bad:
-        with pytest.raises(CaptError):
-            train(configure(**settings), tmp_path / "run")
-    (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError):  # the commands say it in one line
-        train(configure(method="zeroshot"), tmp_path / "file" / "run")
-    assert [file.name for file in tmp_path.iterdir()] == ["file"]

@@ -68,14 +68,14 @@ def test_resume_notices_changed_data_and_a_changed_model(
 
 @pytest.fixture
 def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Return a function that begins a run and stops it after its first epoch."""
+    """Return a function that begins a run and stops it after the first epoch of a stage."""
 
-    def interrupt(config: TrainConfig, out: Path) -> None:
+    def interrupt(config: TrainConfig, out: Path, stage: str = "") -> None:
         save = tuning.save_checkpoint
 
         def save_and_stop(path: Path, *arguments: Any) -> None:
             save(path, *arguments)
-            if path.name == tuning.LAST:
+            if path == out / f"{stage}{tuning.LAST}":
                 raise KeyboardInterrupt
 
         monkeypatch.setattr(tuning, "save_checkpoint", save_and_stop)
@@ -86,7 +86,10 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return interrupt
 
 
+@pytest.mark.parametrize(("method", "stage"), [("prompt", ""), ("capt", "text-"), ("capt", "")])
 def test_a_run_whose_inputs_have_moved_resumes_to_the_same_bits(
+    method: str,
+    stage: str,
     configure: Configure,
     interrupt: Callable[..., None],
     photos: Path,
@@ -94,24 +97,27 @@ def test_a_run_whose_inputs_have_moved_resumes_to_the_same_bits(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "names.json").write_text('{"red_ball": "ball"}')
-    settings = {"class_names": str(tmp_path / "names.json"), "patience": 0}
+    (tmp_path / "pairs.json").write_text('{"ball|blue sky": {"difference": ["One is round."]}}')
+    files = {"class_names": "names.json", "sentences": "pairs.json"}
+    common = {"patience": 0, "method": method, "views": 3}
+    settings = {**common, **{name: str(tmp_path / file) for name, file in files.items()}}
     own = {**settings, "data": str(shutil.copytree(photos, tmp_path / "photos"))}
     own["model"] = f"local-dir:{shutil.copytree(tiny_model_dir, tmp_path / 'model')}"
     train(configure(**settings), tmp_path / "whole")
     run = tmp_path / "run"
-    interrupt(configure(**own), run)
+    interrupt(configure(**own), run, stage)
     assert not (run / "result.json").exists()
     assert weights(run) != weights(tmp_path / "whole")
     (tmp_path / "moved").mkdir()
-    for name in ("photos", "model", "names.json"):
+    for name in ("photos", "model", *files.values()):
         (tmp_path / name).rename(tmp_path / "moved" / name)
     with pytest.raises(CaptError, match="photos: no such folder"):
         train(configure(**own), run, resume=True)
     new = {
         "data": str(tmp_path / "moved" / "photos"),
         "model": f"local-dir:{tmp_path / 'moved' / 'model'}",
-        "class_names": str(tmp_path / "moved" / "names.json"),
-        "patience": 0,
+        **{name: str(tmp_path / "moved" / file) for name, file in files.items()},
+        **common,
     }
     report = train(configure(**new), run, resume=True)
     assert weights(run) == weights(tmp_path / "whole")

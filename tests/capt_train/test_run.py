@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from capt_deploy.errors import RunError
 from capt_train.backbone import Backbone
 from capt_train.config import TrainConfig
+from capt_train.mixture import Mixture
 from capt_train.pipeline import train
 from capt_train.prompt import PromptLearner
 from capt_train.run import Fitted, load_run, read_config
@@ -39,10 +40,40 @@ def test_a_loaded_run_holds_the_best_context_for_every_class_name(
     prompt = PromptLearner(tiny_backbone, model.class_names, [0, 1])
     with torch.no_grad():
         start = prompt(range(4))
-        prompt.context.copy_(load_file(finished / "best.safetensors")["module.context"])
+        best = load_file(finished / "best.safetensors")
+        prompt.context.copy_(best["module.prompts.0.context"])
         torch.testing.assert_close(model.text_embeddings, prompt(range(4)))
     torch.testing.assert_close(model.zero_shot, start)
     assert not torch.allclose(model.text_embeddings, start, atol=1e-4)
+
+
+def test_a_loaded_run_of_both_sides_says_what_it_said_when_it_was_tuned(
+    tuned_run: Path,
+) -> None:
+    model = load_run(tuned_run)
+    result = json.loads((tuned_run / "result.json").read_text())
+    assert model.visual is model.learner.visual is not None
+    assert model.visual.strength is not None
+    assert float(model.visual.strength) == model.fitted.strength == result["strength"] > 0
+    state = load_file(tuned_run / "best.safetensors")
+    own = {f"module.{name}": value for name, value in model.learner.state_dict().items()}
+    assert own.keys() == state.keys()
+    assert all(torch.equal(own[name], value) for name, value in state.items())
+    assert float(state["module.visual.alpha"]) != 1.0  # a constant from the training images
+    texts = model.learner.texts(range(4)).embeddings
+    assert torch.equal(model.text_embeddings, texts[0])
+    pixels = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8)
+    moved = model.learner.image_embeddings(pixels)
+    assert not torch.allclose(moved, model.backbone.image_embeddings(pixels), atol=1e-3)
+    model.visual.set_constants(strength=0.0)
+    still = model.learner.image_embeddings(pixels)
+    torch.testing.assert_close(still, model.backbone.image_embeddings(pixels), atol=1e-6, rtol=0)
+
+
+def test_a_visual_side_of_no_strength_is_as_good_as_none(tuned_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(tuned_run, tmp_path / "run"))
+    edit(run / "result.json", strength=0.0)
+    assert load_run(run).visual is None
 
 
 def test_logits_are_the_scaled_cosines_over_the_temperature_of_each_model(finished: Path) -> None:
@@ -87,7 +118,8 @@ def test_a_zeroshot_run_is_the_hand_written_prompt(
 
 
 def test_a_model_without_validation_images_has_temperature_1() -> None:
-    assert Fitted({(0, 1): 2}) == Fitted({(0, 1): 2}, 1.0, 1.0)
+    own = Mixture.learned_only(1)
+    assert Fitted({(0, 1): 2}, own) == Fitted({(0, 1): 2}, own, 1.0, 1.0, 1.0)
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
@@ -121,7 +153,10 @@ def test_a_config_that_is_none_is_refused(content: str, run: Path) -> None:
         read_config(run)
 
 
-@pytest.mark.parametrize("key", ["temperature", "zero_shot_temperature", "pairs"])
+FITTED = ["temperature", "zero_shot_temperature", "pairs", "mixture", "strength"]
+
+
+@pytest.mark.parametrize("key", FITTED)
 def test_a_result_without_one_of_its_values_is_refused(key: str, run: Path) -> None:
     content = json.loads((run / "result.json").read_text())
     del content[key]
@@ -139,6 +174,10 @@ def test_a_result_without_one_of_its_values_is_refused(key: str, run: Path) -> N
         {"zero_shot_temperature": "warm"},
         {"pairs": [[1, 2]]},
         {"pairs": 3},
+        {"strength": None},
+        {"mixture": None},
+        {"mixture": {"inside": [0.0, 1.0]}},
+        {"mixture": {"inside": [1.0], "outside": [1.0]}},
     ],
 )
 def test_a_damaged_result_is_refused(change: dict[str, Any], run: Path) -> None:

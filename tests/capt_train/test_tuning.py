@@ -10,16 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import normalize
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from capt_deploy.errors import RunError
-from capt_train import losses
+from capt_train import tuning
 from capt_train.backbone import Backbone
-from capt_train.config import LossWeights, TrainConfig
+from capt_train.checkpoint import TuningState
+from capt_train.config import TrainConfig
 from capt_train.features import Features
+from capt_train.learner import Learner
+from capt_train.loss_terms import Step, loss_terms
 from capt_train.prompt import PromptLearner
-from capt_train.tuning import BEST, LAST, TuningTask, tune
+from capt_train.stages import TuningTask, stages
+from capt_train.tuning import BEST, LAST, tune
 
 NAMES = ("cat", "dog", "boat", "tree", "car")
 TUNED = (1, 2, 4)  # labels of the data set, not positions among the tuned ones
@@ -35,15 +40,30 @@ def images(backbone: Backbone, per_class: int, seed: int) -> Features:
 
 
 def task(backbone: Backbone, **settings: Any) -> TuningTask:
-    settings = {"epochs": 6, "warmup_epochs": 1, "batch_size": 4, "patience": 0, **settings}
+    usual = {"method": "prompt", "epochs": 6, "warmup_epochs": 1, "batch_size": 4, "patience": 0}
     reference = backbone.class_embeddings(NAMES, ["a photo of a {}."])[list(TUNED)]
-    config = TrainConfig(data="", model="", **settings)
+    config = TrainConfig(data="", model="", **{**usual, **settings})
     train, val = images(backbone, 5, seed=0), images(backbone, 3, seed=1)
     return TuningTask(backbone.scale, TUNED, train, val, reference, config)
 
 
-def learner(backbone: Backbone) -> PromptLearner:
-    return PromptLearner(backbone, NAMES, TUNED)
+def learner(backbone: Backbone) -> Learner:
+    zero_shot = backbone.class_embeddings(NAMES, ["a photo of a {}."])
+    return Learner(backbone, zero_shot, [PromptLearner(backbone, NAMES, TUNED)])
+
+
+def context(own: Learner) -> Tensor:
+    """Return all that `learner` trains."""
+    [parameter] = own.parameters()
+    return parameter.detach()
+
+
+def run(own: Learner, task: TuningTask, folder: Path) -> TuningState:
+    """Tune in the one stage that there is without a visual side."""
+    [stage] = stages(task, own)
+    state, bank = tune(own, task, folder, stage)
+    assert bank is task.bank
+    return state
 
 
 def empty() -> Features:
@@ -55,7 +75,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @contextmanager
-def killed_at_call(prompt: PromptLearner, call: int) -> Iterator[None]:
+def killed_at_call(own: Learner, call: int) -> Iterator[None]:
     calls = 0
 
     def count(*_: Any) -> None:
@@ -64,16 +84,15 @@ def killed_at_call(prompt: PromptLearner, call: int) -> Iterator[None]:
         if calls == call:
             raise KeyboardInterrupt
 
-    handle = prompt.register_forward_hook(count)
+    handle = own.prompts[0].register_forward_hook(count)
     with pytest.raises(KeyboardInterrupt):
         yield
     handle.remove()
 
 
 def test_the_loss_falls_and_validation_gets_better(tiny_backbone: Backbone, tmp_path: Path) -> None:
-    weights = LossWeights(coa=0.0, margin=0.0, moments=0.0)
-    own = task(tiny_backbone, epochs=15, learning_rate=0.01, weights=weights)
-    state = tune(learner(tiny_backbone), own, tmp_path)
+    own = task(tiny_backbone, epochs=15, learning_rate=0.01, method="coop")
+    state = run(learner(tiny_backbone), own, tmp_path)
     first, last = state.history[0], state.history[-1]
     assert state.epoch == state.best_epoch == len(state.history) == 15
     assert last["cross_entropy"] < 0.7 * first["cross_entropy"]
@@ -85,9 +104,9 @@ def test_validation_is_judged_at_the_temperature_that_would_be_fitted(
 ) -> None:
     own = task(tiny_backbone)
     prompt = learner(tiny_backbone)
-    state = tune(prompt, own, tmp_path)
+    state = run(prompt, own, tmp_path)
     with torch.no_grad():
-        logits = own.scale * own.val.embeddings @ prompt(own.tuned).T
+        logits = own.scale * own.val.embeddings @ prompt.texts(own.tuned).embeddings[0].T
     labels = [own.tuned.index(label) for label in own.val.labels.tolist()]
 
     def nll(t: float) -> float:
@@ -102,19 +121,19 @@ def test_validation_is_judged_at_the_temperature_that_would_be_fitted(
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("call", [1, 8, 16, 23])  # six calls an epoch: four to five batches + val
+@pytest.mark.parametrize("call", [1, 8, 16, 23])  # five calls an epoch: four batches + val
 def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(
     tiny_backbone: Backbone, tmp_path: Path, optimizer: str, call: int
 ) -> None:
     own = task(tiny_backbone, optimizer=optimizer)
     whole = learner(tiny_backbone)
-    expected = tune(whole, own, tmp_path / "whole")
+    expected = run(whole, own, tmp_path / "whole")
     cut = learner(tiny_backbone)
     with killed_at_call(cut, call):
-        tune(cut, own, tmp_path / "cut")
+        run(cut, own, tmp_path / "cut")
     resumed = learner(tiny_backbone)
-    assert tune(resumed, own, tmp_path / "cut") == expected
-    assert torch.equal(resumed.context, whole.context)
+    assert run(resumed, own, tmp_path / "cut") == expected
+    assert torch.equal(context(resumed), context(whole))
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
@@ -122,9 +141,9 @@ def test_tuning_a_finished_run_again_changes_nothing(
     tiny_backbone: Backbone, tmp_path: Path
 ) -> None:
     own = task(tiny_backbone)
-    state = tune(learner(tiny_backbone), own, tmp_path)
+    state = run(learner(tiny_backbone), own, tmp_path)
     before = files(tmp_path)
-    assert tune(learner(tiny_backbone), own, tmp_path) == state
+    assert run(learner(tiny_backbone), own, tmp_path) == state
     assert files(tmp_path) == before
 
 
@@ -132,8 +151,8 @@ def test_the_seed_decides_the_order_of_the_images(tiny_backbone: Backbone, tmp_p
     results = []
     for number, seed in enumerate((1, 1, 2)):
         prompt = learner(tiny_backbone)
-        tune(prompt, task(tiny_backbone, seed=seed), tmp_path / str(number))
-        results.append(prompt.context.detach())
+        run(prompt, task(tiny_backbone, seed=seed), tmp_path / str(number))
+        results.append(context(prompt))
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
 
@@ -158,15 +177,14 @@ def test_every_epoch_sees_each_image_once_in_an_order_of_its_own_at_the_schedule
 ) -> None:
     own = task(tiny_backbone, learning_rate=0.01)
     batches: list[list[int]] = []
-    cross_entropy = losses.cross_entropy
 
-    def recorded(logits: Any, labels: Any) -> Any:
-        batches.append(labels.tolist())
-        return cross_entropy(logits, labels)
+    def recorded(step: Step, weights: Any) -> Any:
+        batches.append(step.labels.tolist())
+        return loss_terms(step, weights)
 
-    monkeypatch.setattr(losses, "cross_entropy", recorded)
+    monkeypatch.setattr(tuning, "loss_terms", recorded)
     with noted_rates() as rates:
-        tune(learner(tiny_backbone), own, tmp_path)
+        run(learner(tiny_backbone), own, tmp_path)
     assert {len(batch) for batch in batches} == {3, 4}  # 15 images in four batches
     epochs = [list(chain(*batches[start : start + 4])) for start in range(0, 24, 4)]
     assert all(sorted(epoch) == [0] * 5 + [1] * 5 + [2] * 5 for epoch in epochs)
@@ -182,7 +200,7 @@ def test_a_warm_up_that_is_too_long_leaves_one_epoch_of_cosine(
 ) -> None:
     settings = {"epochs": epochs, "warmup_epochs": warmup_epochs, "learning_rate": 0.01}
     with noted_rates() as rates:
-        state = tune(learner(tiny_backbone), task(tiny_backbone, **settings), tmp_path)
+        state = run(learner(tiny_backbone), task(tiny_backbone, **settings), tmp_path)
     assert state.epoch == epochs
     rising = 4 * (epochs - 1)
     warm_up = [0.01 * (step + 1) / rising for step in range(rising)]
@@ -194,16 +212,16 @@ def test_it_stops_early_and_keeps_the_best_epoch(tiny_backbone: Backbone, tmp_pa
     own = task(tiny_backbone, epochs=40, patience=2, learning_rate=0.05)
     wrong = Features(own.val.embeddings, own.val.labels.roll(1))  # gets worse with every epoch
     prompt = learner(tiny_backbone)
-    state = tune(prompt, replace(own, val=wrong), tmp_path)
+    state = run(prompt, replace(own, val=wrong), tmp_path)
     assert state.epoch == state.best_epoch + 2 < 40
     assert state.best_nll == min(entry["val_nll"] for entry in state.history)
     assert state.best_nll == state.history[state.best_epoch - 1]["val_nll"]
     short = replace(own, val=wrong, config=replace(own.config, patience=40))
     with killed_at_call(other := learner(tiny_backbone), state.best_epoch * 5 + 1):
-        tune(other, short, tmp_path / "to the best epoch only")
+        run(other, short, tmp_path / "to the best epoch only")
     best = (tmp_path / BEST).read_bytes()
     assert (tmp_path / "to the best epoch only" / BEST).read_bytes() == best
-    assert torch.equal(prompt.context, other.context)
+    assert torch.equal(context(prompt), context(other))
     assert best != (tmp_path / LAST).read_bytes()
 
 
@@ -212,7 +230,7 @@ def test_patience_0_trains_all_epochs_and_takes_the_last(
 ) -> None:
     own = task(tiny_backbone, patience=0, learning_rate=0.05)
     wrong = Features(own.val.embeddings, own.val.labels.roll(1))
-    state = tune(learner(tiny_backbone), replace(own, val=wrong), tmp_path)
+    state = run(learner(tiny_backbone), replace(own, val=wrong), tmp_path)
     assert state.epoch == state.best_epoch == 6
     assert state.history[0]["val_nll"] < state.history[-1]["val_nll"]
 
@@ -221,7 +239,7 @@ def test_without_validation_images_all_epochs_are_trained(
     tiny_backbone: Backbone, tmp_path: Path
 ) -> None:
     own = replace(task(tiny_backbone, patience=1), val=empty())
-    state = tune(learner(tiny_backbone), own, tmp_path)
+    state = run(learner(tiny_backbone), own, tmp_path)
     assert state.epoch == state.best_epoch == 6
     assert state.best_nll is None
     assert all("val_nll" not in entry for entry in state.history)
@@ -234,7 +252,7 @@ def test_a_step_that_goes_too_far_is_an_error_and_keeps_no_broken_checkpoint(
     own = task(tiny_backbone, learning_rate=1e30, batch_size=100)
     own = own if validated else replace(own, val=empty())
     with pytest.raises(RunError, match="in epoch 1 the class embeddings became nan; lower learn"):
-        tune(learner(tiny_backbone), own, tmp_path)
+        run(learner(tiny_backbone), own, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -244,13 +262,13 @@ def test_a_term_that_is_not_finite_is_named_and_the_last_checkpoint_stays(
 ) -> None:
     own = task(tiny_backbone)
     with killed_at_call(prompt := learner(tiny_backbone), 14):
-        tune(prompt, own, tmp_path)
+        run(prompt, own, tmp_path)
     before = files(tmp_path)
     broken = replace(own, reference=own.reference * float("inf"))
     if term == "cross_entropy":
         rows = own.train.embeddings.clone()
         rows[3] = float("nan")
         broken = replace(own, train=Features(rows, own.train.labels))
-    with pytest.raises(RunError, match=rf"in epoch 3 the {term} term became .*kept in {LAST}"):
-        tune(learner(tiny_backbone), broken, tmp_path)
+    with pytest.raises(RunError, match=rf"in epoch 3 the {term} term became .* is in {LAST}"):
+        run(learner(tiny_backbone), broken, tmp_path)
     assert files(tmp_path) == before

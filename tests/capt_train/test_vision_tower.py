@@ -96,6 +96,9 @@ def make_visual(write_model: Callable[..., Path]) -> Callable[[str], tuple[Any, 
             folder = write_model(vision_cfg={"layers": 3, **OPEN_CLIP[name]})
             backbone = load_backbone(f"local-dir:{folder}", None, torch.device("cpu"))
             made[name] = backbone.model.visual, backbone.preprocess.size
+            draw = torch.Generator().manual_seed(2)
+            for value in backbone.model.visual.parameters():  # no norm is like another
+                value.data += 0.1 * torch.randn(value.shape, generator=draw)
         return made[name]
 
     return make

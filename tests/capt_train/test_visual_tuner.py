@@ -231,6 +231,7 @@ def make_backbone(write_model: Callable[..., Path]) -> Callable[[str], Backbone]
         if name not in made:
             folder = write_model(vision_cfg=TOWERS[name])
             made[name] = load_backbone(f"local-dir:{folder}", None, torch.device("cpu"))
+            shake(made[name].model.visual, 0.1)  # no norm is like another
         return made[name]
 
     return make

@@ -19,20 +19,56 @@ def evaluate(*arguments):
     return json.loads(result.stdout)
 
 
-def test_run_and_bundle_get_the_same_report(tuned_run, bundle, photos):
-    ours = evaluate(tuned_run, "--data", photos)
-    theirs = evaluate(bundle, "--data", photos)
+@pytest.fixture(scope="module")
+def frozen_vision(tiny_model_dir, photos, tmp_path_factory):
+    """A run whose visual side is the frozen one, and its bundle."""
+    folder = tmp_path_factory.mktemp("frozen")
+    config = TrainConfig(
+        data=str(photos),
+        model=f"local-dir:{tiny_model_dir}",
+        method="coop",
+        classes="base",
+        shots=4,
+        epochs=3,
+    )
+    train(config, folder / "run")
+    return folder / "run", export_run(folder / "run", folder / "frozen.capt")
+
+
+def test_run_and_bundle_get_the_same_report(frozen_vision, photos):
+    ours, theirs = (evaluate(path, "--data", photos) for path in frozen_vision)
+    same_figures(ours, theirs)
+    for scope in ("base", "new", "all"):
+        assert ours["zero_shot"][scope]["accuracy"] == theirs["zero_shot"][scope]["accuracy"]
+    assert ours["confusion"] == theirs["confusion"]
+
+
+def same_figures(ours, theirs):
     for scope in ("base", "new", "all"):
         assert ours[scope]["accuracy"] == theirs[scope]["accuracy"]
         assert ours[scope]["n"] == theirs[scope]["n"]
         assert ours[scope]["nll"] == pytest.approx(theirs[scope]["nll"], abs=1e-5)
-        assert ours["zero_shot"][scope]["accuracy"] == theirs["zero_shot"][scope]["accuracy"]
-    assert ours["harmonic_mean"] == theirs["harmonic_mean"]
-    assert ours["confusion"] == theirs["confusion"]
-    assert ours.keys() == theirs.keys()
-    for scope in ("base", "new", "all"):
         raw, same = ours["uncalibrated"][scope], theirs["uncalibrated"][scope]
         assert raw == pytest.approx(same, abs=1e-5)
+    assert ours["harmonic_mean"] == theirs["harmonic_mean"]
+    assert ours.keys() == theirs.keys()
+
+
+def test_a_bundle_with_a_tuned_visual_side_does_not_pretend_to_know_the_frozen_one(
+    tuned_run, bundle, photos
+):
+    ours, theirs = (evaluate(path, "--data", photos) for path in (tuned_run, bundle))
+    same_figures(ours, theirs)
+    assert ours["zero_shot"]["base"] is not None
+    assert theirs["zero_shot"] is None and theirs["uncalibrated"]["zero_shot"] is None
+    confusion = theirs["confusion"]
+    assert confusion["recovered"] is confusion["broken"] is confusion["counts"] is None
+    after = {(p["true"], p["predicted"]): p["tuned"] for p in ours["confusion"]["pairs"]}
+    for pair in confusion["pairs"]:
+        assert pair["zero_shot"] is None
+        assert pair["tuned"] == after[pair["true"], pair["predicted"]]
+    done = CliRunner().invoke(main, [str(bundle), "--data", str(photos)])
+    assert done.exit_code == 0 and "to compare with it, evaluate the run" in done.stderr
 
 
 def test_evaluating_again_gives_what_training_wrote(tuned_run, photos):
@@ -49,7 +85,8 @@ def test_one_scope_or_another_split_can_be_asked_for(tuned_run, bundle, photos):
 
 def test_a_bundle_made_from_all_classes_has_no_new_ones(tiny_model_dir, photos, tmp_path):
     model = f"local-dir:{tiny_model_dir}"
-    train(TrainConfig(data=str(photos), model=model, shots=2, epochs=2), tmp_path / "run")
+    config = TrainConfig(data=str(photos), model=model, method="coop", shots=2, epochs=2)
+    train(config, tmp_path / "run")
     report = evaluate(tmp_path / "run", "--data", photos)
     assert report["base"] is None and report["new"] is None and report["harmonic_mean"] is None
     assert report["all"]["n"] == 20
@@ -89,15 +126,17 @@ def few_photos(source, target):
 def test_on_real_photos_the_bundle_says_what_the_run_says(shared, tmp_path):
     import torch
 
-    data = few_photos(shared / "data" / "cifar100", tmp_path / "data")
+    # the set on which the visual side has something to mend, so that its strength is not 0
+    data = few_photos(shared / "data" / "cifar100-camera", tmp_path / "data")
     model = f"local-dir:{shared / 'models' / 'tinyclip-cifar'}"
-    config = TrainConfig(data=str(data), model=model, classes="base", shots=2, epochs=2)
-    train(config, tmp_path / "run")
+    few = {"shots": 4, "epochs": 3, "visual_epochs": 3, "views": 3, "far_epochs": 2}
+    train(TrainConfig(str(data), model, method="full", classes="base", **few), tmp_path / "run")
     classifier = Classifier.load(export_run(tmp_path / "run", tmp_path / "cifar.capt"))
     tuned = load_run(tmp_path / "run")
     photos = sorted((data / "test").rglob("*.png"))
     pixels = np.stack([preprocess(photo, tuned.backbone.preprocess) for photo in photos])
-    expected = tuned.logits(tuned.backbone.image_embeddings(torch.from_numpy(pixels)))
+    expected = tuned.logits(tuned.learner.image_embeddings(torch.from_numpy(pixels)))
+    assert tuned.visual is not None
     found = classifier.backend.run(pixels)
     assert len(photos) == 1000
     assert np.abs(found.logits - expected.numpy()).max() <= 1e-4

@@ -1,0 +1,162 @@
+"""What each part of the method adds to CoOp: accuracy, calibration, confusion, cost.
+
+    python -m benchmarks.ablation --world cifar100
+
+Every row of the table but the last two is CoOp with one part added. Cells that are measured stay
+in benchmarks/results/ablation-WORLD.json; what is missing, or was measured with other settings, is
+measured now. `--again` measures cells anew, `--only-table` prints what is there.
+"""
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.cell import measure, open_world, settings_of
+from benchmarks.record import RESULTS, describe, write_result
+from capt_deploy.console import Command, say
+from capt_deploy.errors import DataError
+from capt_deploy.files import read_json, write_bytes
+from capt_train.config import TrainConfig
+
+ROWS: Mapping[str, Mapping[str, Any]] = {
+    "zero-shot": {"method": "zeroshot"},
+    "CoOp": {"method": "coop"},
+    "+ CoA": {"method": "coop", "added": ("coa",)},
+    "+ TCPT": {"method": "coop", "added": ("tcpt",)},
+    "+ bank, InfoNCE": {"method": "coop", "added": ("bank",)},
+    "+ adapter": {"method": "coop", "added": ("adapter",)},
+    "+ semantic experts": {"method": "coop", "added": ("semantic-experts",)},
+    "+ sample experts": {"method": "coop", "added": ("sample-experts",)},
+    "+ mixture": {"method": "coop", "added": ("mixture",)},
+    "all": {"method": "full"},
+    "capt (default)": {"method": "capt"},
+}
+# Title, key of the cell, and whether it is a share, shown in %.
+COLUMNS = (
+    ("base", "base", True),
+    ("new", "new", True),
+    ("harmonic", "harmonic", True),
+    ("all classes", "all", True),
+    ("ECE-15 base", "ece_15_base", True),
+    ("ECE-15 new", "ece_15_new", True),
+    ("ECE-15 new, uncal.", "ece_15_new_uncalibrated", True),
+    ("recovered", "recovered", True),
+    ("broken", "broken", True),
+    ("parameters", "trained_parameters", False),
+    ("seconds", "seconds", False),
+)
+
+_SEEDS = 3
+DOCS = Path(__file__).parents[1] / "docs" / "ablation.md"
+
+
+@click.command(cls=Command)
+@click.option("--world", required=True, help="pictograms, or a photo set of ../shared/data.")
+@click.option("--rows", help="Some rows, separated by |; by default all.")
+@click.option("--shots", default="16,4,1", show_default=True)
+@click.option("--seeds", default="1,2,3", show_default=True)
+@click.option("--again", is_flag=True, help="Measure these cells anew.")
+@click.option("--only-table", is_flag=True, help="Measure nothing.")
+@click.option("--docs", is_flag=True, help="Write the table into docs/ablation.md as well.")
+def main(
+    world: str, rows: str | None, shots: str, seeds: str, again: bool, only_table: bool, docs: bool
+) -> None:
+    """Measure the cells that are missing, one after the other, and print the table."""
+    wanted = rows.split("|") if rows else list(ROWS)
+    if unknown := [row for row in wanted if row not in ROWS]:
+        raise click.UsageError(f"--rows: {unknown} not among {' | '.join(ROWS)}")
+    if not only_table:
+        _measure(world, wanted, _numbers(shots), _numbers(seeds), again)
+    table = markdown(load(world))
+    click.echo(table)
+    if docs:
+        _write_docs(world, table)
+
+
+def _measure(world: str, rows: list[str], shots: list[int], seeds: list[int], again: bool) -> None:
+    with open_world(world) as place:
+        # Seeds are the outer loop, so that an interrupted table has all rows.
+        for count, seed, row in ((c, s, r) for c in shots for s in seeds for r in rows):
+            config = TrainConfig(
+                data=place.data,
+                model=place.model,
+                classes="base",
+                shots=count,
+                seed=seed,
+                **ROWS[row],
+            )
+            key, cells = f"{row} / {count} / {seed}", load(world)
+            settings = settings_of(config)
+            if not again and key in cells and cells[key]["settings"] == settings:
+                continue
+            say(f"{world}: {key}")
+            found = measure(config, "test")
+            cells = load(world)  # another process may have added some
+            cells[key] = {
+                "row": row,
+                "shots": count,
+                "seed": seed,
+                **found,
+                "settings": settings,
+                "measured": describe(),
+            }
+            write_result(f"ablation-{world}", {"cells": cells})
+
+
+def _write_docs(world: str, table: str) -> None:
+    """Replace what stands between the two marks of this world."""
+    start, end = f"<!-- {world} -->", f"<!-- end of {world} -->"
+    before, _, rest = DOCS.read_text().partition(start)
+    _, _, after = rest.partition(end)
+    write_bytes(DOCS, f"{before}{start}\n{table}\n{end}{after}".encode())
+
+
+def load(world: str) -> dict[str, dict[str, Any]]:
+    """Return the cells that are measured, by `row / shots / seed`."""
+    path = RESULTS / f"ablation-{world}.json"
+    cells: dict[str, dict[str, Any]] = read_json(path, DataError)["cells"] if path.exists() else {}
+    return cells
+
+
+def markdown(cells: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return one table for each number of shots, mean ± std over seeds (if not three: how many)."""
+    parts = []
+    for shots in sorted({cell["shots"] for cell in cells.values()}, reverse=True):
+        lines = [
+            f"### {shots} {'shots' if shots > 1 else 'shot'}",
+            "",
+            "| | " + " | ".join(title for title, *_ in COLUMNS) + " |",
+            "|---" * (len(COLUMNS) + 1) + "|",
+        ]
+        for row in ROWS:
+            own = [c for c in cells.values() if (c["row"], c["shots"]) == (row, shots)]
+            if own:
+                texts = (mean(own, key, share) for _, key, share in COLUMNS)
+                lines.append(f"| {row} | " + " | ".join(texts) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def mean(cells: list[Mapping[str, Any]], key: str, share: bool) -> str:
+    """Return mean ± standard deviation, and the number of seeds where there are not three."""
+    values = [cell[key] * (100 if share else 1) for cell in cells]
+    middle = statistics.mean(values)
+    if not share:
+        return f"{middle:,.0f}"
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    seeds = "" if len(values) == _SEEDS else f" ({len(values)})"
+    return f"{middle:.1f}{spread}{seeds}"
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as cause:
+        raise click.UsageError(f"expected numbers separated by commas, came {text!r}") from cause
+
+
+if __name__ == "__main__":
+    main()

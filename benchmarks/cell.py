@@ -1,0 +1,100 @@
+"""One run of `capt-train`, measured: the unit of ablation and search."""
+
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from capt_deploy.errors import ConfigError, RunError
+from capt_deploy.evaluation import Report
+from capt_deploy.files import read_json
+from capt_train.config import GROUPS, TrainConfig
+from capt_train.evaluate import evaluate_run
+from capt_train.pipeline import train
+from capt_train.run import RESULT
+from examples.demo.world import write_world
+
+_ROOT = Path(__file__).parents[1]
+_SHARED = _ROOT.parent / "shared"
+_PLACES = {"data", "model", "class_names", "device"}  # not part of what was measured
+_OF_VISUAL_SIDE = {
+    *("adapter_blocks", "adapter_scale", "adapter_exponent", "experts", "expert_rank"),
+    *("visual_depth", "visual_tokens", "views", "visual_learning_rate"),
+    *("text_rate_beside_visual", "visual_epochs", "consistency"),
+    *("far_epochs", "far_patience", "far_consistency"),
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """A data set with a model for it."""
+
+    data: str
+    model: str
+
+
+@contextmanager
+def open_world(name: str) -> Iterator[World]:
+    """Yield `pictograms`, rendered into a folder that lives as long, or a photo set of ../shared.
+
+    Raises:
+        ConfigError: there is no such world.
+    """
+    if name == "pictograms":
+        with tempfile.TemporaryDirectory() as folder:
+            data = Path(folder) / "pictograms"
+            write_world(data)
+            yield World(str(data), f"local-dir:{_ROOT / 'examples/demo/model'}")
+    elif (_SHARED / "data" / name / "test").is_dir():
+        model = _SHARED / "models" / "tinyclip-cifar"
+        yield World(str(_SHARED / "data" / name), f"local-dir:{model}")
+    else:
+        raise ConfigError(f"world {name!r}: expected pictograms or a folder of {_SHARED / 'data'}")
+
+
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """Return what decides a run's outcome, without where things lie on this machine."""
+    idle = _PLACES if config.parts & {*GROUPS["visual"]} else _PLACES | _OF_VISUAL_SIDE
+    own = {name: value for name, value in config.to_dict().items() if name not in idle}
+    return {**own, "parts": sorted(config.parts)}  # a method may get others
+
+
+def measure(config: TrainConfig, split: str) -> dict[str, Any]:
+    """Tune and evaluate; embeddings of the frozen model are made before the clock starts."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        train(replace(config, method="zeroshot", added=(), without=()), Path(folder) / "first")
+        started = time.perf_counter()
+        report = train(config, run)
+        seconds = time.perf_counter() - started
+        if split != report["split"]:
+            report = {**report, **evaluate_run(run, config.data, split)}
+        result = read_json(run / RESULT, RunError)
+    return {**_figures(report), "seconds": seconds, **_fitted(report, result)}
+
+
+def _figures(report: Report) -> dict[str, Any]:
+    figures: dict[str, Any] = {"harmonic": report["harmonic_mean"]}
+    for scope in ("base", "new", "all"):
+        figures[scope] = report[scope]["accuracy"]
+    for scope in ("base", "new"):
+        for bins in ("ece_10", "ece_15"):
+            figures[f"{bins}_{scope}"] = report[scope][bins]
+            figures[f"{bins}_{scope}_uncalibrated"] = report["uncalibrated"][scope][bins]
+    counts = report["confusion"]["counts"]
+    # of the same whole, so that the two can be compared
+    errors = max(1, counts["zero_shot_errors_in_pairs"])
+    return {
+        **figures,
+        "recovered": counts["recovered"] / errors,
+        "broken": counts["broken"] / errors,
+        "counts": counts,
+    }
+
+
+def _fitted(report: Report, result: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("temperature", "strength", "mixture", "trained_parameters")
+    return {**{name: report[name] for name in names}, "trial": result["trial"]}

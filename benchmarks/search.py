@@ -1,0 +1,97 @@
+"""Search settings on validation images, over several worlds; `test` is never looked at.
+
+    python -m benchmarks.search --try visual_epochs=8 --try visual_epochs=12,adapter_blocks=5
+
+Each trial is the default method (`--try default`) with some settings changed;
+`added=mixture+retrieval` and `without=infonce` switch parts. Printed is the gain in harmonic mean
+over CoOp on the same images. Validation images of base classes have been used for early stopping,
+strength and temperature; those of new classes for nothing.
+"""
+
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from benchmarks.cell import measure, open_world, settings_of
+from benchmarks.record import RESULTS, describe, write_result
+from capt_deploy.console import Command, say
+from capt_deploy.errors import DataError
+from capt_deploy.files import read_json
+from capt_train.cli import parse_settings
+from capt_train.config import TrainConfig
+
+_NAME = "search"
+_COOP = "CoOp"
+
+
+@click.command(cls=Command)
+@click.option("--worlds", default="cifar100,cifar100-camera,pictograms", show_default=True)
+@click.option("--try", "trials", multiple=True, metavar="NAME=VALUE,…", help="One trial.")
+@click.option("--seeds", default="1", show_default=True)
+@click.option("--shots", default=16, show_default=True)
+def main(worlds: str, trials: tuple[str, ...], seeds: str, shots: int) -> None:
+    """Measure CoOp and every trial; print what is known so far."""
+    for world in worlds.split(","):
+        with open_world(world) as place:
+            for seed in (int(text) for text in seeds.split(",")):
+                start = TrainConfig(
+                    data=place.data, model=place.model, classes="base", shots=shots, seed=seed
+                )
+                for trial in (_COOP, *trials):
+                    _measure(world, trial, _changed(start, trial))
+    click.echo(_table(_load()))
+
+
+def _changed(config: TrainConfig, trial: str) -> TrainConfig:
+    if trial == "default":
+        return config
+    if trial == _COOP:
+        return TrainConfig.from_dict({**config.to_dict(), "method": "coop"}, DataError)
+    settings = parse_settings(tuple(trial.split(",")))
+    switched: dict[str, Any] = {
+        name: settings.pop(name).split("+") for name in ("added", "without") if name in settings
+    }
+    changed = TrainConfig.from_dict({**config.to_dict(), **switched}, DataError)
+    return changed.with_settings(settings)
+
+
+def _measure(world: str, trial: str, config: TrainConfig) -> None:
+    cells, key = _load(), f"{world} / {trial} / {config.shots} / {config.seed}"
+    settings = settings_of(config)
+    if key in cells and cells[key]["settings"] == settings:
+        return
+    say(key)
+    found = measure(config, "val")
+    own = {"world": world, "trial": trial, "seed": config.seed, "shots": config.shots}
+    cells = _load()  # another process may have added some
+    cells[key] = {**own, **found, "settings": settings, "measured": describe()}
+    write_result(_NAME, {"cells": cells})
+
+
+def _load() -> dict[str, dict[str, Any]]:
+    path = RESULTS / f"{_NAME}.json"
+    cells: dict[str, dict[str, Any]] = read_json(path, DataError)["cells"] if path.exists() else {}
+    return cells
+
+
+def _table(cells: Mapping[str, Mapping[str, Any]]) -> str:
+    worlds = list(dict.fromkeys(cell["world"] for cell in cells.values()))
+    lines = ["| trial | " + " | ".join(worlds) + " |", "|---" * (len(worlds) + 1) + "|"]
+    for trial in dict.fromkeys(cell["trial"] for cell in cells.values()):
+        texts = []
+        for world in worlds:
+            gains = [
+                100 * (cell["harmonic"] - coop["harmonic"])
+                for cell in cells.values()
+                if (cell["trial"], cell["world"]) == (trial, world)
+                and (coop := cells.get(f"{world} / {_COOP} / {cell['shots']} / {cell['seed']}"))
+            ]
+            texts.append(f"{statistics.mean(gains):+.1f} ({len(gains)})" if gains else "-")
+        lines.append(f"| {trial} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

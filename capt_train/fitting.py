@@ -1,0 +1,142 @@
+"""What is fitted after the tuning: strength, mixture, temperature; and what of it is written."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from capt_deploy.console import say
+from capt_deploy.files import write_json
+from capt_train import run as runs
+from capt_train.bank import ConfusionBank, confused_pairs
+from capt_train.calibration import fit_temperature
+from capt_train.checkpoint import TuningState
+from capt_train.confusion_plot import plot_confusions
+from capt_train.confusions import CONFUSIONS, write_confusions
+from capt_train.learner import Learner
+from capt_train.mixture import Mixture, fit_inside, fit_outside, pseudo_class_names
+from capt_train.run import Fitted, TunedModel
+from capt_train.setup import Setup
+from capt_train.stages import TuningTask
+from capt_train.strength import Trial, choose_strength
+
+_FEW_FOR_CALIBRATION = 50
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What tuning ended with."""
+
+    learner: Learner
+    task: TuningTask
+    states: tuple[TuningState, ...]  # one for each stage
+    trial: Trial | None
+    bank: ConfusionBank  # after the last write-back
+
+    @property
+    def held_view(self) -> Float[Tensor, "samples dim"]:
+        """Tuned embeddings of the views that were not tuned on."""
+        views = self.task.views
+        assert views is not None
+        if views.tokens is None:
+            return views.embeddings[views.held].to(self.task.reference.device)
+        return self.learner.embed_tokens(views.tokens[views.held])
+
+
+def fit(setup: Setup, outcome: Outcome, out: Path) -> TunedModel:
+    """Fit strength, mixture and temperature; write the banks and `result.json`."""
+    learner, task, split = outcome.learner, outcome.task, setup.split
+    strength = 1.0
+    if learner.visual is not None:
+        strength = choose_strength(learner, task, outcome.trial)
+        say(f"strength of the visual side, by validation images and held-out classes: {strength:g}")
+    before = setup.zero_shot_bank(task.train)
+    own = split.tuned  # the bank counts among these
+    pairs = {(own[a], own[b]): round(count) for (a, b), count in confused_pairs(before).items()}
+    mixture = _mixture(setup, outcome)
+    fitted = Fitted(pairs, mixture, strength)
+    rows = runs.mixed_rows(learner, setup.zero_shot, split, mixture)
+    model = TunedModel(
+        setup.backbone, setup.config, split, learner, rows, setup.zero_shot, fitted, {}
+    )
+    if 0 < len(task.val) < _FEW_FOR_CALIBRATION:
+        say(f"note: confidences are calibrated on no more than {len(task.val)} validation images")
+    if len(task.val):
+        model = replace(model, fitted=_calibrated(model, task))
+    _write_banks(setup, model, outcome, before, out)
+    write_json(
+        out / runs.RESULT,
+        {
+            **model.fitted.to_dict(),
+            "images": {"train": len(task.train), "val": len(task.val)},
+            "trained_parameters": sum(p.numel() for p in learner.parameters()),
+            "trial": outcome.trial and asdict(outcome.trial),
+            "stages": [
+                {
+                    "epochs": state.epoch,
+                    "best_epoch": state.best_epoch,
+                    "history": state.history,
+                }
+                for state in outcome.states
+            ],
+        },
+    )
+    return model
+
+
+@torch.no_grad()
+def _mixture(setup: Setup, outcome: Outcome) -> Mixture:
+    """Fit π on the views that were not tuned on (ours): on the others, the learned prompts win."""
+    learner, split, config = outcome.learner, setup.split, setup.config
+    if "mixture" not in config.parts:
+        return Mixture.learned_only(learner.learned)
+    images, scale = outcome.held_view, setup.backbone.scale
+    labels = outcome.task.train.labels_among(split.tuned).to(images.device)
+    texts = runs.all_texts(learner, setup.zero_shot)[:, list(split.tuned)]
+    names = pseudo_class_names(
+        setup.backbone.words_known(), len(split.class_names), config.seed, split.class_names
+    )
+    hand_written = setup.backbone.class_embeddings(names, config.templates)
+    learned = learner.texts_of(names, hand_written).embeddings
+    pseudo = torch.cat([hand_written[None], learned])
+    return Mixture(
+        fit_inside(images, labels, texts, scale),
+        fit_outside(images, pseudo, scale, config.mixture_margin),
+    )
+
+
+@torch.no_grad()
+def _calibrated(model: TunedModel, task: TuningTask) -> Fitted:
+    tuned = list(task.tuned)
+    labels = task.val.labels_among(tuned)
+    images = task.val.embeddings
+    if task.val_tokens is not None:
+        images = model.learner.embed_tokens(task.val_tokens)
+    after, before = model.logits(images), model.zero_shot_logits(task.val.embeddings)
+    return replace(
+        model.fitted,
+        temperature=fit_temperature(after[:, tuned].cpu(), labels),
+        zero_shot_temperature=fit_temperature(before[:, tuned].cpu(), labels),
+    )
+
+
+def _write_banks(
+    setup: Setup, model: TunedModel, outcome: Outcome, before: ConfusionBank, out: Path
+) -> None:
+    """Write the bank, and who is mistaken for whom on images that were not tuned on."""
+    tuned = list(setup.split.tuned)
+    views = outcome.task.views
+    assert views is not None
+    # Both are asked about the same views, so that what differs is the model.
+    frozen = model.zero_shot_logits(views.embeddings[views.held])[:, tuned]
+    own = model.logits(outcome.held_view)[:, tuned]
+    before, after = (before.updated(z.to(before.counts)[None], momentum=0.0) for z in (frozen, own))
+    outcome.bank.save(out / runs.BANK)
+    names = setup.tuned_names
+    skipped = {file.path for file in outcome.task.train.skipped}
+    paths = [item.path for item in setup.split.train if item.path not in skipped]
+    write_confusions(out / CONFUSIONS, names, before, after, paths)
+    counts = before.counts.cpu().numpy(), after.counts.cpu().numpy()
+    plot_confusions(out / runs.MATRIX, counts[0], counts[1], names)

@@ -1,0 +1,59 @@
+"""Autocast for the towers on a GPU; loss terms stay in float32 (METHOD 6)."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Precision:
+    """How a step is computed, and how its gradient is applied."""
+
+    def __init__(self, autocast: str, device: torch.device) -> None:
+        """Choose the type; `auto` takes bf16 on GPUs that have it, and float32 elsewhere."""
+        if autocast == "auto":
+            fit = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            autocast = "bf16" if fit else "off"
+        self._device, self._dtype = device, _TYPES.get(autocast)
+        # Gradients of fp16 vanish unless the loss is scaled up.
+        self._scaler = torch.amp.GradScaler(device.type, enabled=autocast == "fp16")
+
+    def towers(self) -> AbstractContextManager[object]:
+        """Return the context for the towers' forward pass."""
+        if self._dtype is None:
+            return nullcontext()
+        return torch.autocast(self._device.type, self._dtype)
+
+    def step(
+        self,
+        loss: Tensor,
+        optimizer: torch.optim.Optimizer,
+        parameters: Iterable[nn.Parameter],
+        clip_norm: float,
+    ) -> bool:
+        """Go one step; return False, with nothing changed, where a gradient is not finite.
+
+        With fp16 such steps are part of finding the scale, so they are skipped and True returned,
+        as long as there is a scale left to blame.
+        """
+        optimizer.zero_grad()
+        self._scaler.scale(loss).backward()
+        self._scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(parameters, clip_norm or float("inf"))
+        if not torch.isfinite(norm) and self._scaler.get_scale() <= 1:  # 1 where it is not fp16
+            return False
+        self._scaler.step(optimizer)
+        self._scaler.update()
+        return True
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what a resumed run needs; empty unless fp16."""
+        return {name: torch.tensor(value) for name, value in self._scaler.state_dict().items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on with a saved state."""
+        if state:
+            self._scaler.load_state_dict({name: value.item() for name, value in state.items()})

@@ -1,0 +1,145 @@
+"""The first step of `capt-train`: load and check everything, only then begin the run folder."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from capt_deploy.console import say
+from capt_deploy.datasets import Dataset, read_dataset
+from capt_deploy.errors import ConfigError, RunError
+from capt_deploy.files import expand_home
+from capt_train import run as runs
+from capt_train.backbone import Backbone, choose_device, load_backbone
+from capt_train.bank import ConfusionBank
+from capt_train.config import TrainConfig
+from capt_train.features import Features
+from capt_train.fewshot import FewShotSplit, choose
+from capt_train.learner import left_out, make_learner
+from capt_train.mining import check_sources
+
+# Where things lie may change before a run is resumed: what is there is checked by its content.
+_FILES = ("class_names", "sentences", "commonality", "difference")
+_MAY_MOVE = {"data", "model", "pretrained", "device", *_FILES}
+_MAY_MOVE |= {"llm_url", "llm_model", "llm_timeout_s", "llm_retries", "llm_backoff_s"}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that a run is made of, loaded and checked."""
+
+    config: TrainConfig
+    dataset: Dataset
+    split: FewShotSplit
+    backbone: Backbone
+    model_sha256: str
+    zero_shot: Float[Tensor, "classes dim"]  # hand-written t⁰
+
+    @property
+    def tuned_names(self) -> list[str]:
+        """Names of the classes that are tuned."""
+        return [self.split.class_names[index] for index in self.split.tuned]
+
+    def zero_shot_bank(self, train: Features) -> ConfusionBank:
+        """Return the bank as the frozen model fills it, over the classes that are tuned."""
+        tuned = list(self.split.tuned)
+        embeddings = train.embeddings.to(self.backbone.device)
+        logits = self.backbone.scale * embeddings @ self.zero_shot[tuned].T
+        return ConfusionBank.fill(logits, train.labels_among(tuned).to(logits.device), embeddings)
+
+
+def prepare(config: TrainConfig, out: Path, resume: bool, split_from: Path | None) -> Setup:
+    """Load and check everything, then begin or continue the run in `out`.
+
+    Raises:
+        CaptError: the data, the model, the settings or the folder cannot be used.
+    """
+    config = absolute(config)
+    if split_from is not None:
+        if resume:
+            raise ConfigError("--split-from: a resumed run has its images already; leave it out")
+        theirs, _ = runs.read_config(split_from)
+        config = replace(config, classes=theirs.classes, shots=theirs.shots)
+    _check_folder(out, config, resume)
+    begun = (out / runs.CONFIG).exists()
+    chosen = split_from or (out if begun else None)
+    setup = load(config, chosen)
+    if begun:
+        _check_model(out, setup.model_sha256)
+    else:
+        setup.split.save(out / runs.SPLIT)
+    runs.begin(out, config, setup.model_sha256)  # a resumed run may have moved
+    return setup
+
+
+def load(config: TrainConfig, split_from: Path | None = None) -> Setup:
+    """Load and check data and model; write nothing.
+
+    Args:
+        config: all settings.
+        split_from: a run folder whose images are used again.
+    """
+    device = choose_device(config.device)
+    dataset = read_dataset(config.data, config.class_names)
+    if split_from is not None:
+        split = FewShotSplit.load(split_from / runs.SPLIT)
+        split.check(dataset)
+    else:
+        split = choose(dataset, config.classes, config.shots, config.seed)
+    backbone = load_backbone(config.model, config.pretrained, device)
+    for notice in (*split.notices, *left_out(backbone, config)):
+        say(f"note: {notice}")
+    zero_shot = backbone.class_embeddings(split.class_names, config.templates)
+    # What may be wrong with names, sizes, sentence files or endpoint shows before time is spent.
+    make_learner(backbone, config, split, zero_shot)
+    if "semantic-experts" in config.parts:
+        check_sources(config, split.class_names)
+    return Setup(config, dataset, split, backbone, backbone.fingerprint(), zero_shot)
+
+
+def absolute(config: TrainConfig) -> TrainConfig:
+    """Make paths independent of the folder the command was started in."""
+    changes: dict[str, Any] = {"data": str(expand_home(config.data).resolve())}
+    for name in _FILES:
+        if (value := getattr(config, name)) is not None:
+            changes[name] = str(expand_home(value).resolve())
+    folder = expand_home(config.model.removeprefix("local-dir:"))
+    # any other folder may just be called like an architecture, as a run folder may
+    if config.model.startswith("local-dir:") or (folder / "open_clip_config.json").is_file():
+        changes["model"] = f"local-dir:{folder.resolve()}"
+    if config.pretrained is not None and expand_home(config.pretrained).is_file():
+        changes["pretrained"] = str(expand_home(config.pretrained).resolve())
+    return replace(config, **changes)
+
+
+def _check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
+    if not (out / runs.CONFIG).exists():
+        if resume:
+            raise RunError(f"{out}: nothing to resume ({runs.CONFIG} is missing)")
+        # split.json and hidden temporary files are what a kill during the first writes leaves
+        if out.exists() and (not out.is_dir() or any(_is_foreign(file) for file in out.iterdir())):
+            raise RunError(f"{out}: already there and no run; choose another --out")
+        return
+    if not resume:
+        raise RunError(f"{out}: holds a run; continue it with --resume, or choose another --out")
+    written, _ = runs.read_config(out)
+    was, now = written.to_dict(), config.to_dict()
+    different = [
+        f"{key} {was[key]!r} → {now[key]!r}"
+        for key in was
+        if was[key] != now[key] and key not in _MAY_MOVE
+    ]
+    if different:
+        raise RunError(f"{out}: was begun with other settings: {'; '.join(different)}")
+
+
+def _is_foreign(file: Path) -> bool:
+    return file.name != runs.SPLIT and not (file.name[0] == "." and file.suffix == ".tmp")
+
+
+def _check_model(out: Path, fingerprint: str) -> None:
+    _, content = runs.read_config(out)
+    if content["model_sha256"] != fingerprint:
+        raise RunError(f"{out}: was begun with another model than the one that is there now")

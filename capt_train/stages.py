@@ -1,0 +1,71 @@
+"""What is tuned on, and in which stages."""
+
+from dataclasses import dataclass, replace
+
+from jaxtyping import Float
+from torch import Tensor
+
+from capt_train.bank import ConfusionBank
+from capt_train.config import TrainConfig
+from capt_train.features import Features
+from capt_train.learner import Learner
+from capt_train.views import Views
+
+
+@dataclass(frozen=True)
+class TuningTask:
+    """What is tuned on, apart from the learner itself."""
+
+    scale: float  # 1/τ of the backbone
+    tuned: tuple[int, ...]  # indices of the classes that are tuned, ascending
+    train: Features  # images of these classes
+    val: Features  # likewise; may be empty
+    reference: Float[Tensor, "classes dim"]  # hand-written t⁰ of these classes
+    config: TrainConfig
+    bank: ConfusionBank | None = None  # as the zero-shot model fills it
+    views: Views | None = None  # of the training images
+    val_tokens: Float[Tensor, "images tokens width"] | None = None
+    alpha: Float[Tensor, " samples"] | None = None  # s·cᵞ of the training images
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of the loop: the text side alone, or both sides together."""
+
+    name: str  # in front of its checkpoints' names; "" for the last one
+    epochs: int
+    text_rate: float  # peak learning rate of the text side
+    visual_rate: float = 0.0  # of the visual side; 0 leaves it as it is
+    consistency: float = 0.0  # weight of that term
+    patience: int = 0
+
+    @property
+    def visual(self) -> bool:
+        """Whether the visual side takes part."""
+        return self.visual_rate > 0
+
+
+def stages(task: TuningTask, learner: Learner) -> list[Stage]:
+    """Return what is tuned after what (ours).
+
+    The text side comes first, for its steps are cheap on cached embeddings, and the visual side
+    then learns beside prompts that fit. That side first stays near the frozen one. Then it may
+    move far; where that does not help on validation images, it is taken back, and where there are
+    none, it is not tried.
+    """
+    config = task.config
+    text = Stage("", config.epochs, config.learning_rate, patience=config.patience)
+    if learner.visual is None:
+        return [text] if learner.text_parameters else []
+    slower = config.learning_rate * config.text_rate_beside_visual
+    near = Stage("", config.visual_epochs, slower, config.visual_learning_rate, config.consistency)
+    far = replace(
+        near,
+        epochs=config.far_epochs,
+        consistency=config.far_consistency,
+        patience=config.far_patience,
+    )
+    order = [replace(text, name="text-")] if learner.text_parameters else []
+    if not len(task.val) or not config.far_epochs:
+        return [*order, near]
+    return [*order, replace(near, name="near-"), far]

@@ -1,0 +1,111 @@
+"""Augmented views of the training images, embedded once, so that a step runs only what changes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torch.nn import functional
+
+from capt_deploy.console import progress
+from capt_deploy.datasets import Dataset, Item
+from capt_deploy.errors import ImageError
+from capt_deploy.preprocess import preprocess
+from capt_train.backbone import Backbone
+from capt_train.learner import Learner
+
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Views:
+    """Images after the frozen part of the tower; view 0 is the image itself."""
+
+    embeddings: Float[Tensor, "views samples dim"]  # f⁰, unit norm
+    # After the attention of the first changed block; half precision, for it is only trained on.
+    tokens: Float[Tensor, "views samples tokens width"] | None
+
+    @property
+    def trained(self) -> int:
+        """How many views are trained on; where there are several, the last one is not (ours)."""
+        return max(1, len(self.embeddings) - 1)
+
+    @property
+    def held(self) -> int:
+        """The view that tells how the model does on images it was not trained on."""
+        return len(self.embeddings) - 1
+
+
+def embed_views(
+    backbone: Backbone,
+    learner: Learner,
+    dataset: Dataset,
+    items: Sequence[Item],
+    *,
+    views: int,
+    area: float,
+    seed: int,
+    label: str,
+) -> Views:
+    """Decode images, augment them, and run the frozen part of the tower.
+
+    Args:
+        backbone: frozen.
+        learner: whose visual part decides where the tokens are taken; without one there are none.
+        dataset: where the images lie.
+        items: readable images, in the order of the training features.
+        views: of each image, at least 1.
+        area: smallest share of the image that an augmented view shows.
+        seed: of the augmentation.
+        label: for the progress.
+
+    Raises:
+        ImageError: an image that could be read before cannot be read now.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    embeddings: list[Tensor] = []
+    tokens: list[Tensor] = []
+    with progress(f"embedding views of {label}", len(items), "images") as counter:
+        for start in range(0, len(items), _BATCH):
+            batch = items[start : start + _BATCH]
+            pixels = torch.from_numpy(
+                np.stack([_pixels(dataset, item, backbone) for item in batch])
+            )
+            rows = [pixels, *(augment(pixels, area, generator) for _ in range(views - 1))]
+            embeddings.append(torch.stack([backbone.image_embeddings(v).cpu() for v in rows]))
+            if learner.visual is not None:
+                tokens.append(torch.stack([learner.prefix(v).half().cpu() for v in rows]))
+            counter.advance(len(batch))
+    return Views(torch.cat(embeddings, dim=1), torch.cat(tokens, dim=1) if tokens else None)
+
+
+def augment(
+    pixels: UInt8[Tensor, "batch height width 3"], area: float, generator: torch.Generator
+) -> UInt8[Tensor, "batch height width 3"]:
+    """Return random crops of `area` up to the whole of each image, half of them mirrored.
+
+    A crop keeps the proportions and is scaled back to the size of the image.
+    """
+    count = len(pixels)
+    share = area + (1 - area) * torch.rand(count, generator=generator)
+    side = share.sqrt()
+    shift = (2 * torch.rand(count, 2, generator=generator) - 1) * (1 - side)[:, None]
+    mirror = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
+    affine = torch.zeros(count, 2, 3)
+    affine[:, 0, 0], affine[:, 1, 1], affine[:, :, 2] = side * mirror, side, shift
+    images = pixels.permute(0, 3, 1, 2).float()
+    grid = functional.affine_grid(affine, list(images.shape), align_corners=False)
+    crops = functional.grid_sample(
+        images, grid, mode="bilinear", padding_mode="border", align_corners=False
+    )
+    return crops.permute(0, 2, 3, 1).round().clamp(0, 255).to(torch.uint8)
+
+
+def _pixels(dataset: Dataset, item: Item, backbone: Backbone) -> UInt8[np.ndarray, "h w 3"]:
+    path = dataset.path(item)
+    try:
+        return preprocess(path.read_bytes(), backbone.preprocess)
+    except OSError as cause:
+        raise ImageError(f"{path}: cannot be read ({cause})") from cause

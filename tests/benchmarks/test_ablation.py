@@ -1,0 +1,121 @@
+"""The tables in the docs are what was measured, and cells are measured once."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks import ablation, cell, search
+from capt_deploy.errors import ConfigError
+from capt_train.config import GROUPS, PARTS, TrainConfig
+
+ROOT = Path(__file__).parents[2]
+FIGURES = {key: 0.5 for _, key, share in ablation.COLUMNS if share}
+
+
+def made(row: str, shots: int, seed: int, **figures: float) -> dict[str, Any]:
+    numbers = {**FIGURES, "trained_parameters": 1234, "seconds": 5.0, **figures}
+    return {"row": row, "shots": shots, "seed": seed, **numbers}
+
+
+def test_a_table_gives_mean_and_deviation_over_the_seeds_that_are_there() -> None:
+    cells = {
+        "a": made("CoOp", 16, 1, base=0.50),
+        "b": made("CoOp", 16, 2, base=0.54),
+        "c": made("zero-shot", 1, 1, base=0.25),
+    }
+    text = ablation.markdown(cells)
+    sixteen, one = text.split("### 1 shot\n")
+    (row,) = [line for line in sixteen.splitlines() if line.startswith("| CoOp")]
+    assert row.split("|")[2].strip() == "52.0 ± 2.8 (2)"
+    assert "1,234" in row
+    assert "| zero-shot | 25.0 (1) |" in one
+
+
+@pytest.mark.parametrize("world", ["cifar100", "cifar100-camera", "pictograms"])
+def test_the_docs_show_the_table_of_the_cells(world: str) -> None:
+    docs = (ROOT / "docs" / "ablation.md").read_text()
+    assert ablation.markdown(ablation.load(world)) in docs
+
+
+def test_a_cell_is_measured_once_and_again_with_other_settings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[TrainConfig] = []
+
+    def measure(config: TrainConfig, split: str) -> dict[str, Any]:
+        assert split == "test"
+        asked.append(config)
+        return made("", 0, 0)
+
+    def write(name: str, result: dict[str, Any]) -> Path:
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+        return tmp_path
+
+    monkeypatch.setattr(ablation, "measure", measure)
+    monkeypatch.setattr(ablation, "write_result", write)
+    monkeypatch.setattr(ablation, "RESULTS", tmp_path)
+    arguments = ["--world", "pictograms", "--rows", "CoOp|+ CoA", "--shots", "4", "--seeds", "1,2"]
+    for _ in range(2):
+        done = CliRunner().invoke(ablation.main, arguments)
+        assert done.exit_code == 0, done.output
+    assert [(c.seed, sorted(c.parts)) for c in asked] == [
+        *((1, ["prompt"]), (1, ["coa", "prompt"])),
+        *((2, ["prompt"]), (2, ["coa", "prompt"])),
+    ]
+    cells = ablation.load("pictograms")
+    cells["CoOp / 4 / 2"]["settings"]["learning_rate"] = 9.0
+    write("ablation-pictograms", {"cells": cells})
+    CliRunner().invoke(ablation.main, arguments)
+    assert len(asked) == 5 and (asked[-1].seed, asked[-1].method) == (2, "coop")
+    CliRunner().invoke(ablation.main, [*arguments, "--only-table"])
+    assert len(asked) == 5
+    CliRunner().invoke(ablation.main, [*arguments, "--again"])
+    assert len(asked) == 9
+
+
+def test_every_part_of_the_method_has_a_row() -> None:
+    added = {part for row in ablation.ROWS.values() for part in row.get("added", ())}
+    alone = {part for name in added for part in GROUPS.get(name, (name,))}
+    deep = {"text-prompts", "visual-prompts"}  # only in the row of all parts
+    assert alone | {"prompt"} | deep == {*PARTS}
+
+
+def test_settings_of_a_cell_leave_out_places_and_what_is_idle() -> None:
+    text = TrainConfig("/here", "/there", method="coop")
+    both = TrainConfig("/here", "/there")
+    assert cell.settings_of(text) == cell.settings_of(TrainConfig("x", "y", method="coop"))
+    assert "visual_epochs" not in cell.settings_of(text)
+    assert "visual_epochs" in cell.settings_of(both)
+    assert {"shots", "seed", "weights"} <= {*cell.settings_of(text)}
+
+
+def test_an_unknown_world_is_refused() -> None:
+    with pytest.raises(ConfigError, match="pictograms"), cell.open_world("mars"):
+        pass
+
+
+def test_a_trial_of_the_search_changes_settings_and_parts() -> None:
+    start = TrainConfig("data", "model")
+    assert search._changed(start, "default") == start
+    assert search._changed(start, "CoOp").parts == {"prompt"}
+    changed = search._changed(start, "visual_epochs=3,without=adapter+infonce,added=mixture")
+    assert changed.visual_epochs == 3
+    assert changed.parts == start.parts - {"adapter", "infonce"} | {"mixture"}
+
+
+def test_the_readme_table_is_taken_from_the_cells() -> None:
+    readme = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| (.+?) \| (.+) \|$", readme, re.MULTILINE)
+    shown = {row: cells.split(" | ") for row, cells in rows}
+    worlds = [ablation.load(name) for name in ("cifar100", "cifar100-camera")]
+    for row in ("zero-shot", "CoOp", "capt (default)"):
+        expected = []
+        for cells in worlds:
+            own = [c for c in cells.values() if (c["row"], c["shots"]) == (row, 16)]
+            for key in ("base", "new", "harmonic", "ece_15_new"):
+                expected.append(ablation.mean(own, key, True))
+        assert shown[row] == expected

@@ -1,0 +1,184 @@
+"""From mined pairs to centres, and the whole run with an LLM behind a real local endpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from capt_train.backbone import Backbone
+from capt_train.bank import ConfusionBank
+from capt_train.cli import main
+from capt_train.config import TrainConfig
+from capt_train.mining import ANSWERS, SENTENCES, find_centres, find_sentences, mined_names
+from capt_train.pipeline import train
+
+Configure = Callable[..., TrainConfig]
+NAMES = ("zebra", "cat", "lynx")
+
+
+def reply_to(handler: Any, **changes: str) -> None:
+    """Answer with sentences that name the pair that was asked about."""
+    prompt = handler.server_requests[-1][2]["messages"][0]["content"]
+    _, a, _, b, *_ = prompt.split('"')
+    own = {"commonality": [f"{a} and {b} share."], "difference": [f"{a} differs from {b}."]}
+    choice = {"message": {"content": json.dumps(own)}, "finish_reason": "stop"}
+    body = json.dumps({"choices": [choice]}).encode()
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+@pytest.fixture
+def llm(llm_server: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return the local server, answering well."""
+    monkeypatch.delenv("CAPT_LLM_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+    def answer(handler: Any) -> None:
+        handler.server_requests = llm_server.requests
+        reply_to(handler)
+
+    llm_server.usual = answer
+    return llm_server
+
+
+def asked(server: Any) -> list[tuple[str, str]]:
+    """Return the pairs that were asked about."""
+    prompts = [body["messages"][0]["content"].split('"') for _, _, body in server.requests]
+    return [(parts[1], parts[3]) for parts in prompts]
+
+
+def bank() -> ConfusionBank:
+    logits = torch.tensor([[0.0, 3, 1], [0, 3, 1], [0, 0, 3], [1, 3, 0]])
+    return ConfusionBank.fill(logits, torch.tensor([1, 1, 2, 0]), torch.eye(4, 8))
+
+
+def test_mined_pairs_come_by_name_the_most_frequent_first() -> None:
+    found = mined_names(bank(), NAMES, 1)
+    assert found[0] == ("cat", "lynx")  # in alphabetical order within a pair
+    assert ("cat", "zebra") in found
+    assert len({*found}) == len(found)
+
+
+def test_centres_are_clustered_by_kind(tiny_backbone: Backbone, tmp_path: Path) -> None:
+    config = TrainConfig(data="", model="", centres=2)
+    found = find_sentences([("cat", "lynx"), ("cat", "zebra")], NAMES, config, tmp_path)
+    centres = find_centres(tiny_backbone, found, config)
+    assert centres.shape == (2, 2, 32)
+    torch.testing.assert_close(centres.norm(dim=-1), torch.ones(2, 2))
+    assert not torch.allclose(centres[0], centres[1], atol=1e-3)
+    own = json.loads((tmp_path / SENTENCES).read_text())
+    assert list(own) == ["cat|lynx", "cat|zebra"]
+    again = TrainConfig(data="", model="", centres=2, sentences=str(tmp_path / SENTENCES))
+    second = find_sentences(list(found.sentences), NAMES, again, tmp_path)
+    assert torch.equal(find_centres(tiny_backbone, second, again), centres)
+
+
+def test_what_a_file_says_is_not_asked(llm: Any, tmp_path: Path) -> None:
+    file = tmp_path / "own.json"
+    texts = {"commonality": ["Both have fur."], "difference": ["A lynx has a short tail."]}
+    file.write_text(json.dumps({"lynx|cat": texts}))
+    config = TrainConfig(
+        data="", model="", sentences=str(file), llm_url=llm.url, llm_model="tiny", llm_retries=0
+    )
+    found = find_sentences([("cat", "lynx"), ("cat", "zebra")], NAMES, config, tmp_path)
+    assert asked(llm) == [("cat", "zebra")]
+    assert found.sentences["cat", "lynx"].commonality == ("Both have fur.",)
+    assert found.sentences["cat", "zebra"].difference == ("cat differs from zebra.",)
+
+
+@pytest.fixture
+def with_llm(configure: Configure, llm: Any) -> TrainConfig:
+    """Return the configuration of a run whose semantic experts get sentences from the LLM."""
+    own = {"method": "prompt", "added": ("semantic-experts",), "epochs": 1, "llm_backoff_s": 0.0}
+    return configure(**own, llm_url=llm.url, llm_model="tiny", llm_retries=0)
+
+
+def test_a_run_asks_about_every_mined_pair_once_and_uses_the_answers(
+    with_llm: TrainConfig, llm: Any, tmp_path: Path
+) -> None:
+    train(with_llm, tmp_path / "run")
+    answers = json.loads((tmp_path / "run" / ANSWERS).read_text())
+    pairs = asked(llm)
+    assert len({*pairs}) == len(pairs) > 2
+    assert [tuple(key.split("|")) for key in answers] == pairs
+    sentences = json.loads((tmp_path / "run" / SENTENCES).read_text())
+    assert sentences == answers
+    for a, b in pairs:
+        assert sentences[f"{a}|{b}"]["commonality"] == [f"{a} and {b} share."]
+    train(with_llm, tmp_path / "run", resume=True)
+    assert asked(llm) == pairs
+
+
+def test_an_interrupted_run_asks_nothing_twice_and_ends_the_same(
+    with_llm: TrainConfig, llm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from capt_train.llm import LlmClient
+
+    ask, calls = LlmClient.ask, []
+
+    def interrupted(client: LlmClient, pair: tuple[str, str]) -> Any:
+        calls.append(pair)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return ask(client, pair)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlmClient, "ask", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(with_llm, tmp_path / "cut")
+    before = asked(llm)
+    assert before == calls[:2]
+    train(with_llm, tmp_path / "cut", resume=True)
+    pairs = asked(llm)
+    assert len({*pairs}) == len(pairs) > 3
+    train(with_llm, tmp_path / "whole")
+    assert asked(llm)[len(pairs) :] == pairs
+    for name in (SENTENCES, ANSWERS, "best.safetensors", "last.safetensors", "result.json"):
+        cut, whole = (tmp_path / run / name for run in ("cut", "whole"))
+        assert cut.read_bytes() == whole.read_bytes(), name
+
+
+def test_a_pair_without_an_answer_gets_templates_and_is_asked_again_on_resume(
+    with_llm: TrainConfig, llm: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    llm.replies = [(500, "sorry", {})]
+    train(with_llm, tmp_path / "run")
+    first = asked(llm)[0]
+    name = "|".join(first)
+    assert " and ".join(first) in capfd.readouterr().err
+    assert name not in json.loads((tmp_path / "run" / ANSWERS).read_text())
+    sentences = json.loads((tmp_path / "run" / SENTENCES).read_text())
+    assert sentences[name]["commonality"][0].startswith("A photo of what could be")
+
+
+def test_a_dry_run_prints_what_would_be_asked_and_leaves_nothing(
+    with_llm: TrainConfig, llm: Any, tmp_path: Path
+) -> None:
+    arguments = ["--data", with_llm.data, "--model", with_llm.model, "--shots", "3"]
+    arguments += ["--device", "cpu", "--method", "prompt", "--with", "semantic-experts"]
+    arguments += ["--set", "epochs=1", "--llm-url", llm.url, "--llm-model", "tiny"]
+    arguments += ["--set", "llm_retries=0", "--set", "llm_backoff_s=0"]
+    out = ["--out", str(tmp_path / "run")]
+    dry = CliRunner().invoke(main, [*arguments, *out, "--llm-dry-run"], catch_exceptions=False)
+    assert dry.exit_code == 0
+    assert llm.requests == []
+    assert not (tmp_path / "run").exists()
+    done = CliRunner().invoke(main, [*arguments, *out], catch_exceptions=False)
+    assert done.exit_code == 0
+    prompts = [body["messages"][0]["content"] for _, _, body in llm.requests]
+    assert prompts
+    for number, prompt in enumerate(prompts, 1):
+        assert f"--- prompt {number} ---\n{prompt}\n" in dry.stdout
+    tokens = sum(-(-len(prompt.encode()) // 4) for prompt in prompts)
+    assert f"{len(prompts)} prompts: about {tokens} tokens to send" in dry.stdout
+    assert f"{500 * len(prompts)} to receive" in dry.stdout
+    again = CliRunner().invoke(main, [*arguments, *out, "--llm-dry-run"], catch_exceptions=False)
+    assert "0 prompts: about 0 tokens" in again.stdout

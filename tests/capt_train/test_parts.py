@@ -1,0 +1,173 @@
+"""Every part can be switched off alone: it trains, exports, and loads again as it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from capt_deploy.errors import CaptError, ConfigError
+from capt_train import fitting, pipeline
+from capt_train.cli import main
+from capt_train.config import GROUPS, METHODS, PARTS, LossWeights, TrainConfig
+from capt_train.run import TunedModel, load_run
+from export.writer import export_run
+
+Configure = Callable[..., TrainConfig]
+# Whose names appear in the learner's parameters, and whose in the history's terms.
+PARAMETERS = {
+    "prompt": "prompts.0.context",
+    "text-prompts": "prompts.0.deeper",
+    "visual-prompts": "visual.prompts",
+    "adapter": "visual.adapters",
+    "semantic-experts": "semantic.beta",
+    "sample-experts": "visual.experts",
+}
+TERMS = ("coa", "infonce", "margin", "moments")
+LEARNED_FROM = (*TERMS, "retrieval", "text-prompts")
+
+
+def config(**settings: Any) -> TrainConfig:
+    return TrainConfig(data="", model="", **settings)
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., TunedModel]:
+    """Return a function that trains into `tmp_path / "run"` and returns the model in memory."""
+    kept: list[TunedModel] = []
+    measure = pipeline._measure
+
+    def keeping(setup: Any, model: TunedModel, *others: Any) -> Any:
+        kept.append(model)
+        return measure(setup, model, *others)
+
+    def trained(own: TrainConfig) -> TunedModel:
+        monkeypatch.setattr(pipeline, "_measure", keeping)
+        pipeline.train(own, tmp_path / "run")
+        return kept[-1]
+
+    return trained
+
+
+@pytest.fixture
+def tiny(configure: Configure) -> Configure:
+    """Return a function for configurations of runs of all parts in which κ is not 0."""
+
+    def tiny(**settings: Any) -> TrainConfig:
+        own = {"classes": "all", "method": "full", "epochs": 1, "visual_epochs": 1, "views": 3}
+        own |= {"text_depth": 2, "visual_depth": 2, "visual_tokens": 2}
+        return configure(**{**own, "learning_rate": 0.02, "patience": 0, **settings})
+
+    return tiny
+
+
+@pytest.mark.parametrize("part", [None, *PARTS])
+def test_a_run_without_one_part_trains_exports_and_loads_again(
+    part: str | None,
+    tiny: Configure,
+    trained: Callable[..., TunedModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fitting, "choose_strength", lambda learner, *_: 1.0)
+    own = tiny(without=() if part is None else (part,))
+    assert own.parts == {*PARTS} - {part}
+    torch.manual_seed(0)
+    model = trained(own)
+    names = " ".join(name for name, _ in model.learner.named_parameters())
+    for other, start in PARAMETERS.items():
+        gone = part == other or (part == "prompt" and other == "text-prompts")
+        assert (start in names) == (not gone), other
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    for stage in result["stages"]:
+        assert {*TERMS} & {*stage["history"][0]} == {*TERMS} - {part}
+    assert (result["mixture"]["inside"][0] == 0) == (part == "mixture")
+    loaded = load_run(tmp_path / "run")
+    pixels = torch.randint(0, 256, (6, 16, 16, 3), dtype=torch.uint8)
+    before, after = (own.logits(own.learner.image_embeddings(pixels)) for own in (model, loaded))
+    assert torch.equal(before, after)
+    zero_shot = model.zero_shot_logits(model.backbone.image_embeddings(pixels))
+    assert not torch.allclose(before, zero_shot, atol=1e-3)
+    if part in LEARNED_FROM:  # without it, other weights go into the same graph
+        return
+    bundle = export_run(tmp_path / "run", tmp_path / "tiny.capt")
+    report = json.loads((bundle / "report.json").read_text())
+    assert report["gate"]["fp32"]["max_logit_difference"] <= 1e-4
+    assert report["gate"]["fp32"]["top1_agreement"] == 1
+
+
+def test_the_methods_are_made_of_parts() -> None:
+    assert all({*parts} <= {*PARTS} for parts in (*METHODS.values(), *GROUPS.values()))
+    for method, parts in METHODS.items():
+        assert config(method=method).parts == {*parts}
+
+
+@pytest.mark.parametrize("name", [*PARTS, *GROUPS])
+def test_a_part_or_group_is_added_and_left_out(name: str) -> None:
+    own = {*GROUPS.get(name, (name,))}
+    assert config(method="coop", added=(name,)).parts == {"prompt"} | own
+    assert config(method="full", without=(name,)).parts == {*PARTS} - own
+
+
+def test_leaving_out_wins_over_adding() -> None:
+    both = config(method="coop", added=("visual", "coa"), without=("experts", "coa"))
+    assert both.parts == {"prompt", "adapter", "visual-prompts"}
+
+
+@pytest.mark.parametrize("part", TERMS)
+def test_a_loss_that_is_off_weighs_nothing_the_others_as_set(part: str) -> None:
+    weights = LossWeights(coa=2.0, infonce=3.0, margin=4.0, moments=6.0)
+    expected = {**asdict(weights), part: 0.0}
+    assert asdict(config(method="full", without=(part,), weights=weights).loss_weights) == expected
+
+
+@pytest.mark.parametrize("name", ["added", "without"])
+def test_a_part_that_is_not_known_is_an_error_with_those_that_are(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: expected parts prompt, .* groups tcpt.*hats"):
+        config(**{name: ("hats",)})
+
+
+def test_the_command_line_takes_lists_and_repeated_options(
+    base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[TrainConfig] = []
+
+    def stop(own: TrainConfig, *_: Any, **__: Any) -> None:
+        taken.append(own)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(pipeline, "train", stop)
+    options = ["--method", "coop", "--with", "tcpt, coa", "--with", "experts", "--with", ","]
+    options += ["--without", "margin,", "--without", "sample-experts"]
+    done = CliRunner().invoke(main, [*base, *options, "--out", str(tmp_path / "run")])
+    assert (done.exit_code, done.stderr) == (2, "Error: enough\n")
+    assert taken[0].added == ("tcpt", "coa", "experts")
+    assert taken[0].without == ("margin", "sample-experts")
+    assert taken[0].parts == {"prompt", "moments", "coa", "semantic-experts"}
+
+
+def test_the_command_line_names_an_unknown_part(base: list[str], tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, [*base, "--with", "hats", "--out", str(tmp_path / "run")])
+    assert done.exit_code == 2
+    assert "added: expected parts prompt" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_names_every_part_and_group() -> None:
+    text = " ".join(CliRunner().invoke(main, ["--help"]).stdout.replace("-\n", "-").split())
+    assert all(name in text.replace("- ", "-") for name in (*PARTS, *GROUPS))
+
+
+def test_parts_of_an_interrupted_run_cannot_be_changed(
+    tiny: Configure, tmp_path: Path, trained: Callable[..., TunedModel]
+) -> None:
+    own = {"method": "coop", "added": ("coa",)}
+    trained(tiny(**own))
+    with pytest.raises(CaptError, match=r"other settings: without \[\] → \['coa'\]"):
+        pipeline.train(tiny(**own, without=("coa",)), tmp_path / "run", resume=True)

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capt_deploy.errors import CaptError, ConfigError, ModelError, RunError
+from capt_train.config import TrainConfig
+from capt_train.pipeline import train
+from capt_train.run import read_config
+
+Configure = Callable[..., TrainConfig]
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def test_an_existing_run_is_not_overwritten(configure: Configure, finished: Path) -> None:
+    before = {file.name: file.read_bytes() for file in finished.iterdir()}
+    with pytest.raises(RunError, match="holds a run; continue it with --resume"):
+        train(configure(classes="base"), finished)
+    assert {file.name: file.read_bytes() for file in finished.iterdir()} == before
+
+
+def test_a_folder_with_other_files_is_not_used(configure: Configure, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(RunError, match="already there and no run"):
+        train(configure(), tmp_path)
+    with pytest.raises(RunError, match="already there and no run"):
+        train(configure(), tmp_path / "thesis.tex")
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_split_from_uses_the_images_of_another_run(
+    configure: Configure, finished: Path, tmp_path: Path
+) -> None:
+    train(configure(classes="base", seed=5), tmp_path / "run", split_from=finished)
+    assert read(tmp_path / "run" / "split.json") == read(finished / "split.json")
+    with pytest.raises(RunError, match="nowhere"):
+        train(configure(), tmp_path / "other", split_from=tmp_path / "nowhere")
+    written = read_config(tmp_path / "run")[0]
+    theirs = read_config(finished)[0]
+    assert (written.classes, written.shots, written.seed) == (theirs.classes, theirs.shots, 5)
+    with pytest.raises(ConfigError, match="split-from"):
+        train(written, tmp_path / "run", resume=True, split_from=finished)
+
+
+def test_a_model_named_like_a_folder_that_is_no_model_stays_an_architecture(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ViT-B-16").mkdir()
+    with pytest.raises(ModelError, match="'ViT-B-16': pass --pretrained"):
+        train(configure(model="ViT-B-16"), tmp_path / "run")
+
+
+def test_a_failed_run_leaves_nothing_behind(
+    configure: Configure, finished: Path, tmp_path: Path
+) -> None:
+    bad = [
+        {"data": str(tmp_path / "nowhere")},
+        {"model": "local-dir:nowhere"},
+        {"device": "cuda:99"},
+        {"class_names": str(tmp_path / "names.json")},
+        {"method": "capt", "sentences": str(tmp_path / "pairs.json")},
+        {"method": "capt", "commonality": str(tmp_path / "common.json")},
+        {"method": "capt", "llm_url": "ftp://host/v1", "llm_model": "tiny"},
+    ]
+    for settings in bad:
+        with pytest.raises(CaptError):
+            train(configure(**settings), tmp_path / "run")
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):  # the commands say it in one line
+        train(configure(method="zeroshot"), tmp_path / "file" / "run")
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]

@@ -1,0 +1,413 @@
+"""Both sides tuned after one another: what moves, what the bank sees, where it stops, resuming."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from capt_deploy.errors import RunError
+from capt_train import loss_terms, tuning
+from capt_train.backbone import Backbone
+from capt_train.bank import ConfusionBank
+from capt_train.checkpoint import TuningState
+from capt_train.config import TrainConfig
+from capt_train.features import Features
+from capt_train.fewshot import FewShotSplit
+from capt_train.learner import Learner, make_learner
+from capt_train.loss_terms import Step
+from capt_train.stages import Stage, TuningTask, stages
+from capt_train.tuning import BEST, LAST, tune
+from capt_train.views import Views
+
+NAMES = ("cat", "dog", "boat", "tree", "car")
+TUNED = (0, 1, 2, 4)
+SHOTS, VIEWS = 3, 3  # the last view is never tuned on
+PARTS = ("prompt", "semantic-experts", "adapter", "sample-experts", "visual-prompts")
+TEXT, BOTH = Stage("text-", 2, 0.01), Stage("", 3, 0.01, 0.01, 1.0)
+
+
+def config(*without: str, **settings: Any) -> TrainConfig:
+    usual: dict[str, Any] = {"method": "full", "without": ("mixture", *without), "batch_size": 5}
+    usual |= {"warmup_epochs": 1, "patience": 0, "text_depth": 2, "visual_depth": 1}
+    return TrainConfig(data="", model="", **{**usual, "prompts": 2, **settings})
+
+
+def learner(backbone: Backbone, own: TrainConfig) -> Learner:
+    zero_shot = backbone.class_embeddings(NAMES, own.templates)
+    centres = torch.randn(2, own.centres, 32, generator=torch.Generator().manual_seed(5))
+    split = FewShotSplit(NAMES, TUNED, (), (), {})
+    return make_learner(backbone, own, split, zero_shot, normalize(centres, dim=-1))
+
+
+def pixels(count: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 16, 16, 3), dtype=torch.uint8, generator=generator)
+
+
+def make(
+    backbone: Backbone, own: TrainConfig | None = None, validated: bool = True
+) -> tuple[Learner, TuningTask]:
+    """Return a new learner and a task of noise, in which the zero-shot model is mostly wrong."""
+    own = own or config()
+    made = learner(backbone, own)
+    shown = [pixels(SHOTS * len(TUNED), seed) for seed in range(VIEWS)]
+    rows = torch.stack([backbone.image_embeddings(view) for view in shown])
+    tokens = None
+    if made.visual is not None:
+        tokens = torch.stack([made.prefix(view).half() for view in shown])
+    labels = torch.tensor(TUNED).repeat_interleave(SHOTS)
+    train = Features(rows[0], labels)
+    val = pixels(8, seed=9)
+    val_features = Features(backbone.image_embeddings(val), torch.tensor(TUNED).repeat(2))
+    reference = backbone.class_embeddings(NAMES, own.templates)[list(TUNED)]
+    logits = backbone.scale * rows[0] @ reference.T
+    task = TuningTask(
+        backbone.scale,
+        TUNED,
+        train,
+        val_features if validated else val_features.rows(torch.zeros(0, dtype=torch.long)),
+        reference,
+        own,
+        ConfusionBank.fill(logits, train.labels_among(TUNED), rows[0]),
+        Views(rows, tokens),
+        made.prefix(val).half() if tokens is not None and validated else None,
+        torch.linspace(0.1, 1, len(labels)),
+    )
+    return made, task
+
+
+def state_of(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def changed(before: dict[str, Tensor], module: torch.nn.Module) -> set[str]:
+    """Return which sides have changed: text, visual."""
+    after = module.state_dict()
+    found = {name for name in before if not torch.equal(before[name], after[name])}
+    return {"visual" if name.startswith("visual") else "text" for name in found}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
+    """Return a list that collects what every step has computed its losses from."""
+    found: list[Step] = []
+
+    def noting(step: Step, weights: Any) -> dict[str, Tensor]:
+        found.append(step)
+        return loss_terms.loss_terms(step, weights)
+
+    monkeypatch.setattr(tuning, "loss_terms", noting)
+    return found
+
+
+def test_the_text_side_comes_first_and_both_sides_last(tiny_backbone: Backbone) -> None:
+    made, task = make(tiny_backbone)
+    first, *others = stages(task, made)
+    assert (first.visual, first.text_rate) == (False, task.config.learning_rate)
+    slower = task.config.learning_rate * task.config.text_rate_beside_visual
+    assert others
+    for stage in others:
+        assert (stage.visual, stage.text_rate) == (True, slower)
+        assert stage.visual_rate == task.config.visual_learning_rate
+    names = [first.name, *(stage.name for stage in others)]
+    assert names[-1] == ""
+    assert len({*names}) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("without", "expected"),
+    [
+        (("visual",), {False}),
+        (("prompt", "semantic-experts"), {True}),
+        (("visual", "prompt", "semantic-experts"), set()),
+    ],
+)
+def test_a_side_that_is_not_there_has_no_stage(
+    without: tuple[str, ...], expected: set[bool], tiny_backbone: Backbone
+) -> None:
+    made, task = make(tiny_backbone, config(*without))
+    own = stages(task, made)
+    assert {stage.visual for stage in own} == expected
+    assert [stage.name for stage in own][-1:] == [""] * bool(own)
+
+
+@pytest.mark.parametrize(
+    ("stage", "sides"),
+    [(TEXT, {"text"}), (BOTH, {"text", "visual"}), (replace(BOTH, text_rate=0.0), {"visual"})],
+)
+def test_a_stage_moves_what_it_should_and_nothing_else(
+    stage: Stage, sides: set[str], tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    frozen = state_of(tiny_backbone.model)
+    made, task = make(tiny_backbone)
+    before = state_of(made)
+    tune(made, task, tmp_path, stage)
+    assert changed(before, made) == sides
+    assert torch.equal(made.state_dict()["semantic.centres"], before["semantic.centres"])
+    assert all(torch.equal(frozen[n], v) for n, v in tiny_backbone.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in tiny_backbone.model.parameters())
+
+
+@contextmanager
+def killed_in_step(number: int) -> Iterator[None]:
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise KeyboardInterrupt
+
+    handle = register_optimizer_step_pre_hook(count)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        handle.remove()
+
+
+def whole_run(made: Learner, task: TuningTask, folder: Path) -> list[TuningState]:
+    found = []
+    for stage in (TEXT, BOTH):
+        state, bank = tune(made, task, folder, stage)
+        task = replace(task, bank=bank)
+        found.append(state)
+    return found
+
+
+@pytest.mark.parametrize("step", [5, 8, 14])  # three steps an epoch, two epochs and three
+def test_a_run_cut_in_either_stage_ends_with_the_bits_of_an_uninterrupted_one(
+    step: int, tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    own = config()
+    whole, task = make(tiny_backbone, own)
+    expected = whole_run(whole, task, tmp_path / "whole")
+    with killed_in_step(step):
+        whole_run(learner(tiny_backbone, own), task, tmp_path / "cut")
+    resumed = learner(tiny_backbone, own)
+    assert whole_run(resumed, task, tmp_path / "cut") == expected
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+    both = {f"{start}{name}" for start in ("", "text-") for name in (BEST, LAST)}
+    assert {*files(tmp_path / "whole")} == both
+    after = resumed.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in state_of(whole).items())
+
+
+@pytest.mark.parametrize("stage", [TEXT, BOTH])
+def test_the_bank_learns_from_the_held_view_alone(
+    stage: Stage, tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    made, task = make(tiny_backbone)
+    assert task.bank is not None
+    assert task.views is not None
+    assert task.views.tokens is not None
+    _, bank = tune(made, task, tmp_path, replace(stage, epochs=1))
+    with torch.no_grad():
+        texts = made.texts(TUNED).embeddings.mean(dim=0)
+        images = task.views.embeddings[-1]
+        if stage.visual:
+            images = made.embed_tokens(task.views.tokens[-1])
+        new = (task.scale * images @ texts.T).softmax(dim=1)
+    counts = torch.zeros(4, 4)
+    for label, taken in zip(task.bank.labels.tolist(), new.argmax(dim=1).tolist(), strict=True):
+        counts[label, taken] += label != taken
+    assert bank is not None
+    torch.testing.assert_close(bank.counts, 0.9 * task.bank.counts + 0.1 * counts)
+    torch.testing.assert_close(bank.confidences, 0.9 * task.bank.confidences + 0.1 * new)
+    assert not torch.equal(bank.counts, task.bank.counts)
+
+
+def test_with_one_view_there_is_nothing_to_write_back(
+    tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    made, task = make(tiny_backbone)
+    assert task.views is not None
+    assert task.views.tokens is not None
+    single = Views(task.views.embeddings[:1], task.views.tokens[:1])
+    _, bank = tune(made, replace(task, views=single), tmp_path, replace(BOTH, epochs=1))
+    assert bank is task.bank
+
+
+def test_the_held_view_is_never_tuned_on_the_others_are(
+    tiny_backbone: Backbone, tmp_path: Path, steps: list[Step]
+) -> None:
+    made, task = make(tiny_backbone)
+    assert task.views is not None
+    assert task.views.tokens is not None
+    for held in (task.views.embeddings[-1], task.views.tokens[-1]):
+        held.fill_(float("nan"))  # would stop the tuning
+    tune(made, replace(task, bank=None), tmp_path, replace(BOTH, epochs=6))
+    shown = torch.cat([step.frozen for step in steps if step.frozen is not None])
+    for view in task.views.embeddings[:-1]:
+        assert (shown[:, None] == view).all(dim=2).any()
+
+
+def test_retrieved_samples_join_the_minibatch_with_their_own_labels(
+    tiny_backbone: Backbone, tmp_path: Path, steps: list[Step]
+) -> None:
+    made, task = make(tiny_backbone)
+    assert task.bank is not None
+    wrong = task.bank.labels != task.bank.predicted
+    assert wrong.sum() > 0
+    tune(made, task, tmp_path, replace(TEXT, epochs=1))
+    seen = []
+    for step in steps:
+        assert step.images is not None
+        assert step.mined is not None
+        rows = (step.images[:, None] == task.train.embeddings).all(dim=2).int().argmax(dim=1)
+        assert torch.equal(step.labels, task.bank.labels[rows])
+        assert len(step.mined) == len(rows) > 4  # 12 images in three batches of four
+        assert wrong[rows[4:]].all()
+        seen += rows[:4].tolist()
+    assert sorted(seen) == list(range(12))
+
+
+def test_without_retrieval_every_image_comes_once(
+    tiny_backbone: Backbone, tmp_path: Path, steps: list[Step]
+) -> None:
+    made, task = make(tiny_backbone, config("retrieval"))
+    tune(made, task, tmp_path, replace(TEXT, epochs=1))
+    assert [len(step.labels) for step in steps] == [4, 4, 4]
+    assert all(step.mined is not None for step in steps)
+
+
+def test_images_adapt_by_their_own_strength_and_validation_by_the_mean(
+    tiny_backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, task = make(tiny_backbone, config("retrieval"))
+    given: list[Tensor | None] = []
+    images = made.images
+
+    def noting(tokens: Tensor, alpha: Tensor | None = None, **options: Any) -> Any:
+        given.append(alpha)
+        return images(tokens, alpha, **options)
+
+    monkeypatch.setattr(made, "images", noting)
+    tune(made, task, tmp_path, replace(BOTH, epochs=1))
+    own = torch.cat([alpha for alpha in given if alpha is not None])
+    assert task.alpha is not None
+    assert torch.equal(own.sort().values, task.alpha)
+    assert given[-1] is None
+
+
+def test_validation_of_both_sides_reads_tuned_embeddings(
+    tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    made, task = make(tiny_backbone)
+    nothing = replace(task.val, embeddings=torch.full_like(task.val.embeddings, float("nan")))
+    state, _ = tune(made, replace(task, val=nothing), tmp_path, replace(BOTH, epochs=1))
+    assert state.best_nll is not None
+    assert 0 < state.best_nll < 100
+
+
+@contextmanager
+def noted_gradients(own: Learner) -> Iterator[list[Tensor]]:
+    found: list[Tensor] = []
+
+    def note(*_: Any) -> None:
+        parts = [p.grad.flatten() for p in own.parameters() if p.grad is not None]
+        found.append(torch.cat(parts).clone())
+
+    handle = register_optimizer_step_pre_hook(note)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def test_the_whole_gradient_is_clipped_and_keeps_its_direction(
+    tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    first = {}
+    for norm in (0.0, 0.01):
+        made, task = make(tiny_backbone, config(clip_norm=norm))
+        with noted_gradients(made) as gradients:
+            tune(made, task, tmp_path / str(norm), replace(BOTH, epochs=1))
+        first[norm] = gradients[0]
+        assert norm == 0 or all(g.norm() <= norm * 1.001 for g in gradients)
+    raw, clipped = first[0.0], first[0.01]
+    assert raw.norm() > 0.1
+    torch.testing.assert_close(clipped, raw * 0.01 / raw.norm(), rtol=1e-3, atol=1e-7)
+
+
+def broken(step: Step) -> Tensor:
+    """A term that is 0 while its slope is not finite."""
+    return (0 * step.texts.sum()).sqrt()
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_gradient_that_is_not_finite_is_named_and_the_last_checkpoint_stays(
+    epoch: int, tiny_backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, task = make(tiny_backbone)
+    kept = {}
+    if epoch == 2:
+        with killed_in_step(5):
+            tune(made, task, tmp_path, BOTH)
+        kept = files(tmp_path)
+        assert LAST in kept
+    monkeypatch.setitem(loss_terms._TERMS, "margin", broken)
+    where = rf"; the state before that epoch is in {LAST}" if epoch == 2 else "tune again$"
+    message = rf"epoch {epoch} the gradient of the margin term became nan; lower visual_.*{where}"
+    with pytest.raises(RunError, match=message):
+        tune(learner(tiny_backbone, task.config), task, tmp_path, BOTH)
+    assert (tmp_path / LAST).exists() == (epoch == 2)
+    assert {name: files(tmp_path)[name] for name in kept} == kept
+
+
+def test_a_gradient_too_large_in_the_sum_alone_is_named_as_that(
+    tiny_backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, task = make(tiny_backbone)
+    for name in ("margin", "moments"):
+        term = loss_terms._TERMS[name]
+        # Each has a finite gradient of its own; its norm is not.
+        monkeypatch.setitem(loss_terms._TERMS, name, lambda step, term=term: 1e30 * term(step))
+    with pytest.raises(RunError, match="the gradient of the weighted sum became nan; lower learn"):
+        tune(made, task, tmp_path, TEXT)
+
+
+@pytest.mark.parametrize("term", ["consistency", "infonce"])
+def test_a_term_that_is_not_finite_is_named(
+    term: str, tiny_backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, task = make(tiny_backbone)
+    own = loss_terms._TERMS[term]
+    monkeypatch.setitem(loss_terms._TERMS, term, lambda step: own(step) * float("inf"))
+    with pytest.raises(RunError, match=f"epoch 1 the {term} term became inf; lower visual"):
+        tune(made, task, tmp_path, BOTH)
+
+
+@pytest.mark.parametrize("validated", [True, False])
+def test_a_last_step_that_breaks_only_the_visual_side_is_noticed(
+    validated: bool, tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    made, task = make(tiny_backbone, config(batch_size=100, warmup_epochs=0), validated)
+    stage = replace(BOTH, text_rate=0.0, visual_rate=1e30)
+    with pytest.raises(RunError, match="in epoch 1 the image embeddings became nan; lower visual"):
+        tune(made, task, tmp_path, stage)
+    assert not (tmp_path / LAST).exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_everything_lies_where_it_should_on_a_gpu(
+    tiny_model_dir: Path, photos: Path, tmp_path: Path
+) -> None:
+    from capt_train.pipeline import train
+
+    own = config(device="cuda", epochs=2, visual_epochs=2, shots=3, views=3)
+    own = replace(own, data=str(photos), model=f"local-dir:{tiny_model_dir}", without=())
+    assert train(own, tmp_path / "run")["strength"] in (0, 0.25, 0.5, 0.75, 1)

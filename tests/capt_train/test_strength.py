@@ -1,0 +1,262 @@
+"""How much of the visual side's tuning is kept, and whom the trial never sees."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from capt_train import strength
+from capt_train.backbone import Backbone
+from capt_train.bank import ConfusionBank
+from capt_train.checkpoint import TuningState
+from capt_train.config import TrainConfig
+from capt_train.features import Features
+from capt_train.fewshot import FewShotSplit
+from capt_train.learner import Learner, make_learner
+from capt_train.stages import Stage, TuningTask
+from capt_train.strength import GRID, Trial, choose_strength, try_out
+from capt_train.views import Views
+
+NAMES = ("cat", "dog", "boat", "tree", "car", "bus", "sun")
+SHOTS, VAL = 4, 3
+FLAT = (1.0,) * len(GRID)
+
+
+def config(**settings: Any) -> TrainConfig:
+    parts = ("prompt", "infonce", "adapter", "sample-experts")
+    usual = {"method": "coop", "added": parts, "epochs": 1, "visual_epochs": 1, "patience": 0}
+    return TrainConfig(data="", model="", **{**usual, **settings})
+
+
+def learner(backbone: Backbone, own: TrainConfig, tuned: tuple[int, ...]) -> Learner:
+    zero_shot = backbone.class_embeddings(NAMES, own.templates)
+    return make_learner(backbone, own, FewShotSplit(NAMES, tuned, (), (), {}), zero_shot)
+
+
+def make(
+    backbone: Backbone, tuned: tuple[int, ...] = (0, 1, 3, 4, 6), val_classes: int = 9
+) -> tuple[Learner, TuningTask]:
+    """Return a learner, and a task of noise whose images can be told apart."""
+    own = config()
+    made = learner(backbone, own, tuned)
+    generator = torch.Generator().manual_seed(0)
+
+    def shown(count: int) -> Tensor:
+        return torch.randint(0, 256, (count, 16, 16, 3), dtype=torch.uint8, generator=generator)
+
+    views = [shown(SHOTS * len(tuned)) for _ in range(2)]
+    rows = torch.stack([backbone.image_embeddings(view) for view in views])
+    labels = torch.tensor(tuned).repeat_interleave(SHOTS)
+    val_labels = torch.tensor(tuned[:val_classes]).repeat(VAL)
+    val = shown(len(val_labels))
+    reference = backbone.class_embeddings(NAMES, own.templates)[list(tuned)]
+    train = Features(rows[0], labels)
+    task = TuningTask(
+        backbone.scale,
+        tuned,
+        train,
+        Features(backbone.image_embeddings(val), val_labels),
+        reference,
+        own,
+        ConfusionBank.fill(
+            backbone.scale * rows[0] @ reference.T, train.labels_among(tuned), rows[0]
+        ),
+        Views(rows, torch.stack([made.prefix(view).half() for view in views])),
+        made.prefix(val).half(),
+        torch.linspace(0.1, 0.5, len(labels)),
+    )
+    return made, task
+
+
+def without_val(task: TuningTask) -> TuningTask:
+    none = torch.zeros(0, dtype=torch.long)
+    return replace(task, val=task.val.rows(none), val_tokens=None)
+
+
+def value(made: Learner) -> float:
+    assert made.visual is not None
+    assert made.visual.strength is not None
+    return float(made.visual.strength)
+
+
+@pytest.mark.parametrize(
+    ("seen", "unseen", "expected"),
+    [
+        ((1, 2, 3, 4, 5), (1, 2, 3, 4, 5), 0.0),  # it only harms
+        ((5, 4, 3, 2, 1), (5, 4, 3, 2, 1), 1.0),  # it only helps
+        ((5, 4, 3, 2, 1), (1, 4, 7, 10, 13), 0.0),  # it harms new classes more than it helps
+        ((9, 6, 3, 2, 1), (1, 2, 3, 6, 9), 0.5),
+        ((1, 1, 1, 1, 1), (2, 1, 1, 1, 2), 0.75),  # of equal ones the strongest
+        (FLAT, FLAT, 1.0),
+    ],
+)
+def test_the_best_mean_over_seen_and_unseen_classes_is_chosen(
+    seen: tuple[float, ...],
+    unseen: tuple[float, ...],
+    expected: float,
+    tiny_backbone: Backbone,
+) -> None:
+    made, task = make(tiny_backbone)
+    trial = Trial(tuple(map(float, seen)), tuple(map(float, unseen)))
+    assert choose_strength(made, without_val(task), trial) == expected
+    assert value(made) == expected
+
+
+def test_with_nothing_to_go_by_the_visual_side_stays_as_tuned(tiny_backbone: Backbone) -> None:
+    made, task = make(tiny_backbone)
+    assert choose_strength(made, without_val(task), None) == 1
+    assert value(made) == 1
+
+
+@pytest.mark.parametrize(("harms", "expected"), [(True, 0.0), (False, 1.0)])
+@pytest.mark.parametrize("trial", [None, Trial((9.0, 0.0, 9.0, 9.0, 9.0), FLAT)])
+def test_a_tuned_model_is_asked_on_validation_images(
+    harms: bool, expected: float, trial: Trial | None, tiny_backbone: Backbone
+) -> None:
+    made, task = make(tiny_backbone)
+    assert made.visual is not None
+    generator = torch.Generator().manual_seed(0)
+    for parameter in made.visual.parameters():
+        parameter.data += torch.randn(parameter.shape, generator=generator)
+    with torch.no_grad():
+        texts = made.texts(task.tuned).embeddings[0]
+        assert task.val_tokens is not None
+        made.visual.set_constants(strength=0.0 if harms else 1.0)
+        right = (made.embed_tokens(task.val_tokens) @ texts.T).argmax(dim=1)
+    made.visual.set_constants(strength=1.0)
+    # Whoever says so is always right: the frozen side, or the tuned one.
+    val = replace(task.val, labels=torch.tensor(task.tuned)[right])
+    assert choose_strength(made, replace(task, val=val), trial) == expected
+    assert value(made) == expected
+
+
+def test_a_curve_leaves_the_strength_as_it_was(tiny_backbone: Backbone) -> None:
+    made, task = make(tiny_backbone)
+    assert made.visual is not None
+    made.visual.set_constants(strength=0.25)
+    curve = strength._curve(made, task.scale, strength._validation(task))
+    assert len(curve) == len(GRID)
+    assert len({*curve}) == 1  # new parts change nothing, however strong
+    assert value(made) == 0.25
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_fewer_than_four_classes_are_not_tried_out(classes: int, tiny_backbone: Backbone) -> None:
+    _, task = make(tiny_backbone, tuple(range(classes)))
+
+    def never(_: tuple[int, ...]) -> Learner:
+        raise AssertionError
+
+    assert try_out(task, never) is None
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Return what a trial was tuned on and asked about, without any tuning."""
+    found: dict[str, Any] = {"tasks": [], "questions": []}
+
+    def noting(
+        made: Learner, task: TuningTask, folder: Path, stage: Stage, label: str = ""
+    ) -> tuple[TuningState, ConfusionBank | None]:
+        found["tasks"].append(task)
+        return TuningState(), task.bank
+
+    def asked(made: Learner, scale: float, question: Any) -> tuple[float, ...]:
+        found["questions"].append(question)
+        found["learner"] = made
+        return FLAT
+
+    monkeypatch.setattr(strength, "tune", noting)
+    monkeypatch.setattr(strength, "_curve", asked)
+    return found
+
+
+def numbered(task: TuningTask) -> TuningTask:
+    """Write a number into all that belongs to an image: 1, 2, … in training, 101, … in val."""
+    assert task.views is not None
+    assert task.views.tokens is not None
+    assert task.val_tokens is not None
+    train, val = torch.arange(len(task.train)) + 1.0, torch.arange(len(task.val)) + 101.0
+    task.train.embeddings[:, 0], task.val.embeddings[:, 0] = train, val
+    task.views.embeddings[:, :, 0], task.views.tokens[:, :, 0, 0] = train, train.half()
+    task.val_tokens[:, 0, 0] = val.half()
+    return replace(task, alpha=train)
+
+
+def labels_of(task: TuningTask) -> dict[int, int]:
+    """Return the label behind every number."""
+    both = ((1, task.train), (101, task.val))
+    return {start + i: own for start, f in both for i, own in enumerate(f.labels.tolist())}
+
+
+@pytest.mark.parametrize("validated", [True, False])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_trial_never_sees_the_held_out_classes(
+    validated: bool, seed: int, tiny_backbone: Backbone, tried: dict[str, Any]
+) -> None:
+    _, task = make(tiny_backbone)
+    task = numbered(replace(task, config=config(seed=seed, epochs=5, visual_epochs=3)))
+    label = labels_of(task)
+    task = task if validated else without_val(task)
+    made = learner(tiny_backbone, task.config, task.tuned)
+    assert try_out(task, lambda _: made) == Trial(FLAT, FLAT)
+    seen, unseen = tried["questions"]
+    assert len(seen.classes) == 2
+    assert {*seen.classes} | {*unseen.classes} == {*task.tuned}
+    assert not {*seen.classes} & {*unseen.classes}
+    numbers = {"seen": seen.tokens[:, 0, 0].tolist(), "unseen": unseen.tokens[:, 0, 0].tolist()}
+    for question, own in ((seen, numbers["seen"]), (unseen, numbers["unseen"])):
+        assert [question.classes[at] for at in question.labels.tolist()] == [label[n] for n in own]
+    for half in tried["tasks"]:
+        assert half.tuned == seen.classes
+        rows = half.train.embeddings[:, 0].tolist()
+        assert rows
+        assert {label[n] for n in rows} == {*seen.classes}
+        assert half.train.labels.tolist() == [label[n] for n in rows]
+        for other in (half.views.embeddings[1, :, 0], half.views.tokens[1, :, 0, 0], half.alpha):
+            assert other.tolist() == rows
+        assert half.bank.embeddings[:, 0].tolist() == rows
+        assert half.bank.counts.shape == (2, 2)
+        assert {label[n] for n in half.val.embeddings[:, 0].tolist()} <= {*seen.classes}
+        assert not {*rows} & {*numbers["seen"], *numbers["unseen"]}  # nothing it was tuned on
+        assert (half.config.epochs, half.config.visual_epochs) == (3, 2)
+        expected = [task.reference[task.tuned.index(c)] for c in seen.classes]
+        assert torch.equal(half.reference, torch.stack(expected))
+        assert float(made.visual.alpha) == pytest.approx(sum(rows) / len(rows))  # type: ignore
+    everything = [n for n in label if label[n] in unseen.classes and (validated or n < 101)]
+    assert sorted(numbers["unseen"]) == everything
+    if validated:
+        assert sorted(numbers["seen"]) == [n for n in label if label[n] in seen.classes and n > 100]
+    else:  # every second training image instead
+        own = [n for n in label if label[n] in seen.classes and n < 101]
+        assert sorted([*numbers["seen"], *rows]) == own
+        assert len(numbers["seen"]) == len(own) // 2
+
+
+@pytest.mark.parametrize("val_classes", [0, 1, 2, 9])
+def test_a_trial_ends_in_numbers_whichever_classes_have_validation_images(
+    val_classes: int, tiny_backbone: Backbone
+) -> None:
+    _, task = make(tiny_backbone, (0, 1, 2, 3), val_classes=val_classes or 1)
+    task = task if val_classes else without_val(task)
+    trials = []
+    for seed in (1, 2):
+        own = replace(task, config=config(seed=seed, epochs=2, learning_rate=0.01))
+        trial = try_out(own, lambda tuned: learner(tiny_backbone, task.config, tuned))
+        assert trial is not None
+        trials.append(trial)
+        for curve in (trial.seen, trial.unseen):
+            assert len(curve) == len(GRID)
+            assert all(0 < nll < 100 for nll in curve)
+    assert trials[0] != trials[1]
+
+
+def test_a_trial_is_the_same_again(tiny_backbone: Backbone) -> None:
+    _, task = make(tiny_backbone)
+    trials = [try_out(task, lambda own: learner(tiny_backbone, task.config, own)) for _ in "ab"]
+    assert trials[0] == trials[1]
