@@ -43,9 +43,7 @@ class _Question:
     labels: Int[Tensor, " samples"]  # positions in `classes`
 
 
-def try_out(
-    task: TuningTask, make: Callable[[tuple[int, ...]], Learner]
-) -> Trial | None:
+def try_out(task: TuningTask, make: Callable[[tuple[int, ...]], Learner]) -> Trial | None:
     """Tune on half of the classes for half as long, and ask about images it has not seen.
 
     Without validation images, every second training image is left out and asked about instead.

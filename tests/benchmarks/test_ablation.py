@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,11 @@ def test_a_cell_is_measured_once_and_again_with_other_settings(
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
         return tmp_path
 
+    @contextmanager
+    def open_world(name: str) -> Iterator[cell.World]:
+        yield cell.World("data", "model")
+
+    monkeypatch.setattr(ablation, "open_world", open_world)
     monkeypatch.setattr(ablation, "measure", measure)
     monkeypatch.setattr(ablation, "write_result", write)
     monkeypatch.setattr(ablation, "RESULTS", tmp_path)

@@ -156,7 +156,8 @@ def test_only_terms_of_parts_that_are_on_have_a_weight() -> None:
         "coa": {"cross_entropy", "balance", "coa"},
         "tcpt": {"cross_entropy", "balance", "margin", "moments"},
         "prompt": {"cross_entropy", "balance", "coa", "margin", "moments"},
-        "capt": {*asdict(weights)},
+        "capt": {"cross_entropy", "balance", "coa", "infonce"},
+        "full": {*asdict(weights)},
     }
     for method, names in on.items():
         in_force = asdict(replace(CONFIG, method=method, weights=weights).loss_weights)

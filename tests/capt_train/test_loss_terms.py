@@ -1,40 +1,97 @@
+"""Which terms a step has, and what they are weighed into."""
+
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
+import pytest
 import torch
+from torch.nn.functional import normalize
 
-from capt_train import losses, tuning
+from capt_train import loss_terms, losses
 from capt_train.config import LossWeights
-from capt_train.tuning import loss_terms, weighted_sum
+from capt_train.loss_terms import Step, weighted_sum
+
+ALL = {field.name: 1.0 for field in fields(LossWeights)} | {"consistency": 1.0}
 
 
-def test_every_weight_has_a_term_and_every_term_a_weight() -> None:
-    assert list(tuning._TERMS) == [field.name for field in fields(LossWeights)]
+def random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_terms_are_unweighted_and_weighted_only_in_the_sum() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(6, 4, generator=generator)
-    own, reference = torch.randn(2, 4, 8, generator=generator)
-    labels = torch.tensor([0, 1, 2, 3, 0, 1])
-    weights = LossWeights(cross_entropy=2.0, coa=3.0, margin=0.5, moments=0.25)
-    terms = loss_terms(logits, labels, own, reference, weights)
-    expected = {
-        "cross_entropy": losses.cross_entropy(logits, labels),
-        "coa": losses.confusion_aware(logits, labels),
-        "margin": losses.margin(logits, labels),
-        "moments": losses.moments(own, reference),
-    }
-    assert terms == expected
-    total = 2 * terms["cross_entropy"] + 3 * terms["coa"]
-    total = total + 0.5 * terms["margin"] + 0.25 * terms["moments"]
-    torch.testing.assert_close(weighted_sum(terms, weights), total)
+def whole(prompts: int = 3) -> Step:
+    """A step with everything in it."""
+    return Step(
+        logits=random(prompts, 6, 4, seed=0),
+        labels=torch.tensor([0, 1, 2, 3, 0, 1]),
+        texts=normalize(random(prompts, 4, 8, seed=1), dim=-1),
+        reference=normalize(random(4, 8, seed=2), dim=-1),
+        mined=torch.tensor([[1, 2]] * 6),
+        images=normalize(random(6, 8, seed=3), dim=-1),
+        frozen=normalize(random(6, 8, seed=4), dim=-1),
+        gates=(random(6, 2, seed=5).softmax(dim=1), random(12, 2, seed=6).softmax(dim=1)),
+    )
 
 
-def test_terms_of_weight_0_are_not_computed() -> None:
-    nowhere = torch.full((4, 8), float("nan"))
-    weights = LossWeights(coa=0.0, margin=0.0, moments=0.0)
-    terms = loss_terms(torch.zeros(2, 4), torch.tensor([0, 1]), nowhere, nowhere, weights)
-    assert list(terms) == ["cross_entropy"]
-    assert torch.isfinite(weighted_sum(terms, weights))
+def test_every_term_has_a_weight_and_every_weight_a_term() -> None:
+    assert {*loss_terms.loss_terms(whole(), ALL)} == {*ALL}
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_terms_are_unweighted_means_over_the_prompts(prompts: int) -> None:
+    step = whole(prompts)
+    assert step.mined is not None
+    assert step.images is not None
+    assert step.frozen is not None
+    found = loss_terms.loss_terms(step, dict.fromkeys(ALL, 7.0))
+    for name, term in (
+        ("cross_entropy", losses.cross_entropy),
+        ("coa", losses.confusion_aware),
+        ("margin", losses.margin),
+    ):
+        own = [float(term(logits, step.labels)) for logits in step.logits]
+        assert float(found[name]) == pytest.approx(sum(own) / prompts, rel=1e-5)
+    own = [
+        float(losses.confusion_infonce(logits, step.labels, step.mined)) for logits in step.logits
+    ]
+    assert float(found["infonce"]) == pytest.approx(sum(own) / prompts, rel=1e-5)
+    own = [float(losses.moments(rows, step.reference)) for rows in step.texts]
+    assert float(found["moments"]) == pytest.approx(sum(own) / prompts, rel=1e-5)
+    assert found["consistency"] == losses.consistency(step.images, step.frozen)
+    both = [float(losses.balance(gates)) for gates in step.gates]  # a sum, not a mean: METHOD 6
+    assert float(found["balance"]) == pytest.approx(sum(both), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "gone"),
+    [
+        ({"mined": None}, {"infonce"}),
+        ({"images": None}, {"consistency"}),
+        ({"frozen": None}, {"consistency"}),
+        ({"gates": ()}, {"balance"}),
+    ],
+)
+def test_a_term_without_its_tensors_is_left_out(changes: dict[str, None], gone: set[str]) -> None:
+    assert {*loss_terms.loss_terms(replace(whole(), **changes), ALL)} == {*ALL} - gone
+
+
+@pytest.mark.parametrize("name", [*ALL])
+def test_a_term_of_weight_0_or_none_is_not_computed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(_: Step) -> torch.Tensor:
+        raise AssertionError
+
+    monkeypatch.setitem(loss_terms._TERMS, name, never)
+    for weights in ({**ALL, name: 0.0}, {key: 1.0 for key in ALL if key != name}):
+        assert {*loss_terms.loss_terms(whole(), weights)} == {*ALL} - {name}
+
+
+def test_the_sum_is_weighted_by_name() -> None:
+    weights = {name: float(2**power) for power, name in enumerate(ALL)}
+    terms = loss_terms.loss_terms(whole(), weights)
+    expected = sum(weights[name] * float(value) for name, value in terms.items())
+    assert float(weighted_sum(terms, weights)) == pytest.approx(expected, rel=1e-5)
+    own = {name: terms[name] for name in ("margin", "coa")}
+    expected = weights["margin"] * float(terms["margin"]) + weights["coa"] * float(terms["coa"])
+    assert float(weighted_sum(own, weights)) == pytest.approx(expected, rel=1e-5)

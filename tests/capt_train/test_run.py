@@ -60,8 +60,9 @@ def test_a_loaded_run_of_both_sides_says_what_it_said_when_it_was_tuned(
     assert own.keys() == state.keys()
     assert all(torch.equal(own[name], value) for name, value in state.items())
     assert float(state["module.visual.alpha"]) != 1.0  # a constant from the training images
-    texts = model.learner.texts(range(4)).embeddings
-    assert torch.equal(model.text_embeddings, texts[0])
+    texts = torch.cat([model.zero_shot[None], model.learner.texts(range(4)).embeddings])
+    mixed = model.fitted.mixture.rows(texts, model.tuned)
+    assert torch.equal(model.text_embeddings, mixed)
     pixels = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8)
     moved = model.learner.image_embeddings(pixels)
     assert not torch.allclose(moved, model.backbone.image_embeddings(pixels), atol=1e-3)

@@ -66,9 +66,9 @@ def test_a_failed_run_leaves_nothing_behind(
         {"model": "local-dir:nowhere"},
         {"device": "cuda:99"},
         {"class_names": str(tmp_path / "names.json")},
-        {"method": "capt", "sentences": str(tmp_path / "pairs.json")},
-        {"method": "capt", "commonality": str(tmp_path / "common.json")},
-        {"method": "capt", "llm_url": "ftp://host/v1", "llm_model": "tiny"},
+        {"method": "full", "text_depth": 2, "sentences": str(tmp_path / "pairs.json")},
+        {"method": "full", "text_depth": 2, "commonality": str(tmp_path / "common.json")},
+        {"method": "full", "text_depth": 2, "llm_url": "ftp://host/v1", "llm_model": "tiny"},
     ]
     for settings in bad:
         with pytest.raises(CaptError):

@@ -17,8 +17,10 @@ def test_each_row_is_the_scaled_embedding_over_the_temperature(model):
     for row, embedding in zip(head.weight, model.text_embeddings, strict=True):
         expected = [scale * value / model.fitted.temperature for value in embedding.tolist()]
         np.testing.assert_allclose(row.numpy(), expected, rtol=1e-5)
-        # never renormalised: the norm carries scale and temperature
-        assert float(row.norm()) == pytest.approx(scale / model.fitted.temperature, rel=1e-5)
+        # never renormalised: the norm carries scale, temperature, and what the mixture left of it
+        expected_norm = scale / model.fitted.temperature * float(embedding.norm())
+        assert float(row.norm()) == pytest.approx(expected_norm, rel=1e-5)
+        assert float(embedding.norm()) <= 1 + 1e-6
     assert not head.bias.any()
 
 

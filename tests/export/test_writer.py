@@ -26,12 +26,8 @@ def test_it_remembers_classes_calibration_and_where_it_came_from(bundle, tuned_r
     model, manifest = load_run(tuned_run), open_bundle(bundle).manifest
     assert manifest.class_names == ("blue sky", "green leaf", "grey stone", "red ball")
     assert manifest.tuned == (True, True, False, False)
-    assert manifest.calibration == {
-        "fp32": {
-            "temperature": model.fitted.temperature,
-            "zero_shot_temperature": model.fitted.zero_shot_temperature,
-        }
-    }
+    # its embeddings are not the frozen model's, so there is nothing to calibrate that with
+    assert manifest.calibration == {"fp32": {"temperature": model.fitted.temperature}}
     assert manifest.training["data_fingerprint"] == model.split.fingerprint()
     assert {"seed", "shots", "method", "versions", "model_sha256"} <= set(manifest.training)
     counted = {(p["true"], p["predicted"]): p["count"] for p in manifest.confusion_pairs}
@@ -43,7 +39,6 @@ def test_rows_for_tools_are_the_graphs_own(bundle):
     rows = load_file(bundle / "text_embeddings.safetensors")
     assert {name: array.shape for name, array in rows.items()} == {
         "text_embeddings": (4, 32),
-        "zero_shot": (4, 32),
         "bias": (4,),
     }
 
