@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from capt_deploy.console import say
+from capt_deploy.console import say, table
 from capt_train.backbone import Backbone
 from capt_train.bank import ConfusionBank, pairs
 from capt_train.config import TrainConfig
@@ -15,7 +15,7 @@ from capt_train.llm import LlmClient, key_from_environment
 from capt_train.llm_answers import DryRun, ask_all, dry_run, read_cache
 from capt_train.semantic_experts import cluster
 from capt_train.sentence_files import read_class_file, read_pair_file, write_pair_file
-from capt_train.sentences import KINDS, Gathered, Pair, gather, pair_key
+from capt_train.sentences import KINDS, Coverage, Gathered, Pair, gather, pair_key
 
 SENTENCES, ANSWERS = "sentences.json", "llm_answers.json"
 
@@ -55,10 +55,23 @@ def find_sentences(
     if config.llm_url and config.llm_model and found.on_templates:
         answers = ask_all(_client(config), found.on_templates, folder / ANSWERS)
         found = gather(wanted, **_files(config, names), llm=answers)
-    for notice in found.coverage(names).notices():
+    coverage = found.coverage(names)
+    for notice in coverage.notices():
         say(f"note: {notice}")
+    if len(coverage.without) < sum(row.pairs > 0 for row in coverage.rows):  # not only templates
+        say(_by_class(coverage))
     write_pair_file(folder / SENTENCES, found.sentences)
     return found
+
+
+def _by_class(coverage: Coverage) -> str:
+    """Return how many sentences of each kind a class has, and from where."""
+    rows = [
+        [row.name, *map(str, (row.pairs, row.commonality, row.difference)), ", ".join(row.sources)]
+        for row in coverage.rows
+        if row.pairs
+    ]
+    return table(["class in confused pairs", "pairs", *KINDS, "from"], rows)
 
 
 def would_ask(

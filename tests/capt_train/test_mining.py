@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from capt_train.mining import ANSWERS, SENTENCES, find_centres, find_sentences, 
 from capt_train.pipeline import train
 
 Configure = Callable[..., TrainConfig]
+SEMANTIC = ("semantic-experts",)
 NAMES = ("zebra", "cat", "lynx")
 
 
@@ -76,20 +79,30 @@ def test_centres_are_clustered_by_kind(tiny_backbone: Backbone, tmp_path: Path) 
     assert not torch.allclose(centres[0], centres[1], atol=1e-3)
     own = json.loads((tmp_path / SENTENCES).read_text())
     assert list(own) == ["cat|lynx", "cat|zebra"]
-    again = TrainConfig(data="", model="", centres=2, sentences=str(tmp_path / SENTENCES))
-    second = find_sentences(list(found.sentences), NAMES, again, tmp_path)
+    again = replace(config, added=SEMANTIC, sentences=str(tmp_path / SENTENCES))
+    (tmp_path / "again").mkdir()
+    second = find_sentences(list(found.sentences), NAMES, again, tmp_path / "again")
     assert torch.equal(find_centres(tiny_backbone, second, again), centres)
 
 
-def test_what_a_file_says_is_not_asked(llm: Any, tmp_path: Path) -> None:
+def test_what_a_file_says_is_not_asked(
+    llm: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "own.json"
     texts = {"commonality": ["Both have fur."], "difference": ["A lynx has a short tail."]}
     file.write_text(json.dumps({"lynx|cat": texts}))
-    config = TrainConfig(
-        data="", model="", sentences=str(file), llm_url=llm.url, llm_model="tiny", llm_retries=0
-    )
-    found = find_sentences([("cat", "lynx"), ("cat", "zebra")], NAMES, config, tmp_path)
+    config = TrainConfig("", "", added=SEMANTIC, sentences=str(file), llm_retries=0)
+    config = replace(config, llm_url=llm.url, llm_model="tiny")
+    wanted = [("cat", "lynx"), ("cat", "zebra")]
+    found = find_sentences(wanted, NAMES, config, tmp_path)
     assert asked(llm) == [("cat", "zebra")]
+    printed = capfd.readouterr().err
+    assert re.search(r"^lynx +1 +1 +1 +pair file$", printed, re.MULTILINE)
+    assert re.search(r"^zebra +1 +1 +1 +llm$", printed, re.MULTILINE)
+    # a run that goes on keeps the sentences it began with, whatever the files say by then
+    file.write_text(json.dumps({"lynx|cat": {**texts, "commonality": ["Another one."]}}))
+    assert find_sentences(wanted, NAMES, config, tmp_path).sentences == found.sentences
+    assert len(asked(llm)) == 1
     assert found.sentences["cat", "lynx"].commonality == ("Both have fur.",)
     assert found.sentences["cat", "zebra"].difference == ("cat differs from zebra.",)
 
@@ -146,7 +159,7 @@ def test_an_interrupted_run_asks_nothing_twice_and_ends_the_same(
         assert cut.read_bytes() == whole.read_bytes(), name
 
 
-def test_a_pair_without_an_answer_gets_templates_and_is_asked_again_on_resume(
+def test_a_pair_without_an_answer_gets_templates(
     with_llm: TrainConfig, llm: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     llm.replies = [(500, "sorry", {})]
