@@ -59,7 +59,7 @@ def plot_confusions(
         image = _draw(panel, counts, highest)
         panel.set_title(f"{title}: {_number(float(counts.sum()))} images", fontsize=10)
         _name(panel, names, rows=panel is panels[0])
-    figure.suptitle("Training images taken for another class")
+    figure.suptitle("Training images taken for another class (views that were not tuned on)")
     bar = figure.colorbar(image, ax=panels, label="images", shrink=0.8, pad=0.02)
     bar.locator = _whole_numbers()
     if len(names) > _LABELLED:

@@ -28,8 +28,8 @@ class ConfusedPair:
 
     true: str
     predicted: str
-    before: float  # training images, by the zero-shot model
-    after: float  # likewise after tuning
+    before: float  # views of training images that were not tuned on, by the zero-shot model
+    after: float  # the same views, after tuning
     samples: tuple[str, ...]  # paths of the images behind it, before or after
 
 
