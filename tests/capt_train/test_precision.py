@@ -66,7 +66,7 @@ def test_off_leaves_float32_and_auto_does_on_a_cpu():
 
 @pytest.mark.parametrize(("usable", "expected"), [(True, torch.bfloat16), (False, None)])
 def test_auto_takes_bf16_on_gpus_that_have_it(monkeypatch, usable, expected):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: usable)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: usable)
     assert Precision("auto", torch.device("cuda"))._dtype is expected
 
 
