@@ -4,10 +4,16 @@ import math
 
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 _LOWEST, _HIGHEST = 0.05, 20.0
 # Standard deviation of the prior on log T: a factor of 1.6 either way is nothing unusual.
 _PRIOR_DEVIATION = 0.5
+
+
+def calibrated_nll(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> float:
+    """Return the mean NLL at the temperature that would be fitted on these very logits."""
+    return float(functional.cross_entropy(logits / fit_temperature(logits, labels), labels))
 
 
 def fit_temperature(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> float:

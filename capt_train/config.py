@@ -154,7 +154,6 @@ class TrainConfig:
             (0 <= self.clip_norm < math.inf, "clip_norm", "a number, 0 or more"),
             (self.autocast in ("auto", "off", "bf16", "fp16"), "autocast", "auto, off, bf16, fp16"),
             (bool(self.llm_url) == bool(self.llm_model), "llm_url", "both llm_url and llm_model"),
-            (self.far_patience >= 1, "far_patience", "at least 1"),
             (self.views >= 2, "views", "at least 2, for one of them is not tuned on"),
             (bool(self.templates), "templates", "at least one"),
             (all("{}" in text for text in self.templates), "templates", "{} where the name goes"),
@@ -165,9 +164,15 @@ class TrainConfig:
             checks.append(({*getattr(self, name)} <= {*PARTS, *GROUPS}, name, known))
         for name in ("prompts", "text_depth", "mined_pairs", "centres", "experts", "expert_rank"):
             checks.append((getattr(self, name) >= 1, name, "at least 1"))
-        for name in ("adapter_blocks", "visual_depth", "visual_tokens", "visual_epochs"):
+        for name in (
+            "visual_depth",
+            "visual_tokens",
+            "adapter_blocks",
+            "visual_epochs",
+            "far_patience",
+        ):
             checks.append((getattr(self, name) >= 1, name, "at least 1"))
-        for name in ("consistency", "far_consistency", "far_epochs", "far_patience"):
+        for name in ("consistency", "far_consistency", "far_epochs"):
             checks.append((0 <= getattr(self, name) < math.inf, name, "a number, 0 or more"))
         own = tuple(asdict(self.weights).values())
         checks.append((all(0 <= w < math.inf for w in own), "weights", "numbers, 0 or more"))

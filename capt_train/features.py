@@ -42,6 +42,11 @@ class Features:
         digests = tuple(self.sha256[row] for row in chosen.tolist()) if self.sha256 else ()
         return Features(self.embeddings[chosen], self.labels[chosen], (), 0, digests)
 
+    def kept(self, items: Sequence[Item]) -> list[Item]:
+        """Return which of the `items` these were made of could be read, row by row."""
+        skipped = {file.path for file in self.skipped}
+        return [item for item in items if item.path not in skipped]
+
     def labels_among(self, classes: Sequence[int]) -> Int[Tensor, " batch"]:
         """Return the labels as positions in `classes`, which is ascending and holds them all."""
         return torch.searchsorted(torch.tensor(list(classes)), self.labels)

@@ -21,6 +21,7 @@ from capt_train.run import Fitted, TunedModel
 from capt_train.setup import Setup
 from capt_train.stages import TuningTask
 from capt_train.strength import Trial, choose_strength
+from capt_train.views import Views
 
 _FEW_FOR_CALIBRATION = 50
 
@@ -31,6 +32,7 @@ class Outcome:
 
     learner: Learner
     task: TuningTask
+    views: Views  # of its training images
     states: tuple[TuningState, ...]  # one for each stage
     trial: Trial | None
     bank: ConfusionBank  # after the last write-back
@@ -38,11 +40,7 @@ class Outcome:
     @property
     def held_view(self) -> Float[Tensor, "samples dim"]:
         """Tuned embeddings of the views that were not tuned on."""
-        views = self.task.views
-        assert views is not None
-        if views.tokens is None:
-            return views.embeddings[views.held].to(self.task.reference.device)
-        return self.learner.embed_tokens(views.tokens[views.held])
+        return self.views.held_embeddings(self.learner).to(self.task.reference.device)
 
 
 def fit(setup: Setup, outcome: Outcome, out: Path) -> TunedModel:
@@ -71,7 +69,7 @@ def fit(setup: Setup, outcome: Outcome, out: Path) -> TunedModel:
         {
             **model.fitted.to_dict(),
             "images": {"train": len(task.train), "val": len(task.val)},
-            "trained_parameters": sum(p.numel() for p in learner.parameters()),
+            "trained_parameters": learner.size,
             "trial": outcome.trial and asdict(outcome.trial),
             "stages": [
                 {
@@ -127,16 +125,14 @@ def _write_banks(
 ) -> None:
     """Write the bank, and who is mistaken for whom on images that were not tuned on."""
     tuned = list(setup.split.tuned)
-    views = outcome.task.views
-    assert views is not None
+    views = outcome.views
     # Both are asked about the same views, so that what differs is the model.
     frozen = model.zero_shot_logits(views.embeddings[views.held])[:, tuned]
     own = model.logits(outcome.held_view)[:, tuned]
     before, after = (before.updated(z.to(before.counts)[None], momentum=0.0) for z in (frozen, own))
     outcome.bank.save(out / runs.BANK)
     names = setup.tuned_names
-    skipped = {file.path for file in outcome.task.train.skipped}
-    paths = [item.path for item in setup.split.train if item.path not in skipped]
+    paths = [item.path for item in outcome.task.train.kept(setup.split.train)]
     write_confusions(out / CONFUSIONS, names, before, after, paths)
     counts = before.counts.cpu().numpy(), after.counts.cpu().numpy()
     plot_confusions(out / runs.MATRIX, counts[0], counts[1], names)

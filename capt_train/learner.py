@@ -66,7 +66,12 @@ class Learner(nn.Module):
     @property
     def trainable(self) -> bool:
         """Whether there is anything to train."""
-        return any(True for _ in self.parameters())
+        return self.size > 0
+
+    @property
+    def size(self) -> int:
+        """How many numbers are trained."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
     def parts(self, config: TrainConfig) -> frozenset[str]:
         """Return the parts in force: those of the settings that this model can have."""

@@ -33,8 +33,7 @@ def check_sources(config: TrainConfig, names: Sequence[str]) -> None:
         ConfigError: the endpoint cannot be used.
     """
     _files(config, names)
-    if config.llm_url is not None:
-        _client(config)
+    _client(config)
 
 
 def find_sentences(
@@ -51,10 +50,12 @@ def find_sentences(
     """
     if (folder / SENTENCES).exists():  # a resumed run goes on with what it began with
         return gather(wanted, pair_sentences=read_pair_file(folder / SENTENCES, names))
-    found = gather(wanted, **_files(config, names))
-    if config.llm_url and config.llm_model and found.on_templates:
-        answers = ask_all(_client(config), found.on_templates, folder / ANSWERS)
-        found = gather(wanted, **_files(config, names), llm=answers)
+    files = _files(config, names)
+    found = gather(wanted, **files)
+    client = _client(config)
+    if client is not None and found.on_templates:
+        answers = ask_all(client, found.on_templates, folder / ANSWERS)
+        found = gather(wanted, **files, llm=answers)
     coverage = found.coverage(names)
     for notice in coverage.notices():
         say(f"note: {notice}")
@@ -106,8 +107,10 @@ def _files(config: TrainConfig, names: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _client(config: TrainConfig) -> LlmClient:
-    assert config.llm_url is not None and config.llm_model is not None
+def _client(config: TrainConfig) -> LlmClient | None:
+    """Return whom to ask; None where no endpoint is given."""
+    if config.llm_url is None or config.llm_model is None:
+        return None
     return LlmClient(
         config.llm_url,
         config.llm_model,

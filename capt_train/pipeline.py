@@ -91,7 +91,8 @@ def _tune(setup: Setup, cache: EmbeddingCache, out: Path) -> Outcome:
     task = TuningTask(
         backbone.scale, split.tuned, features, val, reference, config, bank if asked else None
     )
-    task = replace(task, views=_views(setup, learner, split.train, features, "training images"))
+    views = _views(setup, learner, split.train, features, "training images")
+    task = replace(task, views=views)
     trial = None
     if learner.visual is not None:
         task = _with_visual_side(setup, learner, task)
@@ -102,7 +103,7 @@ def _tune(setup: Setup, cache: EmbeddingCache, out: Path) -> Outcome:
         states.append(state)
         bank = written or bank
         task = replace(task, bank=written)
-    return Outcome(learner, task, tuple(states), trial, bank)
+    return Outcome(learner, task, views, tuple(states), trial, bank)
 
 
 def _wanted(setup: Setup, bank: ConfusionBank) -> list[tuple[str, str]]:
@@ -119,13 +120,12 @@ def _views(
 ) -> Views:
     """Embed views of the images behind `features`, which may be fewer than `items`."""
     config = setup.config
-    skipped = {file.path for file in features.skipped}
     usual = config.views if learner.visual is not None else _TEXT_SIDE_VIEWS
     return embed_views(
         setup.backbone,
         learner,
         setup.dataset,
-        [item for item in items if item.path not in skipped],
+        features.kept(items),
         views=views or usual,
         area=config.view_area,
         seed=config.seed,
@@ -164,6 +164,6 @@ def _measure(setup: Setup, model: TunedModel, cache: EmbeddingCache) -> Report:
         "temperature": model.fitted.temperature,
         "strength": model.fitted.strength,
         "mixture": model.fitted.mixture.to_dict(),
-        "trained_parameters": sum(p.numel() for p in model.learner.parameters()),
+        "trained_parameters": model.learner.size,
         **evaluate_model(model, cache, dataset, measured_on),
     }

@@ -19,11 +19,12 @@ from capt_train.features import Features
 from capt_train.fewshot import FewShotSplit, choose
 from capt_train.learner import left_out, make_learner
 from capt_train.mining import check_sources
+from capt_train.stages import zero_shot_bank
 
 # Where things lie may change before a run is resumed: what is there is checked by its content.
 _FILES = ("class_names", "sentences", "commonality", "difference")
-_MAY_MOVE = {"data", "model", "pretrained", "device", *_FILES}
-_MAY_MOVE |= {"llm_url", "llm_model", "llm_timeout_s", "llm_retries", "llm_backoff_s"}
+_ASKING = ("llm_url", "llm_model", "llm_timeout_s", "llm_retries", "llm_backoff_s")
+_MAY_MOVE = {"data", "model", "pretrained", "device", *_FILES, *_ASKING}
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,7 @@ class Setup:
     def zero_shot_bank(self, train: Features) -> ConfusionBank:
         """Return the bank as the frozen model fills it, over the classes that are tuned."""
         tuned = list(self.split.tuned)
-        embeddings = train.embeddings.to(self.backbone.device)
-        logits = self.backbone.scale * embeddings @ self.zero_shot[tuned].T
-        return ConfusionBank.fill(logits, train.labels_among(tuned).to(logits.device), embeddings)
+        return zero_shot_bank(self.backbone.scale, train, tuned, self.zero_shot[tuned])
 
 
 def prepare(config: TrainConfig, out: Path, resume: bool, split_from: Path | None) -> Setup:

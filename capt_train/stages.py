@@ -1,5 +1,6 @@
 """What is tuned on, and in which stages."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from jaxtyping import Float
@@ -26,6 +27,25 @@ class TuningTask:
     views: Views | None = None  # of the training images
     val_tokens: Float[Tensor, "images tokens width"] | None = None
     alpha: Float[Tensor, " samples"] | None = None  # s·cᵞ of the training images
+
+
+def zero_shot_bank(
+    scale: float,
+    train: Features,
+    tuned: Sequence[int],
+    reference: Float[Tensor, "classes dim"],
+) -> ConfusionBank:
+    """Return the bank as the frozen model fills it, over the classes that are tuned.
+
+    Args:
+        scale: 1/τ of the backbone.
+        train: images of these classes.
+        tuned: their indices, ascending.
+        reference: their hand-written t⁰.
+    """
+    embeddings = train.embeddings.to(reference.device)
+    labels = train.labels_among(tuned).to(reference.device)
+    return ConfusionBank.fill(scale * embeddings @ reference.T, labels, embeddings)
 
 
 @dataclass(frozen=True)

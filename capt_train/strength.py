@@ -12,12 +12,10 @@ from pathlib import Path
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional
 
-from capt_train.bank import ConfusionBank
-from capt_train.calibration import fit_temperature
+from capt_train.calibration import calibrated_nll
 from capt_train.learner import Learner
-from capt_train.stages import TuningTask, stages
+from capt_train.stages import TuningTask, stages, zero_shot_bank
 from capt_train.tuning import tune
 from capt_train.views import Views
 
@@ -148,11 +146,8 @@ def _refilled(task: TuningTask) -> TuningTask:
     """Return the task with a bank of its own classes and images."""
     if task.bank is None:
         return task
-    device = task.reference.device
-    embeddings = task.train.embeddings.to(device)
-    logits = task.scale * embeddings @ task.reference.T
-    labels = task.train.labels_among(task.tuned).to(device)
-    return replace(task, bank=ConfusionBank.fill(logits, labels, embeddings))
+    bank = zero_shot_bank(task.scale, task.train, task.tuned, task.reference)
+    return replace(task, bank=bank)
 
 
 def _validation(task: TuningTask) -> _Question:
@@ -180,7 +175,6 @@ def _curve(learner: Learner, scale: float, question: _Question) -> Curve:
     for strength in GRID:
         learner.visual.set_constants(strength=strength)
         logits = scale * learner.embed_tokens(question.tokens) @ texts.T
-        loss = functional.cross_entropy(logits / fit_temperature(logits, labels), labels)
-        found.append(float(loss))
+        found.append(calibrated_nll(logits, labels))
     learner.visual.set_constants(strength=before)
     return tuple(found)

@@ -7,12 +7,11 @@ from pathlib import Path
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.nn import functional
 
 from capt_deploy.console import progress
 from capt_deploy.errors import RunError
 from capt_train.bank import ConfusionBank, mined_classes, retrieve
-from capt_train.calibration import fit_temperature
+from capt_train.calibration import calibrated_nll
 from capt_train.checkpoint import TuningState, load_checkpoint, part_of, save_checkpoint
 from capt_train.config import TrainConfig
 from capt_train.learner import Learner
@@ -177,11 +176,8 @@ class _Loop:
         if self.bank is None or views is None or not views.held:
             return
         texts = self._learner.texts(self._task.tuned).embeddings.float().mean(dim=0)
-        if self._stage.visual and views.tokens is not None:
-            images = self._learner.embed_tokens(views.tokens[views.held])
-        else:
-            images = views.embeddings[views.held].to(self._device)
-        logits = self._task.scale * images @ texts.T
+        images = views.held_embeddings(self._learner if self._stage.visual else None)
+        logits = self._task.scale * images.to(self._device) @ texts.T
         self.bank = self.bank.updated(logits[None], self._task.config.bank_momentum)
 
     @torch.no_grad()
@@ -208,7 +204,7 @@ class _Loop:
             return None
         logits = task.scale * images @ texts.mean(dim=0).T
         labels = task.val.labels_among(task.tuned).to(self._device)
-        return float(functional.cross_entropy(logits / fit_temperature(logits, labels), labels))
+        return calibrated_nll(logits, labels)
 
     def save(self, path: Path, state: TuningState) -> None:
         """Write all that the next epoch depends on."""

@@ -37,6 +37,12 @@ class Views:
         """The view that tells how the model does on images it was not trained on."""
         return len(self.embeddings) - 1
 
+    def held_embeddings(self, learner: Learner | None) -> Float[Tensor, "samples dim"]:
+        """Return embeddings of the held view: by the learner, or by the frozen tower without."""
+        if learner is None or self.tokens is None:
+            return self.embeddings[self.held]
+        return learner.embed_tokens(self.tokens[self.held])
+
 
 def embed_views(
     backbone: Backbone,
