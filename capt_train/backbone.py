@@ -1,5 +1,6 @@
 """A frozen open_clip model: image embeddings, text embeddings, and prompts with a free context."""
 
+import copy
 import hashlib
 import json
 import logging
@@ -17,12 +18,15 @@ from torch.nn import functional
 
 from capt_deploy.errors import ModelError
 from capt_deploy.preprocess import PreprocessConfig
+from capt_train.colour_map import ColourMap
 from capt_train.vision_tower import Tower, open_tower
 from capt_train.vocabulary import whole_words
 
 
 class Backbone:
     """An open_clip model in float32 and evaluation mode whose parameters never change."""
+
+    colours: ColourMap | None = None  # in front of the tower
 
     def __init__(self, model: Any, tokenizer: Any, preprocess: PreprocessConfig) -> None:
         self.model: Any = model.eval().requires_grad_(False)
@@ -70,7 +74,14 @@ class Backbone:
     ) -> Float[Tensor, "batch 3 height width"]:
         """Return what the visual tower takes."""
         images = (pixels.to(self.device).float() / 255 - self._mean) / self._std
-        return images.permute(0, 3, 1, 2)
+        images = images.permute(0, 3, 1, 2)
+        return images if self.colours is None else self.colours(images)
+
+    def recoloured(self, colours: ColourMap | None) -> "Backbone":
+        """Return the same model with a map of its own in front of the tower."""
+        other = copy.copy(self)
+        other.colours = colours
+        return other
 
     @cached_property
     def tower(self) -> Tower | None:

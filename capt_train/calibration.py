@@ -13,7 +13,15 @@ _PRIOR_DEVIATION = 0.5
 
 def calibrated_nll(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> float:
     """Return the mean NLL at the temperature that would be fitted on these very logits."""
-    return float(functional.cross_entropy(logits / fit_temperature(logits, labels), labels))
+    return float(calibrated_losses(logits, labels).mean())
+
+
+def calibrated_losses(
+    logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]
+) -> Float[Tensor, " batch"]:
+    """Return each sample's NLL at that temperature."""
+    scaled = logits / fit_temperature(logits, labels)
+    return functional.cross_entropy(scaled, labels, reduction="none")
 
 
 def fit_temperature(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> float:

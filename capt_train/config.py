@@ -22,6 +22,7 @@ class LossWeights:
 
 # What can be switched on and off alone, in the order of METHOD.md.
 PARTS: Mapping[str, str] = {
+    "colours": "an affine map of the input's colours, where other images gain by it",
     "prompt": "learned context vectors instead of the hand-written prompt",
     "text-prompts": "new context vectors in deeper blocks of the text tower",
     "visual-prompts": "free tokens in the blocks of the visual tower",
@@ -40,7 +41,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "tcpt": ("margin", "moments"),
     "bank": ("infonce", "retrieval"),
     "experts": ("semantic-experts", "sample-experts"),
-    "visual": ("adapter", "sample-experts", "visual-prompts"),
+    "visual": ("colours", "adapter", "sample-experts", "visual-prompts"),
     "deep-prompts": ("text-prompts", "visual-prompts"),
 }
 # What each --method trains; `capt` has the parts that earn their place (docs/ablation.md).
@@ -51,7 +52,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "tcpt": ("prompt", "margin", "moments"),
     "cocoa": ("prompt", "coa", "mixture"),
     "prompt": ("prompt", "coa", "margin", "moments"),
-    "capt": ("prompt", "coa", "infonce", "adapter", "sample-experts"),
+    "capt": ("colours", "prompt", "coa", "infonce", "adapter", "sample-experts"),
     "full": tuple(PARTS),
 }
 
@@ -71,6 +72,10 @@ class TrainConfig:
     shots: int = 16  # images per class
     seed: int = 1
     device: str = "auto"
+
+    # colours
+    colour_steps: int = 100
+    colour_learning_rate: float = 0.15
 
     # text side
     templates: tuple[str, ...] = ("a photo of a {}.",)  # of the hand-written prompt t⁰
@@ -140,6 +145,8 @@ class TrainConfig:
             (self.patience >= 0, "patience", "0 or more"),
             (self.context_tokens >= 0, "context_tokens", "0 or more"),
             (0 <= self.seed < 2**32, "seed", "0 up to 2**32 - 1"),
+            (self.colour_steps >= 4, "colour_steps", "at least 4"),
+            (0 < self.colour_learning_rate < math.inf, "colour_learning_rate", "a number above 0"),
             (0 < self.learning_rate < math.inf, "learning_rate", "a number above 0"),
             (0 <= self.momentum < 1, "momentum", "0 up to below 1"),
             (0 <= self.weight_decay < math.inf, "weight_decay", "a number, 0 or more"),

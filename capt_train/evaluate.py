@@ -37,7 +37,7 @@ def evaluate_model(
         if seen := sum(digest in used for digest in features.sha256):
             say(f"note: {seen} test images are also among those that the run has used")
     own = features.embeddings
-    if model.visual is not None:
+    if model.moves_images:
         label = f"{split} images with the tuned visual side"
         own = embed(model.backbone, None, dataset, items, label, model.learner).embeddings
     scores = Scores(

@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -50,6 +50,14 @@ class Features:
     def labels_among(self, classes: Sequence[int]) -> Int[Tensor, " batch"]:
         """Return the labels as positions in `classes`, which is ascending and holds them all."""
         return torch.searchsorted(torch.tensor(list(classes)), self.labels)
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What is tuned on and what decides, by one encoder."""
+
+    train: Features
+    val: Features  # may be empty
 
 
 @runtime_checkable
@@ -129,6 +137,32 @@ def embed(
         embedded,
         tuple(digests),
     )
+
+
+def read_pixels(
+    backbone: Backbone, dataset: Dataset, items: Sequence[Item]
+) -> UInt8[Tensor, "batch height width 3"]:
+    """Decode and preprocess images.
+
+    Raises:
+        ImageError: one of them cannot be read.
+    """
+    if not items:
+        return torch.zeros((0, *backbone.preprocess.size, 3), dtype=torch.uint8)
+    return torch.from_numpy(np.stack([_pixels(dataset.path(item), backbone) for item in items]))
+
+
+def _pixels(path: Path, backbone: Backbone) -> NDArray[np.uint8]:
+    try:
+        return preprocess(path.read_bytes(), backbone.preprocess)
+    except OSError as cause:
+        raise ImageError(f"{path}: cannot be read ({cause})") from cause
+
+
+def every_second(labels: Int[Tensor, " samples"]) -> Bool[Tensor, " samples"]:
+    """Return the second, fourth, … image of each class; the only one of a class is none of them."""
+    same = labels[:, None] == labels[None, :]
+    return same.tril(diagonal=-1).sum(dim=1) % 2 == 1
 
 
 def _read(path: Path) -> bytes:

@@ -15,6 +15,7 @@ from capt_train.calibration import fit_temperature
 from capt_train.checkpoint import TuningState
 from capt_train.confusion_plot import plot_confusions
 from capt_train.confusions import CONFUSIONS, write_confusions
+from capt_train.features import Embedded
 from capt_train.learner import Learner
 from capt_train.mixture import Mixture, fit_inside, fit_outside, pseudo_class_names
 from capt_train.run import Fitted, TunedModel
@@ -33,6 +34,7 @@ class Outcome:
     learner: Learner
     task: TuningTask
     views: Views  # of its training images
+    frozen: Embedded  # its images, by the model as it came
     states: tuple[TuningState, ...]  # one for each stage
     trial: Trial | None
     bank: ConfusionBank  # after the last write-back
@@ -50,7 +52,7 @@ def fit(setup: Setup, outcome: Outcome, out: Path) -> TunedModel:
     if learner.visual is not None:
         strength = choose_strength(learner, task, outcome.trial)
         say(f"strength of the visual side, by validation images and held-out classes: {strength:g}")
-    before = setup.zero_shot_bank(task.train)
+    before = setup.zero_shot_bank(outcome.frozen.train)
     own = split.tuned  # the bank counts among these
     pairs = {(own[a], own[b]): round(count) for (a, b), count in confused_pairs(before).items()}
     mixture = _mixture(setup, outcome)
@@ -62,7 +64,7 @@ def fit(setup: Setup, outcome: Outcome, out: Path) -> TunedModel:
     if 0 < len(task.val) < _FEW_FOR_CALIBRATION:
         say(f"note: confidences are calibrated on no more than {len(task.val)} validation images")
     if len(task.val):
-        model = replace(model, fitted=_calibrated(model, task))
+        model = replace(model, fitted=_calibrated(model, outcome))
     _write_banks(setup, model, outcome, before, out)
     write_json(
         out / runs.RESULT,
@@ -106,13 +108,14 @@ def _mixture(setup: Setup, outcome: Outcome) -> Mixture:
 
 
 @torch.no_grad()
-def _calibrated(model: TunedModel, task: TuningTask) -> Fitted:
+def _calibrated(model: TunedModel, outcome: Outcome) -> Fitted:
+    task, frozen = outcome.task, outcome.frozen.val
     tuned = list(task.tuned)
     labels = task.val.labels_among(tuned)
     images = task.val.embeddings
     if task.val_tokens is not None:
         images = model.learner.embed_tokens(task.val_tokens)
-    after, before = model.logits(images), model.zero_shot_logits(task.val.embeddings)
+    after, before = model.logits(images), model.zero_shot_logits(frozen.embeddings)
     return replace(
         model.fitted,
         temperature=fit_temperature(after[:, tuned].cpu(), labels),
@@ -125,9 +128,8 @@ def _write_banks(
 ) -> None:
     """Write the bank, and who is mistaken for whom on images that were not tuned on."""
     tuned = list(setup.split.tuned)
-    views = outcome.views
     # Both are asked about the same views, so that what differs is the model.
-    frozen = model.zero_shot_logits(views.embeddings[views.held])[:, tuned]
+    frozen = model.zero_shot_logits(outcome.views.untouched)[:, tuned]
     own = model.logits(outcome.held_view)[:, tuned]
     before, after = (before.updated(z.to(before.counts)[None], momentum=0.0) for z in (frozen, own))
     outcome.bank.save(out / runs.BANK)

@@ -44,14 +44,14 @@ class Learner(nn.Module):
         """Put the parts together.
 
         Args:
-            backbone: frozen.
+            backbone: frozen, the colours of its input mapped where that is wanted.
             zero_shot: hand-written t⁰ of every class, in force where there is no prompt.
             prompts: K learned prompts; may be empty.
             semantic: experts on class embeddings.
             visual: what is trained inside the visual tower.
         """
         super().__init__()
-        self._backbone = backbone
+        self.backbone = backbone
         self._zero_shot = zero_shot
         self.prompts = nn.ModuleList(prompts)
         self._learned = tuple(prompts)  # the same, with their type
@@ -66,17 +66,25 @@ class Learner(nn.Module):
     @property
     def trainable(self) -> bool:
         """Whether there is anything to train."""
-        return self.size > 0
+        return any(True for _ in self.parameters())
 
     @property
     def size(self) -> int:
-        """How many numbers are trained."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """How many numbers are trained or fitted."""
+        colours = self.backbone.colours
+        own = sum(parameter.numel() for parameter in self.parameters())
+        return own if colours is None else own + colours.size
+
+    @property
+    def recoloured(self) -> bool:
+        """Whether the colours of the input are mapped."""
+        return self.backbone.colours is not None
 
     def parts(self, config: TrainConfig) -> frozenset[str]:
         """Return the parts in force: those of the settings that this model can have."""
         visual = self.visual
         there = {
+            "colours": self.recoloured,
             "adapter": visual is not None and len(visual.adapters) > 0,
             "sample-experts": visual is not None and visual.experts is not None,
             "visual-prompts": visual is not None and visual.prompts is not None,
@@ -137,18 +145,31 @@ class Learner(nn.Module):
     def prefix(self, pixels: Tensor) -> Tensor:
         """Return the frozen tokens of preprocessed pixels, RGB 0-255."""
         visual, tower = self._reached()
-        return visual.prefix(tower, self._backbone.normalise(pixels))
+        return visual.prefix(tower, self.backbone.normalise(pixels))
+
+    @torch.no_grad()
+    def start(self, pixels: Tensor) -> tuple[Float[Tensor, "batch dim"], Tensor | None]:
+        """Return f⁰, and where the visual side is tuned the tokens of `prefix`; of a new learner.
+
+        A new visual side says what the frozen one does, unless it has prompts.
+        """
+        if self.visual is None:
+            return self.backbone.image_embeddings(pixels), None
+        tokens = self.prefix(pixels)
+        if self.visual.prompts is not None:
+            return self.backbone.image_embeddings(pixels), tokens
+        return self.images(tokens).embeddings, tokens
 
     @torch.no_grad()
     def image_embeddings(self, pixels: Tensor) -> Float[Tensor, "batch dim"]:
         """Return unit-norm embeddings f(x) of preprocessed pixels, RGB 0-255, as tuned."""
         if self.visual is None:
-            return self._backbone.image_embeddings(pixels)
+            return self.backbone.image_embeddings(pixels)
         return self.images(self.prefix(pixels)).embeddings
 
     def _reached(self) -> tuple[VisualTuner, Tower]:
         assert self.visual is not None  # callers look first
-        tower = self._backbone.tower
+        tower = self.backbone.tower
         assert tower is not None  # else there would be no visual parts
         return self.visual, tower
 
@@ -217,7 +238,7 @@ def _prompt(
 def _visual_tuner(
     backbone: Backbone, config: TrainConfig, generator: torch.Generator
 ) -> VisualTuner | None:
-    wanted = [part for part in GROUPS["visual"] if part in config.parts]
+    wanted = _inside_the_tower(config)
     tower = backbone.tower if wanted else None
     if tower is None:
         return None
@@ -232,9 +253,13 @@ def _visual_tuner(
     return tuner if any(True for _ in tuner.parameters()) else None
 
 
+def _inside_the_tower(config: TrainConfig) -> list[str]:
+    return [part for part in GROUPS["visual"] if part in config.parts - {"colours"}]
+
+
 def left_out(backbone: Backbone, config: TrainConfig) -> list[str]:
     """Return a sentence for each wanted part that this model cannot have."""
-    wanted = [part for part in GROUPS["visual"] if part in config.parts]
+    wanted = _inside_the_tower(config)
     if not wanted:
         return []
     tower = backbone.tower

@@ -15,11 +15,12 @@ from capt_train.bank import ConfusionBank, intensity
 from capt_train.config import TrainConfig
 from capt_train.embedding_cache import EmbeddingCache
 from capt_train.evaluate import evaluate_model
-from capt_train.features import Features, embed
+from capt_train.features import Embedded, Features, embed
 from capt_train.fitting import Outcome, fit
 from capt_train.learner import Learner, make_learner
 from capt_train.llm_answers import DryRun
 from capt_train.mining import find_centres, find_sentences, mined_names, would_ask
+from capt_train.recolour import recolour
 from capt_train.run import TunedModel
 from capt_train.setup import Setup, absolute, load, prepare
 from capt_train.stages import TuningTask, stages
@@ -73,20 +74,25 @@ def dry_run(config: TrainConfig, out: Path, split_from: Path | None = None) -> D
 def _tune(setup: Setup, cache: EmbeddingCache, out: Path) -> Outcome:
     """Mine, embed views, try out how far the visual side may move, and tune."""
     backbone, split, config = setup.backbone, setup.split, setup.config
-    features = embed(backbone, cache, setup.dataset, split.train, "training images")
-    val = embed(backbone, cache, setup.dataset, split.val, "validation images")
-    bank = setup.zero_shot_bank(features)
+    frozen = Embedded(
+        embed(backbone, cache, setup.dataset, split.train, "training images"),
+        embed(backbone, cache, setup.dataset, split.val, "validation images"),
+    )
+    seen, images = recolour(setup, frozen, out)
+    features, val = images.train, images.val
     centres = None
     if "semantic-experts" in config.parts:
-        found = find_sentences(_wanted(setup, bank), setup.tuned_names, config, out)
+        wanted = _wanted(setup, setup.zero_shot_bank(frozen.train))
+        found = find_sentences(wanted, setup.tuned_names, config, out)
         centres = find_centres(backbone, found, config)
 
     def make(tuned: tuple[int, ...]) -> Learner:
         own = replace(split, tuned=tuned)
-        return make_learner(backbone, config, own, setup.zero_shot, centres)
+        return make_learner(seen, config, own, setup.zero_shot, centres)
 
     learner = make(split.tuned)
     reference = setup.zero_shot[list(split.tuned)]
+    bank = setup.zero_shot_bank(features)
     asked = bool({"infonce", "retrieval"} & config.parts)
     task = TuningTask(
         backbone.scale, split.tuned, features, val, reference, config, bank if asked else None
@@ -103,7 +109,7 @@ def _tune(setup: Setup, cache: EmbeddingCache, out: Path) -> Outcome:
         states.append(state)
         bank = written or bank
         task = replace(task, bank=written)
-    return Outcome(learner, task, views, tuple(states), trial, bank)
+    return Outcome(learner, task, views, frozen, tuple(states), trial, bank)
 
 
 def _wanted(setup: Setup, bank: ConfusionBank) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 config.json        every setting, versions, the model's fingerprint; written first
 split.json         the images chosen, with their hashes
 sentences.json     of the mined pairs, as --sentences takes them; llm_answers.json those of an LLM
+colours.json       how the input's colours are mapped, and what images not fitted on gain by it
 last.safetensors   state after the last epoch, for --resume; text-last… and near-last… of the
                    stages before the last
 best.safetensors   parameters of the best epoch; likewise
@@ -35,6 +36,7 @@ from capt_deploy.files import expand_home, read_json, write_json
 from capt_deploy.version import __version__
 from capt_train.backbone import Backbone, load_backbone
 from capt_train.checkpoint import load_checkpoint
+from capt_train.colours import ColourFit
 from capt_train.config import TrainConfig
 from capt_train.fewshot import FewShotSplit
 from capt_train.learner import Learner, make_learner
@@ -44,6 +46,7 @@ from capt_train.visual_tuner import VisualTuner
 
 CONFIG, SPLIT, RESULT, METRICS = "config.json", "split.json", "result.json", "metrics.json"
 BANK, MATRIX = "bank.safetensors", "confusions.png"
+COLOURS = "colours.json"
 _VERSIONED = ("torch", "open_clip_torch", "numpy", "pillow")
 
 
@@ -112,6 +115,11 @@ class TunedModel:
         if own is None or (self.fitted.strength == 0 and own.prompts is None):
             return None
         return own
+
+    @property
+    def moves_images(self) -> bool:
+        """Whether embeddings of images differ from the frozen model's."""
+        return self.visual is not None or self.learner.recoloured
 
     def logits(self, embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch classes"]:
         """Return z/T with z = scale·f·Ŵ_c, of embeddings by `learner.image_embeddings`."""
@@ -202,7 +210,8 @@ def load_run(folder: str | Path, device: torch.device | None = None) -> TunedMod
             f"{config.model} now has {fingerprint[:12]}…; restore that model or tune again"
         )
     zero_shot = backbone.class_embeddings(split.class_names, config.templates)
-    learner = make_learner(backbone, config, split, zero_shot)
+    colours = read_colours(folder).colours if "colours" in config.parts else None
+    learner = make_learner(backbone.recoloured(colours), config, split, zero_shot)
     try:
         fitted = Fitted.from_dict(result, learner.learned)
     except (TypeError, KeyError, ValueError, RunError) as cause:
@@ -219,6 +228,20 @@ def load_run(folder: str | Path, device: torch.device | None = None) -> TunedMod
     }
     rows = mixed_rows(learner, zero_shot, split, fitted.mixture)
     return TunedModel(backbone, config, split, learner, rows, zero_shot, fitted, provenance)
+
+
+def read_colours(folder: Path) -> ColourFit:
+    """Return what `colours.json` says.
+
+    Raises:
+        RunError: it is missing or not as capt-train writes it.
+    """
+    if not (folder / COLOURS).is_file():
+        raise RunError(f"{folder / COLOURS}: missing; restore it or tune again")
+    try:
+        return ColourFit.from_dict(read_json(folder / COLOURS, RunError))
+    except (TypeError, KeyError, ValueError) as cause:
+        raise RunError(f"{folder / COLOURS}: not as capt-train writes it ({cause!r})") from cause
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from capt_train.calibration import calibrated_nll
+from capt_train.features import every_second
 from capt_train.learner import Learner
 from capt_train.stages import TuningTask, stages, zero_shot_bank
 from capt_train.tuning import tune
@@ -103,18 +104,12 @@ def _halved(task: TuningTask) -> tuple[TuningTask, _Question, _Question]:
             labels=torch.cat([unseen.labels, extra.labels]),
         )
     else:
-        odd = _every_second(own.train.labels)
+        odd = every_second(own.train.labels)
         seen = _training_images(own, odd)
         own = _with_rows(own, ~odd)
     names = ("epochs", "visual_epochs", "far_epochs")
     shorter = replace(config, **{name: -(-getattr(config, name) // 2) for name in names})
     return _refilled(replace(own, config=shorter)), seen, unseen
-
-
-def _every_second(labels: Int[Tensor, " samples"]) -> Bool[Tensor, " samples"]:
-    """Return the second, fourth, … image of each class; the only one of a class is none of them."""
-    same = labels[:, None] == labels[None, :]
-    return same.tril(diagonal=-1).sum(dim=1) % 2 == 1
 
 
 def _among(task: TuningTask, inside: Bool[Tensor, " classes"]) -> TuningTask:
@@ -136,7 +131,7 @@ def _with_rows(task: TuningTask, chosen: Bool[Tensor, " samples"]) -> TuningTask
     views = task.views
     if views is not None:
         tokens = None if views.tokens is None else views.tokens[:, chosen]
-        views = Views(views.embeddings[:, chosen], tokens)
+        views = Views(views.embeddings[:, chosen], views.untouched[chosen], tokens)
     rows = chosen.nonzero().squeeze(1)
     alpha = None if task.alpha is None else task.alpha[chosen]
     return replace(task, train=task.train.rows(rows), views=views, alpha=alpha)

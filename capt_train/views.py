@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -11,9 +10,8 @@ from torch.nn import functional
 
 from capt_deploy.console import progress
 from capt_deploy.datasets import Dataset, Item
-from capt_deploy.errors import ImageError
-from capt_deploy.preprocess import preprocess
 from capt_train.backbone import Backbone
+from capt_train.features import read_pixels
 from capt_train.learner import Learner
 
 _BATCH = 64
@@ -23,7 +21,8 @@ _BATCH = 64
 class Views:
     """Images after the frozen part of the tower; view 0 is the image itself."""
 
-    embeddings: Float[Tensor, "views samples dim"]  # f⁰, unit norm
+    embeddings: Float[Tensor, "views samples dim"]  # f⁰, unit norm, colours mapped
+    untouched: Float[Tensor, "samples dim"]  # of the held view, by the model as it came
     # After the attention of the first changed block; half precision, for it is only trained on.
     tokens: Float[Tensor, "views samples tokens width"] | None
 
@@ -58,8 +57,9 @@ def embed_views(
     """Decode images, augment them, and run the frozen part of the tower.
 
     Args:
-        backbone: frozen.
-        learner: whose visual part decides where the tokens are taken; without one there are none.
+        backbone: as it came.
+        learner: new; its visual part decides where the tokens are taken, without one there are
+            none.
         dataset: where the images lie.
         items: readable images, in the order of the training features.
         views: of each image, at least 1.
@@ -72,19 +72,27 @@ def embed_views(
     """
     generator = torch.Generator().manual_seed(seed)
     embeddings: list[Tensor] = []
+    untouched: list[Tensor] = []
     tokens: list[Tensor] = []
     with progress(f"embedding views of {label}", len(items), "images") as counter:
         for start in range(0, len(items), _BATCH):
             batch = items[start : start + _BATCH]
-            pixels = torch.from_numpy(
-                np.stack([_pixels(dataset, item, backbone) for item in batch])
-            )
+            pixels = read_pixels(backbone, dataset, batch)
             rows = [pixels, *(augment(pixels, area, generator) for _ in range(views - 1))]
-            embeddings.append(torch.stack([backbone.image_embeddings(v).cpu() for v in rows]))
-            if learner.visual is not None:
-                tokens.append(torch.stack([learner.prefix(v).half().cpu() for v in rows]))
+            found = [learner.start(v) for v in rows]
+            embeddings.append(torch.stack([own.cpu() for own, _ in found]))
+            own = [kept.half().cpu() for _, kept in found if kept is not None]
+            tokens += [torch.stack(own)] if own else []
+            held = embeddings[-1][-1]
+            if learner.recoloured:
+                held = backbone.image_embeddings(rows[-1]).cpu()
+            untouched.append(held)
             counter.advance(len(batch))
-    return Views(torch.cat(embeddings, dim=1), torch.cat(tokens, dim=1) if tokens else None)
+    return Views(
+        torch.cat(embeddings, dim=1),
+        torch.cat(untouched),
+        torch.cat(tokens, dim=1) if tokens else None,
+    )
 
 
 def augment(
@@ -107,11 +115,3 @@ def augment(
         images, grid, mode="bilinear", padding_mode="border", align_corners=False
     )
     return crops.permute(0, 2, 3, 1).round().clamp(0, 255).to(torch.uint8)
-
-
-def _pixels(dataset: Dataset, item: Item, backbone: Backbone) -> UInt8[np.ndarray, "h w 3"]:
-    path = dataset.path(item)
-    try:
-        return preprocess(path.read_bytes(), backbone.preprocess)
-    except OSError as cause:
-        raise ImageError(f"{path}: cannot be read ({cause})") from cause

@@ -18,13 +18,13 @@ from export.fold import Head
 class VisualClassifier(nn.Module):
     """Visual tower and folded head of a tuned model."""
 
-    mean: Tensor
-    std: Tensor
+    matrix: Tensor
+    offset: Tensor
     weight: Tensor
     bias: Tensor
 
     def __init__(self, backbone: Backbone, head: Head, tuner: VisualTuner | None = None) -> None:
-        """Copy the visual tower and fold the pixel normalisation into its first convolution.
+        """Copy the visual tower; fold normalisation and colour map into its first convolution.
 
         Adapter, sample experts and visual prompts of `tuner` go into the graph with its constant
         α and κ.
@@ -40,11 +40,10 @@ class VisualClassifier(nn.Module):
             self._tower = open_tower(self.visual, backbone.preprocess.size)
             if self._tower is None:
                 raise ModelError("the visual tower cannot be opened to put its tuning in")
-        mean = 255 * torch.tensor(backbone.preprocess.mean)
-        std = 255 * torch.tensor(backbone.preprocess.std)
-        self.normalises = not _fold_normalisation(self.visual, mean, std)
-        self.register_buffer("mean", mean.view(1, 3, 1, 1))
-        self.register_buffer("std", std.view(1, 3, 1, 1))
+        matrix, offset = _normalisation(backbone)
+        self.normalises = not _fold_normalisation(self.visual, matrix, offset)
+        self.register_buffer("matrix", matrix.float().view(3, 3, 1, 1))
+        self.register_buffer("offset", offset.float())
         self.register_buffer("weight", head.weight.float())
         self.register_buffer("bias", head.bias.float())
 
@@ -57,7 +56,7 @@ class VisualClassifier(nn.Module):
         # TensorRT lets a uint8 input feed nothing but a cast, so it comes first.
         pixels = images.to(torch.float32).permute(0, 3, 1, 2)
         if self.normalises:
-            pixels = (pixels - self.mean) / self.std
+            pixels = functional.conv2d(pixels, self.matrix, self.offset)
         if self.tuner is not None and self._tower is not None:
             tokens = self.tuner.prefix(self._tower, pixels)
             embedding = self.tuner(self._tower, tokens).embeddings
@@ -70,17 +69,33 @@ class VisualClassifier(nn.Module):
         return logits, logits.softmax(dim=-1), embedding
 
 
-def _fold_normalisation(visual: Any, mean: Tensor, std: Tensor) -> bool:
-    """Let the patch convolution eat 0-255 pixels: `W' = W/σ`, `b' = b − ΣW·μ/σ` (METHOD 9)."""
+def _normalisation(backbone: Backbone) -> tuple[Tensor, Tensor]:
+    """Return what turns 0-255 pixels into the tower's input, `M·x + o`, in float64.
+
+    With the normalisation alone M is diagonal, 1/(255·σ), and o is −μ/σ; a colour map `A·x + b`
+    behind it makes them A·M and A·o + b.
+    """
+    mean = torch.tensor(backbone.preprocess.mean, dtype=torch.float64)
+    std = torch.tensor(backbone.preprocess.std, dtype=torch.float64)
+    matrix, offset = torch.diag(1 / (255 * std)), -mean / std
+    if backbone.colours is not None:
+        own = backbone.colours.matrix.double()
+        matrix, offset = own @ matrix, own @ offset + backbone.colours.offset.double()
+    return matrix, offset
+
+
+def _fold_normalisation(visual: Any, matrix: Tensor, offset: Tensor) -> bool:
+    """Let the patch convolution eat 0-255 pixels: `W' = W·M`, `b' = b + ΣW·o` (METHOD 9)."""
     owner, name = _patch_convolution(visual)
     if owner is None:
         return False
     old: nn.Conv2d = getattr(owner, name)
-    scaled = old.weight.detach().double() / std.double().view(1, 3, 1, 1)
-    shift = (scaled * mean.double().view(1, 3, 1, 1)).sum(dim=(1, 2, 3))
-    bias = shift.new_zeros(len(shift)) if old.bias is None else old.bias.detach().double()
+    weight = old.weight.detach().double()
+    scaled = torch.einsum("oihw,ij->ojhw", weight, matrix)
+    shift = torch.einsum("oihw,i->o", weight, offset)
+    bias = torch.zeros_like(shift) if old.bias is None else old.bias.detach().double()
     old.weight = nn.Parameter(scaled.float(), requires_grad=False)
-    old.bias = nn.Parameter((bias - shift).float(), requires_grad=False)
+    old.bias = nn.Parameter((bias + shift).float(), requires_grad=False)
     return True
 
 

@@ -98,7 +98,7 @@ def make_manifest(model: TunedModel) -> Manifest:
 
 def _calibration(model: TunedModel) -> dict[str, float]:
     own = {"temperature": model.fitted.temperature}
-    if model.visual is None:
+    if not model.moves_images:
         own["zero_shot_temperature"] = model.fitted.zero_shot_temperature
     return own
 
@@ -106,7 +106,7 @@ def _calibration(model: TunedModel) -> dict[str, float]:
 def _write_graph(model: TunedModel, folder: Path) -> tuple[Manifest, dict[str, Any]]:
     head = fold(model)
     manifest = make_manifest(model)
-    network = VisualClassifier(model.backbone, head, model.visual)
+    network = VisualClassifier(model.learner.backbone, head, model.visual)
     height, width = model.backbone.preprocess.size
     described = json.dumps(manifest.to_dict(), ensure_ascii=False, allow_nan=False)
     graph = trace(network, height, width, described)
@@ -115,7 +115,7 @@ def _write_graph(model: TunedModel, folder: Path) -> tuple[Manifest, dict[str, A
         "text_embeddings": head.weight.cpu().contiguous(),
         "bias": head.bias.cpu(),
     }
-    if model.visual is None:  # else the graph's embeddings are not what these rows are for
+    if not model.moves_images:  # else the graph's embeddings are not what these rows are for
         rows["zero_shot"] = fold_zero_shot(model).weight.cpu().contiguous()
     write_bytes(folder / TEXT_EMBEDDINGS, save(rows))
     _write_manifest(folder, manifest)

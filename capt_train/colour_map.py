@@ -1,0 +1,51 @@
+"""An affine map of the colours of normalised pixels."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ColourMap:
+    """`x ← A·x + b` on the three channels of every normalised pixel."""
+
+    matrix: Float[Tensor, "3 3"]  # A
+    offset: Float[Tensor, "3"]  # b
+
+    def __call__(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Return the images with other colours."""
+        mixed = torch.einsum("ij,bjhw->bihw", self.matrix.to(images), images)
+        return mixed + self.offset.to(images)[:, None, None]
+
+    def detached(self) -> "ColourMap":
+        """Return a copy without a graph, on the CPU."""
+        return ColourMap(self.matrix.detach().cpu().clone(), self.offset.detach().cpu().clone())
+
+    @property
+    def size(self) -> int:
+        """How many numbers are fitted."""
+        return self.matrix.numel() + self.offset.numel()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {"matrix": self.matrix.tolist(), "offset": self.offset.tolist()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ColourMap":
+        """Read the JSON form.
+
+        Raises:
+            TypeError, KeyError, ValueError: values of wrong form.
+        """
+        matrix, offset = torch.tensor(values["matrix"]), torch.tensor(values["offset"])
+        if (matrix.shape, offset.shape) != ((3, 3), (3,)):
+            raise ValueError(f"expected 3×3 and 3 numbers, came {matrix.shape}, {offset.shape}")
+        if not (torch.isfinite(matrix).all() and torch.isfinite(offset).all()):
+            raise ValueError("expected finite numbers")
+        return cls(matrix.float(), offset.float())

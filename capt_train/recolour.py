@@ -1,0 +1,88 @@
+"""The colour map of a run: fitted once, written, and every image embedded through it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from capt_deploy.console import say
+from capt_deploy.datasets import Item
+from capt_deploy.files import write_json
+from capt_train.backbone import Backbone
+from capt_train.colours import ColourFit, Labelled, fit_colours
+from capt_train.features import Embedded, embed, every_second, read_pixels
+from capt_train.run import COLOURS, read_colours
+from capt_train.setup import Setup
+
+_MOST = 1024  # images on either side: twelve numbers need no more
+
+
+def recolour(setup: Setup, frozen: Embedded, out: Path) -> tuple[Backbone, Embedded]:
+    """Return the backbone that the run tunes on, and its images through it.
+
+    A resumed run takes the map that it has written.
+
+    Args:
+        setup: of the run.
+        frozen: training and validation images, by the model as it came.
+        out: the run folder.
+    """
+    backbone, config = setup.backbone, setup.config
+    if "colours" not in config.parts:
+        return backbone, frozen
+    if (out / COLOURS).exists():
+        found = read_colours(out)
+    else:
+        found = _fit(setup, frozen)
+        write_json(out / COLOURS, found.to_dict())
+    if found.colours is None:
+        say(f"colours of the input stay as they are ({_told(found)})")
+        return backbone, frozen
+    say(f"colours of the input are mapped ({_told(found)})")
+    seen = backbone.recoloured(found.colours)
+    split = setup.split
+    train, val = (
+        embed(backbone, None, setup.dataset, own.kept(items), f"recoloured {name} images", seen)
+        for own, items, name in (
+            (frozen.train, split.train, "training"),
+            (frozen.val, split.val, "validation"),
+        )
+    )
+    return seen, Embedded(train, val)
+
+
+def _told(found: ColourFit) -> str:
+    if not found.gain:
+        return "no other was better on images that were not fitted on"
+    return (
+        f"on images not fitted on, the NLL falls by {found.gain:.3f}, "
+        f"standard error {found.standard_error:.3f}"
+    )
+
+
+def _fit(setup: Setup, frozen: Embedded) -> ColourFit:
+    """Fit on the training images; where there is no validation, on every other one of a class."""
+    split, config, everything = setup.split, setup.config, frozen.train
+    deciding, fitted = frozen.val.kept(split.val), everything.kept(split.train)
+    if not deciding:
+        odd = every_second(everything.labels).tolist()
+        deciding = [item for item, chosen in zip(fitted, odd, strict=True) if chosen]
+        fitted = [item for item, chosen in zip(fitted, odd, strict=True) if not chosen]
+    return fit_colours(
+        setup.backbone,
+        setup.zero_shot[list(split.tuned)],
+        _labelled(setup, fitted),
+        _labelled(setup, deciding),
+        steps=config.colour_steps,
+        rate=config.colour_learning_rate,
+        seed=config.seed,
+    )
+
+
+def _labelled(setup: Setup, items: Sequence[Item]) -> Labelled:
+    """Decode images, of many a random part."""
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(setup.config.seed))
+    chosen = [items[place] for place in order[:_MOST].tolist()]
+    tuned = torch.tensor(setup.split.tuned)
+    labels = torch.searchsorted(tuned, torch.tensor([item.label for item in chosen]))
+    return Labelled(read_pixels(setup.backbone, setup.dataset, chosen), labels)
