@@ -24,7 +24,8 @@ _OF_VISUAL_SIDE = {
     *("adapter_blocks", "adapter_scale", "adapter_exponent", "experts", "expert_rank"),
     *("visual_depth", "visual_tokens", "views", "visual_learning_rate"),
     *("text_rate_beside_visual", "visual_epochs", "consistency"),
-    *("far_epochs", "far_patience", "far_consistency"),
+    *("far_epochs", "far_patience", "far_consistency", "strength"),
+    *("colour_steps", "colour_learning_rate"),
 }
 
 
@@ -97,4 +98,4 @@ def _figures(report: Report) -> dict[str, Any]:
 
 def _fitted(report: Report, result: Mapping[str, Any]) -> dict[str, Any]:
     names = ("temperature", "strength", "mixture", "trained_parameters")
-    return {**{name: report[name] for name in names}, "trial": result["trial"]}
+    return {**{name: report[name] for name in names}, "strength_trial": result["trial"]}

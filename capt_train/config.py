@@ -109,6 +109,7 @@ class TrainConfig:
     adapter_exponent: float = 0.0
     visual_depth: int = 3  # of the last blocks have visual prompts
     visual_tokens: int = 4  # in each of them
+    strength: str = "auto"  # κ, 0 to 1; auto: by a trial, as far as unseen classes gain too
     views: int = 5  # of each image; the first is the image itself, the last is never tuned on
     view_area: float = 0.6  # smallest share of the image that a view shows
     mixture_margin: float = 0.1  # d, nats; ours
@@ -161,6 +162,7 @@ class TrainConfig:
             (0 <= self.clip_norm < math.inf, "clip_norm", "a number, 0 or more"),
             (self.autocast in ("auto", "off", "bf16", "fp16"), "autocast", "auto, off, bf16, fp16"),
             (bool(self.llm_url) == bool(self.llm_model), "llm_url", "both llm_url and llm_model"),
+            (_is_strength(self.strength), "strength", "auto, or a number from 0 to 1"),
             (self.views >= 2, "views", "at least 2, for one of them is not tuned on"),
             (bool(self.templates), "templates", "at least one"),
             (all("{}" in text for text in self.templates), "templates", "{} where the name goes"),
@@ -199,6 +201,11 @@ class TrainConfig:
         """What is switched on. The method `zeroshot` has nothing."""
         on = {*METHODS[self.method], *_members(self.added)} - {*_members(self.without)}
         return frozenset(on)
+
+    @property
+    def fixed_strength(self) -> float | None:
+        """κ where it is given, None where it is to be found."""
+        return None if self.strength == "auto" else float(self.strength)
 
     @property
     def loss_weights(self) -> LossWeights:
@@ -250,6 +257,13 @@ class TrainConfig:
         if not weights:
             return changed
         return replace(changed, weights=replace(changed.weights, **weights))
+
+
+def _is_strength(text: str) -> bool:
+    try:
+        return text == "auto" or 0 <= float(text) <= 1
+    except ValueError:
+        return False
 
 
 _TUPLES = ("templates", "added", "without")

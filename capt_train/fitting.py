@@ -48,15 +48,19 @@ class Outcome:
 def fit(setup: Setup, outcome: Outcome, out: Path) -> TunedModel:
     """Fit strength, mixture and temperature; write the banks and `result.json`."""
     learner, task, split = outcome.learner, outcome.task, setup.split
-    strength = 1.0
     if learner.visual is not None:
-        strength = choose_strength(learner, task, outcome.trial)
-        say(f"strength of the visual side, by validation images and held-out classes: {strength:g}")
+        fixed = setup.config.fixed_strength
+        if fixed is None:
+            choose_strength(learner, task, outcome.trial)
+        else:
+            learner.set_strength(fixed)
+    if learner.tuner is not None:
+        say(f"strength of the visual side: {learner.strength:g}")
     before = setup.zero_shot_bank(outcome.frozen.train)
     own = split.tuned  # the bank counts among these
     pairs = {(own[a], own[b]): round(count) for (a, b), count in confused_pairs(before).items()}
     mixture = _mixture(setup, outcome)
-    fitted = Fitted(pairs, mixture, strength)
+    fitted = Fitted(pairs, mixture, learner.strength)
     rows = runs.mixed_rows(learner, setup.zero_shot, split, mixture)
     model = TunedModel(
         setup.backbone, setup.config, split, learner, rows, setup.zero_shot, fitted, {}
@@ -113,7 +117,7 @@ def _calibrated(model: TunedModel, outcome: Outcome) -> Fitted:
     tuned = list(task.tuned)
     labels = task.val.labels_among(tuned)
     images = task.val.embeddings
-    if task.val_tokens is not None:
+    if task.val_tokens is not None and model.visual is not None:
         images = model.learner.embed_tokens(task.val_tokens)
     after, before = model.logits(images), model.zero_shot_logits(frozen.embeddings)
     return replace(

@@ -56,7 +56,19 @@ class Learner(nn.Module):
         self.prompts = nn.ModuleList(prompts)
         self._learned = tuple(prompts)  # the same, with their type
         self.semantic = semantic
-        self.visual = visual
+        self.tuner = visual
+        self.strength = 1.0  # κ
+
+    @property
+    def visual(self) -> VisualTuner | None:
+        """What changes the visual tower; None where nothing does, as with κ = 0."""
+        return self.tuner if self.strength else None
+
+    def set_strength(self, strength: float) -> None:
+        """Set κ: how much of the visual side's tuning is in force, 0 to 1."""
+        self.strength = strength
+        if self.tuner is not None:
+            self.tuner.set_constants(strength=strength)
 
     @property
     def learned(self) -> int:
@@ -70,9 +82,9 @@ class Learner(nn.Module):
 
     @property
     def size(self) -> int:
-        """How many numbers are trained or fitted."""
+        """How many trained or fitted numbers are in force."""
         colours = self.backbone.colours
-        own = sum(parameter.numel() for parameter in self.parameters())
+        own = sum(one.numel() for one in (*self.text_parameters, *self.visual_parameters))
         return own if colours is None else own + colours.size
 
     @property

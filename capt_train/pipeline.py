@@ -24,7 +24,7 @@ from capt_train.recolour import recolour
 from capt_train.run import TunedModel
 from capt_train.setup import Setup, absolute, load, prepare
 from capt_train.stages import TuningTask, stages
-from capt_train.strength import try_out
+from capt_train.strength import promises, try_out
 from capt_train.tuning import tune
 from capt_train.views import Views, embed_views
 
@@ -102,7 +102,9 @@ def _tune(setup: Setup, cache: EmbeddingCache, out: Path) -> Outcome:
     trial = None
     if learner.visual is not None:
         task = _with_visual_side(setup, learner, task)
-        trial = try_out(task, make)
+        fixed = config.fixed_strength
+        trial = try_out(task, make) if fixed is None else None
+        learner.set_strength(float(promises(task, trial) if fixed is None else fixed > 0))
     states = []
     for stage in stages(task, learner):
         state, written = tune(learner, task, out, stage)

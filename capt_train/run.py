@@ -111,10 +111,7 @@ class TunedModel:
     @property
     def visual(self) -> VisualTuner | None:
         """What changes the visual tower; None where nothing does."""
-        own = self.learner.visual
-        if own is None or (self.fitted.strength == 0 and own.prompts is None):
-            return None
-        return own
+        return self.learner.visual
 
     @property
     def moves_images(self) -> bool:
@@ -218,8 +215,7 @@ def load_run(folder: str | Path, device: torch.device | None = None) -> TunedMod
         raise RunError(f"{folder / RESULT}: not as capt-train writes it ({cause!r})") from cause
     if learner.trainable:
         load_checkpoint(folder / BEST, learner)
-    if learner.visual is not None:
-        learner.visual.set_constants(strength=fitted.strength)
+    learner.set_strength(fitted.strength)
     provenance = {
         **config.to_dict(),
         "data_fingerprint": split.fingerprint(),

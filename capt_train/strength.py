@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from capt_train.calibration import calibrated_nll
+from capt_train.calibration import calibrated_losses
 from capt_train.features import every_second
 from capt_train.learner import Learner
 from capt_train.stages import TuningTask, stages, zero_shot_bank
@@ -21,16 +21,24 @@ from capt_train.tuning import tune
 from capt_train.views import Views
 
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0)  # of κ
+_STANDARD_ERRORS = 2.0  # by which a gain must be above 0
 _FEWEST_CLASSES = 4  # that can be halved into two problems
-Curve = tuple[float, ...]  # calibrated NLL at each κ of GRID
+
+
+@dataclass(frozen=True)
+class Gains:
+    """By how much each κ of GRID lowers the calibrated NLL of images that were not tuned on."""
+
+    mean: tuple[float, ...]
+    error: tuple[float, ...]  # standard error of that mean
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a short run on half of the classes says."""
+    """What a short run on half of the classes says; None where there is no image to ask about."""
 
-    seen: Curve  # on images of its own classes that it was not tuned on
-    unseen: Curve  # on images of the other classes
+    seen: Gains | None  # on images of its own classes that it was not tuned on
+    unseen: Gains | None  # on images of the other classes
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,7 @@ class _Question:
     """Images that the tuning has not seen."""
 
     classes: tuple[int, ...]
+    frozen: Float[Tensor, "samples dim"]  # f⁰
     tokens: Float[Tensor, "samples tokens width"]
     labels: Int[Tensor, " samples"]  # positions in `classes`
 
@@ -63,28 +72,46 @@ def try_out(task: TuningTask, make: Callable[[tuple[int, ...]], Learner]) -> Tri
     with tempfile.TemporaryDirectory() as folder:
         for stage in stages(half, learner):
             tune(learner, half, Path(folder), stage, "trial:")
-    return Trial(_curve(learner, task.scale, seen), _curve(learner, task.scale, unseen))
+    return Trial(_gains(learner, task.scale, seen), _gains(learner, task.scale, unseen))
 
 
-def choose_strength(learner: Learner, task: TuningTask, trial: Trial | None) -> float:
-    """Set the tuned model's κ to the best mean over seen and unseen classes; return it.
+def promises(task: TuningTask, trial: Trial | None) -> bool:
+    """Return whether the visual side may help both seen and unseen classes.
+
+    If not, tuning it is not worth the time. Where no trial was possible, validation images will
+    tell afterwards; without these nothing could.
+    """
+    if trial is None:
+        return len(task.val) > 0
+    return best_strength(trial.seen, trial.unseen) > 0
+
+
+def choose_strength(learner: Learner, task: TuningTask, trial: Trial | None) -> None:
+    """Set the tuned model's κ.
 
     What it does to seen classes is asked of the tuned model itself where there are validation
-    images; what it does to unseen ones only the trial knows. With neither, κ is 1.
+    images; what it does to unseen ones only the trial knows.
     """
-    assert learner.visual is not None
-    seen = trial.seen if trial else (0.0,) * len(GRID)
-    if len(task.val):
-        seen = _curve(learner, task.scale, _validation(task))
-    mean = _mean(seen, trial.unseen if trial else seen)
-    # with nothing to go by, all are equal, and the last is 1
-    value = max(zip(GRID, mean, strict=True), key=lambda at: (-at[1], at[0]))[0]
-    learner.visual.set_constants(strength=value)
+    seen = _gains(learner, task.scale, _validation(task)) if len(task.val) else None
+    if seen is None and trial is not None:
+        seen = trial.seen
+    learner.set_strength(best_strength(seen, trial.unseen if trial else None))
+
+
+def best_strength(*asked: Gains | None) -> float:
+    """Return the κ whose smallest gain is the largest, of those that surely gain everywhere.
+
+    So what helps some classes is not paid for by others. With no such κ, or nobody to ask, it
+    is 0: the visual side stays as it came.
+    """
+    known = [gains for gains in asked if gains is not None]
+    best, value = 0.0, 0.0
+    for place, strength in enumerate(GRID):
+        least = min((gains.mean[place] for gains in known), default=0.0)
+        sure = all(g.mean[place] > _STANDARD_ERRORS * g.error[place] for g in known)
+        if sure and least > best:
+            best, value = least, strength
     return value
-
-
-def _mean(one: Curve, other: Curve) -> list[float]:
-    return [(a + b) / 2 for a, b in zip(one, other, strict=True)]
 
 
 def _halved(task: TuningTask) -> tuple[TuningTask, _Question, _Question]:
@@ -97,12 +124,7 @@ def _halved(task: TuningTask) -> tuple[TuningTask, _Question, _Question]:
     unseen = _training_images(others, torch.ones(len(others.train), dtype=torch.bool))
     if len(own.val):
         seen = _validation(own)
-        extra = _validation(others)
-        unseen = replace(
-            unseen,
-            tokens=torch.cat([unseen.tokens, extra.tokens]),
-            labels=torch.cat([unseen.labels, extra.labels]),
-        )
+        unseen = _joined(unseen, _validation(others))
     else:
         odd = every_second(own.train.labels)
         seen = _training_images(own, odd)
@@ -110,6 +132,16 @@ def _halved(task: TuningTask) -> tuple[TuningTask, _Question, _Question]:
     names = ("epochs", "visual_epochs", "far_epochs")
     shorter = replace(config, **{name: -(-getattr(config, name) // 2) for name in names})
     return _refilled(replace(own, config=shorter)), seen, unseen
+
+
+def _joined(one: _Question, other: _Question) -> _Question:
+    """Return images of the same classes as one question."""
+    return replace(
+        one,
+        frozen=torch.cat([one.frozen, other.frozen]),
+        tokens=torch.cat([one.tokens, other.tokens]),
+        labels=torch.cat([one.labels, other.labels]),
+    )
 
 
 def _among(task: TuningTask, inside: Bool[Tensor, " classes"]) -> TuningTask:
@@ -146,30 +178,34 @@ def _refilled(task: TuningTask) -> TuningTask:
 
 
 def _validation(task: TuningTask) -> _Question:
-    assert task.val_tokens is not None
-    return _Question(task.tuned, task.val_tokens, task.val.labels_among(task.tuned))
+    if task.val_tokens is None:
+        raise ValueError("validation images without tokens")
+    labels = task.val.labels_among(task.tuned)
+    return _Question(task.tuned, task.val.embeddings, task.val_tokens, labels)
 
 
 def _training_images(task: TuningTask, chosen: Bool[Tensor, " samples"]) -> _Question:
-    assert task.views is not None and task.views.tokens is not None
+    if task.views is None or task.views.tokens is None:
+        raise ValueError("training images without tokens")
     labels = task.train.labels_among(task.tuned)
-    return _Question(task.tuned, task.views.tokens[0][chosen], labels[chosen])
+    frozen, tokens = task.views.embeddings[0][chosen], task.views.tokens[0][chosen]
+    return _Question(task.tuned, frozen, tokens, labels[chosen])
 
 
 @torch.no_grad()
-def _curve(learner: Learner, scale: float, question: _Question) -> Curve:
-    """Return the calibrated NLL at each κ; the learner's own κ is put back afterwards."""
-    assert learner.visual is not None
-    if not len(question.labels):  # nothing to ask about says nothing about any κ
-        return (0.0,) * len(GRID)
+def _gains(learner: Learner, scale: float, question: _Question) -> Gains | None:
+    """Return what each κ gains; the learner's own κ is put back afterwards."""
+    if not len(question.labels):
+        return None
     texts = learner.texts(question.classes).embeddings.mean(dim=0)
     labels = question.labels.to(texts.device)
-    assert learner.visual.strength is not None
-    before = float(learner.visual.strength)
-    found = []
+    before, losses = learner.strength, []
     for strength in GRID:
-        learner.visual.set_constants(strength=strength)
-        logits = scale * learner.embed_tokens(question.tokens) @ texts.T
-        found.append(calibrated_nll(logits, labels))
-    learner.visual.set_constants(strength=before)
-    return tuple(found)
+        learner.set_strength(strength)
+        tuned = learner.visual is not None
+        images = learner.embed_tokens(question.tokens) if tuned else question.frozen.to(texts)
+        losses.append(calibrated_losses(scale * images @ texts.T, labels))
+    learner.set_strength(before)
+    gains = torch.stack([losses[0] - own for own in losses]).double()
+    error = gains.std(dim=1, correction=0) / len(labels) ** 0.5
+    return Gains(tuple(gains.mean(dim=1).tolist()), tuple(error.tolist()))

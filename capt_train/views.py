@@ -38,7 +38,7 @@ class Views:
 
     def held_embeddings(self, learner: Learner | None) -> Float[Tensor, "samples dim"]:
         """Return embeddings of the held view: by the learner, or by the frozen tower without."""
-        if learner is None or self.tokens is None:
+        if learner is None or learner.visual is None or self.tokens is None:
             return self.embeddings[self.held]
         return learner.embed_tokens(self.tokens[self.held])
 
