@@ -52,7 +52,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "tcpt": ("prompt", "margin", "moments"),
     "cocoa": ("prompt", "coa", "mixture"),
     "prompt": ("prompt", "coa", "margin", "moments"),
-    "capt": ("colours", "prompt", "coa", "infonce", "adapter", "sample-experts"),
+    "capt": ("colours", "prompt", "infonce", "adapter", "sample-experts"),
     "full": tuple(PARTS),
 }
 

@@ -141,7 +141,7 @@ def test_what_it_owns_is_trained_and_nothing_of_the_backbone(tiny_backbone: Back
     assert {name.split(".")[0] for name in learner.state_dict()} == {
         "prompts",
         "semantic",
-        "visual",
+        "tuner",
     }
 
 
@@ -174,7 +174,7 @@ def test_it_is_made_the_same_from_the_same_seed(tiny_backbone: Backbone) -> None
     assert all(torch.equal(one[name], again[name]) for name in one)
     random = [
         *(f"prompts.{number}.{name}" for number in (0, 1) for name in ("context", "deeper")),
-        *("visual.experts.first_down", "visual.experts.second_down", "visual.prompts.vectors"),
+        *("tuner.experts.first_down", "tuner.experts.second_down", "tuner.prompts.vectors"),
     ]
     assert not any(torch.equal(one[name], other[name]) for name in random)
 

@@ -59,16 +59,16 @@ def test_a_loaded_run_of_both_sides_says_what_it_said_when_it_was_tuned(
     own = {f"module.{name}": value for name, value in model.learner.state_dict().items()}
     assert own.keys() == state.keys()
     assert all(torch.equal(own[name], value) for name, value in state.items())
-    assert float(state["module.visual.alpha"]) != 1.0  # a constant from the training images
+    assert float(state["module.tuner.alpha"]) != 1.0  # a constant from the training images
     texts = torch.cat([model.zero_shot[None], model.learner.texts(range(4)).embeddings])
     mixed = model.fitted.mixture.rows(texts, model.tuned)
     assert torch.equal(model.text_embeddings, mixed)
     pixels = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8)
     moved = model.learner.image_embeddings(pixels)
-    assert not torch.allclose(moved, model.backbone.image_embeddings(pixels), atol=1e-3)
+    assert not torch.allclose(moved, model.learner.backbone.image_embeddings(pixels), atol=1e-3)
     model.visual.set_constants(strength=0.0)
     still = model.learner.image_embeddings(pixels)
-    torch.testing.assert_close(still, model.backbone.image_embeddings(pixels), atol=1e-6, rtol=0)
+    torch.testing.assert_close(still, model.learner.backbone.image_embeddings(pixels), atol=1e-6, rtol=0)
 
 
 def test_a_visual_side_of_no_strength_is_as_good_as_none(tuned_run: Path, tmp_path: Path) -> None:

@@ -13,18 +13,27 @@ from torch import Tensor
 from capt_train import strength
 from capt_train.backbone import Backbone
 from capt_train.bank import ConfusionBank
+from capt_train.calibration import fit_temperature
 from capt_train.checkpoint import TuningState
 from capt_train.config import TrainConfig
 from capt_train.features import Features
 from capt_train.fewshot import FewShotSplit
 from capt_train.learner import Learner, make_learner
 from capt_train.stages import Stage, TuningTask
-from capt_train.strength import GRID, Trial, choose_strength, try_out
+from capt_train.strength import (
+    GRID,
+    Gains,
+    Trial,
+    best_strength,
+    choose_strength,
+    promises,
+    try_out,
+)
 from capt_train.views import Views
 
 NAMES = ("cat", "dog", "boat", "tree", "car", "bus", "sun")
 SHOTS, VAL = 4, 3
-FLAT = (1.0,) * len(GRID)
+FLAT = Gains((0.0,) * len(GRID), (0.0,) * len(GRID))
 
 
 def config(**settings: Any) -> TrainConfig:
@@ -66,7 +75,7 @@ def make(
         ConfusionBank.fill(
             backbone.scale * rows[0] @ reference.T, train.labels_among(tuned), rows[0]
         ),
-        Views(rows, torch.stack([made.prefix(view).half() for view in views])),
+        Views(rows, rows[-1], torch.stack([made.prefix(view).half() for view in views])),
         made.prefix(val).half(),
         torch.linspace(0.1, 0.5, len(labels)),
     )
@@ -78,45 +87,50 @@ def without_val(task: TuningTask) -> TuningTask:
     return replace(task, val=task.val.rows(none), val_tokens=None)
 
 
-def value(made: Learner) -> float:
-    assert made.visual is not None
-    assert made.visual.strength is not None
-    return float(made.visual.strength)
+def gains(*mean: float, error: float = 0.0) -> Gains:
+    return Gains(tuple(map(float, mean)), (float(error),) * len(GRID))
 
 
 @pytest.mark.parametrize(
     ("seen", "unseen", "expected"),
     [
-        ((1, 2, 3, 4, 5), (1, 2, 3, 4, 5), 0.0),  # it only harms
-        ((5, 4, 3, 2, 1), (5, 4, 3, 2, 1), 1.0),  # it only helps
-        ((5, 4, 3, 2, 1), (1, 4, 7, 10, 13), 0.0),  # it harms new classes more than it helps
-        ((9, 6, 3, 2, 1), (1, 2, 3, 6, 9), 0.5),
-        ((1, 1, 1, 1, 1), (2, 1, 1, 1, 2), 0.75),  # of equal ones the strongest
-        (FLAT, FLAT, 1.0),
+        (gains(0, -1, -2, -3, -4), gains(0, -1, -2, -3, -4), 0.0),  # it only harms
+        (gains(0, 1, 2, 3, 4), gains(0, 1, 2, 3, 4), 1.0),  # it only helps
+        (gains(0, 9, 9, 9, 9), gains(0, -1, -1, -1, -1), 0.0),  # new classes would pay for it
+        (gains(0, -1, -1, -1, -1), gains(0, 9, 9, 9, 9), 0.0),  # the tuned ones would
+        (gains(0, 3, 4, 2, 1), gains(0, 1, 2, 3, 4), 0.5),  # the smaller gain decides
+        (gains(0, 1, 2, 3, 4, error=1.4), gains(0, 1, 2, 3, 4), 1.0),  # 3 is sure, and 4
+        (gains(0, 1, 2, 3, 4), gains(0, 4, 2, 2, 2, error=1.1), 0.25),  # 2 is not
+        (gains(0, 1, 2, 3, 4, error=2), gains(0, 1, 2, 3, 4), 0.0),
+        (gains(0, 1, 3, 2, 1), None, 0.5),
+        (None, gains(0, 1, 1, 2, 1), 0.75),
+        (None, None, 0.0),  # nobody to ask
     ],
 )
-def test_the_best_mean_over_seen_and_unseen_classes_is_chosen(
-    seen: tuple[float, ...],
-    unseen: tuple[float, ...],
-    expected: float,
-    tiny_backbone: Backbone,
+def test_a_strength_must_surely_help_seen_and_unseen_classes(
+    seen: Gains | None, unseen: Gains | None, expected: float, tiny_backbone: Backbone
 ) -> None:
+    assert best_strength(seen, unseen) == expected
     made, task = make(tiny_backbone)
-    trial = Trial(tuple(map(float, seen)), tuple(map(float, unseen)))
-    assert choose_strength(made, without_val(task), trial) == expected
-    assert value(made) == expected
+    trial = Trial(seen, unseen)
+    choose_strength(made, without_val(task), trial)
+    assert made.strength == expected
+    assert (made.visual is None) == (expected == 0)
+    assert promises(task, trial) == (expected > 0)
 
 
-def test_with_nothing_to_go_by_the_visual_side_stays_as_tuned(tiny_backbone: Backbone) -> None:
+def test_without_a_trial_validation_images_decide_afterwards(tiny_backbone: Backbone) -> None:
     made, task = make(tiny_backbone)
-    assert choose_strength(made, without_val(task), None) == 1
-    assert value(made) == 1
+    assert promises(task, None)
+    assert not promises(without_val(task), None)
+    choose_strength(made, without_val(task), None)
+    assert made.strength == 0
 
 
 @pytest.mark.parametrize(("harms", "expected"), [(True, 0.0), (False, 1.0)])
-@pytest.mark.parametrize("trial", [None, Trial((9.0, 0.0, 9.0, 9.0, 9.0), FLAT)])
+@pytest.mark.parametrize("seen", [None, gains(0, 9, 0, 0, 0)])
 def test_a_tuned_model_is_asked_on_validation_images(
-    harms: bool, expected: float, trial: Trial | None, tiny_backbone: Backbone
+    harms: bool, expected: float, seen: Gains | None, tiny_backbone: Backbone
 ) -> None:
     made, task = make(tiny_backbone)
     assert made.visual is not None
@@ -126,23 +140,40 @@ def test_a_tuned_model_is_asked_on_validation_images(
     with torch.no_grad():
         texts = made.texts(task.tuned).embeddings[0]
         assert task.val_tokens is not None
-        made.visual.set_constants(strength=0.0 if harms else 1.0)
-        right = (made.embed_tokens(task.val_tokens) @ texts.T).argmax(dim=1)
-    made.visual.set_constants(strength=1.0)
+        tuned = made.embed_tokens(task.val_tokens)
+        right = ((task.val.embeddings if harms else tuned) @ texts.T).argmax(dim=1)
     # Whoever says so is always right: the frozen side, or the tuned one.
     val = replace(task.val, labels=torch.tensor(task.tuned)[right])
-    assert choose_strength(made, replace(task, val=val), trial) == expected
-    assert value(made) == expected
+    trial = None if seen is None else Trial(seen, gains(0, 1, 2, 3, 4))
+    choose_strength(made, replace(task, val=val), trial)
+    assert made.strength == expected
 
 
-def test_a_curve_leaves_the_strength_as_it_was(tiny_backbone: Backbone) -> None:
+def test_gains_are_those_of_each_image_at_its_own_temperature(tiny_backbone: Backbone) -> None:
     made, task = make(tiny_backbone)
     assert made.visual is not None
-    made.visual.set_constants(strength=0.25)
-    curve = strength._curve(made, task.scale, strength._validation(task))
-    assert len(curve) == len(GRID)
-    assert len({*curve}) == 1  # new parts change nothing, however strong
-    assert value(made) == 0.25
+    generator = torch.Generator().manual_seed(0)
+    for parameter in made.visual.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    made.set_strength(0.25)
+    found = strength._gains(made, task.scale, strength._validation(task))
+    assert found is not None
+    assert made.strength == 0.25
+    labels = task.val.labels_among(task.tuned)
+    losses = []
+    for value in GRID:
+        made.set_strength(value or 1.0)
+        assert task.val_tokens is not None
+        images = made.embed_tokens(task.val_tokens) if value else task.val.embeddings
+        logits = (task.scale * images @ made.texts(task.tuned).embeddings[0].T).detach()
+        scaled = (logits / fit_temperature(logits, labels)).double()
+        losses.append(-scaled.log_softmax(1)[torch.arange(len(labels)), labels])
+    for place, own in enumerate(losses):
+        saved = (losses[0] - own).numpy()
+        assert found.mean[place] == pytest.approx(saved.mean(), abs=1e-5)
+        assert found.error[place] == pytest.approx(saved.std() / len(saved) ** 0.5, abs=1e-5)
+    assert found.mean[0] == found.error[0] == 0
+    assert len({*found.mean}) == len(GRID)
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -166,13 +197,13 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         found["tasks"].append(task)
         return TuningState(), task.bank
 
-    def asked(made: Learner, scale: float, question: Any) -> tuple[float, ...]:
+    def asked(made: Learner, scale: float, question: Any) -> Gains:
         found["questions"].append(question)
         found["learner"] = made
         return FLAT
 
     monkeypatch.setattr(strength, "tune", noting)
-    monkeypatch.setattr(strength, "_curve", asked)
+    monkeypatch.setattr(strength, "_gains", asked)
     return found
 
 
@@ -209,6 +240,8 @@ def test_the_trial_never_sees_the_held_out_classes(
     assert len(seen.classes) == 2
     assert {*seen.classes} | {*unseen.classes} == {*task.tuned}
     assert not {*seen.classes} & {*unseen.classes}
+    for question in (seen, unseen):
+        assert question.frozen[:, 0].tolist() == question.tokens[:, 0, 0].tolist()
     numbers = {"seen": seen.tokens[:, 0, 0].tolist(), "unseen": unseen.tokens[:, 0, 0].tolist()}
     for question, own in ((seen, numbers["seen"]), (unseen, numbers["unseen"])):
         assert [question.classes[at] for at in question.labels.tolist()] == [label[n] for n in own]
@@ -250,9 +283,14 @@ def test_a_trial_ends_in_numbers_whichever_classes_have_validation_images(
         trial = try_out(own, lambda tuned: learner(tiny_backbone, task.config, tuned))
         assert trial is not None
         trials.append(trial)
-        for curve in (trial.seen, trial.unseen):
-            assert len(curve) == len(GRID)
-            assert all(0 < nll < 100 for nll in curve)
+        for found in (trial.seen, trial.unseen):
+            if found is None:  # there is no image to ask about
+                assert 0 < val_classes < 4
+                continue
+            assert len(found.mean) == len(found.error) == len(GRID)
+            assert all(-100 < gain < 100 for gain in found.mean)
+            assert all(0 <= error < 100 for error in found.error)
+        assert trial.unseen is not None
     assert trials[0] != trials[1]
 
 
