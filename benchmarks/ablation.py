@@ -14,11 +14,9 @@ from typing import Any
 
 import click
 
-from benchmarks.cell import measure, open_world, settings_of
-from benchmarks.record import RESULTS, describe, write_result
-from capt_deploy.console import Command, say
-from capt_deploy.errors import DataError
-from capt_deploy.files import read_json, write_bytes
+from benchmarks.cell import fill, load_cells, open_world
+from capt_deploy.console import Command
+from capt_deploy.files import write_bytes
 from capt_train.config import TrainConfig
 
 ROWS: Mapping[str, Mapping[str, Any]] = {
@@ -89,22 +87,8 @@ def _measure(world: str, rows: list[str], shots: list[int], seeds: list[int], ag
                 seed=seed,
                 **ROWS[row],
             )
-            key, cells = f"{row} / {count} / {seed}", load(world)
-            settings = settings_of(config)
-            if not again and key in cells and cells[key]["settings"] == settings:
-                continue
-            say(f"{world}: {key}")
-            found = measure(config, "test")
-            cells = load(world)  # another process may have added some
-            cells[key] = {
-                "row": row,
-                "shots": count,
-                "seed": seed,
-                **found,
-                "settings": settings,
-                "measured": describe(),
-            }
-            write_result(f"ablation-{world}", {"cells": cells})
+            own = {"row": row, "shots": count, "seed": seed}
+            fill(f"ablation-{world}", f"{row} / {count} / {seed}", own, config, "test", again)
 
 
 def _write_docs(world: str, table: str) -> None:
@@ -117,9 +101,7 @@ def _write_docs(world: str, table: str) -> None:
 
 def load(world: str) -> dict[str, dict[str, Any]]:
     """Return the cells that are measured, by `row / shots / seed`."""
-    path = RESULTS / f"ablation-{world}.json"
-    cells: dict[str, dict[str, Any]] = read_json(path, DataError)["cells"] if path.exists() else {}
-    return cells
+    return load_cells(f"ablation-{world}")
 
 
 def markdown(cells: Mapping[str, Mapping[str, Any]]) -> str:

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from capt_deploy.errors import ConfigError, RunError
+from benchmarks.record import RESULTS, describe, write_result
+from capt_deploy.console import say
+from capt_deploy.errors import ConfigError, DataError, RunError
 from capt_deploy.evaluation import Report
 from capt_deploy.files import read_json
 from capt_train.config import GROUPS, TrainConfig
@@ -61,6 +63,41 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
     idle = _PLACES if config.parts & {*GROUPS["visual"]} else _PLACES | _OF_VISUAL_SIDE
     own = {name: value for name, value in config.to_dict().items() if name not in idle}
     return {**own, "parts": sorted(config.parts)}  # a method may get others
+
+
+def load_cells(name: str) -> dict[str, dict[str, Any]]:
+    """Return the cells that `results/NAME.json` holds, by key."""
+    path = RESULTS / f"{name}.json"
+    cells: dict[str, dict[str, Any]] = read_json(path, DataError)["cells"] if path.exists() else {}
+    return cells
+
+
+def fill(
+    name: str,
+    key: str,
+    own: Mapping[str, Any],
+    config: TrainConfig,
+    split: str,
+    again: bool = False,
+) -> None:
+    """Measure one cell of `results/NAME.json`, unless it is there with the same settings.
+
+    Args:
+        name: of the file.
+        key: of the cell in it.
+        own: what the cell says of itself besides its figures.
+        config: of the run.
+        split: which images it is measured on.
+        again: measure even if it is there.
+    """
+    cells, settings = load_cells(name), settings_of(config)
+    if not again and key in cells and cells[key]["settings"] == settings:
+        return
+    say(f"{name}: {key}")
+    figures = measure(config, split)
+    cells = load_cells(name)  # another process may have added some
+    cells[key] = {**figures, **own, "settings": settings, "measured": describe()}
+    write_result(name, {"cells": cells})
 
 
 def measure(config: TrainConfig, split: str) -> dict[str, Any]:

@@ -14,11 +14,9 @@ from typing import Any
 
 import click
 
-from benchmarks.cell import measure, open_world, settings_of
-from benchmarks.record import RESULTS, describe, write_result
-from capt_deploy.console import Command, say
+from benchmarks.cell import fill, load_cells, open_world
+from capt_deploy.console import Command
 from capt_deploy.errors import DataError
-from capt_deploy.files import read_json
 from capt_train.cli import parse_settings
 from capt_train.config import TrainConfig
 
@@ -40,8 +38,10 @@ def main(worlds: str, trials: tuple[str, ...], seeds: str, shots: int) -> None:
                     data=place.data, model=place.model, classes="base", shots=shots, seed=seed
                 )
                 for trial in (_COOP, *trials):
-                    _measure(world, trial, _changed(start, trial))
-    click.echo(_table(_load()))
+                    own = {"world": world, "tried": trial, "seed": seed, "shots": shots}
+                    key = f"{world} / {trial} / {shots} / {seed}"
+                    fill(_NAME, key, own, _changed(start, trial), "val")
+    click.echo(_table(load_cells(_NAME)))
 
 
 def _changed(config: TrainConfig, trial: str) -> TrainConfig:
@@ -57,35 +57,16 @@ def _changed(config: TrainConfig, trial: str) -> TrainConfig:
     return changed.with_settings(settings)
 
 
-def _measure(world: str, trial: str, config: TrainConfig) -> None:
-    cells, key = _load(), f"{world} / {trial} / {config.shots} / {config.seed}"
-    settings = settings_of(config)
-    if key in cells and cells[key]["settings"] == settings:
-        return
-    say(key)
-    found = measure(config, "val")
-    own = {"world": world, "trial": trial, "seed": config.seed, "shots": config.shots}
-    cells = _load()  # another process may have added some
-    cells[key] = {**own, **found, "settings": settings, "measured": describe()}
-    write_result(_NAME, {"cells": cells})
-
-
-def _load() -> dict[str, dict[str, Any]]:
-    path = RESULTS / f"{_NAME}.json"
-    cells: dict[str, dict[str, Any]] = read_json(path, DataError)["cells"] if path.exists() else {}
-    return cells
-
-
 def _table(cells: Mapping[str, Mapping[str, Any]]) -> str:
     worlds = list(dict.fromkeys(cell["world"] for cell in cells.values()))
     lines = ["| trial | " + " | ".join(worlds) + " |", "|---" * (len(worlds) + 1) + "|"]
-    for trial in dict.fromkeys(cell["trial"] for cell in cells.values()):
+    for trial in dict.fromkeys(cell["tried"] for cell in cells.values()):
         texts = []
         for world in worlds:
             gains = [
                 100 * (cell["harmonic"] - coop["harmonic"])
                 for cell in cells.values()
-                if (cell["trial"], cell["world"]) == (trial, world)
+                if (cell["tried"], cell["world"]) == (trial, world)
                 and (coop := cells.get(f"{world} / {_COOP} / {cell['shots']} / {cell['seed']}"))
             ]
             texts.append(f"{statistics.mean(gains):+.1f} ({len(gains)})" if gains else "-")

@@ -62,9 +62,9 @@ def test_a_cell_is_measured_once_and_again_with_other_settings(
         yield cell.World("data", "model")
 
     monkeypatch.setattr(ablation, "open_world", open_world)
-    monkeypatch.setattr(ablation, "measure", measure)
-    monkeypatch.setattr(ablation, "write_result", write)
-    monkeypatch.setattr(ablation, "RESULTS", tmp_path)
+    monkeypatch.setattr(cell, "measure", measure)
+    monkeypatch.setattr(cell, "write_result", write)
+    monkeypatch.setattr(cell, "RESULTS", tmp_path)
     arguments = ["--world", "pictograms", "--rows", "CoOp|+ CoA", "--shots", "4", "--seeds", "1,2"]
     for _ in range(2):
         done = CliRunner().invoke(ablation.main, arguments)
@@ -126,3 +126,33 @@ def test_the_readme_table_is_taken_from_the_cells() -> None:
             for key in ("base", "new", "harmonic", "ece_15_new"):
                 expected.append(ablation.mean(own, key, True))
         assert shown[row] == expected
+
+
+def test_the_search_prints_gains_over_coop_by_trial_and_world(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def measure(config: TrainConfig, split: str) -> dict[str, Any]:
+        assert split == "val"
+        harmonic = 0.5 if config.method == "coop" else 0.52 + 0.01 * config.seed
+        return {**made("", 0, 0), "harmonic": harmonic, "tried": "nothing else"}
+
+    def write(name: str, result: dict[str, Any]) -> Path:
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+        return tmp_path
+
+    @contextmanager
+    def open_world(name: str) -> Iterator[cell.World]:
+        yield cell.World("data", "model")
+
+    monkeypatch.setattr(search, "open_world", open_world)
+    monkeypatch.setattr(cell, "measure", measure)
+    monkeypatch.setattr(cell, "write_result", write)
+    monkeypatch.setattr(cell, "RESULTS", tmp_path)
+    done = CliRunner().invoke(
+        search.main, ["--worlds", "here", "--try", "visual_epochs=2", "--seeds", "1,2"]
+    )
+    assert done.exit_code == 0, done.output
+    assert done.output.splitlines()[-2:] == [
+        "| CoOp | +0.0 (2) |",
+        "| visual_epochs=2 | +3.5 (2) |",
+    ]

@@ -68,7 +68,9 @@ def test_a_loaded_run_of_both_sides_says_what_it_said_when_it_was_tuned(
     assert not torch.allclose(moved, model.learner.backbone.image_embeddings(pixels), atol=1e-3)
     model.visual.set_constants(strength=0.0)
     still = model.learner.image_embeddings(pixels)
-    torch.testing.assert_close(still, model.learner.backbone.image_embeddings(pixels), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        still, model.learner.backbone.image_embeddings(pixels), atol=1e-6, rtol=0
+    )
 
 
 def test_a_visual_side_of_no_strength_is_as_good_as_none(tuned_run: Path, tmp_path: Path) -> None:
