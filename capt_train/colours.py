@@ -5,9 +5,8 @@ same way. No prompt can undo that, and adapters deep in the tower only in part; 
 front of it can. They cost nothing at inference, for they fold into the patch convolution.
 """
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -106,45 +105,44 @@ def fit_colours(
         rate: peak learning rate.
         seed: of the order of images, and of which are mirrored.
     """
-    none = ColourFit(None, 0.0, math.inf)
+    best = none = ColourFit(None, 0.0, 0.0)
     if not len(deciding.labels):
         return none
-    device = backbone.device
-    trained = _Trained().to(device)
+    trained = _Trained().to(backbone.device)
     optimizer = torch.optim.Adam(trained.parameters(), lr=rate)
-    draw = torch.Generator().manual_seed(seed)
-    start = _losses(backbone, reference, deciding)
-    best, order = none, torch.empty(0, dtype=torch.long)
+    before = _losses(backbone, reference, deciding)
     ends = [steps * (turn + 1) // _ROUNDS for turn in range(_ROUNDS)]
     with progress("fitting the colours", steps, "steps") as counter:
-        for step in range(steps):
-            while len(order) < min(_BATCH, len(train.labels)):
-                order = torch.cat([order, torch.randperm(len(train.labels), generator=draw)])
-            rows, order = order[:_BATCH], order[_BATCH:]
-            mirrored = torch.rand(len(rows), 1, 1, 1, generator=draw) < 0.5
-            pixels = train.pixels[rows]
-            pixels = torch.where(mirrored, pixels.flip(2), pixels)
+        for step, (pixels, labels) in enumerate(_minibatches(train, steps, seed)):
             optimizer.param_groups[0]["lr"] = learning_rate(step, steps, 0, rate)
             logits = _logits(backbone.recoloured(trained()), reference, pixels)
-            loss = functional.cross_entropy(logits, train.labels[rows].to(device))
             optimizer.zero_grad()
-            loss.backward()
+            functional.cross_entropy(logits, labels.to(logits.device)).backward()
             optimizer.step()
             counter.advance(1)
-            if step + 1 not in ends:
-                continue
-            found = trained().detached()
-            better = start - _losses(backbone.recoloured(found), reference, deciding)
-            gain, error = float(better.mean()), float(better.std() / len(better) ** 0.5)
-            if math.isfinite(gain) and gain > best.gain:
-                best = ColourFit(found, gain, error)
-            if best.colours is None and step + 1 >= steps / 2:
-                break
-    return (
-        best
-        if best.gain > _STANDARD_ERRORS * best.standard_error
-        else (ColourFit(None, best.gain, best.standard_error))
-    )
+            if step + 1 in ends:
+                found = trained().detached()
+                gains = before - _losses(backbone.recoloured(found), reference, deciding)
+                gain = float(gains.mean())  # NaN is no gain
+                if gain > best.gain:
+                    best = ColourFit(found, gain, float(gains.std()) / len(gains) ** 0.5)
+                elif best is none and 2 * (step + 1) >= steps:
+                    break
+    sure = best.gain > _STANDARD_ERRORS * best.standard_error
+    return best if sure else replace(best, colours=None)
+
+
+def _minibatches(images: Labelled, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield random images, half of them mirrored, with their labels; each once before any twice."""
+    draw = torch.Generator().manual_seed(seed)
+    count, order = len(images.labels), torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        if len(order) < min(_BATCH, count):
+            order = torch.cat([order, torch.randperm(count, generator=draw)])
+        rows, order = order[:_BATCH], order[_BATCH:]
+        mirrored = torch.rand(len(rows), 1, 1, 1, generator=draw) < 0.5
+        pixels = images.pixels[rows]
+        yield torch.where(mirrored, pixels.flip(2), pixels), images.labels[rows]
 
 
 def _logits(
