@@ -7,13 +7,24 @@ import click
 
 from capt_deploy.console import Command, PathInHome, print_json, say
 from capt_deploy.version import __version__
-from capt_train.config import METHODS, TrainConfig
+from capt_train.config import GROUPS, METHODS, PARTS, TrainConfig
 
 _DEFAULT = TrainConfig(data="", model="")
 _HELP = {"help_option_names": ["-h", "--help"]}
 
 
-@click.command(cls=Command, context_settings=_HELP)
+class _CommandOfParts(Command):
+    """A command whose help ends with all parts and groups."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write them as lists."""
+        with formatter.section("Parts"):
+            formatter.write_dl([*PARTS.items()])
+        with formatter.section("Groups of parts"):
+            formatter.write_dl([(name, ", ".join(parts)) for name, parts in GROUPS.items()])
+
+
+@click.command(cls=_CommandOfParts, context_settings=_HELP)
 @click.option("--data", help="Folder, .csv, .jsonl, or split_zhou_*.json (see above).")
 @click.option("--model", help="open_clip model: ViT-B-16, hf-hub:NAME, or local-dir:FOLDER.")
 @click.option("--pretrained", help="open_clip tag (openai) or a checkpoint file.")
@@ -21,8 +32,8 @@ _HELP = {"help_option_names": ["-h", "--help"]}
 @click.option(
     "--method", type=click.Choice(list(METHODS)), default=_DEFAULT.method, show_default=True
 )
-@click.option("--with", "added", multiple=True, metavar="PARTS", help="Parts to add, see below.")
-@click.option("--without", multiple=True, metavar="PARTS", help="Parts to leave out, see below.")
+@click.option("--with", "added", multiple=True, metavar="PARTS", help="Parts to add.")
+@click.option("--without", multiple=True, metavar="PARTS", help="Parts to leave out.")
 @click.option(
     "--classes",
     type=click.Choice(["all", "base"]),
@@ -75,15 +86,13 @@ def main(
     DATA is a folder with train/, val/ and test/ of class folders, one folder of class folders, a
     CSV or JSONL with path,label[,split], or a CoOp split_zhou_*.json.
 
-    PARTS are separated by commas: prompt, coa, margin, moments, infonce, retrieval, adapter,
-    semantic-experts, sample-experts, mixture, text-prompts, visual-prompts; or groups of them:
-    tcpt, bank, experts, visual, deep-prompts.
+    PARTS are names of parts or groups (see the end), separated by commas.
 
     \b
     Example:
-      capt-train --data photos --model ViT-B-16 --pretrained openai --out runs/mine
-      capt-train --data photos --model ViT-B-16 --pretrained openai --out runs/text --without visual
-      capt-train --resume --out runs/mine
+      capt-train --data photos --model ViT-B-16 --pretrained openai --out mine
+      capt-train --data photos --model local-dir:clip --out text --without visual
+      capt-train --resume --out mine
     """
     given = {
         name: value

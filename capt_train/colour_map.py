@@ -43,9 +43,11 @@ class ColourMap:
         Raises:
             TypeError, KeyError, ValueError: values of wrong form.
         """
-        matrix, offset = torch.tensor(values["matrix"]), torch.tensor(values["offset"])
+        # With a type given, null and the like are TypeErrors rather than RuntimeErrors.
+        own = (torch.tensor(values[name], dtype=torch.float32) for name in ("matrix", "offset"))
+        matrix, offset = own
         if (matrix.shape, offset.shape) != ((3, 3), (3,)):
             raise ValueError(f"expected 3×3 and 3 numbers, came {matrix.shape}, {offset.shape}")
         if not (torch.isfinite(matrix).all() and torch.isfinite(offset).all()):
             raise ValueError("expected finite numbers")
-        return cls(matrix.float(), offset.float())
+        return cls(matrix, offset)

@@ -100,13 +100,13 @@ def fit_colours(
         backbone: frozen, without a map.
         reference: hand-written t⁰ of the tuned classes.
         train: images to fit on.
-        deciding: other images; may be none, and then nothing is kept.
+        deciding: other images; with fewer than two of them nothing is kept.
         steps: of Adam, at least 4.
         rate: peak learning rate.
         seed: of the order of images, and of which are mirrored.
     """
     best = none = ColourFit(None, 0.0, 0.0)
-    if not len(deciding.labels):
+    if len(deciding.labels) < 2:  # one image has no standard error
         return none
     trained = _Trained().to(backbone.device)
     optimizer = torch.optim.Adam(trained.parameters(), lr=rate)

@@ -1,6 +1,7 @@
 """The colour map of a run: fitted once, written, and every image embedded through it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from capt_deploy.datasets import Item
 from capt_deploy.files import write_json
 from capt_train.backbone import Backbone
 from capt_train.colours import ColourFit, Labelled, fit_colours
-from capt_train.features import Embedded, embed, every_second, read_pixels
+from capt_train.features import Embedded, Features, embed, every_second, read_pixels
 from capt_train.run import COLOURS, read_colours
 from capt_train.setup import Setup
 
@@ -41,14 +42,14 @@ def recolour(setup: Setup, frozen: Embedded, out: Path) -> tuple[Backbone, Embed
     say(f"colours of the input are mapped ({_told(found)})")
     seen = backbone.recoloured(found.colours)
     split = setup.split
-    train, val = (
-        embed(backbone, None, setup.dataset, own.kept(items), f"recoloured {name} images", seen)
-        for own, items, name in (
-            (frozen.train, split.train, "training"),
-            (frozen.val, split.val, "validation"),
-        )
-    )
-    return seen, Embedded(train, val)
+
+    def again(own: Features, items: Sequence[Item], name: str) -> Features:
+        label = f"recoloured {name} images"
+        found = embed(backbone, None, setup.dataset, own.kept(items), label, seen)
+        return replace(found, skipped=own.skipped)
+
+    train = again(frozen.train, split.train, "training")
+    return seen, Embedded(train, again(frozen.val, split.val, "validation"))
 
 
 def _told(found: ColourFit) -> str:

@@ -178,7 +178,7 @@ BAD = {
     "long context": (["--set", "context_tokens=99"], "too long for the model's 16 tokens"),
     "nothing to resume": (["--resume"], "config.json is missing"),
     "unknown method": (["--method", "magic"], "magic"),
-    "unknown part": (["--without", "adapters"], "without: expected parts prompt,"),
+    "unknown part": (["--without", "adapters"], "without: expected parts colours,"),
     "no sentences": (
         ["--with", "semantic-experts", "--sentences", "nowhere.json"],
         "nowhere.json",

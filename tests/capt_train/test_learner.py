@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from capt_train.backbone import Backbone
+from capt_train.colour_map import ColourMap
 from capt_train.config import TrainConfig
 from capt_train.fewshot import FewShotSplit
 from capt_train.learner import Learner, left_out, make_learner
@@ -200,6 +201,37 @@ def test_gradients_reach_all_of_the_text_side_and_leave_the_tower_alone(
     after = tiny_backbone.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(p.grad is None for p in tiny_backbone.model.parameters())
+
+
+VISUAL = ("adapter", "sample-experts")
+MAP = ColourMap(torch.diag(torch.tensor([2.0, 0.5, 1.0])), torch.tensor([0.1, 0.0, -0.3]))
+
+
+@pytest.mark.parametrize("colours", [None, MAP])
+@pytest.mark.parametrize("parts", [(), VISUAL, (*VISUAL, "visual-prompts"), ("visual-prompts",)])
+def test_it_starts_at_the_bits_of_its_backbone(
+    parts: tuple[str, ...], colours: ColourMap | None, tiny_backbone: Backbone
+) -> None:
+    pixels = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8)
+    backbone = tiny_backbone.recoloured(colours)
+    learner = make(backbone, *parts)
+    found, tokens = learner.start(pixels)
+    assert torch.equal(found, backbone.image_embeddings(pixels))
+    assert (tokens is None) == (not parts)
+    if tokens is not None:
+        assert torch.equal(tokens, learner.prefix(pixels))
+
+
+def test_a_colour_map_is_fitted_and_not_trained(tiny_backbone: Backbone) -> None:
+    config = TrainConfig(data="", model="", method="zeroshot", added=("colours", "prompt"))
+    for colours, parts in ((None, {"prompt"}), (MAP, {"prompt", "colours"})):
+        learner = make(tiny_backbone.recoloured(colours))
+        assert not learner.trainable
+        assert learner.recoloured == (colours is not None)
+        assert learner.size == (0 if colours is None else 12)
+        assert learner.parts(config) == parts
+    alone = TrainConfig(data="", model="", method="zeroshot", added=("colours",))
+    assert left_out(tiny_backbone, alone) == []
 
 
 def test_a_tower_without_tokens_says_which_parts_it_leaves_out(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -117,7 +118,7 @@ def test_a_part_or_group_is_added_and_left_out(name: str) -> None:
 
 def test_leaving_out_wins_over_adding() -> None:
     both = config(method="coop", added=("visual", "coa"), without=("experts", "coa"))
-    assert both.parts == {"prompt", "adapter", "visual-prompts"}
+    assert both.parts == {"prompt", "colours", "adapter", "visual-prompts"}
 
 
 @pytest.mark.parametrize("part", TERMS)
@@ -129,7 +130,7 @@ def test_a_loss_that_is_off_weighs_nothing_the_others_as_set(part: str) -> None:
 
 @pytest.mark.parametrize("name", ["added", "without"])
 def test_a_part_that_is_not_known_is_an_error_with_those_that_are(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name}: expected parts prompt, .* groups tcpt.*hats"):
+    with pytest.raises(ConfigError, match=f"{name}: expected parts colours, .* groups tcpt.*hats"):
         config(**{name: ("hats",)})
 
 
@@ -155,13 +156,22 @@ def test_the_command_line_takes_lists_and_repeated_options(
 def test_the_command_line_names_an_unknown_part(base: list[str], tmp_path: Path) -> None:
     done = CliRunner().invoke(main, [*base, "--with", "hats", "--out", str(tmp_path / "run")])
     assert done.exit_code == 2
-    assert "added: expected parts prompt" in done.stderr
+    assert "added: expected parts colours, prompt" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_help_names_every_part_and_group() -> None:
-    text = " ".join(CliRunner().invoke(main, ["--help"]).stdout.replace("-\n", "-").split())
-    assert all(name in text.replace("- ", "-") for name in (*PARTS, *GROUPS))
+def test_help_describes_every_part_and_lists_every_group() -> None:
+    help_text = CliRunner().invoke(main, ["--help"]).stdout
+    assert max(map(len, help_text.splitlines())) <= 80
+    parts, groups = help_text.partition("\nParts:\n")[2].split("\nGroups of parts:\n")
+
+    def entries(text: str) -> dict[str, str]:
+        """Return what stands beside each name; an entry goes on where a line is deeper in."""
+        found = [" ".join(part.split()) for part in re.split(r"^  (?=\S)", text, flags=re.M)]
+        return dict(own.split(" ", 1) for own in found if own)
+
+    assert entries(parts) == {**PARTS}
+    assert entries(groups) == {name: ", ".join(own) for name, own in GROUPS.items()}
 
 
 def test_parts_of_an_interrupted_run_cannot_be_changed(

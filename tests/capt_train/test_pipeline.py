@@ -39,7 +39,7 @@ RUN_FILES = {
 }
 BOTH_SIDES = {
     *("text-last.safetensors", "text-best.safetensors"),
-    *("near-last.safetensors", "near-best.safetensors", "sentences.json"),
+    *("near-last.safetensors", "near-best.safetensors", "sentences.json", "colours.json"),
 }
 
 

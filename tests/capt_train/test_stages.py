@@ -78,7 +78,7 @@ def make(
         reference,
         own,
         ConfusionBank.fill(logits, train.labels_among(TUNED), rows[0]),
-        Views(rows, tokens),
+        Views(rows, rows[-1], tokens),
         made.prefix(val).half() if tokens is not None and validated else None,
         torch.linspace(0.1, 1, len(labels)),
     )
@@ -236,7 +236,8 @@ def test_with_one_view_there_is_nothing_to_write_back(
     made, task = make(tiny_backbone)
     assert task.views is not None
     assert task.views.tokens is not None
-    single = Views(task.views.embeddings[:1], task.views.tokens[:1])
+    only = task.views.embeddings[:1]
+    single = Views(only, only[0], task.views.tokens[:1])
     _, bank = tune(made, replace(task, views=single), tmp_path, replace(BOTH, epochs=1))
     assert bank is task.bank
 

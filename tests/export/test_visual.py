@@ -1,10 +1,13 @@
 import copy
 
+import onnxruntime
 import pytest
 import torch
 
 from capt_train.backbone import load_backbone
+from capt_train.colour_map import ColourMap
 from export.fold import Head
+from export.onnx_graph import OUTPUTS, trace
 from export.visual import VisualClassifier
 
 TOWERS = {
@@ -24,6 +27,13 @@ TOWERS = {
     # CLIP's ResNet pads its first convolution, so folding would be wrong at the border
     "resnet": ({"vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}}, True),
 }
+
+
+# Saturation and brightness as after a camera that washes colours out, a tint, and no symmetry.
+COLOURS = ColourMap(
+    torch.tensor([[3.6, -1.5, -1.2], [-1.4, 2.6, -0.3], [-2.3, 0.1, 3.0]]),
+    torch.tensor([0.3, -0.1, -0.4]),
+)
 
 
 @pytest.fixture(params=TOWERS, ids=TOWERS)
@@ -58,6 +68,36 @@ def test_raw_pixels_give_the_embeddings_of_normalised_ones(tower):
     wanted = expected @ head().weight.T + head().bias
     torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
     torch.testing.assert_close(probabilities, wanted.softmax(dim=1), atol=1e-4, rtol=0)
+
+
+def check_colours(found, backbone):
+    """Check outputs for `some_pixels` against the backbone behind the map."""
+    pixels = some_pixels(backbone)
+    seen = backbone.recoloured(COLOURS)
+    expected = seen.image_embeddings(pixels)
+    assert (expected - backbone.image_embeddings(pixels)).abs().max() > 0.01
+    torch.testing.assert_close(found[2], expected, atol=4e-6, rtol=0)
+    wanted = expected @ head().weight.T + head().bias
+    torch.testing.assert_close(found[0], wanted, atol=1e-4, rtol=0)
+    assert torch.equal(found[0].argmax(dim=1), wanted.argmax(dim=1))
+
+
+@torch.no_grad()
+def test_a_colour_map_goes_into_the_weights_too(tower):
+    backbone, explicit = tower
+    network = VisualClassifier(backbone.recoloured(COLOURS), head()).eval()
+    assert network.normalises is explicit
+    check_colours(network(some_pixels(backbone)), backbone)
+
+
+@pytest.mark.parametrize("tower", ["vit", "resnet"], indirect=True)
+def test_a_runtime_maps_the_colours_as_the_backbone_does(tower):
+    backbone, _ = tower
+    network = VisualClassifier(backbone.recoloured(COLOURS), head())
+    graph = trace(network, *backbone.preprocess.size, "{}")
+    session = onnxruntime.InferenceSession(graph.data, providers=["CPUExecutionProvider"])
+    found = session.run(OUTPUTS, {"images": some_pixels(backbone).numpy()})
+    check_colours([torch.from_numpy(own) for own in found], backbone)
 
 
 def test_the_backbone_itself_is_left_alone(tower):

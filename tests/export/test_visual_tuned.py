@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from capt_deploy.preprocess import preprocess
 from capt_train.backbone import Backbone, load_backbone
+from capt_train.colour_map import ColourMap
 from capt_train.config import TrainConfig
 from capt_train.fewshot import FewShotSplit
 from capt_train.learner import Learner, make_learner
@@ -116,6 +117,18 @@ def check(found: Sequence[Any], backbone: Backbone, learner: Learner, count: int
     torch.testing.assert_close(found[0], logits, rtol=0, atol=1e-4)
     torch.testing.assert_close(found[1], logits.softmax(dim=1), rtol=0, atol=1e-4)
     torch.testing.assert_close(found[2], embeddings, rtol=0, atol=2e-6)
+
+
+@torch.no_grad()
+def test_a_tuned_tower_has_the_colour_map_in_front_of_it(make_model):
+    backbone, plain = make_model("token")
+    colours = ColourMap(torch.eye(3) + 0.4 * torch.eye(3).roll(1, 0), torch.ones(3) / 4)
+    learner = tuned(backbone.recoloured(colours), 0.3)
+    pixels = some_pixels(backbone, 3)
+    embeddings = learner.image_embeddings(pixels)
+    assert (embeddings - plain.image_embeddings(pixels)).abs().max() > 0.01
+    network = VisualClassifier(learner.backbone, head(32), learner.visual).eval()
+    check(network(pixels), backbone, learner, 3)
 
 
 def graph_of(exported: Any) -> Any:

@@ -1,0 +1,289 @@
+"""The colour map of a run: which images it is fitted on, and what a run does with it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.numpy import load_file
+from torch import Tensor
+
+from capt_deploy.classifier import Classifier
+from capt_deploy.datasets import Item, read_dataset
+from capt_deploy.errors import RunError
+from capt_train import recolour as recolouring
+from capt_train.colour_map import ColourMap
+from capt_train.colours import ColourFit, Labelled
+from capt_train.config import TrainConfig
+from capt_train.evaluate import evaluate_run
+from capt_train.features import Embedded, embed, read_pixels
+from capt_train.pipeline import train
+from capt_train.recolour import recolour
+from capt_train.run import COLOURS, TunedModel, load_run
+from capt_train.setup import Setup, load
+from export.cli import main as capt_export
+
+Configure = Callable[..., TrainConfig]
+MAP = ColourMap(torch.diag(torch.tensor([2.0, 0.5, 1.0])), torch.tensor([0.1, 0.0, -0.3]))
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def frozen_of(setup: Setup) -> Embedded:
+    split = setup.split
+    own = (embed(setup.backbone, None, setup.dataset, n, "it") for n in (split.train, split.val))
+    return Embedded(*own)
+
+
+@pytest.fixture
+def setup(configure: Configure) -> Setup:
+    """Return a run of the second and fourth class, before its first step."""
+    setup = load(configure(method="zeroshot", added=("colours",)))
+    chosen = (1, 3)
+
+    def among(items: tuple[Item, ...]) -> tuple[Item, ...]:
+        return tuple(item for item in items if item.label in chosen)
+
+    own = replace(
+        setup.split, tuned=chosen, train=among(setup.split.train), val=among(setup.split.val)
+    )
+    return replace(setup, split=own)
+
+
+@pytest.fixture
+def fitted(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, Any]]:
+    """Return what the fit is asked from now on; it always finds MAP."""
+    asked: list[Mapping[str, Any]] = []
+
+    def fit(_: Any, reference: Tensor, train: Labelled, deciding: Labelled, **other: Any) -> Any:
+        asked.append({"reference": reference, "train": train, "deciding": deciding, **other})
+        return ColourFit(MAP, 0.5, 0.1)
+
+    monkeypatch.setattr(recolouring, "fit_colours", fit)
+    return asked
+
+
+def pictures(setup: Setup, items: Any) -> list[tuple[bytes, int]]:
+    """Return pixels, and the position of the class among those that are tuned."""
+    pixels = read_pixels(setup.backbone, setup.dataset, items)
+    places = [setup.split.tuned.index(item.label) for item in items]
+    return [(own.numpy().tobytes(), place) for own, place in zip(pixels, places, strict=True)]
+
+
+def shown(images: Labelled) -> list[tuple[bytes, int]]:
+    pairs = zip(images.pixels, images.labels.tolist(), strict=True)
+    return [(own.numpy().tobytes(), label) for own, label in pairs]
+
+
+def test_it_is_fitted_on_training_images_and_validation_images_decide(setup, fitted, tmp_path):
+    recolour(setup, frozen_of(setup), tmp_path)
+    (asked,) = fitted
+    assert sorted(shown(asked["train"])) == sorted(pictures(setup, setup.split.train))
+    assert sorted(shown(asked["deciding"])) == sorted(pictures(setup, setup.split.val))
+    assert len(asked["train"].labels) == 6 and len(asked["deciding"].labels) == 8
+    assert torch.equal(asked["reference"], setup.zero_shot[[1, 3]])
+    config = setup.config
+    own = (config.colour_steps, config.colour_learning_rate, config.seed)
+    assert (asked["steps"], asked["rate"], asked["seed"]) == own
+
+
+def test_without_validation_every_second_image_of_a_class_decides(setup, fitted, tmp_path):
+    setup = replace(setup, split=replace(setup.split, val=()))
+    recolour(setup, frozen_of(setup), tmp_path)
+    (asked,) = fitted
+    train, deciding = shown(asked["train"]), shown(asked["deciding"])
+    assert sorted(train + deciding) == sorted(pictures(setup, setup.split.train))
+    assert not {*train} & {*deciding}
+    assert sorted(label for _, label in train) == [0, 0, 1, 1]  # of three shots
+    assert sorted(label for _, label in deciding) == [0, 1]
+
+
+def test_of_very_many_images_a_random_part_is_enough(setup, fitted, tmp_path, monkeypatch):
+    monkeypatch.setattr(recolouring, "_MOST", 4)
+    for number, seed in enumerate((1, 1, 2)):
+        (tmp_path / str(number)).mkdir()
+        own = replace(setup, config=replace(setup.config, seed=seed))
+        recolour(own, frozen_of(own), tmp_path / str(number))
+    one, same, other = ([shown(asked[k]) for k in ("train", "deciding")] for asked in fitted)
+    assert [len({*images}) for images in one] == [4, 4]
+    assert one == same
+    assert [{*images} for images in one] != [{*images} for images in other]
+    assert {*one[0]} < {*pictures(setup, setup.split.train)}
+    assert {*one[1]} < {*pictures(setup, setup.split.val)}
+
+
+def test_every_image_is_embedded_through_the_map(setup, fitted, tmp_path):
+    frozen = frozen_of(setup)
+    seen, images = recolour(setup, frozen, tmp_path)
+    assert seen.colours is MAP and setup.backbone.colours is None
+    for own, before, items in (
+        (images.train, frozen.train, setup.split.train),
+        (images.val, frozen.val, setup.split.val),
+    ):
+        pixels = read_pixels(setup.backbone, setup.dataset, items)
+        expected = setup.backbone.recoloured(MAP).image_embeddings(pixels)
+        torch.testing.assert_close(own.embeddings, expected, rtol=0, atol=1e-6)
+        assert not torch.allclose(own.embeddings, before.embeddings, atol=0.01)
+        assert torch.equal(own.labels, before.labels)
+
+
+def test_images_that_cannot_be_read_stay_left_out(setup, fitted, photos, tmp_path):
+    moved = Path(shutil.copytree(photos, tmp_path / "photos"))
+    (moved / setup.split.val[1].path).write_bytes(b"no image")
+    setup = replace(setup, dataset=read_dataset(moved))
+    frozen = frozen_of(setup)
+    _, images = recolour(setup, frozen, tmp_path)
+    assert len(fitted[0]["deciding"].labels) == len(images.val) == 7
+    kept = images.val.kept(setup.split.val)
+    assert kept == frozen.val.kept(setup.split.val) and len(kept) == 7
+    assert images.val.labels.tolist() == [item.label for item in kept]
+
+
+def test_a_map_that_is_not_kept_changes_nothing_and_is_written(setup, tmp_path, monkeypatch):
+    monkeypatch.setattr(recolouring, "fit_colours", lambda *_, **__: ColourFit(None, 0.0, 0.0))
+    frozen = frozen_of(setup)
+    assert recolour(setup, frozen, tmp_path) == (setup.backbone, frozen)
+    assert read(tmp_path / COLOURS)["colours"] is None
+    without = replace(setup, config=replace(setup.config, without=("colours",)))
+    (tmp_path / "other").mkdir()
+    assert recolour(without, frozen, tmp_path / "other") == (setup.backbone, frozen)
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+# Whole runs of a second. The random model takes colours for classes, so a map is kept.
+
+TINY: dict[str, Any] = {"shots": 6, "epochs": 2, "far_epochs": 1, "views": 2}
+
+
+@pytest.fixture(scope="module")
+def coloured(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a finished run of both sides and a colour map; tests only read it."""
+    folder = tmp_path_factory.mktemp("runs") / "coloured"
+    train(configure(method="capt", colour_steps=12, **TINY), folder)
+    assert read(folder / COLOURS)["colours"] is not None
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a finished run of nothing but a colour map."""
+    folder = tmp_path_factory.mktemp("runs") / "alone"
+    train(configure(method="zeroshot", added=("colours",), colour_steps=12, **TINY), folder)
+    assert read(folder / COLOURS)["colours"] is not None
+    return folder
+
+
+def test_a_run_is_compared_with_the_model_as_it_came(coloured, configure, tmp_path):
+    train(configure(method="zeroshot", **TINY), tmp_path / "plain")
+
+    def before(run: Path) -> list[Any]:
+        metrics, result = read(run / "metrics.json"), read(run / "result.json")
+        pairs = read(run / "confusions.json")["pairs"]
+        counts = [(own["true"], own["predicted"], own["before"]) for own in pairs]
+        return [
+            metrics["zero_shot"],
+            metrics["uncalibrated"]["zero_shot"],
+            result["zero_shot_temperature"],
+            result["pairs"],
+            sorted(own for own in counts if own[2]),
+        ]
+
+    assert before(coloured) == before(tmp_path / "plain")
+    assert before(coloured)[-1] != []
+    assert read(coloured / "metrics.json")["all"] != read(tmp_path / "plain/metrics.json")["all"]
+
+
+def test_a_resumed_run_takes_the_map_that_it_has_written(
+    coloured, configure, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.json", "split.json", COLOURS):
+        shutil.copy2(coloured / name, run / name)
+    written = (run / COLOURS).stat()
+    monkeypatch.setattr(recolouring, "fit_colours", None)
+    train(configure(method="capt", colour_steps=12, **TINY), run, resume=True)
+    after = (run / COLOURS).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
+    names = {file.name for file in coloured.iterdir()}
+    assert names == {file.name for file in run.iterdir()}
+    for name in names:
+        assert (run / name).read_bytes() == (coloured / name).read_bytes(), name
+
+
+def embedded(model: TunedModel, photos: Path) -> Tensor:
+    items = read_dataset(photos).splits["test"]
+    return model.learner.image_embeddings(read_pixels(model.backbone, read_dataset(photos), items))
+
+
+@pytest.mark.parametrize("name", ["coloured", "alone"])
+def test_a_run_with_a_map_evaluates_loads_and_exports(name, request, photos, tmp_path):
+    run = request.getfixturevalue(name)
+    metrics, again = read(run / "metrics.json"), evaluate_run(run, photos)
+    assert {key: metrics[key] for key in again} == again
+    assert "colours" in metrics["parts"]
+    model = load_run(run)
+    assert metrics["trained_parameters"] == model.learner.size >= 12
+    assert model.backbone.colours is None and model.moves_images
+    own = model.learner.backbone.colours
+    assert own is not None and own.to_dict() == read(run / COLOURS)["colours"]
+
+    bundle = tmp_path / "tiny.capt"
+    done = CliRunner().invoke(capt_export, [str(run), "--out", str(bundle)])
+    assert done.exit_code == 0, done.output
+    # rows and temperature of the frozen model are of no use to a graph that maps colours first
+    assert {*load_file(bundle / "text_embeddings.safetensors")} == {"text_embeddings", "bias"}
+    assert read(bundle / "manifest.json")["calibration"] == {
+        "fp32": {"temperature": model.fitted.temperature}
+    }
+    classifier = Classifier.load(bundle)
+    files = [photos / item.path for item in read_dataset(photos).splits["test"]]
+    logits = model.logits(embedded(model, photos))
+    expected = logits.softmax(dim=1)
+    found = torch.tensor([[*own.probabilities] for own in classifier.predict(files)])
+    torch.testing.assert_close(found, expected.to(found), rtol=0, atol=1e-4)
+    assert torch.equal(found.argmax(dim=1), logits.argmax(dim=1))
+
+
+def test_a_map_alone_is_the_hand_written_prompt_on_other_colours(alone, photos):
+    model = load_run(alone)
+    assert model.visual is None and not model.learner.trainable
+    assert torch.equal(model.text_embeddings, model.zero_shot)
+    items = read_dataset(photos).splits["test"]
+    pixels = read_pixels(model.backbone, read_dataset(photos), items)
+    own = ColourMap.from_dict(read(alone / COLOURS)["colours"])
+    expected = model.backbone.recoloured(own).image_embeddings(pixels)
+    assert torch.equal(model.learner.image_embeddings(pixels), expected)
+    assert read(alone / "metrics.json")["trained_parameters"] == 12
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "",
+        "[]",
+        "{}",
+        '{"colours": null}',
+        '{"colours": null, "gain": "high", "standard_error": 0.1}',
+        '{"colours": null, "gain": 0.5, "standard_error": null}',
+        '{"colours": 3, "gain": 0.5, "standard_error": 0.1}',
+        '{"colours": {"matrix": null, "offset": [0, 0, 0]}, "gain": 0.5, "standard_error": 0.1}',
+    ],
+)
+def test_a_run_without_its_map_is_refused(content, alone, tmp_path):
+    run = Path(shutil.copytree(alone, tmp_path / "run"))
+    (run / COLOURS).unlink()
+    if content is not None:
+        (run / COLOURS).write_text(content)
+    with pytest.raises(RunError, match=r"colours\.json: "):
+        load_run(run)
