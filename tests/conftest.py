@@ -141,7 +141,7 @@ def tuned_run(tiny_model_dir: Path, photos: Path, tmp_path_factory: pytest.TempP
     model = f"local-dir:{tiny_model_dir}"
     few = {"shots": 4, "epochs": 5, "visual_epochs": 3, "far_epochs": 2, "text_depth": 2}
     config = TrainConfig(data=str(photos), model=model, method="full", classes="base", **few)
-    fast = replace(config, visual_learning_rate=0.02, adapter_exponent=1.0)
+    fast = replace(config, visual_learning_rate=0.02, adapter_exponent=1.0, strength="0.75")
     train(replace(fast, without=("visual-prompts",)), run)
     return run
 

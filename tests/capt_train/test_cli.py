@@ -120,7 +120,8 @@ def test_a_run_that_has_moved_is_resumed_with_its_new_paths(
 
 
 def test_one_epoch_needs_no_other_setting(base: list[str], tmp_path: Path) -> None:
-    result = call(*base, "--set", "epochs=1", "--out", tmp_path / "run")
+    settings = ("--set", "epochs=1", "--set", "strength=1")
+    result = call(*base, *settings, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.stderr
     stages = json.loads((tmp_path / "run/result.json").read_text())["stages"]
     assert [stage["epochs"] for stage in stages][:2] == [1, 1]

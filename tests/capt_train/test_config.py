@@ -156,7 +156,7 @@ def test_only_terms_of_parts_that_are_on_have_a_weight() -> None:
         "coa": {"cross_entropy", "balance", "coa"},
         "tcpt": {"cross_entropy", "balance", "margin", "moments"},
         "prompt": {"cross_entropy", "balance", "coa", "margin", "moments"},
-        "capt": {"cross_entropy", "balance", "coa", "infonce"},
+        "capt": {"cross_entropy", "balance", "infonce"},
         "full": {*asdict(weights)},
     }
     for method, names in on.items():

@@ -65,7 +65,7 @@ def test_a_stopped_run_resumes_to_the_bits_of_an_uninterrupted_one(
     tmp_path: Path,
 ) -> None:
     settings = {"method": method, "epochs": 40, "patience": 0, "optimizer": optimizer}
-    settings |= {"batch_size": 6, "visual_epochs": 20, "views": 2}
+    settings |= {"batch_size": 6, "visual_epochs": 20, "views": 2, "strength": "1"}
     if method == "capt":  # the text side is interrupted elsewhere
         settings["epochs"] = 2
     train(configure(**settings), tmp_path / "whole")

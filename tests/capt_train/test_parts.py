@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 
 from capt_deploy.errors import CaptError, ConfigError
-from capt_train import fitting, pipeline
+from capt_train import pipeline
 from capt_train.cli import main
 from capt_train.config import GROUPS, METHODS, PARTS, LossWeights, TrainConfig
 from capt_train.run import TunedModel, load_run
@@ -25,10 +25,10 @@ Configure = Callable[..., TrainConfig]
 PARAMETERS = {
     "prompt": "prompts.0.context",
     "text-prompts": "prompts.0.deeper",
-    "visual-prompts": "visual.prompts",
-    "adapter": "visual.adapters",
+    "visual-prompts": "tuner.prompts",
+    "adapter": "tuner.adapters",
     "semantic-experts": "semantic.beta",
-    "sample-experts": "visual.experts",
+    "sample-experts": "tuner.experts",
 }
 TERMS = ("coa", "infonce", "margin", "moments")
 LEARNED_FROM = (*TERMS, "retrieval", "text-prompts")
@@ -62,7 +62,7 @@ def tiny(configure: Configure) -> Configure:
 
     def tiny(**settings: Any) -> TrainConfig:
         own = {"classes": "all", "method": "full", "epochs": 1, "visual_epochs": 1, "views": 3}
-        own |= {"text_depth": 2, "visual_depth": 2, "visual_tokens": 2}
+        own |= {"strength": "0.75", "text_depth": 2, "visual_depth": 2, "visual_tokens": 2}
         return configure(**{**own, "learning_rate": 0.02, "patience": 0, **settings})
 
     return tiny
@@ -74,9 +74,7 @@ def test_a_run_without_one_part_trains_exports_and_loads_again(
     tiny: Configure,
     trained: Callable[..., TunedModel],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fitting, "choose_strength", lambda learner, *_: 1.0)
     own = tiny(without=() if part is None else (part,))
     assert own.parts == {*PARTS} - {part}
     torch.manual_seed(0)

@@ -220,3 +220,42 @@ def test_without_test_images_it_measures_on_those_left_and_says_so(
     assert read(tmp_path / "all shots" / "result.json")["zero_shot_temperature"] == 1.0
     assert report["images"] == {"train": 24, "val": 0}
     assert "calibrated on no more" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("promising", [False, True])
+def test_a_visual_side_that_promises_nothing_is_not_tuned(
+    promising: bool, configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[Trial | None] = []
+
+    def promises(task: TuningTask, trial: Trial | None) -> bool:
+        asked.append(trial)
+        return promising
+
+    monkeypatch.setattr(pipeline, "promises", promises)
+    config = configure(method="capt", classes="all", views=2, far_epochs=1)
+    report = train(config, tmp_path / "run")
+    (trial,) = asked
+    assert trial is not None and trial.unseen is not None
+    result = read(tmp_path / "run" / "result.json")
+    assert len(result["stages"]) == (3 if promising else 1)
+    assert result["trial"]["unseen"]["mean"] == list(trial.unseen.mean)
+    if promising:
+        return
+    assert result["strength"] == 0
+    assert not {"adapter", "sample-experts"} & {*report["parts"]}
+    model = load_run(tmp_path / "run")
+    assert model.visual is None
+    colours = 0 if model.learner.backbone.colours is None else 12
+    assert report["trained_parameters"] == 4 * 32 + colours
+
+
+def test_a_given_strength_is_taken_without_a_trial(configure: Configure, tmp_path: Path) -> None:
+    config = configure(method="capt", classes="all", views=2, far_epochs=1, strength="0.25")
+    report = train(config, tmp_path / "run")
+    result = read(tmp_path / "run" / "result.json")
+    assert result["trial"] is None
+    assert report["strength"] == result["strength"] == 0.25
+    visual = load_run(tmp_path / "run").visual
+    assert visual is not None and visual.strength is not None
+    assert float(visual.strength) == 0.25

@@ -100,7 +100,7 @@ def test_a_run_whose_inputs_have_moved_resumes_to_the_same_bits(
     (tmp_path / "pairs.json").write_text('{"ball|blue sky": {"difference": ["One is round."]}}')
     files = {"class_names": "names.json", "sentences": "pairs.json"}
     experts = ("semantic-experts",)
-    common = {"patience": 0, "method": method, "added": experts, "views": 3}
+    common = {"patience": 0, "method": method, "added": experts, "views": 3, "strength": "1"}
     settings = {**common, **{name: str(tmp_path / file) for name, file in files.items()}}
     own = {**settings, "data": str(shutil.copytree(photos, tmp_path / "photos"))}
     own["model"] = f"local-dir:{shutil.copytree(tiny_model_dir, tmp_path / 'model')}"

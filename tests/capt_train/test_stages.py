@@ -93,7 +93,7 @@ def changed(before: dict[str, Tensor], module: torch.nn.Module) -> set[str]:
     """Return which sides have changed: text, visual."""
     after = module.state_dict()
     found = {name for name in before if not torch.equal(before[name], after[name])}
-    return {"visual" if name.startswith("visual") else "text" for name in found}
+    return {"visual" if name.startswith("tuner") else "text" for name in found}
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -126,17 +126,18 @@ def few_photos(source, target):
 def test_on_real_photos_the_bundle_says_what_the_run_says(shared, tmp_path):
     import torch
 
-    # the set on which the visual side has something to mend, so that its strength is not 0
+    # the set on which colours and the visual side have something to mend
     data = few_photos(shared / "data" / "cifar100-camera", tmp_path / "data")
     model = f"local-dir:{shared / 'models' / 'tinyclip-cifar'}"
     few = {"shots": 4, "epochs": 3, "visual_epochs": 3, "views": 3, "far_epochs": 2}
+    few["strength"] = "0.75"
     train(TrainConfig(str(data), model, method="full", classes="base", **few), tmp_path / "run")
     classifier = Classifier.load(export_run(tmp_path / "run", tmp_path / "cifar.capt"))
     tuned = load_run(tmp_path / "run")
     photos = sorted((data / "test").rglob("*.png"))
     pixels = np.stack([preprocess(photo, tuned.backbone.preprocess) for photo in photos])
     expected = tuned.logits(tuned.learner.image_embeddings(torch.from_numpy(pixels)))
-    assert tuned.visual is not None
+    assert tuned.visual is not None and tuned.learner.recoloured
     found = classifier.backend.run(pixels)
     assert len(photos) == 1000
     assert np.abs(found.logits - expected.numpy()).max() <= 1e-4
