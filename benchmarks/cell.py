@@ -27,8 +27,10 @@ _OF_VISUAL_SIDE = {
     *("visual_depth", "visual_tokens", "views", "visual_learning_rate"),
     *("text_rate_beside_visual", "visual_epochs", "consistency"),
     *("far_epochs", "far_patience", "far_consistency", "strength"),
-    *("colour_steps", "colour_learning_rate"),
 }
+
+
+_OF_COLOURS = {"colour_steps", "colour_learning_rate"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,9 @@ def open_world(name: str) -> Iterator[World]:
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """Return what decides a run's outcome, without where things lie on this machine."""
-    idle = _PLACES if config.parts & {*GROUPS["visual"]} else _PLACES | _OF_VISUAL_SIDE
+    idle = _PLACES
+    idle = idle if config.parts & {*GROUPS["visual"]} else idle | _OF_VISUAL_SIDE
+    idle = idle if "colours" in config.parts else idle | _OF_COLOURS
     own = {name: value for name, value in config.to_dict().items() if name not in idle}
     return {**own, "parts": sorted(config.parts)}  # a method may get others
 

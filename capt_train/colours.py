@@ -5,6 +5,7 @@ same way. No prompt can undo that, and adapters deep in the tower only in part; 
 front of it can. They cost nothing at inference, for they fold into the patch convolution.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,7 @@ from capt_train.schedule import learning_rate
 _ROUNDS = 4  # of steps, each followed by a look at the images that decide
 _BATCH = 64
 _EMBEDDED_AT_ONCE = 256
+_TUNED_AT_ONCE = 16  # through the whole tower and back: more would fill a GPU's memory
 _STANDARD_ERRORS = 2.0  # by which the map must be better than none
 
 
@@ -55,7 +57,10 @@ class ColourFit:
             TypeError, KeyError, ValueError: values of wrong form.
         """
         own = None if values["colours"] is None else ColourMap.from_dict(values["colours"])
-        return cls(own, float(values["gain"]), float(values["standard_error"]))
+        figures = float(values["gain"]), float(values["standard_error"])
+        if not all(map(math.isfinite, figures)):
+            raise ValueError("expected finite numbers")
+        return cls(own, *figures)
 
 
 class _Trained(nn.Module):
@@ -94,7 +99,8 @@ def fit_colours(
 
     It is kept where its calibrated NLL on `deciding` is lower than without it by two standard
     errors of that difference, image by image. If it is not lower at all after half of the steps,
-    the rest is not tried.
+    the rest is not tried. Classes that are not tuned on are not asked: a map of twelve numbers
+    has no room for single classes.
 
     Args:
         backbone: frozen, without a map.
@@ -115,9 +121,13 @@ def fit_colours(
     with progress("fitting the colours", steps, "steps") as counter:
         for step, (pixels, labels) in enumerate(_minibatches(train, steps, seed)):
             optimizer.param_groups[0]["lr"] = learning_rate(step, steps, 0, rate)
-            logits = _logits(backbone.recoloured(trained()), reference, pixels)
             optimizer.zero_grad()
-            functional.cross_entropy(logits, labels.to(logits.device)).backward()
+            for part, own in zip(
+                pixels.split(_TUNED_AT_ONCE), labels.split(_TUNED_AT_ONCE), strict=True
+            ):
+                logits = _logits(backbone.recoloured(trained()), reference, part)
+                total = functional.cross_entropy(logits, own.to(logits.device), reduction="sum")
+                (total / len(labels)).backward()
             optimizer.step()
             counter.advance(1)
             if step + 1 in ends:

@@ -22,7 +22,7 @@ class LossWeights:
 
 # What can be switched on and off alone, in the order of METHOD.md.
 PARTS: Mapping[str, str] = {
-    "colours": "an affine map of the input's colours, where other images gain by it",
+    "colours": "a map of the input's colours (ours), where other images gain by it",
     "prompt": "learned context vectors instead of the hand-written prompt",
     "text-prompts": "new context vectors in deeper blocks of the text tower",
     "visual-prompts": "free tokens in the blocks of the visual tower",
@@ -41,7 +41,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "tcpt": ("margin", "moments"),
     "bank": ("infonce", "retrieval"),
     "experts": ("semantic-experts", "sample-experts"),
-    "visual": ("colours", "adapter", "sample-experts", "visual-prompts"),
+    "visual": ("adapter", "sample-experts", "visual-prompts"),
     "deep-prompts": ("text-prompts", "visual-prompts"),
 }
 # What each --method trains; `capt` has the parts that earn their place (docs/ablation.md).
@@ -262,7 +262,7 @@ class TrainConfig:
 def _is_strength(text: str) -> bool:
     try:
         return text == "auto" or 0 <= float(text) <= 1
-    except ValueError:
+    except (TypeError, ValueError):
         return False
 
 

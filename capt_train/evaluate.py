@@ -38,7 +38,7 @@ def evaluate_model(
             say(f"note: {seen} test images are also among those that the run has used")
     own = features.embeddings
     if model.moves_images:
-        label = f"{split} images with the tuned visual side"
+        label = f"{split} images as tuned"
         own = embed(model.backbone, None, dataset, items, label, model.learner).embeddings
     scores = Scores(
         features.labels.numpy(),

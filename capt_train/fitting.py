@@ -12,7 +12,7 @@ from capt_deploy.files import write_json
 from capt_train import run as runs
 from capt_train.bank import ConfusionBank, confused_pairs
 from capt_train.calibration import fit_temperature
-from capt_train.checkpoint import TuningState
+from capt_train.checkpoint import TuningState, load_checkpoint
 from capt_train.confusion_plot import plot_confusions
 from capt_train.confusions import CONFUSIONS, write_confusions
 from capt_train.features import Embedded
@@ -37,6 +37,8 @@ class Outcome:
     frozen: Embedded  # its images, by the model as it came
     states: tuple[TuningState, ...]  # one for each stage
     trial: Trial | None
+    # Class embeddings before the visual side was tuned; None where it was not.
+    before: Float[Tensor, "classes dim"] | None
     bank: ConfusionBank  # after the last write-back
 
     @property
@@ -48,10 +50,12 @@ class Outcome:
 def fit(setup: Setup, outcome: Outcome, out: Path) -> TunedModel:
     """Fit strength, mixture and temperature; write the banks and `result.json`."""
     learner, task, split = outcome.learner, outcome.task, setup.split
-    if learner.visual is not None:
+    if outcome.before is not None:
         fixed = setup.config.fixed_strength
         if fixed is None:
-            choose_strength(learner, task, outcome.trial)
+            choose_strength(learner, task, outcome.trial, outcome.before)
+            if learner.trainable:
+                load_checkpoint(runs.best_checkpoint(out, learner.strength), learner)
         else:
             learner.set_strength(fixed)
     if learner.tuner is not None:

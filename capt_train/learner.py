@@ -77,8 +77,8 @@ class Learner(nn.Module):
 
     @property
     def trainable(self) -> bool:
-        """Whether there is anything to train."""
-        return any(True for _ in self.parameters())
+        """Whether anything in force is trained."""
+        return bool(self.text_parameters or self.visual_parameters)
 
     @property
     def size(self) -> int:
@@ -114,6 +114,11 @@ class Learner(nn.Module):
     def visual_parameters(self) -> list[nn.Parameter]:
         """What the visual side trains."""
         return [] if self.visual is None else [*self.visual.parameters()]
+
+    @torch.no_grad()
+    def mean_texts(self, classes: Sequence[int]) -> Float[Tensor, "classes dim"]:
+        """Return the mean over the learned prompts, in float32, to be judged with."""
+        return self.texts(classes).embeddings.float().mean(dim=0)
 
     def texts(self, classes: Sequence[int]) -> Texts:
         """Return embeddings of some classes, given by index."""
@@ -250,7 +255,7 @@ def _prompt(
 def _visual_tuner(
     backbone: Backbone, config: TrainConfig, generator: torch.Generator
 ) -> VisualTuner | None:
-    wanted = _inside_the_tower(config)
+    wanted = [part for part in GROUPS["visual"] if part in config.parts]
     tower = backbone.tower if wanted else None
     if tower is None:
         return None
@@ -265,13 +270,9 @@ def _visual_tuner(
     return tuner if any(True for _ in tuner.parameters()) else None
 
 
-def _inside_the_tower(config: TrainConfig) -> list[str]:
-    return [part for part in GROUPS["visual"] if part in config.parts - {"colours"}]
-
-
 def left_out(backbone: Backbone, config: TrainConfig) -> list[str]:
     """Return a sentence for each wanted part that this model cannot have."""
-    wanted = _inside_the_tower(config)
+    wanted = [part for part in GROUPS["visual"] if part in config.parts]
     if not wanted:
         return []
     tower = backbone.tower

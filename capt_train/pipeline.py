@@ -1,8 +1,8 @@
 """The whole of `capt-train`: data, features, zero-shot, tuning, calibration, metrics."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from capt_train.recolour import recolour
 from capt_train.run import TunedModel
 from capt_train.setup import Setup, absolute, load, prepare
 from capt_train.stages import TuningTask, stages
-from capt_train.strength import promises, try_out
+from capt_train.strength import Trial, promises, try_out
 from capt_train.tuning import tune
 from capt_train.views import Views, embed_views
 
@@ -103,15 +103,25 @@ def _tune(setup: Setup, cache: EmbeddingCache, out: Path) -> Outcome:
     if learner.visual is not None:
         task = _with_visual_side(setup, learner, task)
         fixed = config.fixed_strength
-        trial = try_out(task, make) if fixed is None else None
+        trial = _tried(task, make, out) if fixed is None else None
         learner.set_strength(float(promises(task, trial) if fixed is None else fixed > 0))
-    states = []
+    states, before = [], None
     for stage in stages(task, learner):
+        if stage.visual and before is None:
+            before = learner.mean_texts(split.tuned)
         state, written = tune(learner, task, out, stage)
         states.append(state)
         bank = written or bank
         task = replace(task, bank=written)
-    return Outcome(learner, task, views, frozen, tuple(states), trial, bank)
+    return Outcome(learner, task, views, frozen, tuple(states), trial, before, bank)
+
+
+def _tried(task: TuningTask, make: Callable[[tuple[int, ...]], Learner], out: Path) -> Trial | None:
+    """Return the trial of the run; a resumed one decides by what it has written."""
+    if not (out / runs.TRIAL).exists():
+        trial = try_out(task, make)
+        write_json(out / runs.TRIAL, trial and asdict(trial))
+    return runs.read_trial(out)
 
 
 def _wanted(setup: Setup, bank: ConfusionBank) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ import torch
 
 from capt_deploy.console import say
 from capt_deploy.datasets import Item
+from capt_deploy.errors import ImageError
 from capt_deploy.files import write_json
 from capt_train.backbone import Backbone
 from capt_train.colours import ColourFit, Labelled, fit_colours
@@ -27,6 +28,9 @@ def recolour(setup: Setup, frozen: Embedded, out: Path) -> tuple[Backbone, Embed
         setup: of the run.
         frozen: training and validation images, by the model as it came.
         out: the run folder.
+
+    Raises:
+        ImageError: an image that could be read before cannot be read now.
     """
     backbone, config = setup.backbone, setup.config
     if "colours" not in config.parts:
@@ -46,6 +50,8 @@ def recolour(setup: Setup, frozen: Embedded, out: Path) -> tuple[Backbone, Embed
     def again(own: Features, items: Sequence[Item], name: str) -> Features:
         label = f"recoloured {name} images"
         found = embed(backbone, None, setup.dataset, own.kept(items), label, seen)
+        if found.skipped:  # else rows would belong to other images
+            raise ImageError(f"{found.skipped[0].path}: could be read before, but not now")
         return replace(found, skipped=own.skipped)
 
     train = again(frozen.train, split.train, "training")
@@ -54,7 +60,7 @@ def recolour(setup: Setup, frozen: Embedded, out: Path) -> tuple[Backbone, Embed
 
 def _told(found: ColourFit) -> str:
     if not found.gain:
-        return "no other was better on images that were not fitted on"
+        return "no map is better on images that were not fitted on, or there are too few of them"
     return (
         f"on images not fitted on, the NLL falls by {found.gain:.3f}, "
         f"standard error {found.standard_error:.3f}"

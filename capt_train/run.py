@@ -4,6 +4,7 @@ config.json        every setting, versions, the model's fingerprint; written fir
 split.json         the images chosen, with their hashes
 sentences.json     of the mined pairs, as --sentences takes them; llm_answers.json those of an LLM
 colours.json       how the input's colours are mapped, and what images not fitted on gain by it
+trial.json         what a short run on half of the classes said of the visual side
 last.safetensors   state after the last epoch, for --resume; text-last… and near-last… of the
                    stages before the last
 best.safetensors   parameters of the best epoch; likewise
@@ -18,12 +19,12 @@ import hashlib
 import os
 import platform
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -41,12 +42,15 @@ from capt_train.config import TrainConfig
 from capt_train.fewshot import FewShotSplit
 from capt_train.learner import Learner, make_learner
 from capt_train.mixture import Mixture
+from capt_train.stages import TEXT
+from capt_train.strength import Trial
 from capt_train.tuning import BEST
 from capt_train.visual_tuner import VisualTuner
 
 CONFIG, SPLIT, RESULT, METRICS = "config.json", "split.json", "result.json", "metrics.json"
 BANK, MATRIX = "bank.safetensors", "confusions.png"
-COLOURS = "colours.json"
+COLOURS, TRIAL = "colours.json", "trial.json"
+_Parsed = TypeVar("_Parsed")
 _VERSIONED = ("torch", "open_clip_torch", "numpy", "pillow")
 
 
@@ -78,10 +82,16 @@ class Fitted:
         return cls(
             {(int(true), int(taken)): int(count) for true, taken, count in values["pairs"]},
             Mixture.from_dict(values["mixture"], learned),
-            float(values["strength"]),
+            _strength(values["strength"]),
             float(values["temperature"]),
             float(values["zero_shot_temperature"]),
         )
+
+
+def _strength(value: Any) -> float:
+    if not 0 <= float(value) <= 1:
+        raise ValueError(f"strength: expected 0 to 1, came {value!r}")
+    return float(value)
 
 
 @dataclass(frozen=True)
@@ -144,6 +154,7 @@ def begin(folder: Path, config: TrainConfig, model_fingerprint: str) -> None:
         folder / CONFIG,
         {
             "config": config.to_dict(),
+            "parts": sorted(config.parts),  # a method may get others
             "model_sha256": model_fingerprint,
             "versions": versions,
         },
@@ -183,7 +194,13 @@ def read_config(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
     content = read_json(folder / CONFIG, RunError)
     if not isinstance(content, dict) or not {"config", "model_sha256"} <= set(content):
         raise RunError(f"{folder / CONFIG}: not as capt-train writes it")
-    return TrainConfig.from_dict(content["config"], RunError), content
+    config = TrainConfig.from_dict(content["config"], RunError)
+    if content.get("parts") not in (None, sorted(config.parts)):
+        raise RunError(
+            f"{folder}: begun with {', '.join(content['parts'])}, but the method {config.method} "
+            f"of this version trains {', '.join(sorted(config.parts))}; tune again"
+        )
+    return config, content
 
 
 def load_run(folder: str | Path, device: torch.device | None = None) -> TunedModel:
@@ -213,9 +230,9 @@ def load_run(folder: str | Path, device: torch.device | None = None) -> TunedMod
         fitted = Fitted.from_dict(result, learner.learned)
     except (TypeError, KeyError, ValueError, RunError) as cause:
         raise RunError(f"{folder / RESULT}: not as capt-train writes it ({cause!r})") from cause
-    if learner.trainable:
-        load_checkpoint(folder / BEST, learner)
     learner.set_strength(fitted.strength)
+    if learner.trainable:
+        load_checkpoint(best_checkpoint(folder, fitted.strength), learner)
     provenance = {
         **config.to_dict(),
         "data_fingerprint": split.fingerprint(),
@@ -226,6 +243,15 @@ def load_run(folder: str | Path, device: torch.device | None = None) -> TunedMod
     return TunedModel(backbone, config, split, learner, rows, zero_shot, fitted, provenance)
 
 
+def best_checkpoint(folder: Path, strength: float) -> Path:
+    """Return the file of the best epoch.
+
+    With κ = 0 it is that of the text side alone, whose prompt had the frozen images beside it.
+    """
+    text = folder / f"{TEXT}{BEST}"
+    return text if strength == 0 and text.exists() else folder / BEST
+
+
 def read_colours(folder: Path) -> ColourFit:
     """Return what `colours.json` says.
 
@@ -234,10 +260,23 @@ def read_colours(folder: Path) -> ColourFit:
     """
     if not (folder / COLOURS).is_file():
         raise RunError(f"{folder / COLOURS}: missing; restore it or tune again")
+    return _read(folder / COLOURS, ColourFit.from_dict)
+
+
+def read_trial(folder: Path) -> Trial | None:
+    """Return what `trial.json` says; None where no trial was possible.
+
+    Raises:
+        RunError: it is missing or not as capt-train writes it.
+    """
+    return _read(folder / TRIAL, lambda values: Trial.from_dict(values) if values else None)
+
+
+def _read(path: Path, parse: Callable[[Any], _Parsed]) -> _Parsed:
     try:
-        return ColourFit.from_dict(read_json(folder / COLOURS, RunError))
+        return parse(read_json(path, RunError))
     except (TypeError, KeyError, ValueError) as cause:
-        raise RunError(f"{folder / COLOURS}: not as capt-train writes it ({cause!r})") from cause
+        raise RunError(f"{path}: not as capt-train writes it ({cause!r})") from cause
 
 
 @torch.no_grad()

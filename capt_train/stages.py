@@ -23,7 +23,7 @@ class TuningTask:
     val: Features  # likewise; may be empty
     reference: Float[Tensor, "classes dim"]  # hand-written t⁰ of these classes
     config: TrainConfig
-    bank: ConfusionBank | None = None  # as the zero-shot model fills it
+    bank: ConfusionBank | None = None  # as the hand-written prompt fills it, colours mapped
     views: Views | None = None  # of the training images
     val_tokens: Float[Tensor, "images tokens width"] | None = None
     alpha: Float[Tensor, " samples"] | None = None  # s·cᵞ of the training images
@@ -46,6 +46,9 @@ def zero_shot_bank(
     embeddings = train.embeddings.to(reference.device)
     labels = train.labels_among(tuned).to(reference.device)
     return ConfusionBank.fill(scale * embeddings @ reference.T, labels, embeddings)
+
+
+TEXT = "text-"  # in front of the checkpoints of a text side that a visual one comes after
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def stages(task: TuningTask, learner: Learner) -> list[Stage]:
         consistency=config.far_consistency,
         patience=config.far_patience,
     )
-    order = [replace(text, name="text-")] if learner.text_parameters else []
+    order = [replace(text, name=TEXT)] if learner.text_parameters else []
     if not len(task.val) or not config.far_epochs:
         return [*order, near]
     return [*order, replace(near, name="near-"), far]

@@ -5,9 +5,10 @@ the training images says so. Images of classes that were not tuned on do.
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,12 +23,16 @@ from capt_train.views import Views
 
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0)  # of κ
 _STANDARD_ERRORS = 2.0  # by which a gain must be above 0
+_LEAST_GAIN = 1e-3  # nats; what rounding may look like
 _FEWEST_CLASSES = 4  # that can be halved into two problems
 
 
 @dataclass(frozen=True)
 class Gains:
-    """By how much each κ of GRID lowers the calibrated NLL of images that were not tuned on."""
+    """By how much each κ of GRID lowers the calibrated NLL of images that were not tuned on.
+
+    Against the model before its visual side was tuned, whose prompt had the frozen one beside it.
+    """
 
     mean: tuple[float, ...]
     error: tuple[float, ...]  # standard error of that mean
@@ -35,10 +40,27 @@ class Gains:
 
 @dataclass(frozen=True)
 class Trial:
-    """What a short run on half of the classes says; None where there is no image to ask about."""
+    """What a short run on half of the classes says; None where too few images can be asked."""
 
     seen: Gains | None  # on images of its own classes that it was not tuned on
     unseen: Gains | None  # on images of the other classes
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Trial":
+        """Read the JSON form, that of `asdict`.
+
+        Raises:
+            TypeError, KeyError, ValueError: values of wrong form.
+        """
+        asked = []
+        for name in ("seen", "unseen"):
+            own = values[name]
+            mean, error = ((), ()) if own is None else (own["mean"], own["error"])
+            if own is not None and not len(mean) == len(error) == len(GRID):
+                raise ValueError(f"{name}: expected {len(GRID)} gains")
+            gains = Gains(tuple(map(float, mean)), tuple(map(float, error)))
+            asked.append(None if own is None else gains)
+        return cls(*asked)
 
 
 @dataclass(frozen=True)
@@ -69,14 +91,22 @@ def try_out(task: TuningTask, make: Callable[[tuple[int, ...]], Learner]) -> Tri
     learner = make(half.tuned)
     if learner.visual is not None and half.alpha is not None:
         learner.visual.set_constants(alpha=float(half.alpha.mean()))
+    before = None
     with tempfile.TemporaryDirectory() as folder:
         for stage in stages(half, learner):
+            if stage.visual and before is None:
+                before = [learner.mean_texts(question.classes) for question in (seen, unseen)]
             tune(learner, half, Path(folder), stage, "trial:")
-    return Trial(_gains(learner, task.scale, seen), _gains(learner, task.scale, unseen))
+    if before is None:  # there is no visual side to try
+        return None
+    return Trial(
+        _gains(learner, before[0], task.scale, seen),
+        _gains(learner, before[1], task.scale, unseen),
+    )
 
 
 def promises(task: TuningTask, trial: Trial | None) -> bool:
-    """Return whether the visual side may help both seen and unseen classes.
+    """Return whether the visual side may help seen and unseen classes, as far as they were asked.
 
     If not, tuning it is not worth the time. Where no trial was possible, validation images will
     tell afterwards; without these nothing could.
@@ -86,26 +116,38 @@ def promises(task: TuningTask, trial: Trial | None) -> bool:
     return best_strength(trial.seen, trial.unseen) > 0
 
 
-def choose_strength(learner: Learner, task: TuningTask, trial: Trial | None) -> None:
+def choose_strength(
+    learner: Learner,
+    task: TuningTask,
+    trial: Trial | None,
+    before: Float[Tensor, "classes dim"],
+) -> None:
     """Set the tuned model's κ.
 
     What it does to seen classes is asked of the tuned model itself where there are validation
     images; what it does to unseen ones only the trial knows.
+
+    Args:
+        learner: as tuned.
+        task: what it was tuned on.
+        trial: of this task, if there was one.
+        before: class embeddings of the tuned classes before the visual side was tuned.
     """
-    seen = _gains(learner, task.scale, _validation(task)) if len(task.val) else None
+    seen = _gains(learner, before, task.scale, _validation(task)) if len(task.val) else None
     if seen is None and trial is not None:
         seen = trial.seen
     learner.set_strength(best_strength(seen, trial.unseen if trial else None))
 
 
 def best_strength(*asked: Gains | None) -> float:
-    """Return the κ whose smallest gain is the largest, of those that surely gain everywhere.
+    """Return the κ whose smallest gain is the largest, of those that surely gain wherever asked.
 
     So what helps some classes is not paid for by others. With no such κ, or nobody to ask, it
-    is 0: the visual side stays as it came.
+    is 0: the visual side stays as it came. Where only seen or only unseen classes could be asked,
+    they decide alone.
     """
     known = [gains for gains in asked if gains is not None]
-    best, value = 0.0, 0.0
+    best, value = _LEAST_GAIN, 0.0
     for place, strength in enumerate(GRID):
         least = min((gains.mean[place] for gains in known), default=0.0)
         sure = all(g.mean[place] > _STANDARD_ERRORS * g.error[place] for g in known)
@@ -193,19 +235,18 @@ def _training_images(task: TuningTask, chosen: Bool[Tensor, " samples"]) -> _Que
 
 
 @torch.no_grad()
-def _gains(learner: Learner, scale: float, question: _Question) -> Gains | None:
+def _gains(learner: Learner, before: Tensor, scale: float, question: _Question) -> Gains | None:
     """Return what each κ gains; the learner's own κ is put back afterwards."""
-    if not len(question.labels):
+    if len(question.labels) < 2:  # one image has no standard error
         return None
-    texts = learner.texts(question.classes).embeddings.mean(dim=0)
-    labels = question.labels.to(texts.device)
-    before, losses = learner.strength, []
-    for strength in GRID:
+    texts, labels = learner.mean_texts(question.classes), question.labels.to(before.device)
+    losses = [calibrated_losses(scale * question.frozen.to(before) @ before.T, labels)]
+    own = learner.strength
+    for strength in GRID[1:]:
         learner.set_strength(strength)
-        tuned = learner.visual is not None
-        images = learner.embed_tokens(question.tokens) if tuned else question.frozen.to(texts)
+        images = learner.embed_tokens(question.tokens)
         losses.append(calibrated_losses(scale * images @ texts.T, labels))
-    learner.set_strength(before)
-    gains = torch.stack([losses[0] - own for own in losses]).double()
-    error = gains.std(dim=1, correction=0) / len(labels) ** 0.5
+    learner.set_strength(own)
+    gains = torch.stack([losses[0] - one for one in losses]).double()
+    error = gains.std(dim=1) / len(labels) ** 0.5
     return Gains(tuple(gains.mean(dim=1).tolist()), tuple(error.tolist()))

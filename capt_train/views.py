@@ -84,7 +84,7 @@ def embed_views(
             own = [kept.half().cpu() for _, kept in found if kept is not None]
             tokens += [torch.stack(own)] if own else []
             held = embeddings[-1][-1]
-            if learner.recoloured:
+            if learner.recoloured and views > 1:
                 held = backbone.image_embeddings(rows[-1]).cpu()
             untouched.append(held)
             counter.advance(len(batch))

@@ -92,6 +92,8 @@ def make_manifest(model: TunedModel) -> Manifest:
             "model": spec,
             "pretrained": model.config.pretrained and Path(model.config.pretrained).name,
             **{key: model.provenance[key] for key in _PROVENANCE},
+            "parts": sorted(model.learner.parts(model.config)),
+            "strength": model.fitted.strength,
         },
     )
 
