@@ -116,7 +116,7 @@ def test_a_part_or_group_is_added_and_left_out(name: str) -> None:
 
 def test_leaving_out_wins_over_adding() -> None:
     both = config(method="coop", added=("visual", "coa"), without=("experts", "coa"))
-    assert both.parts == {"prompt", "colours", "adapter", "visual-prompts"}
+    assert both.parts == {"prompt", "adapter", "visual-prompts"}
 
 
 @pytest.mark.parametrize("part", TERMS)

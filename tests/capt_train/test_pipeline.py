@@ -13,17 +13,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from capt_deploy.datasets import read_dataset
+from capt_deploy.errors import RunError
 from capt_deploy.preprocess import preprocess
+from capt_train import pipeline, strength
 from capt_train import run as runs
 from capt_train.backbone import Backbone
 from capt_train.config import PARTS, TrainConfig
 from capt_train.fewshot import choose
 from capt_train.pipeline import train
-from capt_train.run import load_run
-from capt_train.strength import GRID
+from capt_train.run import TunedModel, load_run
+from capt_train.stages import TuningTask
+from capt_train.strength import Trial
 
 Configure = Callable[..., TrainConfig]
 RUN_FILES = {
@@ -97,8 +101,8 @@ def test_a_run_of_both_sides_has_its_stages_and_what_was_chosen_for_the_visual_o
     assert near == far == terms | {"consistency"}
     assert report["parts"] == sorted({*PARTS} - {"visual-prompts"})
     assert report["trained_parameters"] == result["trained_parameters"] > 4 * 32
-    assert result["strength"] == report["strength"] in GRID
-    assert result["trial"] is None  # two tuned classes cannot be halved
+    assert result["strength"] == report["strength"] == 0.75  # as it was asked for
+    assert result["trial"] is None
 
 
 def test_zero_shot_metrics_equal_a_prediction_by_hand(
@@ -259,3 +263,66 @@ def test_a_given_strength_is_taken_without_a_trial(configure: Configure, tmp_pat
     visual = load_run(tmp_path / "run").visual
     assert visual is not None and visual.strength is not None
     assert float(visual.strength) == 0.25
+
+
+def test_without_strength_or_text_side_a_run_is_the_zero_shot_model(
+    configure: Configure, tmp_path: Path
+) -> None:
+    config = configure(method="zeroshot", added=("adapter",), strength="0", views=2)
+    train(config, tmp_path / "run")
+    model = load_run(tmp_path / "run")
+    assert model.visual is None
+    assert torch.equal(model.text_embeddings, model.zero_shot)
+
+
+def test_a_strength_of_zero_ends_with_the_prompt_of_the_text_side_alone(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(pipeline, "promises", lambda *_: True)
+    monkeypatch.setattr(strength, "best_strength", lambda *_: 0.0)
+    config = configure(method="capt", classes="all", views=2, far_epochs=1, without=("colours",))
+    fitted: list[TunedModel] = []
+    measure = pipeline._measure
+    monkeypatch.setattr(
+        pipeline,
+        "_measure",
+        lambda setup, own, cache: (fitted.append(own), measure(setup, own, cache))[1],
+    )
+    run = tmp_path / "run"
+    report = train(config, run)
+    assert len(read(run / "result.json")["stages"]) == 3
+    files = (load_file(run / f"{name}best.safetensors") for name in ("text-", ""))
+    alone, beside = (own["module.prompts.0.context"] for own in files)
+    assert not torch.equal(alone, beside)
+    for model in (*fitted, load_run(run)):
+        assert model.visual is None
+        assert torch.equal(model.learner.state_dict()["prompts.0.context"], alone)
+        texts = model.learner.mean_texts(range(4))
+        assert torch.equal(model.text_embeddings, texts)
+    assert not {"adapter", "sample-experts"} & {*report["parts"]}
+
+
+def test_a_resumed_run_decides_by_the_trial_that_it_has_written(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = configure(method="capt", classes="all", views=2, far_epochs=1)
+    train(config, tmp_path / "run")
+    trial = (tmp_path / "run" / "trial.json").read_bytes()
+    report = read(tmp_path / "run" / "metrics.json")
+    (tmp_path / "run" / "result.json").unlink()
+
+    def never(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(pipeline, "try_out", never)
+    assert train(config, tmp_path / "run", resume=True) == report
+    assert (tmp_path / "run" / "trial.json").read_bytes() == trial
+
+
+def test_a_run_begun_with_other_parts_is_refused(finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    content = read(run / "config.json")
+    content["parts"] = [*content["parts"], "telepathy"]
+    (run / "config.json").write_text(json.dumps(content))
+    with pytest.raises(RunError, match=r"begun with .*telepathy.*; tune again"):
+        load_run(run)

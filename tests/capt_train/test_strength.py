@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,11 @@ def gains(*mean: float, error: float = 0.0) -> Gains:
     return Gains(tuple(map(float, mean)), (float(error),) * len(GRID))
 
 
+def uneven(*mean: float) -> Gains:
+    """Return gains whose last one is not twice its error; the others are."""
+    return Gains(tuple(map(float, mean)), (0.0, 0.4, 0.9, 1.4, 2.1))
+
+
 @pytest.mark.parametrize(
     ("seen", "unseen", "expected"),
     [
@@ -99,7 +105,9 @@ def gains(*mean: float, error: float = 0.0) -> Gains:
         (gains(0, 9, 9, 9, 9), gains(0, -1, -1, -1, -1), 0.0),  # new classes would pay for it
         (gains(0, -1, -1, -1, -1), gains(0, 9, 9, 9, 9), 0.0),  # the tuned ones would
         (gains(0, 3, 4, 2, 1), gains(0, 1, 2, 3, 4), 0.5),  # the smaller gain decides
-        (gains(0, 1, 2, 3, 4, error=1.4), gains(0, 1, 2, 3, 4), 1.0),  # 3 is sure, and 4
+        (uneven(0, 1, 2, 3, 4), gains(0, 1, 2, 3, 4), 0.75),  # the largest is not sure
+        (gains(0, 1, 2, 3, 4), uneven(0, 1, 2, 3, 4), 0.75),
+        (gains(0, 1e-4, 2e-4, 3e-4, 4e-4), gains(0, 1, 2, 3, 4), 0.0),  # what rounding does
         (gains(0, 1, 2, 3, 4), gains(0, 4, 2, 2, 2, error=1.1), 0.25),  # 2 is not
         (gains(0, 1, 2, 3, 4, error=2), gains(0, 1, 2, 3, 4), 0.0),
         (gains(0, 1, 3, 2, 1), None, 0.5),
@@ -113,7 +121,7 @@ def test_a_strength_must_surely_help_seen_and_unseen_classes(
     assert best_strength(seen, unseen) == expected
     made, task = make(tiny_backbone)
     trial = Trial(seen, unseen)
-    choose_strength(made, without_val(task), trial)
+    choose_strength(made, without_val(task), trial, made.mean_texts(task.tuned))
     assert made.strength == expected
     assert (made.visual is None) == (expected == 0)
     assert promises(task, trial) == (expected > 0)
@@ -123,7 +131,7 @@ def test_without_a_trial_validation_images_decide_afterwards(tiny_backbone: Back
     made, task = make(tiny_backbone)
     assert promises(task, None)
     assert not promises(without_val(task), None)
-    choose_strength(made, without_val(task), None)
+    choose_strength(made, without_val(task), None, made.mean_texts(task.tuned))
     assert made.strength == 0
 
 
@@ -145,7 +153,7 @@ def test_a_tuned_model_is_asked_on_validation_images(
     # Whoever says so is always right: the frozen side, or the tuned one.
     val = replace(task.val, labels=torch.tensor(task.tuned)[right])
     trial = None if seen is None else Trial(seen, gains(0, 1, 2, 3, 4))
-    choose_strength(made, replace(task, val=val), trial)
+    choose_strength(made, replace(task, val=val), trial, texts)
     assert made.strength == expected
 
 
@@ -156,7 +164,10 @@ def test_gains_are_those_of_each_image_at_its_own_temperature(tiny_backbone: Bac
     for parameter in made.visual.parameters():
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
     made.set_strength(0.25)
-    found = strength._gains(made, task.scale, strength._validation(task))
+    before = made.mean_texts(task.tuned)
+    with torch.no_grad():
+        made.prompts[0].context += 0.1  # type: ignore[operator]
+    found = strength._gains(made, before, task.scale, strength._validation(task))
     assert found is not None
     assert made.strength == 0.25
     labels = task.val.labels_among(task.tuned)
@@ -165,13 +176,14 @@ def test_gains_are_those_of_each_image_at_its_own_temperature(tiny_backbone: Bac
         made.set_strength(value or 1.0)
         assert task.val_tokens is not None
         images = made.embed_tokens(task.val_tokens) if value else task.val.embeddings
-        logits = (task.scale * images @ made.texts(task.tuned).embeddings[0].T).detach()
+        texts = made.mean_texts(task.tuned) if value else before
+        logits = task.scale * images @ texts.T
         scaled = (logits / fit_temperature(logits, labels)).double()
         losses.append(-scaled.log_softmax(1)[torch.arange(len(labels)), labels])
     for place, own in enumerate(losses):
         saved = (losses[0] - own).numpy()
         assert found.mean[place] == pytest.approx(saved.mean(), abs=1e-5)
-        assert found.error[place] == pytest.approx(saved.std() / len(saved) ** 0.5, abs=1e-5)
+        assert found.error[place] == pytest.approx(saved.std(ddof=1) / len(saved) ** 0.5, abs=1e-5)
     assert found.mean[0] == found.error[0] == 0
     assert len({*found.mean}) == len(GRID)
 
@@ -197,7 +209,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         found["tasks"].append(task)
         return TuningState(), task.bank
 
-    def asked(made: Learner, scale: float, question: Any) -> Gains:
+    def asked(made: Learner, before: Tensor, scale: float, question: Any) -> Gains:
         found["questions"].append(question)
         found["learner"] = made
         return FLAT
@@ -284,7 +296,7 @@ def test_a_trial_ends_in_numbers_whichever_classes_have_validation_images(
         assert trial is not None
         trials.append(trial)
         for found in (trial.seen, trial.unseen):
-            if found is None:  # there is no image to ask about
+            if found is None:  # there are too few images to ask about
                 assert 0 < val_classes < 4
                 continue
             assert len(found.mean) == len(found.error) == len(GRID)
@@ -298,3 +310,21 @@ def test_a_trial_is_the_same_again(tiny_backbone: Backbone) -> None:
     _, task = make(tiny_backbone)
     trials = [try_out(task, lambda own: learner(tiny_backbone, task.config, own)) for _ in "ab"]
     assert trials[0] == trials[1]
+
+
+def test_one_image_is_too_few_to_be_sure(tiny_backbone: Backbone) -> None:
+    made, task = make(tiny_backbone)
+    whole = strength._validation(task)
+    one = replace(whole, frozen=whole.frozen[:1], tokens=whole.tokens[:1], labels=whole.labels[:1])
+    before = made.mean_texts(task.tuned)
+    assert strength._gains(made, before, task.scale, one) is None
+    assert strength._gains(made, before, task.scale, whole) is not None
+
+
+def test_a_trial_comes_back_from_json_and_bad_forms_are_refused() -> None:
+    trial = Trial(Gains((0.0, 0.1, 0.2, 0.3, 0.4), (0.0, 0.01, 0.02, 0.03, 0.04)), None)
+    written = json.loads(json.dumps(asdict(trial)))
+    assert Trial.from_dict(written) == trial
+    for bad in ({}, {"seen": None}, {**written, "seen": {"mean": [0.0], "error": [0.0]}}, []):
+        with pytest.raises((TypeError, KeyError, ValueError)):
+            Trial.from_dict(bad)  # type: ignore[arg-type]
