@@ -43,6 +43,11 @@ def test_the_docs_show_the_table_of_the_cells(world: str) -> None:
     assert ablation.markdown(ablation.load(world)) in docs
 
 
+def test_the_docs_show_what_the_search_found() -> None:
+    found = search._table(cell.load_cells("search"))
+    assert found in (ROOT / "docs" / "ablation.md").read_text()
+
+
 def test_a_cell_is_measured_once_and_again_with_other_settings(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -216,25 +216,31 @@ def test_it_starts_as_the_identity_and_sees_every_image_once_some_mirrored(tiny_
     assert not any(torch.allclose(image, own, atol=0.05) for image in last for own in plain)
 
 
-def test_of_many_images_a_step_sees_64_and_every_one_has_its_turn(tiny_backbone, monkeypatch):
-    batches: list[list[int]] = []
-    entropy = torch.nn.functional.cross_entropy
-
-    def noting(logits: Tensor, labels: Tensor, **other: Any) -> Tensor:
-        if logits.requires_grad:
-            batches.append(labels.tolist())
-        return entropy(logits, labels, **other)
-
-    monkeypatch.setattr(colours.functional, "cross_entropy", noting)
+def test_of_many_images_a_step_sees_64_and_every_one_has_its_turn():
     # a class an image, so that labels tell the images apart
-    train = replace(noise(96, 0), labels=torch.arange(96))
-    deciding = noise(4, 1)
-    names = [f"thing {number}" for number in range(96)]
-    reference = tiny_backbone.class_embeddings(names, (PHOTO,))
-    fit_colours(tiny_backbone, reference, train, deciding, steps=6, rate=0.01, seed=1)
+    images = replace(noise(96, 0), labels=torch.arange(96))
+    batches = [labels.tolist() for _, labels in colours._minibatches(images, 6, seed=1)]
     assert {len(batch) for batch in batches} == {64}
     shown = [label for batch in batches[:3] for label in batch]
     assert sorted(shown) == sorted([*range(96)] * 2)
+
+
+def test_a_step_in_small_pieces_is_the_step_of_the_whole_minibatch(tiny_backbone, monkeypatch):
+    reference = tiny_backbone.class_embeddings([f"thing {n}" for n in range(4)], (PHOTO,))
+    train, seen = noise(40, 0), []
+
+    def noting(backbone: Backbone, *_: Any) -> Tensor:
+        seen.append(backbone.colours)
+        return torch.zeros(2)
+
+    monkeypatch.setattr(colours, "_losses", noting)
+    for pieces in (7, 64):
+        monkeypatch.setattr(colours, "_TUNED_AT_ONCE", pieces)
+        fit_colours(tiny_backbone, reference, train, noise(2, 1), steps=4, rate=0.01, seed=1)
+    small, whole = seen[1], seen[4]  # each after its first step; the first of all is without a map
+    assert len(seen) == 6
+    torch.testing.assert_close(small.matrix, whole.matrix, atol=1e-4, rtol=0)
+    assert (whole.matrix - torch.eye(3)).abs().max() > 1e-3
 
 
 def test_the_seed_decides(tiny_backbone, scripted):
