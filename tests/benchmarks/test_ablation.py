@@ -23,6 +23,24 @@ def made(row: str, shots: int, seed: int, **figures: float) -> dict[str, Any]:
     return {"row": row, "shots": shots, "seed": seed, **numbers}
 
 
+@pytest.fixture
+def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Have cells written elsewhere, of worlds that nobody opens."""
+
+    def write(name: str, result: dict[str, Any]) -> Path:
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+        return tmp_path
+
+    @contextmanager
+    def open_world(name: str) -> Iterator[cell.World]:
+        yield cell.World("data", "model")
+
+    for module in (ablation, search):
+        monkeypatch.setattr(module, "open_world", open_world)
+    monkeypatch.setattr(cell, "write_result", write)
+    monkeypatch.setattr(cell, "RESULTS", tmp_path)
+
+
 def test_a_table_gives_mean_and_deviation_over_the_seeds_that_are_there() -> None:
     cells = {
         "a": made("CoOp", 16, 1, base=0.50),
@@ -48,8 +66,9 @@ def test_the_docs_show_what_the_search_found() -> None:
     assert found in (ROOT / "docs" / "ablation.md").read_text()
 
 
+@pytest.mark.usefixtures("results")
 def test_a_cell_is_measured_once_and_again_with_other_settings(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[TrainConfig] = []
 
@@ -58,18 +77,7 @@ def test_a_cell_is_measured_once_and_again_with_other_settings(
         asked.append(config)
         return made("", 0, 0)
 
-    def write(name: str, result: dict[str, Any]) -> Path:
-        (tmp_path / f"{name}.json").write_text(json.dumps(result))
-        return tmp_path
-
-    @contextmanager
-    def open_world(name: str) -> Iterator[cell.World]:
-        yield cell.World("data", "model")
-
-    monkeypatch.setattr(ablation, "open_world", open_world)
     monkeypatch.setattr(cell, "measure", measure)
-    monkeypatch.setattr(cell, "write_result", write)
-    monkeypatch.setattr(cell, "RESULTS", tmp_path)
     arguments = ["--world", "pictograms", "--rows", "CoOp|+ CoA", "--shots", "4", "--seeds", "1,2"]
     for _ in range(2):
         done = CliRunner().invoke(ablation.main, arguments)
@@ -80,7 +88,7 @@ def test_a_cell_is_measured_once_and_again_with_other_settings(
     ]
     cells = ablation.load("pictograms")
     cells["CoOp / 4 / 2"]["settings"]["learning_rate"] = 9.0
-    write("ablation-pictograms", {"cells": cells})
+    cell.write_result("ablation-pictograms", {"cells": cells})
     CliRunner().invoke(ablation.main, arguments)
     assert len(asked) == 5 and (asked[-1].seed, asked[-1].method) == (2, "coop")
     CliRunner().invoke(ablation.main, [*arguments, "--only-table"])
@@ -133,26 +141,16 @@ def test_the_readme_table_is_taken_from_the_cells() -> None:
         assert shown[row] == expected
 
 
+@pytest.mark.usefixtures("results")
 def test_the_search_prints_gains_over_coop_by_trial_and_world(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def measure(config: TrainConfig, split: str) -> dict[str, Any]:
         assert split == "val"
         harmonic = 0.5 if config.method == "coop" else 0.52 + 0.01 * config.seed
         return {**made("", 0, 0), "harmonic": harmonic, "tried": "nothing else"}
 
-    def write(name: str, result: dict[str, Any]) -> Path:
-        (tmp_path / f"{name}.json").write_text(json.dumps(result))
-        return tmp_path
-
-    @contextmanager
-    def open_world(name: str) -> Iterator[cell.World]:
-        yield cell.World("data", "model")
-
-    monkeypatch.setattr(search, "open_world", open_world)
     monkeypatch.setattr(cell, "measure", measure)
-    monkeypatch.setattr(cell, "write_result", write)
-    monkeypatch.setattr(cell, "RESULTS", tmp_path)
     done = CliRunner().invoke(
         search.main, ["--worlds", "here", "--try", "visual_epochs=2", "--seeds", "1,2"]
     )
