@@ -175,7 +175,7 @@ class _Loop:
         views = self._task.views
         if self.bank is None or views is None or not views.held:
             return
-        texts = self._learner.texts(self._task.tuned).embeddings.float().mean(dim=0)
+        texts = self._learner.mean_texts(self._task.tuned)
         images = views.held_embeddings(self._learner if self._stage.visual else None)
         logits = self._task.scale * images.to(self._device) @ texts.T
         self.bank = self.bank.updated(logits[None], self._task.config.bank_momentum)
@@ -191,7 +191,7 @@ class _Loop:
             FloatingPointError: embeddings are not finite: the epoch's last step went too far.
         """
         task = self._task
-        texts = self._learner.texts(task.tuned).embeddings.float()
+        texts = self._learner.mean_texts(task.tuned)
         images = task.val.embeddings.to(self._device)
         if self._stage.visual and len(task.val) and task.val_tokens is not None:
             images = self._learner.embed_tokens(task.val_tokens)
@@ -202,7 +202,7 @@ class _Loop:
                 raise FloatingPointError(f"the {name} embeddings became nan")
         if not len(task.val):
             return None
-        logits = task.scale * images @ texts.mean(dim=0).T
+        logits = task.scale * images @ texts.T
         labels = task.val.labels_among(task.tuned).to(self._device)
         return calibrated_nll(logits, labels)
 
