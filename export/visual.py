@@ -12,7 +12,13 @@ from capt_deploy.errors import ModelError
 from capt_train.backbone import Backbone
 from capt_train.vision_tower import open_tower
 from capt_train.visual_tuner import VisualTuner
+from export.attention import simplify_attention
+from export.convolutions import simplified_convolutions
 from export.fold import Head
+from export.onnx_graph import OPSET
+from export.precision import lower
+
+_PIXEL_UNIT = 256.0
 
 
 class VisualClassifier(nn.Module):
@@ -23,7 +29,13 @@ class VisualClassifier(nn.Module):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, backbone: Backbone, head: Head, tuner: VisualTuner | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: Head,
+        tuner: VisualTuner | None = None,
+        opset: int = OPSET,
+    ) -> None:
         """Copy the visual tower; fold normalisation and colour map into its first convolution.
 
         Adapter, sample experts and visual prompts of `tuner` go into the graph with its constant
@@ -31,15 +43,24 @@ class VisualClassifier(nn.Module):
 
         Where that convolution pads its input (CLIP's ResNets), folding would not be exact: a
         padded zero means the mean colour there. Such towers get an explicit normalisation.
+
+        Args:
+            backbone: whose tower is copied.
+            head: the folded text side.
+            tuner: what was trained inside the tower.
+            opset: of the graph it is traced to; decides the form of the attention.
         """
         super().__init__()
-        self.visual: Any = copy.deepcopy(backbone.model.visual)
+        copied = copy.deepcopy(backbone.model.visual)
+        self.visual: Any = simplified_convolutions(copied, backbone.preprocess.size)
+        simplify_attention(self.visual, opset)
         self.tuner = None if tuner is None else tuner.folded()
         self._tower = None
         if self.tuner is not None:
             self._tower = open_tower(self.visual, backbone.preprocess.size)
             if self._tower is None:
                 raise ModelError("the visual tower cannot be opened to put its tuning in")
+        self.dtype = torch.float32
         matrix, offset = _normalisation(backbone)
         self.normalises = not _fold_normalisation(self.visual, matrix, offset)
         self.register_buffer("matrix", matrix.float().view(3, 3, 1, 1))
@@ -47,14 +68,31 @@ class VisualClassifier(nn.Module):
         self.register_buffer("weight", head.weight.float())
         self.register_buffer("bias", head.bias.float())
 
+    def lower(self, dtype: torch.dtype) -> None:
+        """Compute in `dtype` from now on, in place; norms, embedding and head stay float32."""
+        if dtype == torch.float32:
+            return
+        # Weights of 0-255 pixels are too small for half precision; a power of two is exact.
+        owner, name = _patch_convolution(self.visual)
+        weight = self.matrix if self.normalises else getattr(owner, name).weight
+        weight.data *= _PIXEL_UNIT
+        for part in (self.visual, self.tuner):
+            if part is not None:
+                lower(part, dtype)
+        self.matrix, self.offset = self.matrix.to(dtype), self.offset.to(dtype)
+        self.dtype = dtype
+
     def forward(
         self, images: UInt8[Tensor, "batch height width 3"]
     ) -> tuple[
         Float[Tensor, "batch classes"], Float[Tensor, "batch classes"], Float[Tensor, "batch dim"]
     ]:
-        """Return calibrated logits, probabilities, and unit-norm embeddings."""
-        # TensorRT lets a uint8 input feed nothing but a cast, so it comes first.
-        pixels = images.to(torch.float32).permute(0, 3, 1, 2)
+        """Return calibrated logits, probabilities, and unit-norm embeddings, all float32."""
+        # TensorRT lets a uint8 input feed nothing but a cast, so it comes first. 0-255 are exact
+        # in every float.
+        pixels = images.to(self.dtype).permute(0, 3, 1, 2)
+        if self.dtype != torch.float32:
+            pixels = pixels * (1 / _PIXEL_UNIT)
         if self.normalises:
             pixels = functional.conv2d(pixels, self.matrix, self.offset)
         if self.tuner is not None and self._tower is not None:
@@ -64,7 +102,7 @@ class VisualClassifier(nn.Module):
             features = self.visual(pixels)
             if isinstance(features, tuple):  # CoCa's tower returns its tokens as well
                 features = features[0]
-            embedding = functional.normalize(features, dim=-1)
+            embedding = functional.normalize(features.float(), dim=-1)
         logits = functional.linear(embedding, self.weight, self.bias)
         return logits, logits.softmax(dim=-1), embedding
 
