@@ -9,9 +9,9 @@ from capt_deploy.console import say
 from capt_deploy.datasets import Dataset, read_dataset
 from capt_deploy.errors import DataError
 from capt_deploy.evaluation import Report, Scores, evaluate
-from capt_train.backbone import choose_device
 from capt_train.embedding_cache import EmbeddingCache
 from capt_train.features import embed
+from capt_train.loading import choose_device
 from capt_train.run import TunedModel, load_run
 
 

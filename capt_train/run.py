@@ -35,12 +35,13 @@ from capt_deploy.errors import RunError
 from capt_deploy.evaluation import Pair
 from capt_deploy.files import expand_home, read_json, write_json
 from capt_deploy.version import __version__
-from capt_train.backbone import Backbone, load_backbone
+from capt_train.backbone import Backbone
 from capt_train.checkpoint import load_checkpoint
 from capt_train.colours import ColourFit
 from capt_train.config import TrainConfig
 from capt_train.fewshot import FewShotSplit
 from capt_train.learner import Learner, make_learner
+from capt_train.loading import load_backbone
 from capt_train.mixture import Mixture
 from capt_train.stages import TEXT
 from capt_train.strength import Trial

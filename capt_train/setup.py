@@ -12,12 +12,13 @@ from capt_deploy.datasets import Dataset, read_dataset
 from capt_deploy.errors import ConfigError, RunError
 from capt_deploy.files import expand_home
 from capt_train import run as runs
-from capt_train.backbone import Backbone, choose_device, load_backbone
+from capt_train.backbone import Backbone
 from capt_train.bank import ConfusionBank
 from capt_train.config import TrainConfig
 from capt_train.features import Features
 from capt_train.fewshot import FewShotSplit, choose
 from capt_train.learner import left_out, make_learner
+from capt_train.loading import choose_device, load_backbone
 from capt_train.mining import check_sources
 from capt_train.stages import zero_shot_bank
 

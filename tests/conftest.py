@@ -117,7 +117,7 @@ def tiny_backbone(tiny_model_dir: Path) -> Backbone:
     """Return that CLIP as a backbone on the CPU."""
     import torch
 
-    from capt_train.backbone import load_backbone
+    from capt_train.loading import load_backbone
 
     return load_backbone(f"local-dir:{tiny_model_dir}", None, torch.device("cpu"))
 

@@ -14,9 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
-from capt_deploy.errors import ConfigError, ModelError
+from capt_deploy.errors import ModelError
 from capt_deploy.preprocess import preprocess
-from capt_train.backbone import Backbone, choose_device, load_backbone
+from capt_train.backbone import Backbone
+from capt_train.loading import load_backbone
 
 CPU = torch.device("cpu")
 WEIGHTS = "open_clip_model.safetensors"
@@ -169,82 +170,3 @@ def test_fingerprint_changes_with_preprocessing(
         json.dumps({**config, "preprocess_cfg": change})
     )
     assert load_backbone(str(own_model), None, CPU).fingerprint() != tiny_backbone.fingerprint()
-
-
-def test_an_architecture_with_a_checkpoint_file_gives_the_same_model(
-    tiny_model_dir: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = json.loads((tiny_model_dir / "open_clip_config.json").read_text())["model_cfg"]
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "capt-tiny", config)
-    backbone = load_backbone("capt-tiny", str(tiny_model_dir / WEIGHTS), CPU)
-    assert backbone.fingerprint() == tiny_backbone.fingerprint()
-    assert torch.equal(backbone.text_embeddings(TEXTS), tiny_backbone.text_embeddings(TEXTS))
-
-
-def test_a_half_precision_checkpoint_is_computed_in_float32(
-    own_model: Path, tiny_backbone: Backbone
-) -> None:
-    save_file({k: v.half() for k, v in load_file(own_model / WEIGHTS).items()}, own_model / WEIGHTS)
-    embeddings = load_backbone(str(own_model), None, CPU).text_embeddings(TEXTS)
-    assert embeddings.dtype == torch.float32
-    torch.testing.assert_close(embeddings, tiny_backbone.text_embeddings(TEXTS), rtol=0, atol=5e-3)
-
-
-def failure(model: str, pretrained: str | None = None) -> str:
-    with pytest.raises(ModelError) as caught:
-        load_backbone(model, pretrained, CPU)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-def test_an_architecture_without_pretrained_lists_the_known_tags() -> None:
-    message = failure("ViT-B-16")
-    assert all(text in message for text in ("--pretrained", "openai", "laion2b_s34b_b88k"))
-
-
-def test_an_unknown_architecture_or_tag_is_named_with_what_is_expected(
-    tiny_model_dir: Path,
-) -> None:
-    assert "'ViT-B-17'" in failure("ViT-B-17")
-    message = failure("ViT-B-17", str(tiny_model_dir / WEIGHTS))
-    assert "'ViT-B-17'" in message
-    assert "local-dir:FOLDER" in message
-    assert "'openapi'" in failure("ViT-S-32-alt", "openapi")
-
-
-def test_a_missing_folder_and_one_without_weights_are_named(
-    tiny_model_dir: Path, tmp_path: Path
-) -> None:
-    assert "nowhere" in failure("local-dir:nowhere")
-    shutil.copy(tiny_model_dir / "open_clip_config.json", tmp_path)
-    assert str(tmp_path) in failure(str(tmp_path))
-
-
-def test_a_checkpoint_of_another_architecture_and_a_damaged_one_are_one_line_each(
-    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = json.loads((tiny_model_dir / "open_clip_config.json").read_text())["model_cfg"]
-    config["vision_cfg"]["layers"] = 3
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "capt-deeper", config)
-    assert len(failure("capt-deeper", str(tiny_model_dir / WEIGHTS))) < 1000
-    damaged = tmp_path / "damaged.safetensors"
-    damaged.write_bytes((tiny_model_dir / WEIGHTS).read_bytes()[:1000])
-    assert "damaged.safetensors" in failure("capt-deeper", str(damaged))
-
-
-def test_preprocessing_that_the_runtime_cannot_do_is_refused(
-    write_model: Callable[..., Path],
-) -> None:
-    folder = write_model(preprocess={"interpolation": "random"})
-    with pytest.raises((ModelError, ConfigError), match="interpolation"):
-        load_backbone(str(folder), None, CPU)
-
-
-def test_device_auto_works_and_others_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_device("cpu") == CPU
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_device("auto") == CPU
-    for name in ("gpu", "cuda:99", ""):
-        with pytest.raises(ModelError, match=f"device '{name}' cannot be used here"):
-            choose_device(name)

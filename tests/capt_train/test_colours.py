@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from capt_train import colours
-from capt_train.backbone import Backbone, load_backbone
+from capt_train.backbone import Backbone
 from capt_train.calibration import fit_temperature
 from capt_train.colour_map import ColourMap
 from capt_train.colours import ColourFit, Labelled, fit_colours
+from capt_train.loading import load_backbone
 
 ROOT = Path(__file__).resolve().parents[2]
 # The examples are no part of the installed package.

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from capt_deploy.errors import ModelError
-from capt_train.backbone import Backbone, load_backbone
+from capt_train.backbone import Backbone
+from capt_train.loading import load_backbone
 from capt_train.prompt import PromptLearner
 
 NAMES = ("cat", "large dog", "boat")

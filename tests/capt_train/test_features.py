@@ -12,9 +12,10 @@ import torch
 
 from capt_deploy.datasets import Dataset, Item, read_dataset
 from capt_deploy.preprocess import preprocess
-from capt_train.backbone import Backbone, load_backbone
+from capt_train.backbone import Backbone
 from capt_train.embedding_cache import EmbeddingCache
 from capt_train.features import embed
+from capt_train.loading import load_backbone
 
 
 @pytest.fixture

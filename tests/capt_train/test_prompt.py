@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from capt_deploy.errors import ModelError
-from capt_train.backbone import Backbone, load_backbone
+from capt_train.backbone import Backbone
+from capt_train.loading import load_backbone
 from capt_train.prompt import PromptLearner
 
 NAMES = ("cat", "big brown dog", "x", "electric guitar")

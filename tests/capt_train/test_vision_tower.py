@@ -13,10 +13,11 @@ from timm.models import VisionTransformer
 from torch import nn
 from torch.nn import functional
 
-from capt_train.backbone import Backbone, load_backbone
+from capt_train.backbone import Backbone
 from capt_train.config import TrainConfig
 from capt_train.fewshot import FewShotSplit
 from capt_train.learner import left_out, make_learner
+from capt_train.loading import load_backbone
 from capt_train.vision_tower import OpenClipTower, TimmTower, open_tower
 
 OPEN_CLIP: dict[str, dict[str, Any]] = {

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from capt_deploy.preprocess import preprocess
-from capt_train.backbone import Backbone, load_backbone
+from capt_train.backbone import Backbone
 from capt_train.config import TrainConfig
 from capt_train.fewshot import FewShotSplit
 from capt_train.learner import Learner, make_learner
+from capt_train.loading import load_backbone
 from capt_train.vision_tower import FeedForward, open_tower
 from capt_train.visual_tuner import (
     DiffMannerAdapter,

@@ -4,8 +4,8 @@ import onnxruntime
 import pytest
 import torch
 
-from capt_train.backbone import load_backbone
 from capt_train.colour_map import ColourMap
+from capt_train.loading import load_backbone
 from export.fold import Head
 from export.onnx_graph import OUTPUTS, trace
 from export.visual import VisualClassifier

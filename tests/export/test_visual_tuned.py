@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from capt_deploy.preprocess import preprocess
-from capt_train.backbone import Backbone, load_backbone
+from capt_train.backbone import Backbone
 from capt_train.colour_map import ColourMap
 from capt_train.config import TrainConfig
 from capt_train.fewshot import FewShotSplit
 from capt_train.learner import Learner, make_learner
+from capt_train.loading import load_backbone
 from export.fold import Head
 from export.onnx_graph import OUTPUTS, OnnxGraph, trace
 from export.visual import VisualClassifier

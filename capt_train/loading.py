@@ -1,0 +1,71 @@
+"""Load a model of open_clip's and choose where it computes."""
+
+import logging
+from pathlib import Path
+from textwrap import shorten
+
+import torch
+
+from capt_deploy.errors import ModelError
+from capt_deploy.preprocess import PreprocessConfig
+from capt_train.backbone import Backbone
+
+
+def load_backbone(model: str, pretrained: str | None, device: torch.device) -> Backbone:
+    """Load anything open_clip takes.
+
+    Args:
+        model: an architecture (`ViT-B-16`), `hf-hub:…`, `local-dir:…`, or such a folder.
+        pretrained: with an architecture: open_clip's tag or a checkpoint file.
+        device: where to put it.
+
+    Raises:
+        ModelError: unknown, not reachable, without weights, or with an unsupported tokenizer.
+    """
+    import open_clip
+    from open_clip.model import get_model_preprocess_cfg
+
+    if (Path(model) / "open_clip_config.json").is_file():
+        model = f"local-dir:{model}"
+    if not model.startswith(("local-dir:", "hf-hub:")) and pretrained is None:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model))
+        known = f"known for {model}: {tags}" if tags else "see open_clip.list_models()"
+        raise ModelError(f"model {model!r}: pass --pretrained with a tag or a file; {known}")
+    level = logging.getLogger().level
+    try:
+        logging.getLogger().setLevel(logging.ERROR)  # open_clip logs through the root logger
+        network = open_clip.create_model(
+            model, pretrained=pretrained, device=device, require_pretrained=True
+        ).float()
+        tokenizer = open_clip.get_tokenizer(model)
+    except Exception as cause:  # open_clip and its hub clients raise whatever they like
+        raise ModelError(
+            f"model {model!r}, pretrained {pretrained!r}: cannot be loaded "
+            f"({shorten(str(cause), 300)}); expected a name from open_clip.list_pretrained(), "
+            f"hf-hub:NAME, or local-dir:FOLDER"
+        ) from cause
+    finally:
+        logging.getLogger().setLevel(level)
+    if not hasattr(tokenizer, "eot_token_id"):
+        raise ModelError(f"model {model!r}: its tokenizer {type(tokenizer).__name__} has no [EOS]")
+    return Backbone(
+        network, tokenizer, PreprocessConfig.from_dict(get_model_preprocess_cfg(network))
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device; `auto` takes CUDA where it works.
+
+    Raises:
+        ModelError: the device is unknown or not usable here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as cause:
+        raise ModelError(
+            f"device {name!r} cannot be used here: {str(cause).splitlines()[0]}"
+        ) from cause
+    return device
