@@ -29,6 +29,9 @@ class Backbone:
         self.model: Any = model.eval().requires_grad_(False)
         self.preprocess = preprocess
         self.scale = float(self.model.logit_scale.exp())  # 1/τ
+        # SigLIP's, of scale·f·t + bias; the same for all classes, so no softmax ever sees it.
+        bias = getattr(model, "logit_bias", None)
+        self.logit_bias = 0.0 if bias is None else float(bias)
         self._tokenizer = tokenizer
         self._tower: Any = getattr(model, "text", model)  # CLIP keeps its text tower inline
         self._embedding = _token_embedding(model)

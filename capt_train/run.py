@@ -130,16 +130,18 @@ class TunedModel:
         return self.visual is not None or self.learner.recoloured
 
     def logits(self, embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch classes"]:
-        """Return z/T with z = scale·f·Ŵ_c, of embeddings by `learner.image_embeddings`."""
-        scores = embeddings.to(self.text_embeddings) @ self.text_embeddings.T
-        return self.backbone.scale * scores / self.fitted.temperature
+        """Return z/T with z = scale·f·Ŵ_c + bias, of embeddings by `learner.image_embeddings`."""
+        return self._logits(embeddings, self.text_embeddings) / self.fitted.temperature
 
     def zero_shot_logits(
         self, embeddings: Float[Tensor, "batch dim"]
     ) -> Float[Tensor, "batch classes"]:
-        """Return the frozen model's own scale·f⁰·t⁰_c, over its own temperature."""
-        scores = embeddings.to(self.zero_shot) @ self.zero_shot.T
-        return self.backbone.scale * scores / self.fitted.zero_shot_temperature
+        """Return the frozen model's own scale·f⁰·t⁰_c + bias, over its own temperature."""
+        return self._logits(embeddings, self.zero_shot) / self.fitted.zero_shot_temperature
+
+    def _logits(self, embeddings: Tensor, texts: Tensor) -> Tensor:
+        cosines = embeddings.to(texts) @ texts.T
+        return self.backbone.scale * cosines + self.backbone.logit_bias
 
 
 def begin(folder: Path, config: TrainConfig, model_fingerprint: str) -> None:

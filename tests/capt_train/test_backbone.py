@@ -44,7 +44,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "text with a class token": {"custom_text": True, "text_cfg": {"embed_cls": True}},
     "resnet and quick gelu": {"quick_gelu": True, "vision_cfg": {"layers": [1, 1, 1, 1]}},
-    "logit scale of shape 1": {"nonscalar_logit_scale": True},
+    "scale and bias of a sigmoid": {"init_logit_scale": 2.3, "init_logit_bias": -10.0},
+    "scale and bias of shape 1": {"nonscalar_logit_scale": True, "init_logit_bias": -10.0},
 }
 
 
@@ -80,6 +81,8 @@ def test_text_embeddings_equal_open_clips_own(
         alone = backbone.text_embeddings([text])
         torch.testing.assert_close(alone[0], row, rtol=0, atol=2e-6)
     assert backbone.scale == pytest.approx(model.logit_scale.exp().item())
+    bias = VARIANTS[variant].get("init_logit_bias", 0.0)
+    assert backbone.logit_bias == bias == (0.0 if model.logit_bias is None else model.logit_bias)
 
 
 def test_the_text_tower_sees_nothing_behind_the_last_end_of_a_text(tiny_backbone: Backbone) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -98,6 +99,26 @@ def test_logits_are_the_scaled_cosines_over_the_temperature_of_each_model(finish
             own = model.zero_shot_logits(images)[row, column].item()
             expected = scale * zero_shot / fitted.zero_shot_temperature
             assert own == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_bias_of_the_model_is_in_its_logits(
+    configure: Callable[..., TrainConfig], write_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    name = f"local-dir:{write_model(custom_text=True, init_logit_bias=-7.5)}"
+    train(configure(model=name), tmp_path / "run")
+    model = load_run(tmp_path / "run")
+    pixels = torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8)
+    frozen = open_clip.create_model(name).eval()
+    texts = [f"a photo of a {name}." for name in model.class_names]
+    with torch.no_grad():
+        images = model.backbone.normalise(pixels)
+        expected, _ = frozen.get_logits(images, open_clip.get_tokenizer(name)(texts))
+    embeddings = model.backbone.image_embeddings(pixels)
+    zero_shot = model.zero_shot_logits(embeddings) * model.fitted.zero_shot_temperature
+    torch.testing.assert_close(zero_shot, expected, rtol=0, atol=1e-4)
+    bare = model.backbone.scale * embeddings @ model.text_embeddings.T
+    tuned = model.logits(embeddings) * model.fitted.temperature
+    torch.testing.assert_close(tuned, bare - 7.5, rtol=0, atol=1e-4)
 
 
 def test_provenance_names_settings_data_model_and_versions(finished: Path) -> None:
