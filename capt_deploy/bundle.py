@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capt_deploy.errors import BundleError
-from capt_deploy.files import expand_home, is_inside
+from capt_deploy.files import expand_home, is_inside, sha256_file
 from capt_deploy.manifest import Manifest
 
 MANIFEST = "manifest.json"
 TEXT_EMBEDDINGS = "text_embeddings.safetensors"
 REPORT = "report.json"
+REFERENCE = "reference.safetensors"
 
 _LARGEST_MANIFEST = 64 * 2**20  # bytes; a zip of nothing but zeros must not fill the memory
 # A damaged zip shows up as any of these.
@@ -55,6 +56,26 @@ class Bundle:
             raise BundleError(f"{self.path}: no {chosen!r} graph; it holds {', '.join(graphs)}")
         return chosen, self.read(graphs[chosen].file)
 
+    def weights_folder(self, precision: str) -> Path | None:
+        """Return where the weights of a graph lie that are not in its own file, checked.
+
+        Raises:
+            BundleError: they are missing or changed, or the bundle is a zip.
+        """
+        name = self.manifest.graphs[precision].weights
+        if name is None:
+            return None
+        record = self.manifest.files.get(name)
+        if not self.path.is_dir():
+            raise BundleError(f"{self.path}: too large to run from a zip; unpack it first")
+        try:
+            known = record is not None and sha256_file(self.path / name) == record.sha256
+        except OSError as cause:
+            raise BundleError(f"{self.path}: {name} cannot be read ({cause})") from cause
+        if not known:
+            raise BundleError(f"{self.path}: {name} was changed after the export; export it again")
+        return self.path
+
     def text_embeddings(self) -> dict[str, NDArray[np.float32]]:
         """Return `text_embeddings` (classes, dim), `bias` (classes,), and maybe `zero_shot` rows.
 
@@ -82,7 +103,8 @@ def open_bundle(path: str | Path) -> Bundle:
     manifest = Manifest.from_json(
         _read_member(path, MANIFEST, _LARGEST_MANIFEST), f"{path}/{MANIFEST}"
     )
-    names = [*manifest.files, *(graph.file for graph in manifest.graphs.values())]
+    graphs = manifest.graphs.values()
+    names = [*manifest.files, *(g.file for g in graphs), *(g.weights for g in graphs if g.weights)]
     if escaping := [name for name in names if not is_inside(name)]:
         raise BundleError(f"{path}: {escaping[0]!r} leads out of the bundle; do not trust it")
     return Bundle(path, manifest)

@@ -1,5 +1,6 @@
 """The class that applications embed: images in, labels with calibrated confidences out."""
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -8,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.backends import Backend, create
+from capt_deploy.backends import Backend, create, preferred_precision
 from capt_deploy.bundle import open_bundle
 from capt_deploy.errors import BundleError
 from capt_deploy.files import expand_home
 from capt_deploy.images import ImageInput
-from capt_deploy.manifest import Manifest
+from capt_deploy.manifest import PRECISION_KEY, Manifest
 from capt_deploy.onnx_metadata import read_metadata
 from capt_deploy.preprocess import preprocess
 
@@ -50,6 +51,11 @@ class Classifier:
     ) -> "Classifier":
         """Load a bundle folder, a zip of one, or a lone `model.onnx`.
 
+        Args:
+            path: of it.
+            backend: one of `capt_deploy.backends.NAMES`.
+            precision: which of a bundle's graphs; by default the one that suits the backend.
+
         Raises:
             BundleError: it is damaged, unknown, or does not hold that precision.
             BackendError: the requested backend cannot run here.
@@ -58,12 +64,16 @@ class Classifier:
         if path.suffix == ".onnx":
             return cls._load_onnx(path, backend)
         bundle = open_bundle(path)
-        precision, onnx = bundle.graph(precision)
+        chosen = precision or preferred_precision(backend, bundle.manifest.graphs)
+        precision, onnx = bundle.graph(chosen)
         # Only the graph is hashed: a manifest with other names would mislabel every image.
         inside = Manifest.from_json(read_metadata(onnx) or "", f"{path}, inside the graph")
         if replace(bundle.manifest, files={}) != inside:
             raise BundleError(f"{path}: its manifest was changed after the export; export it again")
-        return cls(bundle.manifest, create(backend, onnx, precision), precision)
+        if not bundle.manifest.verified:
+            warnings.warn(f"{path}: was exported although its check had failed", stacklevel=2)
+        engine = create(backend, onnx, precision, bundle.weights_folder(precision))
+        return cls(bundle.manifest, engine, precision)
 
     @classmethod
     def _load_onnx(cls, path: Path, backend: str) -> "Classifier":
@@ -75,7 +85,11 @@ class Classifier:
         if text is None:
             raise BundleError(f"{path}: carries no manifest; expected a graph from capt-export")
         manifest = Manifest.from_json(text, str(path))
-        precision = next(iter(manifest.graphs))
+        precision = read_metadata(onnx, PRECISION_KEY) or next(iter(manifest.graphs))
+        if precision not in manifest.graphs:
+            raise BundleError(f"{path}: its manifest knows no {precision} graph; export it again")
+        if manifest.graphs[precision].weights:
+            raise BundleError(f"{path}: its weights are in a second file; load the whole bundle")
         return cls(manifest, create(backend, onnx, precision), precision)
 
     @property

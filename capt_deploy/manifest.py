@@ -12,6 +12,7 @@ SCHEMA_VERSION = 1
 # The second one only where the graph's embeddings are also those of the frozen model.
 _CALIBRATIONS = ({"temperature", "zero_shot_temperature"}, {"temperature"})
 METADATA_KEY = "capt_manifest"  # under which an ONNX file carries its manifest
+PRECISION_KEY = "capt_precision"  # and which of the manifest's graphs it is
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Graph:
     opset: int
     layout: str = "NHWC"  # of the input `images`
     dtype: str = "uint8"
+    weights: str | None = None  # a second file, where one cannot hold them
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Manifest:
     confusion_pairs: tuple[Mapping[str, Any], ...]
     training: Mapping[str, Any]  # provenance: model, data fingerprint, seed, versions
     files: Mapping[str, FileRecord] = field(default_factory=dict)
+    verified: bool = True  # False if it was written although the gate had failed
     schema_version: int = SCHEMA_VERSION
 
     def to_dict(self) -> dict[str, Any]:

@@ -12,14 +12,14 @@ _PROPERTIES = 14
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # protobuf's wire types
 
 
-def read_metadata(onnx: bytes) -> str | None:
-    """Return the manifest as JSON text; None if there is none, or if this is no ONNX file."""
+def read_metadata(onnx: bytes, key: str = METADATA_KEY) -> str | None:
+    """Return a property, by default the manifest as JSON text; None if there is none."""
     view = memoryview(onnx)
     try:
         for field, content in _fields(view):
             if field == _PROPERTIES:
                 entry = dict(_fields(content))
-                if bytes(entry.get(1, b"")) == METADATA_KEY.encode():
+                if bytes(entry.get(1, b"")) == key.encode():
                     return bytes(entry.get(2, b"")).decode()
     except (IndexError, ValueError):
         return None

@@ -1,6 +1,7 @@
 """Fit a temperature on logits that the tuning has not seen."""
 
 import math
+from collections.abc import Callable
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -36,12 +37,31 @@ def fit_temperature(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, 
     """
     wide = logits.double()
     own = wide.gather(1, labels[:, None]).squeeze(1)
+    return _bisect(lambda u: _slope(wide, float(own.sum()), u) + u / _PRIOR_DEVIATION**2)
 
-    def slope(u: float) -> float:
-        beta = math.exp(u)
-        expected = ((wide * beta).softmax(dim=1) * wide).sum(dim=1)
-        return beta * float((expected - own).sum()) + u / _PRIOR_DEVIATION**2
 
+def match_temperature(
+    logits: Float[Tensor, "batch classes"], wanted: Float[Tensor, "batch classes"]
+) -> float:
+    """Return the T > 0 with which softmax(z/T) is nearest to other probabilities.
+
+    Minimises the summed KL divergence from `wanted`, the same images' probabilities by a model
+    whose confidence is to be kept (ours). It needs no labels, and with `z = log wanted` it is 1.
+    """
+    wide = logits.double()
+    own = float((wanted.double() * wide).sum())
+    return _bisect(lambda u: _slope(wide, own, u))
+
+
+def _slope(logits: Float[Tensor, "batch classes"], own: float, u: float) -> float:
+    """Return the derivative of `Σ_i −log softmax(e^u·z_i)` by u, `own` being Σ of the wanted z."""
+    beta = math.exp(u)
+    expected = ((logits * beta).softmax(dim=1) * logits).sum()
+    return beta * (float(expected) - own)
+
+
+def _bisect(slope: Callable[[float], float]) -> float:
+    """Return e^−u at the root of a slope that rises with u."""
     low, high = -math.log(_HIGHEST), -math.log(_LOWEST)
     for _ in range(60):
         middle = (low + high) / 2

@@ -6,8 +6,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-FUSED_OPSET = 23  # from here on ONNX has an Attention operator
-
 
 class SelfAttention(nn.Module):
     """`softmax(QKᵀ/√d)·V` with the factor 1/√d folded into the query's weights.
@@ -54,10 +52,18 @@ class SelfAttention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2)), None
 
 
-def simplify_attention(network: nn.Module, opset: int) -> None:
-    """Put `SelfAttention` in the place of every plain `nn.MultiheadAttention`, in place."""
-    fused = opset >= FUSED_OPSET
+def simplify_attention(network: nn.Module, fused: bool) -> None:
+    """Put `SelfAttention` in the place of every plain `nn.MultiheadAttention`, in place.
+
+    timm's attention is told to scale its query and to write out the rest, for the same reason.
+
+    Args:
+        network: a visual tower.
+        fused: write ONNX's Attention operator, of opset 23, where `SelfAttention` is.
+    """
     for module in [*network.modules()]:
+        if hasattr(module, "fused_attn"):
+            setattr(module, "fused_attn", False)  # noqa: B010
         for name, child in module.named_children():
             # Others, such as a pooling by attention, get a query that is not the key.
             if isinstance(child, nn.MultiheadAttention) and _is_plain(module, child):

@@ -5,27 +5,28 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from capt_train.run import TunedModel
+from capt_train.backbone import Backbone
 
 
 @dataclass(frozen=True)
 class Head:
     """The linear layer that is left of the text side: `z = f(x)·Wᵀ + b`."""
 
-    weight: Float[Tensor, "classes dim"]  # W_c = scale/T · t_c, never renormalised
+    weight: Float[Tensor, "classes dim"]  # W_c = scale/T · Ŵ_c, never renormalised
     bias: Float[Tensor, " classes"]
 
-
-def fold(model: TunedModel) -> Head:
-    """Return the head whose logits equal the tuned model's calibrated ones."""
-    return _head(model.backbone.scale / model.fitted.temperature, model.text_embeddings)
-
-
-def fold_zero_shot(model: TunedModel) -> Head:
-    """Return the head of the frozen model with the hand-written prompt, calibrated likewise."""
-    return _head(model.backbone.scale / model.fitted.zero_shot_temperature, model.zero_shot)
+    def cooled(self, factor: float) -> "Head":
+        """Return the head with its temperature multiplied by `factor`."""
+        return Head(self.weight / factor, self.bias / factor)
 
 
-def _head(scale: float, embeddings: Float[Tensor, "classes dim"]) -> Head:
-    weight = scale * embeddings
-    return Head(weight, weight.new_zeros(len(weight)))
+def folded(backbone: Backbone, rows: Float[Tensor, "classes dim"], temperature: float) -> Head:
+    """Return the head whose logits equal the model's calibrated ones.
+
+    Args:
+        backbone: knows scale and, where it was trained with a sigmoid, bias of the logits.
+        rows: Ŵ_c, or t⁰_c.
+        temperature: T.
+    """
+    weight = backbone.scale / temperature * rows.cpu()
+    return Head(weight, weight.new_full((len(weight),), backbone.logit_bias / temperature))

@@ -1,99 +1,112 @@
-"""Prove on real images that a written bundle says what the trained model says."""
+"""Ask the torch model and a written graph about the same real images."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
+from capt_deploy.backends import Backend
 from capt_deploy.batches import preprocess_files
-from capt_deploy.classifier import Classifier
 from capt_deploy.console import progress
 from capt_deploy.errors import DataError
-from capt_train.run import TunedModel
+from capt_deploy.files import sha256_file
+from capt_deploy.gate import Answers
+from capt_deploy.preprocess import PreprocessConfig
+from capt_deploy.reference import Reference, patterns
+from capt_train.calibration import match_temperature
+from export.source import Photo, Source, spread
 
-MOST_IMAGES = 256
-MAX_LOGIT_DIFFERENCE = 1e-4  # of float32, in scaled logits (METHOD 9)
-MAX_PROBABILITY_DIFFERENCE = 1e-4
+_BATCH = 32
 
 
 @dataclass(frozen=True)
-class GateResult:
-    """Differences between the torch model and the graph as a runtime loads it."""
+class Question:
+    """The images, and what the float32 torch model says of them."""
 
-    images: int
-    top1_agreement: float  # share of images
-    max_logit_difference: float
-    mean_logit_difference: float
-    max_probability_difference: float
+    photos: tuple[Photo, ...]  # only readable ones
+    expected: Answers
+    patterns: Answers  # to `patterns`, drawn at the model's size
 
     @property
-    def failures(self) -> list[str]:
-        """What is over its limit; empty when the gate passes."""
-        checks = [
-            (self.top1_agreement < 1, f"top-1 agreement {self.top1_agreement:.4f}, expected 1"),
-            (
-                not self.max_logit_difference <= MAX_LOGIT_DIFFERENCE,  # also catches NaN
-                f"max |Δlogit| {self.max_logit_difference:.2e}, limit {MAX_LOGIT_DIFFERENCE:.0e}",
-            ),
-            (
-                not self.max_probability_difference <= MAX_PROBABILITY_DIFFERENCE,
-                f"max |Δp| {self.max_probability_difference:.2e}, "
-                f"limit {MAX_PROBABILITY_DIFFERENCE:.0e}",
-            ),
-        ]
-        return [text for failed, text in checks if failed]
+    def labels(self) -> NDArray[np.int64]:
+        """Class of each image; -1 where it is not known."""
+        return np.array([photo.label for photo in self.photos])
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form, limits included."""
-        return {
-            **asdict(self),
-            "limits": {
-                "top1_agreement": 1.0,
-                "max_logit_difference": MAX_LOGIT_DIFFERENCE,
-                "max_probability_difference": MAX_PROBABILITY_DIFFERENCE,
-            },
-            "passed": not self.failures,
-        }
+    @property
+    def reference(self) -> Reference:
+        """What a bundle carries of it."""
+        digests = tuple(sha256_file(photo.path) for photo in self.photos)
+        return Reference(digests, self.labels, self.expected, self.patterns)
 
 
-def run_gate(model: TunedModel, classifier: Classifier, images: Sequence[Path]) -> GateResult:
-    """Compare both on the same image files, each with its own way from pixels to probabilities.
+def ask_torch(source: Source, most_images: int) -> Question:
+    """Return what the trained model says of the source's images.
 
     Raises:
         DataError: none of the images can be read.
     """
-    expected, found = [], []
-    # Spread over the list, which is sorted by class.
-    chosen = np.linspace(0, len(images) - 1, min(len(images), MOST_IMAGES)).astype(int)
-    files = [str(images[index]) for index in chosen]
-    # Each side reads the files by its own configuration, so that a wrong one shows as well.
-    reference_batches = preprocess_files(files, model.backbone.preprocess, batch_size=32)
-    own_batches = preprocess_files(files, classifier.manifest.preprocess, batch_size=32)
-    with progress("checking", len(files), "images") as counter:
-        for batch, own in zip(reference_batches, own_batches, strict=True):
+    photos = spread(source.gate_images, most_images)
+    files = [str(photo.path) for photo in photos]
+    readable: list[Photo] = []
+    parts: list[Answers] = []
+    with progress("asking the trained model", len(files), "images") as counter:
+        of = dict(zip(files, photos, strict=True))
+        for batch in preprocess_files(files, source.learner.backbone.preprocess, _BATCH):
             counter.advance(len(batch.files))
-            if batch.pixels is None or own.pixels is None:
-                continue
-            embeddings = model.learner.image_embeddings(torch.from_numpy(batch.pixels))
-            expected.append(model.logits(embeddings).cpu())
-            found.append(classifier.backend.run(own.pixels))
-    if not expected:
+            readable += [of[file] for file in batch.files if file not in batch.errors]
+            if batch.pixels is not None:
+                parts.append(_torch_answers(source, batch.pixels))
+    if not parts:
         raise DataError(
             f"the export is checked on the run's own images, but none of {len(files)} can be "
             f"read (first: {files[0] if files else 'none'}); pass their folder with --gate-data"
         )
-    reference = torch.cat(expected)
-    probabilities = reference.softmax(dim=1).numpy()
-    logits = np.concatenate([outputs.logits for outputs in found])
-    difference = np.abs(logits - reference.numpy())
-    own_probabilities = np.concatenate([outputs.probabilities for outputs in found])
-    return GateResult(
-        images=len(logits),
-        top1_agreement=float(np.mean(logits.argmax(axis=1) == reference.numpy().argmax(axis=1))),
-        max_logit_difference=float(difference.max()),
-        mean_logit_difference=float(difference.mean()),
-        max_probability_difference=float(np.abs(own_probabilities - probabilities).max()),
-    )
+    drawn = patterns(source.learner.backbone.preprocess.size)
+    return Question(tuple(readable), _joined(parts), _torch_answers(source, drawn))
+
+
+@torch.no_grad()
+def _torch_answers(source: Source, pixels: NDArray[np.uint8]) -> Answers:
+    embedding = source.learner.image_embeddings(torch.from_numpy(pixels)).cpu()
+    head = source.head
+    logits = embedding @ head.weight.T + head.bias
+    return Answers(logits.numpy(), logits.softmax(dim=1).numpy(), embedding.numpy())
+
+
+def ask_backend(
+    backend: Backend, preprocess: PreprocessConfig, files: Sequence[Path], label: str
+) -> Answers:
+    """Return what a graph says of image files, read by its own configuration.
+
+    Raises:
+        DataError: one of them cannot be read.
+    """
+    parts: list[Answers] = []
+    names = [str(file) for file in files]
+    with progress(label, len(names), "images") as counter:
+        for batch in preprocess_files(names, preprocess, _BATCH):
+            counter.advance(len(batch.files))
+            if batch.pixels is None or batch.errors:
+                raise DataError(f"cannot be read any more: {next(iter(batch.errors.values()))}")
+            parts.append(Answers(*backend.run(batch.pixels)))
+    return _joined(parts)
+
+
+def temperature_factor(expected: Answers, found: Answers) -> float:
+    """Return by how much a graph's temperature is to rise so that it is as sure as the model."""
+    if not np.isfinite(found.logits).all():
+        return 1.0  # the gate will say so
+    return match_temperature(_tensor(found.logits), _tensor(expected.probabilities))
+
+
+def _tensor(values: NDArray[np.float32]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values))
+
+
+def _joined(parts: Sequence[Answers]) -> Answers:
+    columns = zip(*((p.logits, p.probabilities, p.embedding) for p in parts), strict=True)
+    return Answers(*(np.concatenate(column) for column in columns))

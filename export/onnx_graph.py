@@ -1,40 +1,105 @@
-"""Trace a `VisualClassifier` to ONNX, and write its manifest into the file."""
+"""Trace a network to ONNX; change head and metadata of the graph; write it, with its weights."""
 
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from capt_deploy.errors import ModelError
-from capt_deploy.manifest import METADATA_KEY
+from capt_deploy.files import write_bytes
+from capt_deploy.manifest import METADATA_KEY, PRECISION_KEY, Graph
+from export.fold import Head
 
 OPSET = 20
+BF16_OPSET = 22  # the first with a convolution of bfloat16
+OPSETS = (20, 21, 22, 23)
 OUTPUTS = ("logits", "probabilities", "embedding")
-_LARGEST_BYTES = 2**31 - 2**20  # what a protobuf file can hold, less the metadata
+_LARGEST_BYTES = 2**31 - 2**24  # what one protobuf file can hold, less the metadata
 
 
 @dataclass(frozen=True)
 class OnnxGraph:
-    """An ONNX file in memory."""
+    """A traced network that is not on disk yet."""
 
-    data: bytes
+    model: Any  # onnx_ir.Model
     opset: int
-    nodes: int
+    precision: str
+
+    @property
+    def nodes(self) -> int:
+        """How many operators there are."""
+        return len(self.model.graph)
+
+    @property
+    def operators(self) -> dict[str, int]:
+        """How many there are of each kind, most first."""
+        counts: dict[str, int] = {}
+        for node in self.model.graph:
+            counts[node.op_type] = counts.get(node.op_type, 0) + 1
+        return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
+
+    @property
+    def weight_bytes(self) -> int:
+        """How large its constants are."""
+        return sum(value.const_value.nbytes for value in self.model.graph.initializers.values())
+
+    def set_head(self, head: Head) -> None:
+        """Put another head in, for another temperature."""
+        import onnx_ir
+
+        for name, tensor in (("weight", head.weight), ("bias", head.bias)):
+            value = self.model.graph.initializers[name]
+            array = tensor.float().numpy().reshape(tuple(value.shape))
+            value.const_value = onnx_ir.tensor(array, name=name)
+
+    @property
+    def external(self) -> bool:
+        """Whether its weights need a second file."""
+        return self.weight_bytes > _LARGEST_BYTES
+
+    def to_bytes(self, manifest_json: str = "") -> bytes:
+        """Return the ONNX file, with what it says about itself."""
+        import onnx_ir
+
+        self._describe(manifest_json)
+        return onnx_ir.to_proto(self.model).SerializeToString()  # type: ignore[no-any-return]
+
+    def write(self, path: Path, manifest_json: str = "") -> None:
+        """Write the ONNX file, and where it is `external` its weights to `PATH.data`."""
+        if not self.external:
+            write_bytes(path, self.to_bytes(manifest_json))
+            return
+        import onnx_ir
+
+        self._describe(manifest_json)
+        onnx_ir.save(self.model, path, external_data=external_name(path.name))
+
+    def record(self, file: str) -> Graph:
+        """Return what a manifest says of it, written under that name."""
+        return Graph(file, self.opset, weights=external_name(file) if self.external else None)
+
+    def _describe(self, manifest_json: str) -> None:
+        own = {METADATA_KEY: manifest_json, PRECISION_KEY: self.precision}
+        self.model.metadata_props.clear()
+        self.model.metadata_props.update(own)
 
 
-def trace(network: nn.Module, height: int, width: int, manifest_json: str) -> OnnxGraph:
+def external_name(file: str) -> str:
+    """Return the name of the second file of a graph that has one."""
+    return f"{file}.data"
+
+
+def trace(
+    network: nn.Module, height: int, width: int, precision: str = "fp32", opset: int = OPSET
+) -> OnnxGraph:
     """Export with a dynamic batch and a static image size; input `images`, uint8 NHWC.
 
     Raises:
-        ModelError: the network cannot be traced, or does not fit into one file.
+        ModelError: the network cannot be traced.
     """
-    import onnx
-
-    size = sum(t.numel() * t.element_size() for t in network.state_dict().values())
-    if size > _LARGEST_BYTES:
-        raise ModelError(f"the visual graph has {size / 2**30:.1f} GiB; up to 2 GiB are supported")
     # Traced with two images: a batch of one would be taken for a constant.
     example = torch.zeros((2, height, width, 3), dtype=torch.uint8)
     try:
@@ -44,7 +109,7 @@ def trace(network: nn.Module, height: int, width: int, manifest_json: str) -> On
                 network.eval(),
                 (example,),
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=opset,
                 input_names=["images"],
                 output_names=list(OUTPUTS),
                 dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
@@ -54,17 +119,20 @@ def trace(network: nn.Module, height: int, width: int, manifest_json: str) -> On
         raise ModelError(f"the visual tower cannot be traced to ONNX: {cause}") from cause
     if program is None:
         raise ModelError("the exporter returned no graph")
-    model = program.model_proto
-    _strip(model)
-    onnx.helper.set_model_props(model, {METADATA_KEY: manifest_json})
-    onnx.checker.check_model(model)
-    return OnnxGraph(model.SerializeToString(), OPSET, len(model.graph.node))
+    _strip(program.model)
+    return OnnxGraph(program.model, opset, precision)
 
 
 def _strip(model: Any) -> None:
     """Drop what the exporter notes for debugging: stack traces name folders of this machine."""
     graph = model.graph
-    for part in (graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
-        part.ClearField("metadata_props")
-        part.ClearField("doc_string")
-    graph.ClearField("value_info")  # shapes that every reader infers anew
+    values = [*graph.inputs, *graph.outputs, *graph.initializers.values()]
+    for node in graph:
+        values += node.outputs
+        node.doc_string = None
+        node.metadata_props.clear()
+    for part in (model, graph, *values):
+        part.doc_string = None
+        part.metadata_props.clear()
+    for function in [*model.functions]:
+        del model.functions[function]

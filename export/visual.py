@@ -15,10 +15,9 @@ from capt_train.visual_tuner import VisualTuner
 from export.attention import simplify_attention
 from export.convolutions import simplified_convolutions
 from export.fold import Head
-from export.onnx_graph import OPSET
 from export.precision import lower
 
-_PIXEL_UNIT = 256.0
+_PIXEL_UNIT = 256.0  # in half precision pixels are counted in these
 
 
 class VisualClassifier(nn.Module):
@@ -34,7 +33,8 @@ class VisualClassifier(nn.Module):
         backbone: Backbone,
         head: Head,
         tuner: VisualTuner | None = None,
-        opset: int = OPSET,
+        *,
+        fused_attention: bool = False,
     ) -> None:
         """Copy the visual tower; fold normalisation and colour map into its first convolution.
 
@@ -48,12 +48,13 @@ class VisualClassifier(nn.Module):
             backbone: whose tower is copied.
             head: the folded text side.
             tuner: what was trained inside the tower.
-            opset: of the graph it is traced to; decides the form of the attention.
+            fused_attention: write ONNX's Attention operator, which needs opset 23 and, for
+                TensorRT, half precision.
         """
         super().__init__()
         copied = copy.deepcopy(backbone.model.visual)
         self.visual: Any = simplified_convolutions(copied, backbone.preprocess.size)
-        simplify_attention(self.visual, opset)
+        simplify_attention(self.visual, fused_attention)
         self.tuner = None if tuner is None else tuner.folded()
         self._tower = None
         if self.tuner is not None:
@@ -65,7 +66,7 @@ class VisualClassifier(nn.Module):
         self.normalises = not _fold_normalisation(self.visual, matrix, offset)
         self.register_buffer("matrix", matrix.float().view(3, 3, 1, 1))
         self.register_buffer("offset", offset.float())
-        self.register_buffer("weight", head.weight.float())
+        self.register_buffer("weight", head.weight.float()[:, :, None, None])
         self.register_buffer("bias", head.bias.float())
 
     def lower(self, dtype: torch.dtype) -> None:
@@ -103,7 +104,9 @@ class VisualClassifier(nn.Module):
             if isinstance(features, tuple):  # CoCa's tower returns its tokens as well
                 features = features[0]
             embedding = functional.normalize(features.float(), dim=-1)
-        logits = functional.linear(embedding, self.weight, self.bias)
+        # A convolution of one pixel: for Turing there are no float32 matrix products.
+        logits = functional.conv2d(embedding[:, :, None, None], self.weight, self.bias)
+        logits = logits.flatten(1)
         return logits, logits.softmax(dim=-1), embedding
 
 

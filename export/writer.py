@@ -2,41 +2,76 @@
 
 import hashlib
 import json
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 from safetensors.torch import save
 
-from capt_deploy.bundle import MANIFEST, REPORT, TEXT_EMBEDDINGS
+from capt_deploy.backends.onnxruntime import OnnxRuntime
+from capt_deploy.bundle import MANIFEST, REFERENCE, REPORT, TEXT_EMBEDDINGS
 from capt_deploy.classifier import Classifier
 from capt_deploy.console import say
-from capt_deploy.errors import BundleError, GateError
+from capt_deploy.errors import BundleError, ConfigError, GateError
 from capt_deploy.files import expand_home, new_folder, write_bytes, write_json
-from capt_deploy.manifest import FileRecord, Graph, Manifest
-from capt_deploy.version import __version__
-from capt_train.run import TunedModel, load_run
-from export.fold import fold, fold_zero_shot
-from export.gate import run_gate
-from export.onnx_graph import OPSET, trace
-from export.visual import VisualClassifier
+from capt_deploy.gate import Answers, GateResult, compare, gate_table
+from capt_deploy.manifest import FileRecord, Manifest
+from capt_train.run import load_run
+from export.emulation import widened
+from export.gate import Question, ask_backend, ask_torch, temperature_factor
+from export.graphs import Traced, trace_precision
+from export.onnx_graph import OPSET, OPSETS
+from export.precision import BF16, FP32, PRECISIONS
+from export.source import Source, source_of
 
-PRECISION = "fp32"
-_ONNX = "model.onnx"
-# What a reader of the bundle may want to know; folders of the machine it came from are not in it.
-_PROVENANCE = (
-    *("method", "added", "without", "classes", "shots", "seed", "templates", "context_init"),
-    *("data_fingerprint", "model_sha256", "versions"),
-)
+_WORTH_REFITTING = 1e-3  # of a temperature; less shows in no figure
+_LAST_LOOK = 8  # images that the finished bundle is asked about
 
 
-def export_run(run: str | Path, out: str | Path, gate_data: str | Path | None = None) -> Path:
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a bundle is to hold, and how it is checked."""
+
+    precisions: tuple[str, ...] = (FP32,)  # one graph each; the first is `model.onnx`
+    opset: int = OPSET
+    gate_images: int = 256  # at most
+    force: bool = False  # write it, marked, although the gate has failed
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.precisions) - set(PRECISIONS):
+            raise ConfigError(f"precision {unknown}: expected some of {', '.join(PRECISIONS)}")
+        if not self.precisions or len(set(self.precisions)) < len(self.precisions):
+            raise ConfigError(f"precisions: expected each once, came {self.precisions}")
+        if self.opset not in OPSETS:
+            raise ConfigError(f"opset {self.opset}: expected one of {OPSETS}")
+        if self.gate_images < 1:
+            raise ConfigError(f"gate images: expected at least 1, came {self.gate_images}")
+
+
+@dataclass(frozen=True)
+class _Proven:
+    """A graph, and what asking it has shown."""
+
+    traced: Traced
+    temperature: float
+    answers: Answers
+    result: GateResult
+
+
+def export_run(
+    run: str | Path,
+    out: str | Path,
+    gate_data: str | Path | None = None,
+    options: ExportOptions | None = None,
+) -> Path:
     """Fold a finished run, export it, check it on real images, and write the bundle.
 
     Args:
         run: a run folder.
         out: the bundle folder to write; it must not be there yet.
-        gate_data: where the run's data set lies now, if it has moved.
+        gate_data: where the run's data set lies now, if it has moved; or other images.
+        options: see `ExportOptions`.
 
     Returns:
         `out`.
@@ -45,94 +80,152 @@ def export_run(run: str | Path, out: str | Path, gate_data: str | Path | None = 
         GateError: the exported graph does not say the same; nothing is written.
         CaptError: the run cannot be loaded or exported, or `out` exists.
     """
-    out = expand_home(out)
-    if out.exists():
+    refuse_existing(out)
+    return export(source_of(load_run(run), gate_data), out, options or ExportOptions())
+
+
+def refuse_existing(out: str | Path) -> None:
+    """Raise `BundleError` if `out` exists: before time is spent."""
+    if expand_home(out).exists():
         raise BundleError(f"{out}: already there; remove it or choose another --out")
-    model = load_run(run)
-    say(f"exporting {model.config.model} with {len(model.class_names)} classes")
-    root = expand_home(gate_data) if gate_data is not None else Path(model.config.data)
-    root = root if root.is_dir() else root.parent
-    images = [root / item.path for item in model.split.val or model.split.train]
+
+
+def export(source: Source, out: str | Path, options: ExportOptions) -> Path:
+    """Export whatever a `Source` holds; see `export_run`."""
+    out = expand_home(out)
+    refuse_existing(out)
+    say(f"exporting {source.training['model']} with {len(source.class_names)} classes")
+    question = ask_torch(source, options.gate_images)
     with new_folder(out) as folder:
-        manifest, report = _write_graph(model, folder)
-        result = run_gate(model, Classifier.load(folder), images)
-        if result.failures:
-            raise GateError(
-                f"{out} was not written, for on {result.images} images the graph differs from the "
-                f"trained model: {'; '.join(result.failures)}"
-            )
-        write_json(folder / REPORT, {**report, "gate": {PRECISION: result.to_dict()}})
-        _write_manifest(folder, manifest)
-    say(
-        f"checked on {result.images} images: top-1 agreement {result.top1_agreement:.4f}, "
-        f"max |Δlogit| {result.max_logit_difference:.1e}"
-    )
+        proven = {
+            precision: _prove(source, precision, question, folder, options)
+            for precision in options.precisions
+        }
+        results = {precision: own.result for precision, own in proven.items()}
+        say(gate_table(results))
+        if failed := _failures(results):
+            if not options.force:
+                raise GateError(
+                    f"{out} was not written, for on {len(question.photos)} images a graph differs "
+                    f"from the trained model: {failed} (--force writes it all the same, marked)"
+                )
+            say(f"warning: written although {failed}")
+        manifest = _manifest(source, proven, verified=not failed)
+        _write_files(source, proven, question, manifest, folder)
+        _last_look(folder, proven, question)
     return out
 
 
-def make_manifest(model: TunedModel) -> Manifest:
-    """Return the manifest of a bundle, without the hashes of its files."""
-    names = model.class_names
-    worst = sorted(model.fitted.pairs.items(), key=lambda pair: -pair[1])
-    spec = model.config.model
-    if spec.startswith("local-dir:"):
-        spec = f"local-dir:{Path(spec.removeprefix('local-dir:')).name}"
-    return Manifest(
-        class_names=names,
-        tuned=model.tuned,
-        preprocess=model.backbone.preprocess,
-        graphs={PRECISION: Graph(_ONNX, OPSET)},
-        calibration={PRECISION: _calibration(model)},
-        confusion_pairs=tuple(
-            {"true": names[true], "predicted": names[predicted], "count": count}
-            for (true, predicted), count in worst
-        ),
-        training={
-            "capt": __version__,
-            "model": spec,
-            "pretrained": model.config.pretrained and Path(model.config.pretrained).name,
-            **{key: model.provenance[key] for key in _PROVENANCE},
-            "parts": sorted(model.learner.parts(model.config)),
-            "strength": model.fitted.strength,
-        },
+def _failures(results: Mapping[str, GateResult]) -> str:
+    return "; ".join(
+        f"{precision}: {', '.join(result.failures)}"
+        for precision, result in results.items()
+        if not result.passed
     )
 
 
-def _calibration(model: TunedModel) -> dict[str, float]:
-    own = {"temperature": model.fitted.temperature}
-    if not model.moves_images:
-        own["zero_shot_temperature"] = model.fitted.zero_shot_temperature
-    return own
+def file_of(precision: str, first: str) -> str:
+    """Return the name of a graph's file; the first one is the one that everybody expects."""
+    return "model.onnx" if precision == first else f"model.{precision}.onnx"
 
 
-def _write_graph(model: TunedModel, folder: Path) -> tuple[Manifest, dict[str, Any]]:
-    head = fold(model)
-    manifest = make_manifest(model)
-    network = VisualClassifier(model.learner.backbone, head, model.visual)
-    height, width = model.backbone.preprocess.size
+def _prove(
+    source: Source, precision: str, question: Question, folder: Path, options: ExportOptions
+) -> _Proven:
+    """Trace a graph, write it, ask it, and let it be as sure of itself as the trained model."""
+    traced = trace_precision(source, precision, options.opset)
+    path = folder / file_of(precision, options.precisions[0])
+    answers = _ask(traced, path, source, question)
+    temperature, factor = source.temperature, 1.0
+    if precision != FP32:
+        factor = temperature_factor(question.expected, answers)
+    if abs(factor - 1) > _WORTH_REFITTING:
+        temperature *= factor
+        traced.graph.set_head(source.head.cooled(factor))
+        answers = _ask(traced, path, source, question)
+    result = compare(precision, question.expected, answers, question.labels)
+    return _Proven(traced, temperature, answers, result)
+
+
+def _ask(traced: Traced, path: Path, source: Source, question: Question) -> Answers:
+    """Write the graph and ask what was written."""
+    precision = traced.graph.precision
+    traced.graph.write(path)
+    data = path.read_bytes()
+    folder = path.parent if traced.graph.external else None
+    if precision == BF16:
+        backend = OnnxRuntime(widened(data), "emulated", folder)
+    else:
+        backend = OnnxRuntime(data, precision, folder)
+    files = [photo.path for photo in question.photos]
+    preprocess = source.learner.backbone.preprocess
+    return ask_backend(backend, preprocess, files, f"asking the {precision} graph")
+
+
+def _manifest(source: Source, proven: Mapping[str, _Proven], *, verified: bool) -> Manifest:
+    """Return the manifest, without the hashes of its files and the names of second ones."""
+    first = next(iter(proven))
+    zero_shot = (
+        {} if source.zero_shot is None else {"zero_shot_temperature": source.zero_shot_temperature}
+    )
+    return Manifest(
+        class_names=source.class_names,
+        tuned=source.tuned,
+        preprocess=source.learner.backbone.preprocess,
+        graphs={
+            precision: own.traced.graph.record(file_of(precision, first))
+            for precision, own in proven.items()
+        },
+        calibration={
+            precision: {"temperature": own.temperature, **zero_shot}
+            for precision, own in proven.items()
+        },
+        confusion_pairs=source.pairs,
+        training=source.training,
+        verified=verified,
+    )
+
+
+def _write_files(
+    source: Source,
+    proven: Mapping[str, _Proven],
+    question: Question,
+    manifest: Manifest,
+    folder: Path,
+) -> None:
+    """Write everything, the graphs once more with what they now know of themselves."""
+    first = next(iter(proven.values()))
     described = json.dumps(manifest.to_dict(), ensure_ascii=False, allow_nan=False)
-    graph = trace(network, height, width, described)
-    write_bytes(folder / _ONNX, graph.data)
-    rows = {
-        "text_embeddings": head.weight.cpu().contiguous(),
-        "bias": head.bias.cpu(),
-    }
-    if not model.moves_images:  # else the graph's embeddings are not what these rows are for
-        rows["zero_shot"] = fold_zero_shot(model).weight.cpu().contiguous()
+    for precision, own in proven.items():
+        own.traced.graph.write(folder / manifest.graphs[precision].file, described)
+    head = source.head.cooled(first.temperature / source.temperature)
+    rows = {"text_embeddings": head.weight.contiguous(), "bias": head.bias}
+    if source.zero_shot_head is not None:
+        rows["zero_shot"] = source.zero_shot_head.weight.contiguous()
     write_bytes(folder / TEXT_EMBEDDINGS, save(rows))
-    _write_manifest(folder, manifest)
-    report = {
-        "graph": {"opset": graph.opset, "nodes": graph.nodes, "bytes": len(graph.data)},
-        "normalisation": "explicit" if network.normalises else "folded into the patch convolution",
-    }
-    return manifest, report
-
-
-def _write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest with a hash of every file that is in the folder by now."""
+    write_bytes(folder / REFERENCE, question.reference.save())
+    write_json(
+        folder / REPORT,
+        {
+            "graphs": {precision: own.traced.to_dict() for precision, own in proven.items()},
+            "gate": {precision: own.result.to_dict() for precision, own in proven.items()},
+        },
+    )
     records = {}
     for file in sorted(folder.iterdir()):
-        if file.name != MANIFEST:
-            data = file.read_bytes()
-            records[file.name] = FileRecord(hashlib.sha256(data).hexdigest(), len(data))
+        with file.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        records[file.name] = FileRecord(digest, file.stat().st_size)
     write_json(folder / MANIFEST, replace(manifest, files=records).to_dict())
+
+
+def _last_look(folder: Path, proven: Mapping[str, _Proven], question: Question) -> None:
+    """Load the finished bundle as an application does, and ask it once more."""
+    files = [photo.path for photo in question.photos[:_LAST_LOOK]]
+    for precision, own in proven.items():
+        if precision == BF16:  # the CPU cannot
+            continue
+        loaded = Classifier.load(folder, "onnxruntime", precision)
+        found = ask_backend(loaded.backend, loaded.manifest.preprocess, files, "last look")
+        if not np.allclose(found.logits, own.answers.logits[: len(files)], atol=1e-3):
+            raise GateError(f"{precision}: the bundle does not say what its graph said")

@@ -1,6 +1,8 @@
 """Engines that run a bundle's graph. Each lives in its own file and imports its own library."""
 
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +10,9 @@ from numpy.typing import NDArray
 from capt_deploy.errors import BackendError
 
 NAMES = ("auto", "onnxruntime")
+# Of a bundle's graphs the one that a backend runs unless told otherwise: on the CPU lower precision
+# is no faster, and bfloat16 has no kernels.
+_PREFERRED = {"onnxruntime": ("fp32", "fp16", "int8")}
 
 
 class Outputs(NamedTuple):
@@ -18,6 +23,7 @@ class Outputs(NamedTuple):
     embedding: NDArray[np.float32]  # (batch, dim), unit norm
 
 
+@runtime_checkable
 class Backend(Protocol):
     """Runs one graph on one device."""
 
@@ -29,8 +35,21 @@ class Backend(Protocol):
         ...
 
 
-def create(name: str, onnx: bytes, precision: str) -> Backend:
+def preferred_precision(name: str, available: Iterable[str]) -> str:
+    """Return the precision, of those that a bundle holds, which suits a backend best."""
+    own = _PREFERRED["onnxruntime" if name not in _PREFERRED else name]
+    there = list(available)
+    return next((precision for precision in own if precision in there), there[0])
+
+
+def create(name: str, onnx: bytes, precision: str, weights_folder: Path | None = None) -> Backend:
     """Start a backend by name; only `auto` may choose.
+
+    Args:
+        name: one of `NAMES`.
+        onnx: the graph.
+        precision: of the graph.
+        weights_folder: where weights lie that are not in the graph's own file.
 
     Raises:
         BackendError: the name is unknown, or the backend cannot run this graph here.
@@ -39,4 +58,4 @@ def create(name: str, onnx: bytes, precision: str) -> Backend:
         raise BackendError(f"backend {name!r}: expected one of {', '.join(NAMES)}")
     from capt_deploy.backends.onnxruntime import OnnxRuntime
 
-    return OnnxRuntime(onnx, precision)
+    return OnnxRuntime(onnx, precision, weights_folder)

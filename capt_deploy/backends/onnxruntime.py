@@ -1,6 +1,7 @@
 """ONNX Runtime on the CPU."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,10 @@ from numpy.typing import NDArray
 from capt_deploy.backends import Outputs
 from capt_deploy.errors import BackendError
 
+# ENABLE_ALL crashes the process on half-precision ViTs (onnxruntime 1.31 on CPU). What emulates
+# bfloat16 must not have its roundings optimised away.
+_LEVELS = {"fp32": "ORT_ENABLE_ALL", "emulated": "ORT_DISABLE_ALL"}
+
 
 class OnnxRuntime:
     """A session on the CPU provider. Thread-safe: ONNX Runtime allows concurrent `run` calls."""
@@ -16,17 +21,21 @@ class OnnxRuntime:
     name = "onnxruntime"
     device = "cpu"
 
-    def __init__(self, onnx: bytes, precision: str) -> None:
-        # ENABLE_ALL crashes the process on half-precision ViTs (onnxruntime 1.31 on CPU).
-        level = "ORT_ENABLE_ALL" if precision == "fp32" else "ORT_ENABLE_EXTENDED"
-        self._session = _session(onnx, level)
+    def __init__(self, onnx: bytes, precision: str, weights_folder: Path | None = None) -> None:
+        if precision == "bf16":
+            raise BackendError(
+                "backend onnxruntime: has no bfloat16 kernels on the CPU; run this graph on a GPU, "
+                "or export with --fp16 or --fp32 as well"
+            )
+        level = _LEVELS.get(precision, "ORT_ENABLE_EXTENDED")
+        self._session = _session(onnx, level, weights_folder)
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:
         """Run (batch, height, width, 3) pixels, RGB, 0-255."""
         return Outputs(*self._session.run(list(Outputs._fields), {"images": images}))
 
 
-def _session(onnx: bytes, level: str) -> Any:
+def _session(onnx: bytes, level: str, weights_folder: Path | None) -> Any:
     try:
         import onnxruntime
     except ImportError as cause:
@@ -38,7 +47,8 @@ def _session(onnx: bytes, level: str) -> Any:
     # A graph in memory may name weights in other files, which would be sought in the current
     # folder: whatever lies there is none of a bundle's business.
     options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", f"{os.devnull}/none"
+        "session.model_external_initializers_file_folder_path",
+        str(weights_folder or f"{os.devnull}/none"),
     )
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
     try:

@@ -3,12 +3,16 @@ import pytest
 import torch
 
 from capt_train.run import load_run
-from export.fold import fold, fold_zero_shot
+from export.fold import folded
 
 
 @pytest.fixture(scope="module")
 def model(tuned_run):
     return load_run(tuned_run)
+
+
+def fold(model):
+    return folded(model.backbone, model.text_embeddings, model.fitted.temperature)
 
 
 def test_each_row_is_the_scaled_embedding_over_the_temperature(model):
@@ -31,11 +35,29 @@ def test_folded_logits_are_the_tuned_models(model):
     assert float(difference.abs().max()) <= 1e-5
 
 
+def test_a_sigmoid_models_bias_stays_in_the_logits(write_model):
+    from capt_train.backbone import load_backbone
+
+    folder = write_model(init_logit_bias=-10.0)
+    backbone = load_backbone(str(folder), None, torch.device("cpu"))
+    rows = torch.nn.functional.normalize(torch.randn(3, 32), dim=1)
+    images = torch.nn.functional.normalize(torch.randn(9, 32), dim=1)
+    head = folded(backbone, rows, 2.0)
+    expected = (backbone.scale * images @ rows.T - 10) / 2
+    torch.testing.assert_close(images @ head.weight.T + head.bias, expected, atol=1e-5, rtol=0)
+
+
 def test_zero_shot_rows_are_not_tuned_but_have_their_own_temperature(model):
     images = torch.nn.functional.normalize(torch.randn(9, 32), dim=1)
     names = [f"a photo of a {name}." for name in model.class_names]
-    backbone = model.backbone
-    scale = backbone.scale / model.fitted.zero_shot_temperature
-    expected = scale * images @ backbone.text_embeddings(names).T
-    found = images @ fold_zero_shot(model).weight.T
+    backbone, temperature = model.backbone, model.fitted.zero_shot_temperature
+    expected = backbone.scale / temperature * images @ backbone.text_embeddings(names).T
+    found = images @ folded(backbone, model.zero_shot, temperature).weight.T
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_another_temperature_is_a_factor(model):
+    images = torch.nn.functional.normalize(torch.randn(9, 32), dim=1)
+    warm = fold(model).cooled(1.5)
+    expected = model.logits(images) / 1.5
+    torch.testing.assert_close(images @ warm.weight.T + warm.bias, expected, atol=1e-5, rtol=0)

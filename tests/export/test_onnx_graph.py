@@ -68,4 +68,4 @@ def test_what_cannot_be_traced_is_a_typed_error():
             return -total, total, total
 
     with pytest.raises(ModelError, match="cannot be traced"):
-        trace(Dependent(), 8, 8, "{}")
+        trace(Dependent(), 8, 8)

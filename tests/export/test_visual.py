@@ -94,8 +94,8 @@ def test_a_colour_map_goes_into_the_weights_too(tower):
 def test_a_runtime_maps_the_colours_as_the_backbone_does(tower):
     backbone, _ = tower
     network = VisualClassifier(backbone.recoloured(COLOURS), head())
-    graph = trace(network, *backbone.preprocess.size, "{}")
-    session = onnxruntime.InferenceSession(graph.data, providers=["CPUExecutionProvider"])
+    graph = trace(network, *backbone.preprocess.size)
+    session = onnxruntime.InferenceSession(graph.to_bytes(), providers=["CPUExecutionProvider"])
     found = session.run(OUTPUTS, {"images": some_pixels(backbone).numpy()})
     check_colours([torch.from_numpy(own) for own in found], backbone)
 

@@ -60,11 +60,11 @@ def head(dim: int, scale: float = 100.0, classes: int = 9) -> Head:
 
 def export(backbone: Backbone, learner: Learner, own: Head) -> tuple[VisualClassifier, OnnxGraph]:
     network = VisualClassifier(backbone, own, learner.visual)
-    return network, trace(network, *backbone.preprocess.size, "{}")
+    return network, trace(network, *backbone.preprocess.size)
 
 
 def run(graph: OnnxGraph, pixels: Tensor) -> Sequence[Any]:
-    session = onnxruntime.InferenceSession(graph.data, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(graph.to_bytes(), providers=["CPUExecutionProvider"])
     return [torch.from_numpy(one) for one in session.run(OUTPUTS, {"images": pixels.numpy()})]
 
 
@@ -133,7 +133,7 @@ def test_a_tuned_tower_has_the_colour_map_in_front_of_it(make_model):
 
 
 def graph_of(exported: Any) -> Any:
-    return onnx.load_from_string(exported[3].data).graph
+    return onnx.load_from_string(exported[3].to_bytes()).graph
 
 
 def test_the_graph_has_no_text_tower_and_no_control_flow(exported):
@@ -151,7 +151,7 @@ def test_the_graph_has_no_text_tower_and_no_control_flow(exported):
 
 
 def test_the_graph_is_static_apart_from_the_batch(exported):
-    graph = onnx.shape_inference.infer_shapes(onnx.load_from_string(exported[3].data)).graph
+    graph = onnx.shape_inference.infer_shapes(onnx.load_from_string(exported[3].to_bytes())).graph
     free = {
         dim.dim_param
         for value in (*graph.input, *graph.output)
@@ -225,7 +225,7 @@ def test_on_a_thousand_photos_the_graph_equals_the_trained_model(shared):
     frozen = torch.cat([backbone.image_embeddings(part) for part in pixels.split(250)])
     logits = embeddings @ own.weight.T
     assert (logits.argmax(dim=1) != (frozen @ own.weight.T).argmax(dim=1)).float().mean() > 0.1
-    session = onnxruntime.InferenceSession(graph.data, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(graph.to_bytes(), providers=["CPUExecutionProvider"])
     found = [session.run(OUTPUTS, {"images": part.numpy()})[0] for part in pixels.split(250)]
     in_graph = torch.from_numpy(np.concatenate(found))
     assert (in_graph - logits).abs().max() <= 1e-4

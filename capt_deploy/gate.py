@@ -1,0 +1,166 @@
+"""Whether a graph says what the trained model said: differences, and a limit for each.
+
+The float32 torch model's answers travel in the bundle, so that any machine can ask its own backend
+the same questions (`capt-export --check`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capt_deploy.console import table
+from capt_deploy.metrics import (
+    accuracy,
+    expected_calibration_error,
+    negative_log_likelihood,
+    softmax,
+)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says about some images, in one order."""
+
+    logits: NDArray[np.float32]  # (images, classes), calibrated
+    probabilities: NDArray[np.float32]  # (images, classes)
+    embedding: NDArray[np.float32]  # (images, dim), unit norm
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that a graph may differ; shares in 0-1."""
+
+    top1_agreement: float  # the least share of images with the same most probable class
+    max_logit_difference: float
+    mean_logit_difference: float
+    max_probability_difference: float
+    embedding_cosine: float  # the least, of any image
+    accuracy_difference: float
+    ece_difference: float  # ECE-15
+    nll_difference: float  # nats
+
+
+# float32: METHOD 9. The others leave room for what their digits cost on a sound export of a small
+# and a large ViT (benchmarks/export_matrix.py), and none for a wrong mean or a swapped class.
+LIMITS: Mapping[str, Limits] = {
+    "fp32": Limits(1.0, 1e-4, 1e-4, 1e-4, 1 - 1e-6, 0.0, 1e-4, 1e-4),
+    "fp16": Limits(0.995, 0.2, 0.02, 0.05, 0.9999, 0.005, 0.005, 0.005),
+    "bf16": Limits(0.98, 1.5, 0.15, 0.3, 0.998, 0.01, 0.01, 0.02),
+    "int8": Limits(0.97, 6.0, 0.6, 0.9, 0.95, 0.01, 0.01, 0.05),
+}
+_SHOWN = {
+    "top1_agreement": "top-1 same",
+    "max_logit_difference": "max |Δlogit|",
+    "mean_logit_difference": "mean |Δlogit|",
+    "embedding_cosine": "cosine ≥",
+    "accuracy_difference": "Δaccuracy",
+    "ece_difference": "ΔECE-15",
+    "nll_difference": "ΔNLL",
+}
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """Differences between the trained model and a graph as a runtime runs it."""
+
+    precision: str
+    images: int
+    labelled: int  # of them; the last three figures are of these
+    top1_agreement: float
+    max_logit_difference: float
+    mean_logit_difference: float
+    max_probability_difference: float
+    embedding_cosine: float
+    accuracy_difference: float | None  # graph less model; None without labels
+    ece_difference: float | None
+    nll_difference: float | None
+
+    @property
+    def failures(self) -> list[str]:
+        """What is over its limit, in words; empty when the gate passes."""
+        limits = LIMITS[self.precision]
+        return [
+            f"{name.replace('_', ' ')} {value:.3g}, limit {limit:.3g}"
+            for name, limit in asdict(limits).items()
+            if (value := getattr(self, name)) is not None and not self._holds(name, value, limit)
+        ]
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything is within its limit."""
+        return not self.failures
+
+    def _holds(self, name: str, value: float, limit: float) -> bool:
+        """Tell whether a value is within its limit; NaN never is.
+
+        In reduced precision one image may tip over, however few there are.
+        """
+        one = 0.0 if self.precision == "fp32" else 1 / max(self.images, 1)
+        if name in ("top1_agreement", "embedding_cosine"):
+            return value >= min(limit, 1 - one if name == "top1_agreement" else 1.0)
+        return abs(value) <= (max(limit, one) if name.startswith(("accuracy", "ece")) else limit)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form, limits included; figures that are not finite become None."""
+        values = {
+            name: value if not isinstance(value, float) or np.isfinite(value) else None
+            for name, value in asdict(self).items()
+        }
+        return {
+            **values,
+            "limits": asdict(LIMITS[self.precision]),
+            "passed": self.passed,
+            "failures": self.failures,
+        }
+
+
+def compare(
+    precision: str, expected: Answers, found: Answers, labels: NDArray[np.int64]
+) -> GateResult:
+    """Return how far `found` is from `expected`.
+
+    Args:
+        precision: of the graph that gave `found`.
+        expected: of the float32 torch model.
+        found: of the graph, for the same images in the same order.
+        labels: (images,) class of each image; -1 where it is not known.
+    """
+    difference = np.abs(found.logits - expected.logits)
+    cosine = (found.embedding * expected.embedding).sum(axis=1)
+    known = labels >= 0
+    changes: tuple[float | None, ...] = (None, None, None)
+    if known.any() and np.isfinite(found.logits).all():
+        own, reference = (softmax(part.logits[known]) for part in (found, expected))
+        measures = (accuracy, expected_calibration_error, negative_log_likelihood)
+        changes = tuple(m(own, labels[known]) - m(reference, labels[known]) for m in measures)
+    same = found.logits.argmax(axis=1) == expected.logits.argmax(axis=1)
+    return GateResult(
+        precision,
+        len(labels),
+        int(known.sum()),
+        float(same.mean()),
+        float(difference.max()),
+        float(difference.mean()),
+        float(np.abs(found.probabilities - expected.probabilities).max()),
+        float(cosine.min()),
+        *changes,
+    )
+
+
+def gate_table(results: Mapping[str, GateResult]) -> str:
+    """Return the figures of each precision, with their limits below."""
+    rows = []
+    for precision, result in results.items():
+        values = [getattr(result, name) for name in _SHOWN]
+        limits = [getattr(LIMITS[precision], name) for name in _SHOWN]
+        verdict = "passed" if result.passed else "FAILED"
+        rows.append([precision, str(result.images), *map(_short, values), verdict])
+        rows.append(["  limit", "", *map(_short, limits), ""])
+    return table(["precision", "images", *_SHOWN.values(), ""], rows)
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.5g}" if abs(value) >= 0.5 else f"{value:.1e}"

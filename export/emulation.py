@@ -1,0 +1,49 @@
+"""Run bfloat16 graphs where nothing has kernels for them: in float32, rounded after every step.
+
+ONNX Runtime has no bfloat16 products on the CPU. Each operator is computed in float32 and its
+result rounded to bfloat16 and back, as hardware with float32 accumulators does it.
+"""
+
+from typing import Any
+
+# They only move values, which are rounded already.
+_MOVING = {
+    *("Reshape", "Transpose", "Split", "Concat", "Slice", "Gather", "Expand", "Unsqueeze"),
+    *("Squeeze", "Identity", "Flatten", "Pad", "MaxPool", "Relu"),
+}
+
+
+def widened(onnx_bytes: bytes) -> bytes:
+    """Return the graph with float32 in the place of bfloat16, and a rounding where it was."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    model = onnx.shape_inference.infer_shapes(onnx.load_from_string(onnx_bytes))
+    graph = model.graph
+    narrow = {
+        value.name
+        for value in (*graph.value_info, *graph.output)
+        if value.type.tensor_type.elem_type == TensorProto.BFLOAT16
+    }
+    for tensor in graph.initializer:
+        if tensor.data_type == TensorProto.BFLOAT16:
+            wide = numpy_helper.to_array(tensor).astype("float32")
+            tensor.CopyFrom(numpy_helper.from_array(wide, tensor.name))
+    nodes: list[Any] = []
+    for node in graph.node:
+        rounded = [name for name in node.output if name in narrow and node.op_type not in _MOVING]
+        for name in rounded:
+            node.output[[*node.output].index(name)] = f"{name}.exact"
+        if node.op_type == "Cast" and rounded:
+            node.attribute[0].i = TensorProto.FLOAT
+        nodes.append(node)
+        for name in rounded:
+            cast = ("Cast", [f"{name}.exact"], [f"{name}.rounded"])
+            nodes.append(helper.make_node(*cast, to=TensorProto.BFLOAT16))
+            nodes.append(
+                helper.make_node("Cast", [f"{name}.rounded"], [name], to=TensorProto.FLOAT)
+            )
+    del graph.node[:]
+    graph.node.extend(nodes)
+    del graph.value_info[:]
+    return model.SerializeToString()  # type: ignore[no-any-return]

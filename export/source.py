@@ -1,0 +1,132 @@
+"""What is exported: a row for each class over one visual side, and real images to prove it on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from capt_deploy.datasets import SPLITS, read_dataset
+from capt_deploy.errors import DataError
+from capt_deploy.files import expand_home, visible_files
+from capt_deploy.version import __version__
+from capt_train.learner import Learner
+from capt_train.run import TunedModel
+from export.fold import Head, folded
+
+# What a reader of the bundle may want to know; folders of the machine it came from are not in it.
+_PROVENANCE = (
+    *("method", "added", "without", "classes", "shots", "seed", "templates", "context_init"),
+    *("data_fingerprint", "model_sha256", "versions"),
+)
+
+
+@dataclass(frozen=True)
+class Photo:
+    """An image file, with its class where that is known."""
+
+    path: Path
+    label: int = -1  # index of its class; -1 where it is not known
+
+
+@dataclass(frozen=True)
+class Source:
+    """One model to export, whatever it was made from."""
+
+    learner: Learner  # its visual side and its backbone, colours and strength set
+    class_names: tuple[str, ...]
+    tuned: tuple[bool, ...]
+    rows: Float[Tensor, "classes dim"]  # Ŵ_c, never renormalised
+    temperature: float
+    # Hand-written t⁰ and its temperature; None where the images' embeddings are not the frozen ones
+    zero_shot: Float[Tensor, "classes dim"] | None
+    zero_shot_temperature: float
+    pairs: tuple[Mapping[str, Any], ...]  # who is mistaken for whom, worst first
+    training: Mapping[str, Any]  # provenance
+    gate_images: tuple[Photo, ...]
+    training_images: tuple[Photo, ...]  # for the ranges of int8
+
+    @property
+    def head(self) -> Head:
+        """The folded text side, calibrated for float32."""
+        return folded(self.learner.backbone, self.rows, self.temperature)
+
+    @property
+    def zero_shot_head(self) -> Head | None:
+        """The same of the frozen model with the hand-written prompt."""
+        if self.zero_shot is None:
+            return None
+        return folded(self.learner.backbone, self.zero_shot, self.zero_shot_temperature)
+
+
+def source_of(model: TunedModel, gate_data: str | Path | None = None) -> Source:
+    """Return what a finished run exports.
+
+    Args:
+        model: the run, loaded.
+        gate_data: the run's data set where it has moved, or other images to check on: a labelled
+            data set, or any folder of images.
+
+    Raises:
+        DataError: none of the images is there.
+    """
+    names = model.class_names
+    root = expand_home(gate_data) if gate_data is not None else Path(model.config.data)
+    own = root if root.is_dir() else root.parent
+    split = model.split
+    chosen = [Photo(own / item.path, item.label) for item in split.val or split.train]
+    if gate_data is not None and not any(photo.path.is_file() for photo in chosen):
+        chosen = _other_photos(root, names)
+    worst = sorted(model.fitted.pairs.items(), key=lambda pair: -pair[1])
+    return Source(
+        learner=model.learner,
+        class_names=names,
+        tuned=model.tuned,
+        rows=model.text_embeddings,
+        temperature=model.fitted.temperature,
+        zero_shot=None if model.moves_images else model.zero_shot,
+        zero_shot_temperature=model.fitted.zero_shot_temperature,
+        pairs=tuple(
+            {"true": names[true], "predicted": names[taken], "count": count}
+            for (true, taken), count in worst
+        ),
+        training=_provenance(model),
+        gate_images=tuple(chosen),
+        training_images=tuple(Photo(own / item.path, item.label) for item in split.train),
+    )
+
+
+def _other_photos(root: Path, class_names: tuple[str, ...]) -> list[Photo]:
+    """Return the images of another data set; without labels where its classes are others."""
+    try:
+        dataset = read_dataset(root, strict_names=False).aligned_to(class_names)
+        items = next(of for name in ("val", "test", *SPLITS) if (of := dataset.splits[name]))
+        return [Photo(dataset.path(item), item.label) for item in items]
+    except DataError:
+        files = visible_files(root) if root.is_dir() else []
+    if not files:
+        raise DataError(f"{root}: holds no images to check the export on; expected a data set")
+    return [Photo(file) for file in files]
+
+
+def _provenance(model: TunedModel) -> dict[str, Any]:
+    spec = model.config.model
+    if spec.startswith("local-dir:"):
+        spec = f"local-dir:{Path(spec.removeprefix('local-dir:')).name}"
+    return {
+        "capt": __version__,
+        "model": spec,
+        "pretrained": model.config.pretrained and Path(model.config.pretrained).name,
+        **{key: model.provenance[key] for key in _PROVENANCE},
+        "parts": sorted(model.learner.parts(model.config)),
+        "strength": model.fitted.strength,
+    }
+
+
+def spread(photos: tuple[Photo, ...], most: int) -> list[Photo]:
+    """Return at most so many, spread over the list, which is sorted by class."""
+    places = torch.linspace(0, len(photos) - 1, min(len(photos), most)).round().long()
+    return [photos[int(place)] for place in places]
