@@ -151,15 +151,15 @@ def compare(
 
 
 def gate_table(results: Mapping[str, GateResult]) -> str:
-    """Return the figures of each precision, with their limits below."""
+    """Return a line of figures for each graph, by name, with its limits below."""
     rows = []
-    for precision, result in results.items():
-        values = [getattr(result, name) for name in _SHOWN]
-        limits = [getattr(LIMITS[precision], name) for name in _SHOWN]
+    for name, result in results.items():
+        values = [getattr(result, field) for field in _SHOWN]
+        limits = [getattr(LIMITS[result.precision], field) for field in _SHOWN]
         verdict = "passed" if result.passed else "FAILED"
-        rows.append([precision, str(result.images), *map(_short, values), verdict])
+        rows.append([name, str(result.images), *map(_short, values), verdict])
         rows.append(["  limit", "", *map(_short, limits), ""])
-    return table(["precision", "images", *_SHOWN.values(), ""], rows)
+    return table(["graph", "images", *_SHOWN.values(), ""], rows)
 
 
 def _short(value: float | None) -> str:

@@ -1,35 +1,77 @@
 """`capt-export`."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
+from capt_deploy.backends import NAMES
 from capt_deploy.console import Command, PathInHome, print_json, say
 from capt_deploy.version import __version__
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("run", type=PathInHome())
-@click.option("--out", required=True, type=PathInHome(), help="Bundle to write.")
-@click.option("--gate-data", type=PathInHome(), help="The run's data set, if it has moved.")
-@click.option("--json", "as_json", is_flag=True, help="Print the bundle's report on stdout.")
+@click.argument("run", type=PathInHome(), required=False)
+@click.option("--out", type=PathInHome(), help="Bundle to write.")
+@click.option("--fp32", is_flag=True, help="A float32 graph; the default.")
+@click.option("--fp16", is_flag=True, help="A float16 graph; norms and head stay float32.")
+@click.option("--bf16", is_flag=True, help="The same in bfloat16, for Ampere and later.")
+@click.option("--opset", default=20, show_default=True, help="23 has an Attention operator.")
+@click.option("--gate-data", type=PathInHome(), help="Check on these images; see below.")
+@click.option("--gate-images", default=256, show_default=True, help="Check on so many at most.")
+@click.option("--force", is_flag=True, help="Write the bundle, marked, though the check fails.")
+@click.option("--check", type=PathInHome(), metavar="BUNDLE", help="Only check a written bundle.")
+@click.option("--backend", type=click.Choice(NAMES), default="auto", help="Of --check.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report on stdout.")
 @click.version_option(__version__, prog_name="capt")
-def main(run: Path, out: Path, gate_data: Path | None, as_json: bool) -> None:
+def main(
+    run: Path | None,
+    out: Path | None,
+    check: Path | None,
+    gate_data: Path | None,
+    backend: str,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Fold a finished RUN into one text-embedding matrix and one ONNX graph.
 
-    The graph is compared with the trained model on the run's own validation images. If they
-    differ, nothing is written and the exit code is 1.
+    Each graph is compared with the trained model on the run's own validation images, or on
+    those of --gate-data: the same data set where it has moved, another labelled one, or a folder of
+    images. If they differ, nothing is written and the exit code is 1. Of several precisions each
+    gets a graph in the same bundle, and the runtime picks.
+
+    --check asks the graphs of a bundle again, on this machine; --gate-data is then where the
+    images lie, which may be left out. It needs no torch.
 
     \b
     Example:
-      capt-export runs/mine --out mine.capt
+      capt-export runs/mine --out mine.capt --fp16
+      capt-export --check mine.capt --gate-data photos
     """
+    if check is not None:
+        from capt_deploy.check import check_bundle
+
+        if run is not None or out is not None:
+            raise click.UsageError("--check takes no RUN and no --out: it writes nothing")
+        report = check_bundle(check, gate_data, backend)
+    else:
+        if run is None or out is None:
+            raise click.UsageError("expected RUN and --out, or --check BUNDLE")
+        report = _export(run, out, gate_data, options)
+        say(f"bundle written to {out}")
+    if as_json:
+        print_json(report)
+
+
+def _export(run: Path, out: Path, gate_data: Path | None, options: dict[str, Any]) -> Any:
     from capt_deploy.bundle import REPORT
     from capt_deploy.errors import BundleError
     from capt_deploy.files import read_json
-    from export.writer import export_run
+    from export.precision import PRECISIONS
+    from export.writer import ExportOptions, export_run
 
-    export_run(run, out, gate_data)
-    if as_json:
-        print_json(read_json(out / REPORT, BundleError))
-    say(f"bundle written to {out}")
+    wanted = tuple(name for name in PRECISIONS if options.pop(name, False))
+    own = ExportOptions(**options)
+    export_run(run, out, gate_data, replace(own, precisions=wanted or own.precisions))
+    return read_json(out / REPORT, BundleError)

@@ -155,6 +155,15 @@ def bundle(tuned_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def half_bundle(tuned_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a bundle of that run with graphs in float32, float16 and bfloat16."""
+    from export.writer import ExportOptions, export_run
+
+    options = ExportOptions(precisions=("fp32", "fp16", "bf16"))
+    return export_run(tuned_run, tmp_path_factory.mktemp("bundles") / "half.capt", options=options)
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """Return the folder of real data and models beside the repository."""
     folder = Path(__file__).resolve().parents[2] / "shared"

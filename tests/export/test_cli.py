@@ -1,8 +1,10 @@
 import json
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
 
+from capt_deploy.gate import LIMITS
 from export.cli import main
 
 
@@ -25,7 +27,8 @@ def test_a_home_that_the_shell_leaves_alone_is_understood(tuned_run, tmp_path, m
 
 
 def test_a_failed_gate_exits_with_1(tuned_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("export.gate.MAX_PROBABILITY_DIFFERENCE", -1.0)
+    impossible = replace(LIMITS["fp32"], max_probability_difference=-1.0)
+    monkeypatch.setitem(LIMITS, "fp32", impossible)
     result = run(tuned_run, "--out", tmp_path / "x.capt")
     assert result.exit_code == 1
     assert "was not written" in result.stderr

@@ -36,9 +36,9 @@ def test_folded_logits_are_the_tuned_models(model):
 
 
 def test_a_sigmoid_models_bias_stays_in_the_logits(write_model):
-    from capt_train.backbone import load_backbone
+    from capt_train.loading import load_backbone
 
-    folder = write_model(init_logit_bias=-10.0)
+    folder = write_model(init_logit_bias=-10.0, custom_text=True)
     backbone = load_backbone(str(folder), None, torch.device("cpu"))
     rows = torch.nn.functional.normalize(torch.randn(3, 32), dim=1)
     images = torch.nn.functional.normalize(torch.randn(9, 32), dim=1)

@@ -1,21 +1,23 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from safetensors.numpy import load_file
 
 from capt_deploy.bundle import open_bundle
 from capt_deploy.errors import BundleError, DataError, GateError, RunError
+from capt_deploy.gate import LIMITS
 from capt_train.run import load_run
-from export import gate
 from export.writer import export_run
 
 
 def test_the_bundle_holds_what_its_manifest_lists(bundle):
     manifest = json.loads((bundle / "manifest.json").read_text())
     on_disk = {file.name for file in bundle.iterdir()} - {"manifest.json"}
-    assert on_disk == {"model.onnx", "text_embeddings.safetensors", "report.json"}
+    rows = {"text_embeddings.safetensors", "reference.safetensors"}
+    assert on_disk == {"model.onnx", "report.json", *rows}
     assert set(manifest["files"]) == on_disk
     for name, record in manifest["files"].items():
         data = (bundle / name).read_bytes()
@@ -53,7 +55,7 @@ def test_the_report_holds_the_gates_figures(bundle):
     report = json.loads((bundle / "report.json").read_text())
     assert report["gate"]["fp32"]["passed"] is True
     assert report["gate"]["fp32"]["images"] == 8  # all validation images of the tuned classes
-    assert report["graph"]["nodes"] > 0
+    assert report["graphs"]["fp32"]["nodes"] > 0
 
 
 def test_nothing_is_overwritten(bundle, tuned_run):
@@ -63,10 +65,14 @@ def test_nothing_is_overwritten(bundle, tuned_run):
     assert (bundle / "manifest.json").read_bytes() == before
 
 
+def with_impossible_limits(monkeypatch):
+    impossible = replace(LIMITS["fp32"], max_probability_difference=-1.0)
+    monkeypatch.setitem(LIMITS, "fp32", impossible)
+
+
 def test_a_failing_gate_writes_nothing(tuned_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(gate, "MAX_LOGIT_DIFFERENCE", 0.0)
-    monkeypatch.setattr(gate, "MAX_PROBABILITY_DIFFERENCE", -1.0)
-    with pytest.raises(GateError, match=r"max .Δp"):
+    with_impossible_limits(monkeypatch)
+    with pytest.raises(GateError, match="max probability difference"):
         export_run(tuned_run, tmp_path / "x.capt")
     assert list(tmp_path.iterdir()) == []
 

@@ -1,0 +1,85 @@
+"""Run the export's gate again, on any machine: a bundle carries what its graphs have to say."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from capt_deploy.bundle import open_bundle
+from capt_deploy.classifier import Classifier
+from capt_deploy.console import say
+from capt_deploy.errors import BackendError, GateError
+from capt_deploy.files import expand_home
+from capt_deploy.gate import Answers, GateResult, compare, gate_table
+from capt_deploy.images import ImageInput
+from capt_deploy.preprocess import preprocess
+from capt_deploy.reference import Reference, chosen, patterns
+
+_BATCH = 32
+
+
+def check_bundle(
+    path: str | Path, images: str | Path | None = None, backend: str = "auto"
+) -> dict[str, Any]:
+    """Ask each graph of a bundle what the trained model was asked when it was exported.
+
+    Args:
+        path: the bundle.
+        images: a folder below which the images of the export's gate lie; they are known by their
+            hashes. Without it the graphs are asked about drawn patterns alone.
+        backend: one of `capt_deploy.backends.NAMES`.
+
+    Returns:
+        By precision, for `patterns` and `images`, what `report.json` holds of the gate; for a
+        graph that cannot run here, `not_checked` with the reason.
+
+    Raises:
+        GateError: a graph does not say what the trained model said, or none can run here.
+        CaptError: bundle or images cannot be used.
+    """
+    bundle = open_bundle(path)
+    reference = Reference.of(bundle)
+    found = {} if images is None else reference.find(expand_home(images))
+    results: dict[str, GateResult] = {}
+    report: dict[str, Any] = {}
+    for precision in bundle.manifest.graphs:
+        try:
+            classifier = Classifier.load(path, backend, precision)
+        except BackendError as cause:
+            say(f"{precision}: not checked: {cause}")
+            report[precision] = {"not_checked": str(cause)}
+            continue
+        own = _check(classifier, reference, found)
+        results |= {f"{precision}, {kind}": result for kind, result in own.items()}
+        report[precision] = {kind: result.to_dict() for kind, result in own.items()}
+    if not results:
+        raise GateError(f"{path}: none of its graphs can run here, so nothing was checked")
+    say(gate_table(results))
+    if failed := [f"{name}: {', '.join(r.failures)}" for name, r in results.items() if r.failures]:
+        raise GateError(f"{path} does not say what the trained model said: {'; '.join(failed)}")
+    return report
+
+
+def _check(
+    classifier: Classifier, reference: Reference, found: dict[int, Path]
+) -> dict[str, GateResult]:
+    precision = classifier.precision
+    drawn = _ask(classifier, list(patterns(classifier.manifest.preprocess.size)))
+    unknown = np.full(len(drawn.logits), -1)
+    results = {"patterns": compare(precision, reference.patterns, drawn, unknown)}
+    if found:
+        places = list(found)
+        expected = chosen(reference.images, places)
+        answers = _ask(classifier, list(found.values()))
+        results["images"] = compare(precision, expected, answers, reference.labels[places])
+    return results
+
+
+def _ask(classifier: Classifier, images: Sequence[ImageInput]) -> Answers:
+    parts = []
+    for start in range(0, len(images), _BATCH):
+        batch = images[start : start + _BATCH]
+        pixels = np.stack([preprocess(one, classifier.manifest.preprocess) for one in batch])
+        parts.append(classifier.backend.run(pixels))
+    return Answers(*(np.concatenate(column) for column in zip(*parts, strict=True)))
