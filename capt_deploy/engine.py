@@ -1,0 +1,176 @@
+"""Build TensorRT engines from ONNX. The only file that imports `tensorrt` or `tensorrt_rtx`.
+
+Both have the same Python API. There is no precision to choose here: networks are strongly typed,
+that is, every tensor has the type that the ONNX file gives it. TensorRT-RTX builds for a named
+generation of GPUs and needs none itself; TensorRT builds for the GPU it runs on.
+"""
+
+import importlib
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from capt_deploy.errors import BackendError
+
+LIBRARIES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}  # module: extra to install
+BATCHES = (1, 8, 32)  # smallest, usual and largest number of images that an engine takes
+
+_MOST_ERRORS = 8  # shown of a graph with many unsupported nodes
+_one_build = threading.Lock()  # the libraries keep one logger for the whole process
+
+
+def build_engine(
+    onnx: bytes,
+    *,
+    library: str = "tensorrt_rtx",
+    sm: int | None = None,
+    batches: tuple[int, int, int] = BATCHES,
+    weights_folder: Path | None = None,
+) -> bytes:
+    """Build an engine; slow, and nothing is cached.
+
+    Args:
+        onnx: a graph whose inputs have a free first axis, the batch, or none.
+        library: `tensorrt_rtx` or `tensorrt`.
+        sm: compute capability to build for, such as 89 for 8.9; only of TensorRT-RTX, which
+            otherwise builds for all GPUs that it knows from Ampere (80) on.
+        batches: smallest, usual and largest batch; the usual one runs best.
+        weights_folder: where files of external weights lie, if the graph has some.
+
+    Returns:
+        The engine, for this version of the library.
+
+    Raises:
+        BackendError: the library is missing, or cannot build this graph for that GPU.
+    """
+    if len(batches) != 3 or not 1 <= batches[0] <= batches[1] <= batches[2]:
+        raise BackendError(f"expected smallest ≤ usual ≤ largest batch from 1 on, came {batches}")
+    trt = load_library(library)
+    with _one_build, _errors_of(library) as errors:
+        builder = _start(trt, library, errors)
+        network = builder.create_network(_strongly_typed(trt))
+        # The parser owns the weights: it has to live until the engine is built.
+        parser = trt.OnnxParser(network, make_logger(library))
+        _parse(parser, onnx, weights_folder, library)
+        config = builder.create_builder_config()
+        _add_profile(builder, config, network, batches)
+        if sm is not None:
+            _target(trt, config, sm, library)
+        engine = builder.build_serialized_network(network, config)
+        if engine is None:
+            gpu = "" if sm is None else f" for SM{sm}"
+            raise BackendError(f"{library} cannot build the graph{gpu}: {_join(errors)}")
+        return bytes(engine)
+
+
+def load_library(library: str) -> Any:
+    """Import `tensorrt_rtx` or `tensorrt`.
+
+    Raises:
+        BackendError: it is neither, or it is not installed, or it does not load.
+    """
+    if library not in LIBRARIES:
+        raise BackendError(f"library {library!r}: expected one of {', '.join(LIBRARIES)}")
+    try:
+        return importlib.import_module(library)
+    except ModuleNotFoundError as cause:
+        extra = LIBRARIES[library]
+        raise BackendError(f"{library} is missing; pip install 'capt[{extra}]'") from cause
+    except Exception as cause:  # a library that does not fit this machine fails in many ways
+        raise BackendError(f"{library} is installed but does not load: {cause}") from cause
+
+
+@cache
+def make_logger(library: str) -> Any:
+    """Return the one logger of a library: it prints nothing and keeps errors in `errors`."""
+    trt = load_library(library)
+    base: Any = trt.ILogger
+    worth_keeping = (base.ERROR, base.INTERNAL_ERROR)
+
+    class Errors(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            base.__init__(self)  # its bindings know no super()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in worth_keeping:
+                self.errors.append(" ".join(message.split()))
+
+    return Errors()
+
+
+@contextmanager
+def _errors_of(library: str) -> Iterator[list[str]]:
+    """Yield the list into which the library's errors go meanwhile."""
+    errors: list[str] = make_logger(library).errors
+    errors.clear()
+    try:
+        yield errors
+    finally:
+        errors.clear()
+
+
+def _start(trt: Any, library: str, errors: list[str]) -> Any:
+    try:
+        return trt.Builder(make_logger(library))
+    except Exception as cause:  # TensorRT's own way to say that there is no GPU or driver
+        raise BackendError(f"{library} cannot start: {_join([*errors, str(cause)])}") from cause
+
+
+def _strongly_typed(trt: Any) -> int:
+    """Return the flags of a network; TensorRT 10 has other networks as well."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _parse(parser: Any, onnx: bytes, weights_folder: Path | None, library: str) -> None:
+    # The parser takes the name of a file beside which other files lie, and else would look for
+    # them in the current folder: whatever lies there is none of a graph's business.
+    folder = Path(os.devnull) / "none" if weights_folder is None else weights_folder
+    if parser.parse(onnx, str(folder / "model.onnx")) and not parser.num_errors:
+        return
+    found = [parser.get_error(index) for index in range(parser.num_errors)]
+    shown = [_describe(error) for error in found[:_MOST_ERRORS]] or ["no reason given"]
+    if len(found) > _MOST_ERRORS:
+        shown.append(f"and {len(found) - _MOST_ERRORS} more")
+    raise BackendError(f"{library} cannot read the graph: {'; '.join(shown)}")
+
+
+def _describe(error: Any) -> str:
+    reason = " ".join(error.desc().split())
+    if not error.node_operator():
+        return reason
+    return f"node {error.node_name() or error.node()} ({error.node_operator()}): {reason}"
+
+
+def _add_profile(builder: Any, config: Any, network: Any, batches: tuple[int, int, int]) -> None:
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        images = network.get_input(index)
+        batch, *rest = images.shape
+        if -1 in rest:
+            raise BackendError(f"input {images.name}: only its batch may be free, came {rest}")
+        if batch == -1:
+            profile.set_shape(images.name, *((size, *rest) for size in batches))
+    config.add_optimization_profile(profile)
+
+
+def _target(trt: Any, config: Any, sm: int, library: str) -> None:
+    known = getattr(trt, "ComputeCapability", None)
+    names = [] if known is None else list(known.__members__)
+    numbers = sorted(int(name[2:]) for name in names if name.startswith("SM"))
+    if not numbers:
+        raise BackendError(f"{library} builds only for the GPU it runs on; leave SM {sm} out")
+    if sm not in numbers:
+        raise BackendError(f"{library}: SM {sm} is not one of {', '.join(map(str, numbers))}")
+    config.num_compute_capabilities = 1
+    if not config.set_compute_capability(getattr(known, f"SM{sm}"), 0):
+        raise BackendError(f"{library}: SM {sm} cannot be built for here")
+
+
+def _join(errors: list[str]) -> str:
+    return "; ".join(errors[:_MOST_ERRORS]) or "no reason given"
