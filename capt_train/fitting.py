@@ -17,7 +17,7 @@ from capt_train.confusion_plot import plot_confusions
 from capt_train.confusions import CONFUSIONS, write_confusions
 from capt_train.features import Embedded
 from capt_train.learner import Learner
-from capt_train.mixture import Mixture, fit_inside, fit_outside, pseudo_class_names
+from capt_train.mixture import Mixture, fit_inside, fit_outside
 from capt_train.run import Fitted, TunedModel
 from capt_train.setup import Setup
 from capt_train.stages import TuningTask
@@ -103,9 +103,7 @@ def _mixture(setup: Setup, outcome: Outcome) -> Mixture:
     images, scale = outcome.held_view, setup.backbone.scale
     labels = outcome.task.train.labels_among(split.tuned).to(images.device)
     texts = runs.all_texts(learner, setup.zero_shot)[:, list(split.tuned)]
-    names = pseudo_class_names(
-        setup.backbone.words_known(), len(split.class_names), config.seed, split.class_names
-    )
+    names = setup.pseudo_class_names()
     hand_written = setup.backbone.class_embeddings(names, config.templates)
     learned = learner.texts_of(names, hand_written).embeddings
     pseudo = torch.cat([hand_written[None], learned])

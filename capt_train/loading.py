@@ -1,6 +1,7 @@
 """Load a model of open_clip's and choose where it computes."""
 
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
 
@@ -9,6 +10,9 @@ import torch
 from capt_deploy.errors import ModelError
 from capt_deploy.preprocess import PreprocessConfig
 from capt_train.backbone import Backbone
+
+# What open_clip imports, or what that imports, only for some tokenizers.
+_OPTIONAL = ("transformers", "sentencepiece", "tiktoken")
 
 
 def load_backbone(model: str, pretrained: str | None, device: torch.device) -> Backbone:
@@ -34,23 +38,29 @@ def load_backbone(model: str, pretrained: str | None, device: torch.device) -> B
     level = logging.getLogger().level
     try:
         logging.getLogger().setLevel(logging.ERROR)  # open_clip logs through the root logger
+        tokenizer = open_clip.get_tokenizer(model)  # first: the weights may be far to fetch
         network = open_clip.create_model(
             model, pretrained=pretrained, device=device, require_pretrained=True
         ).float()
-        tokenizer = open_clip.get_tokenizer(model)
     except Exception as cause:  # open_clip and its hub clients raise whatever they like
         raise ModelError(
             f"model {model!r}, pretrained {pretrained!r}: cannot be loaded "
-            f"({shorten(str(cause), 300)}); expected a name from open_clip.list_pretrained(), "
-            f"hf-hub:NAME, or local-dir:FOLDER"
+            f"({shorten(str(cause), 300)}); {_help(str(cause))}"
         ) from cause
     finally:
         logging.getLogger().setLevel(level)
-    if not hasattr(tokenizer, "eot_token_id"):
-        raise ModelError(f"model {model!r}: its tokenizer {type(tokenizer).__name__} has no [EOS]")
     return Backbone(
         network, tokenizer, PreprocessConfig.from_dict(get_model_preprocess_cfg(network))
     )
+
+
+def _help(cause: str) -> str:
+    if any(name in cause and find_spec(name) is None for name in _OPTIONAL):
+        return (
+            "its tokenizer needs more packages: pip install 'capt[hf]'; where there is a "
+            "tokenizer.json, transformers is enough"
+        )
+    return "expected a name from open_clip.list_pretrained(), hf-hub:NAME, or local-dir:FOLDER"
 
 
 def choose_device(name: str) -> torch.device:

@@ -76,6 +76,4 @@ class PromptLearner(nn.Module):
         return self._backbone.encode(self._tokenize(class_names), context, self.deeper)
 
     def _tokenize(self, class_names: Sequence[str]) -> Tensor:
-        # Any one-token word holds the context's places.
-        places = "a " * self.context.shape[-2]
-        return self._backbone.tokenize([f"{places}{name}." for name in class_names])
+        return self._backbone.tokenize([f"{name}." for name in class_names], self.context.shape[-2])

@@ -20,6 +20,7 @@ from capt_train.fewshot import FewShotSplit, choose
 from capt_train.learner import left_out, make_learner
 from capt_train.loading import choose_device, load_backbone
 from capt_train.mining import check_sources
+from capt_train.mixture import pseudo_class_names
 from capt_train.stages import zero_shot_bank
 
 # Where things lie may change before a run is resumed: what is there is checked by its content.
@@ -38,6 +39,15 @@ class Setup:
     backbone: Backbone
     model_sha256: str
     zero_shot: Float[Tensor, "classes dim"]  # hand-written t⁰
+
+    def pseudo_class_names(self) -> list[str]:
+        """Random words that stand for classes never tuned on, as many as there are classes.
+
+        Raises:
+            ModelError: the tokenizer does not know enough words, or they cannot be listed.
+        """
+        names = self.split.class_names
+        return pseudo_class_names(self.backbone.words_known(), len(names), self.config.seed, names)
 
     @property
     def tuned_names(self) -> list[str]:
@@ -96,7 +106,10 @@ def load(config: TrainConfig, split_from: Path | None = None) -> Setup:
     make_learner(backbone, config, split, zero_shot)
     if "semantic-experts" in config.parts:
         check_sources(config, split.class_names)
-    return Setup(config, dataset, split, backbone, backbone.fingerprint(), zero_shot)
+    setup = Setup(config, dataset, split, backbone, backbone.fingerprint(), zero_shot)
+    if "mixture" in config.parts:
+        setup.pseudo_class_names()
+    return setup
 
 
 def absolute(config: TrainConfig) -> TrainConfig:

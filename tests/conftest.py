@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,8 @@ def write_tiny_model(
 ) -> Path:
     """Write a seeded random open_clip model as a `local-dir`; return the folder.
 
-    Further keywords change TINY_CLIP: dictionaries are merged, other values replaced.
+    Further keywords change TINY_CLIP: dictionaries are merged, other values replaced. Where the
+    text side names a Hugging Face tokenizer, one like SigLIP's lies in the folder.
     """
     import open_clip
     import torch
@@ -67,9 +69,13 @@ def write_tiny_model(
     folder.mkdir(exist_ok=True)
     config = {"model_cfg": model, "preprocess_cfg": dict(preprocess or {})}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
+    if "hf_tokenizer_name" in model["text_cfg"]:
+        from benchmarks.random_models import write_tokenizer
+
+        write_tokenizer(folder)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network = open_clip.create_model(f"local-dir:{folder}")
+        network = open_clip.create_model(f"local-dir:{folder}", pretrained_text=False)
     state = {name: value.contiguous() for name, value in network.state_dict().items()}
     save_file(state, folder / "open_clip_model.safetensors")
     return folder
@@ -120,6 +126,14 @@ def tiny_backbone(tiny_model_dir: Path) -> Backbone:
     from capt_train.loading import load_backbone
 
     return load_backbone(f"local-dir:{tiny_model_dir}", None, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def family_dir(write_model: Callable[..., Path]) -> Callable[[str], Path]:
+    """Return a function that writes the small version of a family, once; see tests/families.py."""
+    from tests.families import family
+
+    return cache(lambda name: write_model(**family(name)))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,6 +66,27 @@ def test_an_unknown_architecture_or_tag_is_named_with_what_is_expected(
     assert "'ViT-B-17'" in message
     assert "local-dir:FOLDER" in message
     assert "'openapi'" in failure("ViT-S-32-alt", "openapi")
+
+
+def test_a_tokenizer_whose_packages_are_missing_says_what_to_install(
+    family_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = family_dir("ViT-B-16-SigLIP")
+    assert load_backbone(str(folder), None, CPU).tokens.leading == 0
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    message = failure(str(folder))
+    assert "transformers" in message
+    assert "pip install 'capt[hf]'" in message
+
+
+def test_the_tokenizer_is_loaded_before_weights_that_may_be_far_to_fetch(
+    family_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    own = shutil.copytree(family_dir("ViT-B-16-SigLIP"), tmp_path / "own")
+    (own / WEIGHTS).write_bytes(b"damaged")
+    assert "header too small" in failure(str(own))
+    (own / "tokenizer.json").unlink()
+    assert "header too small" not in failure(str(own))
 
 
 def test_a_missing_folder_and_one_without_weights_are_named(

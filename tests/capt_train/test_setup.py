@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,3 +78,18 @@ def test_a_failed_run_leaves_nothing_behind(
     with pytest.raises(NotADirectoryError):  # the commands say it in one line
         train(configure(method="zeroshot"), tmp_path / "file" / "run")
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_tokenizer_without_words_for_the_mixture_is_refused_before_anything_is_tuned(
+    configure: Configure, family_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = shutil.copytree(family_dir("ViT-B-16-SigLIP"), tmp_path / "model")
+    content = read(model / "tokenizer.json")
+    units = content["model"]["vocab"]
+    content["model"]["vocab"] = [[unit[:2], score] for unit, score in units[:20]]
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    settings = {"model": f"local-dir:{model}", "epochs": 1, "warmup_epochs": 0}
+    with pytest.raises(ModelError, match="tune without the mixture"):
+        train(configure(added=("mixture",), **settings), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    train(configure(**settings), tmp_path / "run")

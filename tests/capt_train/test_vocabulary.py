@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 import open_clip
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from capt_deploy.errors import ModelError
 from capt_train.vocabulary import whole_words
@@ -58,13 +60,28 @@ class Foreign:
     """A tokenizer without a table."""
 
 
-class Pieces:
-    """One that marks where words begin."""
+class Inside:
+    """One that marks what goes on inside words, not where they begin or end."""
 
-    encoder: ClassVar[dict[str, int]] = {"▁otter": 0, "##er": 1}
+    encoder: ClassVar[dict[str, int]] = {"otter": 0, "##er": 1}
 
 
-@pytest.mark.parametrize("kind", [Foreign, Pieces])
+@pytest.mark.parametrize("kind", [Foreign, Inside])
 def test_a_vocabulary_that_cannot_be_listed_is_named(kind: type) -> None:
     with pytest.raises(ModelError, match=f"tokenizer {kind.__name__}: .*cannot be listed"):
         whole_words(kind())
+
+
+def unigram(units: list[tuple[str, float]]) -> Any:
+    """Return a SentencePiece-like tokenizer of units with log-probabilities, as open_clip does."""
+    own = Tokenizer(models.Unigram([("<unk>", 0.0), *units], 0))
+    own.pre_tokenizer = pre_tokenizers.Metaspace()
+    return SimpleNamespace(tokenizer=PreTrainedTokenizerFast(tokenizer_object=own))
+
+
+def test_of_units_those_are_words_that_begin_one_and_are_chosen() -> None:
+    words = [("▁otter", -2.0), ("▁bee", -2.0), ("▁Elk", -2.0), ("▁ox", -1.0), ("beaver", -2.0)]
+    pieces = [("▁", -1.0), ("ant", -1.0), ("▁fer", -2.0), ("ret", -2.0)]
+    tokenizer = unigram([*words, *pieces, ("▁ferret", -3.9), ("▁ant", -2.1)])
+    assert whole_words(tokenizer) == ["bee", "fer", "ferret", "otter"]  # ▁ and ant are likelier
+    assert tokenizer.tokenizer.tokenize("ant ferret") == ["▁", "ant", "▁ferret"]

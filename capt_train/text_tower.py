@@ -1,0 +1,168 @@
+"""A frozen text tower: token ids to embeddings, with free vectors in the place of words."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from capt_deploy.errors import ModelError
+from capt_train.text_tokens import TextTokens
+
+
+class TextTower:
+    """The text side of an open_clip model, used through the model's own `encode_text`."""
+
+    def __init__(self, model: Any, tokens: TextTokens) -> None:
+        self._model, self._tokens = model, tokens
+        self._tower: Any = getattr(model, "text", model)  # CLIP keeps its text tower inline
+        self._transformer: Any = getattr(self._tower, "transformer", None)
+        self._cuttable = self._reads_no_further()
+        self._blocks: Any = getattr(self._transformer, "resblocks", None)
+
+    def vectors(self, tokens: Int[Tensor, "*tokens"]) -> Float[Tensor, "*tokens width"]:
+        """Return what the tower makes of token ids first.
+
+        Raises:
+            ModelError: the tower takes no vectors in their place.
+        """
+        return self._embedding(tokens).detach().clone()  # type: ignore[no-any-return]
+
+    def encode(
+        self,
+        tokens: Int[Tensor, "texts tokens"],
+        context: Float[Tensor, "*texts context width"] | None = None,
+        deeper: Float[Tensor, "blocks context width"] | None = None,
+    ) -> Float[Tensor, "texts dim"]:
+        """Return unit-norm text embeddings; gradients reach `context`, never the tower.
+
+        `context` takes the place of the first vectors, behind [SOS] where there is one, whatever
+        tokens stand there: one for all texts, or one for each. The model's own `encode_text` does
+        the rest, so every tower that open_clip builds works, pooling and projection included.
+        `deeper` does the same in the second block, the third, and so on.
+
+        Raises:
+            ModelError: `deeper` asks for more blocks than can be reached.
+        """
+        with self._replaced_context(context), self._replaced_deeper(deeper):
+            if not self._cuttable:
+                return functional.normalize(self._model.encode_text(tokens), dim=-1)
+            length = int(self._tokens.ends(tokens).max()) + 1
+            prefix = "" if self._tower is self._model else "text."
+            cut = {
+                f"{prefix}positional_embedding": self._tower.positional_embedding[:length],
+                f"{prefix}attn_mask": self._tower.attn_mask[:length, :length],
+            }
+            features = torch.func.functional_call(
+                _TextOnly(self._model),
+                {f"model.{name}": value for name, value in cut.items()},
+                tokens[:, :length],
+            )
+        return functional.normalize(features, dim=-1)
+
+    def check_depth(self, depth: int) -> None:
+        """Make sure that context vectors can be put into the first `depth` blocks.
+
+        Raises:
+            ModelError: there are not so many blocks that can be reached.
+        """
+        reached = 1 if self._blocks is None else len(self._blocks)
+        if depth > reached:
+            raise ModelError(
+                f"text_depth: context vectors in {depth} blocks are asked for, the model's text "
+                f"tower has {reached} that can be reached; set text_depth={reached}"
+            )
+
+    def _reads_no_further(self) -> bool:
+        """Whether nothing behind the end token changes an embedding, so that rows may be cut there.
+
+        True of causal towers that pool at the end token, or at the highest id if padding is lower.
+        """
+        kind = getattr(self._model, "text_pool_type", getattr(self._tower, "pool_type", ""))
+        marked = getattr(self._model, "text_eos_id", getattr(self._tower, "eos_id", None))
+        tokens = self._tokens
+        pools_before = {"argmax": tokens.pad <= tokens.end, "eos": marked == tokens.end}
+        return (
+            getattr(self._tower, "attn_mask", None) is not None
+            and getattr(self._tower, "cls_emb", None) is None
+            and pools_before.get(str(kind), False)
+        )
+
+    @cached_property
+    def _embedding(self) -> nn.Module:
+        """The table in which the tower looks its tokens up; that it does is found out."""
+        found: Any = getattr(self._tower, "token_embedding", None)
+        if found is None and hasattr(self._transformer, "get_input_embeddings"):
+            found = self._transformer.get_input_embeddings()  # of a Hugging Face tower
+        asked: list[bool] = []
+        if isinstance(found, nn.Embedding):
+            handle = found.register_forward_hook(lambda *_: asked.append(True))
+            try:
+                self.encode(self._tokens.whole(["a"]).to(found.weight.device))
+            finally:
+                handle.remove()
+        if not asked:
+            raise ModelError(
+                f"text tower {type(self._tower).__name__}: no vectors can be put in the place of "
+                f"its tokens; tune without a learned prompt (--without prompt)"
+            )
+        return found  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _replaced_context(self, context: Tensor | None) -> Iterator[None]:
+        if context is None:
+            yield
+            return
+        first = self._tokens.leading
+
+        def replace(module: nn.Module, arguments: Any, vectors: Tensor) -> Tensor:
+            own = context.expand(len(vectors), -1, -1).to(vectors.dtype)
+            behind = vectors[:, first + own.shape[1] :]
+            return torch.cat([vectors[:, :first], own, behind], dim=1)
+
+        handle = self._embedding.register_forward_hook(replace)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _replaced_deeper(self, deeper: Tensor | None) -> Iterator[None]:
+        if deeper is None:
+            yield
+            return
+        self.check_depth(len(deeper) + 1)
+        axis = 1 if getattr(self._transformer, "batch_first", True) else 0
+        with ExitStack() as stack:
+            for block, own in zip(self._blocks[1:], deeper, strict=False):
+                hook = partial(_replace_tokens, own=own, first=self._tokens.leading, axis=axis)
+                stack.callback(block.register_forward_pre_hook(hook).remove)
+            yield
+
+
+def _replace_tokens(
+    _: nn.Module, arguments: tuple[Tensor, ...], own: Tensor, first: int, axis: int
+) -> tuple[Tensor, ...]:
+    """Put `own` in from place `first` on, on the token axis (0 or 1)."""
+    tokens, *others = arguments
+    sizes = [first, len(own), tokens.shape[axis] - first - len(own)]
+    before, _, after = tokens.split(sizes, dim=axis)
+    batch = tokens.shape[1 - axis]
+    own = own.to(tokens.dtype).unsqueeze(1 - axis)
+    own = own.expand(*((batch, -1, -1) if axis else (-1, batch, -1)))
+    return (torch.cat([before, own, after], dim=axis), *others)
+
+
+class _TextOnly(nn.Module):
+    """Gives `functional_call` a module whose forward is `encode_text`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model.encode_text(tokens)  # type: ignore[no-any-return]

@@ -1,0 +1,201 @@
+"""What is put in the place of words, in text towers of every build."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from transformers import BertConfig
+
+from capt_deploy.errors import ModelError
+from capt_train.backbone import Backbone
+from capt_train.loading import load_backbone
+from capt_train.prompt import PromptLearner
+from tests.families import family
+
+CPU = torch.device("cpu")
+SIGLIP = family("ViT-B-16-SigLIP")["text_cfg"]
+NAMES = ["cat", "small grey dog", "x"]
+
+
+@pytest.fixture(scope="module")
+def siglip(write_model: Callable[..., Path]) -> Backbone:
+    """Return a model whose text side is SigLIP's, with four blocks."""
+    folder = write_model(custom_text=True, text_cfg={**SIGLIP, "layers": 4})
+    return load_backbone(str(folder), None, CPU)
+
+
+@pytest.fixture(scope="module")
+def bert(write_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a model whose text side is a BERT of the transformers library."""
+    own = BertConfig(
+        vocab_size=128,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        pad_token_id=1,
+    )
+    folder = tmp_path_factory.mktemp("bert")
+    own.save_pretrained(folder)
+    text = {"hf_model_name": str(folder), "hf_tokenizer_name": "own", "hf_proj_type": "linear"}
+    return write_model(text_cfg={**text, "hf_pooler_type": "mean_pooler"})
+
+
+def recorded(backbone: Backbone, texts: list[str]) -> list[int]:
+    """Return how many tokens the text tower is given."""
+    lengths: list[int] = []
+
+    def record(_: Any, __: Any, vectors: Tensor) -> None:
+        lengths.append(vectors.shape[1])
+
+    tower = getattr(backbone.model, "text", backbone.model)
+    handle = tower.ln_final.register_forward_hook(record)
+    backbone.text_embeddings(texts)
+    handle.remove()
+    return lengths
+
+
+def test_the_text_tower_sees_nothing_behind_the_last_end_of_a_text(tiny_backbone: Backbone) -> None:
+    # [SOS] a photo of a cat . [EOS], of 16
+    assert recorded(tiny_backbone, ["cat", "a photo of a cat."]) == [8]
+
+
+CAUSAL = {**SIGLIP, "no_causal_mask": False}
+
+
+@pytest.mark.parametrize(
+    ("text", "length"),
+    [
+        (SIGLIP, 16),  # every place is seen, and the last one is asked
+        ({**CAUSAL, "pool_type": "eos", "eos_id": 1}, 6),  # a photo of a cat </s>
+        ({**CAUSAL, "pool_type": "eos", "eos_id": 5}, 16),  # another end than the tokenizer's
+        ({**CAUSAL, "pool_type": "argmax"}, 6),  # among the words, wherever the highest id is
+        ({**CAUSAL, "pool_type": "last"}, 16),
+    ],
+)
+def test_texts_are_cut_only_where_no_embedding_changes(
+    write_model: Callable[..., Path], text: Mapping[str, Any], length: int
+) -> None:
+    folder = write_model(custom_text=True, text_cfg=text)
+    backbone = load_backbone(str(folder), None, CPU)
+    texts = ["cat", "a photo of a cat."]
+    assert recorded(backbone, texts) == [length]
+    name = f"local-dir:{folder}"
+    with torch.no_grad():
+        expected = (
+            open_clip.create_model(name)
+            .eval()
+            .encode_text(open_clip.get_tokenizer(name)(texts), normalize=True)
+        )
+    torch.testing.assert_close(backbone.text_embeddings(texts), expected, rtol=0, atol=2e-6)
+
+
+def test_a_context_in_place_of_its_own_words_changes_nothing(tiny_backbone: Backbone) -> None:
+    words = tiny_backbone.token_vectors(tiny_backbone.words("a photo of a"))
+    tokens = tiny_backbone.tokenize(["x x x x cat.", "x x x x big dog."])
+    expected = tiny_backbone.text_embeddings(["a photo of a cat.", "a photo of a big dog."])
+    torch.testing.assert_close(tiny_backbone.encode(tokens, words), expected)
+    per_text = words.expand(2, -1, -1)
+    torch.testing.assert_close(tiny_backbone.encode(tokens, per_text), expected)
+
+
+def test_without_a_start_token_the_context_stands_first(siglip: Backbone) -> None:
+    words = siglip.token_vectors(siglip.words("a photo of a"))
+    tokens = siglip.tokenize([f"{name}." for name in NAMES], 4)
+    expected = siglip.text_embeddings([f"a photo of a {name}." for name in NAMES])
+    torch.testing.assert_close(siglip.encode(tokens, words), expected, rtol=0, atol=1e-6)
+    for place in range(4):  # the first one too is the context's
+        moved = words.clone()
+        moved[place] = moved[place].flip(0)
+        assert not torch.allclose(siglip.encode(tokens, moved), expected, atol=1e-3)
+
+
+def test_deeper_vectors_of_siglip_stand_at_the_same_places(siglip: Backbone) -> None:
+    draw = torch.Generator().manual_seed(0)
+    context, *deeper = (0.5 * torch.randn(2, 32, generator=draw) for _ in range(3))
+    tokens, text = siglip.tokenize([f"{name}." for name in NAMES], 2), siglip.model.text
+    with torch.no_grad():
+        x = text.token_embedding(tokens)
+        x = torch.cat([context.expand(3, -1, -1), x[:, 2:]], dim=1) + text.positional_embedding
+        for block, own in zip(text.transformer.resblocks, [None, *deeper, None], strict=True):
+            if own is not None:
+                x = torch.cat([own.expand(3, -1, -1), x[:, 2:]], dim=1)
+            x = block(x)
+        expected = normalize(text.text_projection(text.ln_final(x)[:, -1]), dim=-1)
+    found = siglip.encode(tokens, context, torch.stack(deeper))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_a_hugging_face_tower_takes_a_prompt_but_no_deeper_one(bert: Path) -> None:
+    backbone = load_backbone(str(bert), None, CPU)
+    name = f"local-dir:{bert}"
+    with torch.no_grad():
+        tokens = open_clip.get_tokenizer(name)([f"a photo of a {own}." for own in NAMES])
+        expected = open_clip.create_model(name).eval().encode_text(tokens, normalize=True)
+    prompt = PromptLearner(backbone, NAMES, (0, 1))
+    torch.testing.assert_close(prompt(range(3)), expected, rtol=0, atol=1e-6)
+    (prompt(range(3)) @ expected[0].flip(0)).sum().backward()
+    assert prompt.context.grad is not None
+    assert (prompt.context.grad.abs().amax(dim=1) > 0).all()
+    with pytest.raises(ModelError, match=r"in 2 blocks .* has 1 .*set text_depth=1"):
+        PromptLearner(backbone, NAMES, (0, 1), depth=2)
+
+
+class Aside(nn.Module):
+    """A text tower that has a table, but looks its tokens up elsewhere."""
+
+    def __init__(self, original: Any) -> None:
+        super().__init__()
+        self.original = original
+        self.token_embedding = nn.Embedding(8, 4)
+        self.pool_type, self.attn_mask = "last", None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        embeddings: Tensor = self.original(tokens)
+        return embeddings
+
+
+@pytest.mark.parametrize("table", [True, False])
+def test_a_tower_that_takes_no_vectors_is_refused_before_anything_is_tuned(
+    write_model: Callable[..., Path], table: bool
+) -> None:
+    backbone = load_backbone(str(write_model(custom_text=True)), None, CPU)
+    backbone.model.text = Aside(backbone.model.text)
+    if not table:
+        del backbone.model.text.token_embedding
+    other = Backbone(backbone.model, backbone.tokens.tokenizer, backbone.preprocess)
+    assert torch.equal(other.text_embeddings(NAMES), other.text_embeddings(NAMES))
+    with pytest.raises(ModelError, match=r"text tower Aside: no vectors .*--without prompt"):
+        PromptLearner(other, NAMES, (0, 1))
+
+
+@pytest.mark.parametrize("kind", ["tiny_backbone", "siglip"])
+def test_the_hook_of_a_context_is_gone_afterwards_even_after_an_error(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    backbone: Backbone = request.getfixturevalue(kind)
+    before = backbone.text_embeddings(["a cat."])
+    tokens = backbone.tokenize(["x x cat."])
+    with pytest.raises(RuntimeError):
+        backbone.encode(tokens, torch.zeros(2, 5))  # of another width
+    assert torch.equal(backbone.text_embeddings(["a cat."]), before)
+
+
+def test_another_vocabulary_is_another_model(siglip: Backbone, tmp_path: Path) -> None:
+    folder = Path(siglip.tokens.tokenizer.tokenizer.name_or_path)
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert load_backbone(str(tmp_path), None, CPU).fingerprint() == siglip.fingerprint()
+    table = json.loads((tmp_path / "tokenizer.json").read_text())
+    units = table["model"]["vocab"]
+    units[-1], units[-2] = units[-2], units[-1]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(table))
+    assert load_backbone(str(tmp_path), None, CPU).fingerprint() != siglip.fingerprint()
