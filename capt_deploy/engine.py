@@ -47,8 +47,7 @@ def build_engine(
     Raises:
         BackendError: the library is missing, or cannot build this graph for that GPU.
     """
-    if len(batches) != 3 or not 1 <= batches[0] <= batches[1] <= batches[2]:
-        raise BackendError(f"expected smallest ≤ usual ≤ largest batch from 1 on, came {batches}")
+    check_batches(batches)
     trt = load_library(library)
     with _one_build, _errors_of(library) as errors:
         builder = _start(trt, library, errors)
@@ -65,6 +64,16 @@ def build_engine(
             gpu = "" if sm is None else f" for SM{sm}"
             raise BackendError(f"{library} cannot build the graph{gpu}: {_join(errors)}")
         return bytes(engine)
+
+
+def check_batches(batches: tuple[int, ...]) -> None:
+    """Check what an engine is asked to take.
+
+    Raises:
+        BackendError: it is not a smallest, a usual and a largest batch.
+    """
+    if len(batches) != 3 or not 1 <= batches[0] <= batches[1] <= batches[2]:
+        raise BackendError(f"expected smallest ≤ usual ≤ largest batch from 1 on, came {batches}")
 
 
 def load_library(library: str) -> Any:
