@@ -1,11 +1,12 @@
 """What classes are called: prompts read "aquarium fish", folders say `aquarium_fish`."""
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
 from capt_deploy import label_files
-from capt_deploy.errors import DataError
+from capt_deploy.errors import ConfigError, DataError
 from capt_deploy.files import read_json
 
 
@@ -34,6 +35,36 @@ def name_classes(
                 f"merge them or name them apart with --class-names"
             )
     return names
+
+
+def distinct_names(names: Iterable[str], others: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return a list of names with single spaces in them, in their order.
+
+    Args:
+        names: of classes.
+        others: names that are there already.
+
+    Raises:
+        ConfigError: no list of texts, an empty name, or two that differ in spelling at most, for
+            prompts would hardly tell these apart.
+    """
+    listed = None if isinstance(names, str) else list(names)
+    if listed is None or not all(isinstance(name, str) for name in listed):
+        raise ConfigError(f"class names: expected a list of texts, came {names!r}")
+    found = [" ".join(name.split()) for name in listed]
+    if "" in found:
+        raise ConfigError(f"class names: the name at place {found.index('') + 1} is empty")
+    known = {spelled_alike(name): name for name in others}
+    for name in found:
+        if (twin := known.get(spelled_alike(name))) is not None:
+            raise ConfigError(f"class names: {name!r} is there already, as {twin!r}; list it once")
+        known[spelled_alike(name)] = name
+    return tuple(found)
+
+
+def spelled_alike(name: str) -> str:
+    """Return what two names have in common that differ only in case and underscores."""
+    return " ".join(name.replace("_", " ").split()).casefold()
 
 
 def _read_names(path: Path, labels: tuple[str, ...], strict: bool) -> dict[str, str]:

@@ -3,11 +3,13 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from capt_deploy.class_names import distinct_names
 from capt_deploy.datasets import read_dataset
-from capt_deploy.errors import DataError
+from capt_deploy.errors import ConfigError, DataError
 
 
 def test_names_of_absent_classes_are_an_error_only_where_asked_for(
@@ -32,3 +34,23 @@ def test_a_file_name_that_is_no_text_is_skipped_and_listed(
     assert sum(len(items) for items in dataset.splits.values()) == 2
     (left_out,) = dataset.skipped
     assert (left_out.path, left_out.reason) == ("ape/k\\udce4se.png", "its name is not valid UTF-8")
+
+
+def test_a_list_of_names_keeps_its_order_and_spelling() -> None:
+    names = distinct_names([" Red_Ball", "café  au lait"], ["red bull"])
+    assert names == ("Red_Ball", "café au lait")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["ape", "bee", "ape"], "'ape' is there already, as 'ape'"),
+        (["bee", "Great_Ape"], "'Great_Ape' is there already, as 'great ape'"),
+        (["ape", "\t"], "place 2 is empty"),
+        ("ape", "expected a list of texts, came 'ape'"),
+        (["ape", 7], "expected a list of texts"),
+    ],
+)
+def test_names_that_would_be_mixed_up_are_refused(names: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        distinct_names(names, ["great ape"])

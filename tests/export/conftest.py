@@ -1,0 +1,57 @@
+"""Runs whose images are the frozen model's: what can be merged, and has zero-shot rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from capt_train.config import TrainConfig
+from capt_train.mixture import Mixture
+from capt_train.pipeline import train
+from capt_train.run import TunedModel, load_run, mixed_rows
+
+TRAINED = {"shots": 4, "epochs": 2, "text_depth": 2, "prompts": 2}
+TEMPLATES = ("a photo of a {}.", "{}, as seen by a camera")
+
+
+def shaken(model: TunedModel, seed: int = 0) -> TunedModel:
+    """Return a run as if it had been tuned for long: every part far from its start."""
+    draw = torch.Generator().manual_seed(seed)
+    for parameter in model.learner.text_parameters:
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw)
+    share = 0.3 + 0.02 * seed
+    mixture = Mixture((0.2, 0.5, 0.3), (1 - share - 0.1, 0.1, share))
+    rows = mixed_rows(model.learner, model.zero_shot, model.split, mixture)
+    fitted = replace(model.fitted, mixture=mixture, temperature=1.7, zero_shot_temperature=0.8)
+    return replace(model, text_embeddings=rows.detach(), fitted=fitted)
+
+
+@pytest.fixture(scope="session")
+def text_run(
+    tiny_model_dir: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Return a function that tunes text sides with all their parts, each setting once."""
+    runs: dict[str, Path] = {}
+
+    def tune(**settings: Any) -> Path:
+        if repr(settings) not in runs:
+            run = tmp_path_factory.mktemp("text-runs") / "run"
+            model = f"local-dir:{tiny_model_dir}"
+            own = {"data": str(photos), "model": model, "method": "full", "templates": TEMPLATES}
+            own |= {"without": ("colours", "visual"), "classes": "base", **TRAINED}
+            train(TrainConfig(**{**own, **settings}), run)
+            runs[repr(settings)] = run
+        return runs[repr(settings)]
+
+    return tune
+
+
+@pytest.fixture
+def text_model(text_run: Callable[..., Path]) -> TunedModel:
+    """Return one of them, shaken: two of four classes tuned, two prompts, a mixture."""
+    return shaken(load_run(text_run()))
