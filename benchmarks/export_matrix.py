@@ -3,10 +3,9 @@
     python -m benchmarks.export_matrix --docs
 
 Architectures have their real sizes and random weights; the statistics of their batch norms are
-those of the photos. Each family is tuned by `capt-train --method zeroshot` on a few photos, and each
-precision exported by a `capt-export` of its own, so that seconds and peak memory are a
-user's. Rows that are measured stay in benchmarks/results/export_matrix.json; `--again` measures
-anew.
+those of the photos. Each family is tuned by `capt-train --method zeroshot` on a few photos, and
+each precision exported by a `capt-export` of its own: its seconds and its peak memory are a user's.
+Rows that are measured stay in benchmarks/results/export_matrix.json; `--again` measures anew.
 Nothing runs on a GPU: engines are built, not run.
 """
 

@@ -17,6 +17,8 @@ from capt_deploy.version import __version__
 @click.option("--fp32", is_flag=True, help="A float32 graph; the default.")
 @click.option("--fp16", is_flag=True, help="A float16 graph; norms and head stay float32.")
 @click.option("--bf16", is_flag=True, help="The same in bfloat16, for Ampere and later.")
+@click.option("--classes", type=PathInHome(), help="Names, one a line: a row for each of these.")
+@click.option("--triton", type=PathInHome(), help="Write a model repository for Triton as well.")
 @click.option("--opset", default=20, show_default=True, help="23 has an Attention operator.")
 @click.option("--gate-data", type=PathInHome(), help="Check on these images; see below.")
 @click.option("--gate-images", default=256, show_default=True, help="Check on so many at most.")
@@ -41,6 +43,8 @@ def main(
     images. If they differ, nothing is written and the exit code is 1. Of several precisions each
     gets a graph in the same bundle, and the runtime picks.
 
+    --classes may also name classes that the run does not know: they get the learned prompts.
+
     --check asks the graphs of a bundle again, on this machine; --gate-data is then where the
     images lie, which may be left out. It needs no torch.
 
@@ -59,19 +63,28 @@ def main(
         if run is None or out is None:
             raise click.UsageError("expected RUN and --out, or --check BUNDLE")
         report = _export(run, out, gate_data, options)
-        say(f"bundle written to {out}")
     if as_json:
         print_json(report)
 
 
 def _export(run: Path, out: Path, gate_data: Path | None, options: dict[str, Any]) -> Any:
-    from capt_deploy.bundle import REPORT
+    from capt_deploy.bundle import REPORT, open_bundle
     from capt_deploy.errors import BundleError
     from capt_deploy.files import read_json
+    from export.classes import read_class_list
     from export.precision import PRECISIONS
-    from export.writer import ExportOptions, export_run
+    from export.triton import write_triton
+    from export.writer import ExportOptions, export_run, refuse_existing
 
     wanted = tuple(name for name in PRECISIONS if options.pop(name, False))
+    classes, triton = options.pop("classes"), options.pop("triton")
+    names = None if classes is None else read_class_list(classes)
     own = ExportOptions(**options)
-    export_run(run, out, gate_data, replace(own, precisions=wanted or own.precisions))
+    if triton is not None:
+        refuse_existing(triton)
+    export_run(run, out, gate_data, replace(own, precisions=wanted or own.precisions), names)
+    say(f"bundle written to {out}")
+    if triton is not None:
+        write_triton(open_bundle(out), triton)
+        say(f"model repository for Triton written to {triton}")
     return read_json(out / REPORT, BundleError)

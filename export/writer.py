@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from capt_deploy.files import expand_home, new_folder, write_bytes, write_json
 from capt_deploy.gate import Answers, GateResult, compare, gate_table
 from capt_deploy.manifest import FileRecord, Manifest
 from capt_train.run import load_run
+from export.classes import with_classes
 from export.emulation import widened
 from export.gate import Question, ask_backend, ask_torch, temperature_factor
 from export.graphs import Traced, trace_precision
@@ -64,6 +65,7 @@ def export_run(
     out: str | Path,
     gate_data: str | Path | None = None,
     options: ExportOptions | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> Path:
     """Fold a finished run, export it, check it on real images, and write the bundle.
 
@@ -72,6 +74,7 @@ def export_run(
         out: the bundle folder to write; it must not be there yet.
         gate_data: where the run's data set lies now, if it has moved; or other images.
         options: see `ExportOptions`.
+        class_names: a row for each of these, in this order, instead of the run's own classes.
 
     Returns:
         `out`.
@@ -81,13 +84,17 @@ def export_run(
         CaptError: the run cannot be loaded or exported, or `out` exists.
     """
     refuse_existing(out)
-    return export(source_of(load_run(run), gate_data), out, options or ExportOptions())
+    model = load_run(run)
+    source = source_of(model, gate_data)
+    if class_names is not None:
+        source = with_classes(source, [model], class_names)
+    return export(source, out, options or ExportOptions())
 
 
 def refuse_existing(out: str | Path) -> None:
     """Raise `BundleError` if `out` exists: before time is spent."""
     if expand_home(out).exists():
-        raise BundleError(f"{out}: already there; remove it or choose another --out")
+        raise BundleError(f"{out}: already there; remove it or choose another name")
 
 
 def export(source: Source, out: str | Path, options: ExportOptions) -> Path:
