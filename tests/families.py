@@ -13,6 +13,7 @@ import timm
 from timm.models import register_model
 
 _VIT: Mapping[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 3, "num_heads": 4}
+_MCI: Mapping[str, Any] = {"layers": (1, 1, 1, 1), "embed_dims": (8, 16, 32, 64)}
 # Name of a small tower: the original, and what is smaller about it.
 _TOWERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "small_eva02": (
@@ -22,8 +23,9 @@ _TOWERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "small_gap": ("vit_medium_patch16_gap_256", {**_VIT, "embed_dim": 48}),
     "small_siglip": ("vit_base_patch16_siglip_224", {**_VIT, "embed_dim": 32}),
     # its stem is as wide as it is
-    "small_mci_vit": ("vit_base_mci_224", {"img_size": 32, "depth": 2}),
-    "small_mci": ("fastvit_mci0", {"layers": (1, 1, 1, 1), "embed_dims": (8, 16, 24, 32)}),
+    "small_mci_vit": ("vit_base_mci_224", {"img_size": 32, "depth": 2, "mlp_ratio": 0.5}),
+    "small_mci0": ("fastvit_mci0", _MCI),
+    "small_mci1": ("fastvit_mci1", _MCI),
 }
 # The visual side of each family's small version.
 _VISION: Mapping[str, Mapping[str, Any]] = {
@@ -31,9 +33,9 @@ _VISION: Mapping[str, Mapping[str, Any]] = {
     "RN50": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16},
     "EVA02-B-16": {"image_size": 32, "timm_model_name": "small_eva02"},
     "vit_medium_patch16_gap_256": {"image_size": 32, "timm_model_name": "small_gap"},
-    "MobileCLIP-S1": {"image_size": 64, "timm_model_name": "small_mci"},
+    "MobileCLIP-S1": {"image_size": 64, "timm_model_name": "small_mci1"},
     "MobileCLIP-B": {"image_size": 32, "timm_model_name": "small_mci_vit"},
-    "MobileCLIP2-S0": {"image_size": 64, "timm_model_name": "small_mci"},
+    "MobileCLIP2-S0": {"image_size": 64, "timm_model_name": "small_mci0"},
     "ViT-B-16-SigLIP": {"image_size": 32, "timm_model_name": "small_siglip"},
 }
 FAMILIES = tuple(_VISION)
