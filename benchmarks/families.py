@@ -1,0 +1,216 @@
+"""Which parts of the method each family of models can have, found out at its real size.
+
+    python -m benchmarks.families --docs
+
+Architectures are open_clip's, with random weights: nothing is fetched. Every part is put in by the
+functions that `capt-train` and `capt-export` use, and run forwards and backwards once. Rows stay in
+benchmarks/results/families.json. One model at a time is in memory; the largest takes about 5 GB.
+"""
+
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.cell import load_cells
+from benchmarks.random_models import random_backbone
+from benchmarks.record import describe, write_result
+from capt_deploy.console import Command, say
+from capt_deploy.errors import ModelError
+from capt_deploy.files import write_bytes
+from capt_train.backbone import Backbone
+from capt_train.colour_map import ColourMap
+from capt_train.config import TrainConfig
+from capt_train.fewshot import FewShotSplit
+from capt_train.learner import Learner, left_out, make_learner
+from capt_train.mixture import pseudo_class_names
+from capt_train.prompt import PromptLearner
+from capt_train.sentences import KINDS
+from export.fold import Head
+from export.visual import VisualClassifier
+
+MODELS = (
+    *("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "EVA02-B-16"),
+    *("vit_medium_patch16_gap_256", "MobileCLIP-S1", "MobileCLIP-B", "MobileCLIP2-S0"),
+    *("ViT-B-16-SigLIP", "RN50"),
+)
+# Keys of a row that say whether a part is possible, in the order of the columns.
+PARTS = (
+    *("prompt", "text-prompts", "mixture", "semantic-experts", "colours"),
+    *("adapter", "sample-experts", "visual-prompts"),
+)
+_TITLES = {"text-prompts": "deep text prompts, blocks", "normalisation": "normalisation, exported"}
+DOCS = Path(__file__).parents[1] / "docs" / "families.md"
+_START, _END = "<!-- families -->", "<!-- end of families -->"
+_NAMES = ("cat", "grey dog")
+
+
+@click.command(cls=Command)
+@click.option("--models", default=",".join(MODELS), help="Names of open_clip's; by default all.")
+@click.option("--only-table", is_flag=True, help="Find out nothing.")
+@click.option("--docs", is_flag=True, help="Write the table into docs/families.md as well.")
+def main(models: str, only_table: bool, docs: bool) -> None:
+    """Find out what each model can have, one after the other, and print the table."""
+    rows = load()
+    for name in () if only_table else models.split(","):
+        say(name)
+        rows[name] = support(random_backbone(name))
+        gc.collect()
+        write_result("families", {**describe(), "cells": rows})
+    table = markdown(rows)
+    click.echo(table)
+    if docs:
+        before, _, rest = DOCS.read_text().partition(_START)
+        _, _, after = rest.partition(_END)
+        write_bytes(DOCS, f"{before}{_START}\n{table}\n{_END}{after}".encode())
+
+
+def load() -> dict[str, dict[str, Any]]:
+    """Return the rows that are there, by model."""
+    return load_cells("families")
+
+
+def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the table, and under it what capt-train says of the parts that it leaves out."""
+    keys = (*PARTS, "normalisation")
+    lines = [
+        "| | pixels | parameters | " + " | ".join(_TITLES.get(key, key) for key in keys) + " |",
+        "|---" * (len(keys) + 3) + "|",
+    ]
+    own = [(name, rows[name]) for name in sorted(rows, key=_place)]
+    for name, row in own:
+        size = f"{row['pixels']} | {row['parameters'] / 1e6:.0f} M"
+        cells = " | ".join(_cell(row[key]) for key in keys)
+        lines.append(f"| {name} | {size} | {cells} |")
+    notes = [f"- {name}: {note}" for name, row in own for note in row["notes"]]
+    return "\n".join([*lines, "", *notes])
+
+
+def _place(name: str) -> int:
+    return MODELS.index(name) if name in MODELS else len(MODELS)
+
+
+def _cell(value: Any) -> str:
+    return {True: "yes", False: "-"}[value] if isinstance(value, bool) else str(value)
+
+
+def support(backbone: Backbone) -> dict[str, Any]:
+    """Return the row of a model."""
+    notes: list[str] = []
+    depth = _text_depth(backbone)
+    config = TrainConfig(
+        data="",
+        model="",
+        method="full",
+        text_depth=min(3, depth),
+        without=("text-prompts",) if depth == 1 else (),
+    )
+    notes += left_out(backbone, config)
+    try:
+        _check_prompt(backbone)
+    except ModelError as refused:
+        notes.append(str(refused))
+        config = replace(config, without=("prompt", "text-prompts"))
+    learner = _learner(backbone, config)
+    _check_texts(learner)
+    _check_images(learner)
+    found = learner.parts(config)
+    row: dict[str, Any] = {
+        "pixels": backbone.preprocess.size[0],
+        "parameters": sum(one.numel() for one in backbone.model.parameters()),
+        **{part: part in found for part in PARTS},
+        "colours": _takes_colours(backbone),
+        "mixture": _has_words(backbone, notes),
+        "normalisation": _normalisation(backbone),
+        "notes": notes,
+    }
+    return {**row, "text-prompts": depth if row["text-prompts"] else False}
+
+
+def _text_depth(backbone: Backbone) -> int:
+    """Return in how many blocks of the text tower context vectors can be put, the input counted."""
+    for depth in count(2):
+        try:
+            backbone.check_text_depth(depth)
+        except ModelError:
+            return depth - 1
+    raise AssertionError("towers end")
+
+
+def _check_prompt(backbone: Backbone) -> None:
+    """Put a prompt in that says what the words say that it starts from."""
+    prompt = PromptLearner(backbone, _NAMES, (0, 1))
+    words = backbone.text_embeddings([f"a photo of a {name}." for name in _NAMES])
+    torch.testing.assert_close(prompt(range(2)), words, rtol=0, atol=1e-5)
+
+
+def _learner(backbone: Backbone, config: TrainConfig) -> Learner:
+    split = FewShotSplit(_NAMES, (0, 1), (), (), {})
+    zero_shot = backbone.class_embeddings(_NAMES, config.templates)
+    draw = torch.Generator().manual_seed(0)
+    shape = (len(KINDS), config.centres, zero_shot.shape[1])
+    centres = functional.normalize(torch.randn(shape, generator=draw), dim=-1)
+    return make_learner(backbone, config, split, zero_shot, centres)
+
+
+def _check_texts(learner: Learner) -> None:
+    _check_gradients(learner.texts(range(2)).embeddings, [*learner.prompts, learner.semantic])
+
+
+def _check_images(learner: Learner) -> None:
+    """Run what is trained in the visual tower, if anything can be."""
+    if learner.visual is not None:
+        tokens = learner.prefix(_pixels(learner.backbone))
+        _check_gradients(learner.images(tokens).embeddings, [learner.visual])
+
+
+def _check_gradients(embeddings: Tensor, trained: Sequence[nn.Module | None]) -> None:
+    """Make sure that a gradient reaches all that is trained, and that it can be used."""
+    embeddings.sum().backward()
+    for module in filter(None, trained):
+        own = [one.grad for one in module.parameters() if one.grad is not None]
+        if not (any(one.any() for one in own) and all(one.isfinite().all() for one in own)):
+            raise AssertionError(f"no usable gradient reaches {type(module).__name__}")
+
+
+def _takes_colours(backbone: Backbone) -> bool:
+    """Whether a colour map in front of the tower gets a gradient."""
+    matrix = torch.eye(3, requires_grad=True)
+    mapped = backbone.recoloured(ColourMap(matrix, torch.zeros(3)))
+    features = backbone.model.encode_image(mapped.normalise(_pixels(backbone)))
+    (gradient,) = torch.autograd.grad(features.square().sum(), matrix)
+    return bool(gradient.isfinite().all() and gradient.any())
+
+
+def _has_words(backbone: Backbone, notes: list[str]) -> bool:
+    """Whether there are words for classes never tuned on, as the mixture needs them."""
+    try:
+        pseudo_class_names(backbone.words_known(), len(_NAMES), 0, _NAMES)
+    except ModelError as refused:
+        notes.append(str(refused))
+        return False
+    return True
+
+
+def _normalisation(backbone: Backbone) -> str:
+    """Say whether the exported first convolution takes raw pixels, or a layer stands before it."""
+    head = Head(torch.zeros(1, 1), torch.zeros(1))
+    explicit = VisualClassifier(backbone, head).normalises
+    return "explicit" if explicit else "folded"
+
+
+def _pixels(backbone: Backbone) -> Tensor:
+    draw = torch.Generator().manual_seed(0)
+    shape = (1, *backbone.preprocess.size, 3)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=draw)
+
+
+if __name__ == "__main__":
+    main()
