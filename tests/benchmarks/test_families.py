@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from benchmarks import cell, families
 from capt_train.loading import load_backbone
-from tests.families import FAMILIES
+from tests.families import FAMILIES, family
 
 ROOT = Path(__file__).parents[2]
 Family = Callable[[str], Path]
@@ -32,11 +32,14 @@ def test_a_small_model_can_have_what_the_large_one_has(family_dir: Family, name:
     assert small["parameters"] < large["parameters"]
 
 
-def test_what_is_refused_is_said_in_the_row(family_dir: Family) -> None:
-    backbone = load_backbone(str(family_dir("ViT-B-16-SigLIP")), None, torch.device("cpu"))
-    backbone.words_known = list  # type: ignore[method-assign]  # a tokenizer that knows no words
-    backbone.model.text.transformer.resblocks = backbone.model.text.transformer.resblocks[:1]
-    row = families.support(backbone)
+def test_what_is_refused_is_said_in_the_row(write_model: Callable[..., Path]) -> None:
+    own = family("ViT-B-16-SigLIP")
+    folder = write_model(**{**own, "text_cfg": {**own["text_cfg"], "layers": 1}})
+    content = json.loads((folder / "tokenizer.json").read_text())
+    units = content["model"]["vocab"]
+    content["model"]["vocab"] = [[unit[:2], score] for unit, score in units[:20]]  # no words left
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    row = families.support(load_backbone(str(folder), None, torch.device("cpu")))
     assert (row["mixture"], row["text-prompts"], row["prompt"]) == (False, False, True)
     assert "tune without the mixture" in row["notes"][-1]
     assert "| - |" in families.markdown({"other": row})
@@ -50,7 +53,7 @@ def test_rows_are_kept_and_written_into_the_docs(
         return tmp_path
 
     docs = tmp_path / "families.md"
-    docs.write_text("before\n<!-- families -->\nold\n<!-- end of families -->\nafter\n")
+    docs.write_text("before\n<!-- families -->\noutdated\n<!-- end of families -->\nafter\n")
     monkeypatch.setattr(families, "DOCS", docs)
     monkeypatch.setattr(families, "write_result", write)
     monkeypatch.setattr(cell, "RESULTS", tmp_path)
@@ -65,7 +68,7 @@ def test_rows_are_kept_and_written_into_the_docs(
     text = docs.read_text()
     assert text.startswith("before\n<!-- families -->\n| |")
     assert text.endswith("visual-prompts\n<!-- end of families -->\nafter\n")
-    assert "old" not in text
+    assert "outdated" not in text
     first, second = (line for line in text.splitlines() if line.startswith(("| ViT", "| RN")))
     assert first.startswith("| ViT-B-16 | 16 |")
     assert second.startswith("| RN50 | 32 |")
