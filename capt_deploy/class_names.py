@@ -57,7 +57,9 @@ def distinct_names(names: Iterable[str], others: Sequence[str] = ()) -> tuple[st
     known = {spelled_alike(name): name for name in others}
     for name in found:
         if (twin := known.get(spelled_alike(name))) is not None:
-            raise ConfigError(f"class names: {name!r} is there already, as {twin!r}; list it once")
+            raise ConfigError(
+                f"class names: {name!r} is there already, as {twin!r}; name each once"
+            )
         known[spelled_alike(name)] = name
     return tuple(found)
 

@@ -79,7 +79,7 @@ def source_of(model: TunedModel, gate_data: str | Path | None = None) -> Source:
     split = model.split
     chosen = [Photo(own / item.path, item.label) for item in split.val or split.train]
     if gate_data is not None and not any(photo.path.is_file() for photo in chosen):
-        chosen = _other_photos(root, names)
+        chosen = other_photos(root, names)
     worst = sorted(model.fitted.pairs.items(), key=lambda pair: -pair[1])
     return Source(
         learner=model.learner,
@@ -93,13 +93,13 @@ def source_of(model: TunedModel, gate_data: str | Path | None = None) -> Source:
             {"true": names[true], "predicted": names[taken], "count": count}
             for (true, taken), count in worst
         ),
-        training=_provenance(model),
+        training=provenance(model),
         gate_images=tuple(chosen),
         training_images=tuple(Photo(own / item.path, item.label) for item in split.train),
     )
 
 
-def _other_photos(root: Path, class_names: tuple[str, ...]) -> list[Photo]:
+def other_photos(root: Path, class_names: tuple[str, ...]) -> list[Photo]:
     """Return the images of another data set; without labels where its classes are others."""
     try:
         dataset = read_dataset(root, strict_names=False).aligned_to(class_names)
@@ -112,7 +112,8 @@ def _other_photos(root: Path, class_names: tuple[str, ...]) -> list[Photo]:
     return [Photo(file) for file in files]
 
 
-def _provenance(model: TunedModel) -> dict[str, Any]:
+def provenance(model: TunedModel) -> dict[str, Any]:
+    """Return where a run came from, as a bundle tells it."""
     spec = model.config.model
     if spec.startswith("local-dir:"):
         spec = f"local-dir:{Path(spec.removeprefix('local-dir:')).name}"

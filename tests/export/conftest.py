@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import normalize
 
 from capt_train.config import TrainConfig
 from capt_train.mixture import Mixture
@@ -29,6 +31,20 @@ def shaken(model: TunedModel, seed: int = 0) -> TunedModel:
     rows = mixed_rows(model.learner, model.zero_shot, model.split, mixture)
     fitted = replace(model.fitted, mixture=mixture, temperature=1.7, zero_shot_temperature=0.8)
     return replace(model, text_embeddings=rows.detach(), fitted=fitted)
+
+
+@torch.no_grad()
+def by_hand(model: TunedModel, name: str) -> Tensor:
+    """Return Ŵ_c of a class that nobody was tuned on, one prompt after the other."""
+    backbone, learner = model.backbone, model.learner
+    texts = [template.replace("{}", name) for template in model.config.templates]
+    embeddings = [normalize(backbone.text_embeddings(texts).mean(dim=0), dim=0)]
+    tokens = backbone.tokenize([f"a a a a {name}."])
+    for prompt in learner.prompts:
+        own = backbone.encode(tokens, prompt.context, prompt.deeper)
+        embeddings.append(learner.semantic(own)[0][0])
+    weights = model.fitted.mixture.outside
+    return sum(weight * own for weight, own in zip(weights, embeddings, strict=True))
 
 
 @pytest.fixture(scope="session")

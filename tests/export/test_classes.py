@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.functional import normalize
 
 from capt_deploy.classifier import Classifier
 from capt_deploy.errors import ConfigError, DataError, ModelError
@@ -17,21 +15,9 @@ from capt_train.run import TunedModel, load_run
 from export.classes import read_class_list, with_classes
 from export.source import source_of
 from export.writer import ExportOptions, export
+from tests.export.conftest import by_hand
 
 NEW = ("tabby cat", "old tractor")
-
-
-def by_hand(model: TunedModel, name: str) -> Tensor:
-    """Return Ŵ_c of a class that nobody was tuned on, one prompt after the other."""
-    backbone, learner = model.backbone, model.learner
-    texts = [template.replace("{}", name) for template in model.config.templates]
-    embeddings = [normalize(backbone.text_embeddings(texts).mean(dim=0), dim=0)]
-    tokens = backbone.tokenize([f"a a a a {name}."])
-    for prompt in learner.prompts:
-        own = backbone.encode(tokens, prompt.context, prompt.deeper)
-        embeddings.append(learner.semantic(own)[0][0])
-    weights = model.fitted.mixture.outside
-    return sum(weight * own for weight, own in zip(weights, embeddings, strict=True))
 
 
 @torch.no_grad()
