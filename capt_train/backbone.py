@@ -72,6 +72,12 @@ class Backbone:
         other.colours = colours
         return other
 
+    def free(self, *, text_only: bool = False) -> None:
+        """Give back the memory of the towers, which cannot be used from here on."""
+        for name, parameter in self.model.named_parameters():
+            if not (text_only and name.startswith("visual.")):
+                parameter.data = parameter.new_empty(0)
+
     @cached_property
     def tower(self) -> Tower | None:
         """The visual tower in pieces; None where its tokens cannot be reached."""

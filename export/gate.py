@@ -20,7 +20,8 @@ from capt_deploy.reference import Reference, patterns
 from capt_train.calibration import match_temperature
 from export.source import Photo, Source, spread
 
-_BATCH = 32
+_PIXELS = 2**18  # at once: activations of more would outweigh the weights of a large ViT
+_LARGEST_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,13 @@ def ask_torch(source: Source, most_images: int) -> Question:
         DataError: none of the images can be read.
     """
     photos = spread(source.gate_images, most_images)
+    preprocess = source.learner.backbone.preprocess
     files = [str(photo.path) for photo in photos]
     readable: list[Photo] = []
     parts: list[Answers] = []
     with progress("asking the trained model", len(files), "images") as counter:
         of = dict(zip(files, photos, strict=True))
-        for batch in preprocess_files(files, source.learner.backbone.preprocess, _BATCH):
+        for batch in preprocess_files(files, preprocess, _batch(preprocess)):
             counter.advance(len(batch.files))
             readable += [of[file] for file in batch.files if file not in batch.errors]
             if batch.pixels is not None:
@@ -65,8 +67,13 @@ def ask_torch(source: Source, most_images: int) -> Question:
             f"the export is checked on the run's own images, but none of {len(files)} can be "
             f"read (first: {files[0] if files else 'none'}); pass their folder with --gate-data"
         )
-    drawn = patterns(source.learner.backbone.preprocess.size)
+    drawn = patterns(preprocess.size)
     return Question(tuple(readable), _joined(parts), _torch_answers(source, drawn))
+
+
+def _batch(preprocess: PreprocessConfig) -> int:
+    height, width = preprocess.size
+    return max(1, min(_LARGEST_BATCH, _PIXELS // (height * width)))
 
 
 @torch.no_grad()
@@ -88,7 +95,7 @@ def ask_backend(
     parts: list[Answers] = []
     names = [str(file) for file in files]
     with progress(label, len(names), "images") as counter:
-        for batch in preprocess_files(names, preprocess, _BATCH):
+        for batch in preprocess_files(names, preprocess, _batch(preprocess)):
             counter.advance(len(batch.files))
             if batch.pixels is None or batch.errors:
                 raise DataError(f"cannot be read any more: {next(iter(batch.errors.values()))}")

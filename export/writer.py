@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from export.precision import BF16, FP32, PRECISIONS
 from export.source import Source, source_of
 
 _WORTH_REFITTING = 1e-3  # of a temperature; less shows in no figure
-_LAST_LOOK = 8  # images that the finished bundle is asked about
+_LAST_LOOK = 4  # images that the finished bundle is asked about
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ def export_run(
     source = source_of(model, gate_data)
     if class_names is not None:
         source = with_classes(source, [model], class_names)
-    return export(source, out, options or ExportOptions())
+    model.backbone.free(text_only=True)  # that is folded, and may outweigh the visual one
+    return export(source, out, options or ExportOptions(), release=model.backbone.free)
 
 
 def refuse_existing(out: str | Path) -> None:
@@ -97,16 +98,28 @@ def refuse_existing(out: str | Path) -> None:
         raise BundleError(f"{out}: already there; remove it or choose another name")
 
 
-def export(source: Source, out: str | Path, options: ExportOptions) -> Path:
-    """Export whatever a `Source` holds; see `export_run`."""
+def export(
+    source: Source,
+    out: str | Path,
+    options: ExportOptions,
+    release: Callable[[], None] | None = None,
+) -> Path:
+    """Export whatever a `Source` holds; see `export_run`.
+
+    `release` is called when the torch model is not needed any more: a runtime beside it would
+    double the memory that a large model takes.
+    """
     out = expand_home(out)
     refuse_existing(out)
     say(f"exporting {source.training['model']} with {len(source.class_names)} classes")
     question = ask_torch(source, options.gate_images)
     with new_folder(out) as folder:
+        traced = [trace_precision(source, name, options.opset) for name in options.precisions]
+        if release is not None:
+            release()
         proven = {
-            precision: _prove(source, precision, question, folder, options)
-            for precision in options.precisions
+            own.graph.precision: _prove(source, own, question, folder / file)
+            for own, file in zip(traced, _file_names(options.precisions), strict=True)
         }
         results = {precision: own.result for precision, own in proven.items()}
         say(gate_table(results))
@@ -131,17 +144,14 @@ def _failures(results: Mapping[str, GateResult]) -> str:
     )
 
 
-def file_of(precision: str, first: str) -> str:
-    """Return the name of a graph's file; the first one is the one that everybody expects."""
-    return "model.onnx" if precision == first else f"model.{precision}.onnx"
+def _file_names(precisions: Sequence[str]) -> list[str]:
+    """Return the names of the graphs' files; the first one is the one that everybody expects."""
+    return ["model.onnx", *(f"model.{precision}.onnx" for precision in precisions[1:])]
 
 
-def _prove(
-    source: Source, precision: str, question: Question, folder: Path, options: ExportOptions
-) -> _Proven:
-    """Trace a graph, write it, ask it, and let it be as sure of itself as the trained model."""
-    traced = trace_precision(source, precision, options.opset)
-    path = folder / file_of(precision, options.precisions[0])
+def _prove(source: Source, traced: Traced, question: Question, path: Path) -> _Proven:
+    """Write a graph, ask it, and let it be as sure of itself as the trained model."""
+    precision = traced.graph.precision
     answers = _ask(traced, path, source, question)
     temperature, factor = source.temperature, 1.0
     if precision != FP32:
@@ -158,12 +168,11 @@ def _ask(traced: Traced, path: Path, source: Source, question: Question) -> Answ
     """Write the graph and ask what was written."""
     precision = traced.graph.precision
     traced.graph.write(path)
-    data = path.read_bytes()
     folder = path.parent if traced.graph.external else None
     if precision == BF16:
-        backend = OnnxRuntime(widened(data), "emulated", folder)
+        backend = OnnxRuntime(widened(path.read_bytes()), "emulated", folder, frugal=True)
     else:
-        backend = OnnxRuntime(data, precision, folder)
+        backend = OnnxRuntime(path, precision, folder, frugal=True)
     files = [photo.path for photo in question.photos]
     preprocess = source.learner.backbone.preprocess
     return ask_backend(backend, preprocess, files, f"asking the {precision} graph")
@@ -171,7 +180,6 @@ def _ask(traced: Traced, path: Path, source: Source, question: Question) -> Answ
 
 def _manifest(source: Source, proven: Mapping[str, _Proven], *, verified: bool) -> Manifest:
     """Return the manifest, without the hashes of its files and the names of second ones."""
-    first = next(iter(proven))
     zero_shot = (
         {} if source.zero_shot is None else {"zero_shot_temperature": source.zero_shot_temperature}
     )
@@ -180,8 +188,8 @@ def _manifest(source: Source, proven: Mapping[str, _Proven], *, verified: bool) 
         tuned=source.tuned,
         preprocess=source.learner.backbone.preprocess,
         graphs={
-            precision: own.traced.graph.record(file_of(precision, first))
-            for precision, own in proven.items()
+            own.traced.graph.precision: own.traced.graph.record(file)
+            for own, file in zip(proven.values(), _file_names(list(proven)), strict=True)
         },
         calibration={
             precision: {"temperature": own.temperature, **zero_shot}

@@ -21,21 +21,39 @@ class OnnxRuntime:
     name = "onnxruntime"
     device = "cpu"
 
-    def __init__(self, onnx: bytes, precision: str, weights_folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        onnx: bytes | Path,
+        precision: str,
+        weights_folder: Path | None = None,
+        *,
+        frugal: bool = False,
+    ) -> None:
+        """Start a session.
+
+        Args:
+            onnx: the graph, or its file, which then must be one that nobody else can change.
+            precision: of the graph.
+            weights_folder: where weights lie that are not in the graph's own file.
+            frugal: give memory back after every run, which costs time.
+
+        Raises:
+            BackendError: the graph cannot run here.
+        """
         if precision == "bf16":
             raise BackendError(
                 "backend onnxruntime: has no bfloat16 kernels on the CPU; run this graph on a GPU, "
                 "or export with --fp16 or --fp32 as well"
             )
         level = _LEVELS.get(precision, "ORT_ENABLE_EXTENDED")
-        self._session = _session(onnx, level, weights_folder)
+        self._session = _session(onnx, level, weights_folder, frugal)
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:
         """Run (batch, height, width, 3) pixels, RGB, 0-255."""
         return Outputs(*self._session.run(list(Outputs._fields), {"images": images}))
 
 
-def _session(onnx: bytes, level: str, weights_folder: Path | None) -> Any:
+def _session(onnx: bytes | Path, level: str, weights_folder: Path | None, frugal: bool) -> Any:
     try:
         import onnxruntime
     except ImportError as cause:
@@ -50,6 +68,7 @@ def _session(onnx: bytes, level: str, weights_folder: Path | None) -> Any:
         "session.model_external_initializers_file_folder_path",
         str(weights_folder or f"{os.devnull}/none"),
     )
+    options.enable_cpu_mem_arena = not frugal
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
     try:
         return onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
