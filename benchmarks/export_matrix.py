@@ -84,7 +84,7 @@ def _measure(family: str, precisions: list[str], rows: dict[str, dict[str, Any]]
         _copy_photos(folder / "photos", images)
         model = folder / "model"
         if architecture:
-            _run("benchmarks.random_model", architecture, model, folder / "photos")
+            _run("benchmarks.random_models", architecture, model, folder / "photos")
         else:
             model = _SHARED / "models" / "tinyclip-cifar"
         run = folder / "run"

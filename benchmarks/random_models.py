@@ -1,24 +1,32 @@
 """Real architectures with random weights, and a tokenizer like SigLIP's: nothing is fetched.
 
 What a model can be given, and how long it takes, depends on its shape alone, not on its weights.
+
+    python -m benchmarks.random_models ViT-B-16 FOLDER PHOTOS
 """
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import torch
 from open_clip.model import get_model_preprocess_cfg
+from safetensors.torch import save_file
+from torch import nn
 
-from capt_deploy.preprocess import PreprocessConfig
+from capt_deploy.files import visible_files
+from capt_deploy.preprocess import PreprocessConfig, preprocess
 from capt_train.backbone import Backbone
 
 # Longer words come in pieces too, so that there is something to choose.
 _WORDS = """a an the of in on with and photo picture drawing blurred small large black white red
 blue green grey yellow sky leaf stone ball cat dog bird boat horse flower bridge lamp chair river
 window garden mountain"""
+_SETTLED_ON = 32  # photos
 _END, _UNKNOWN = "</s>", "<unk>"
 
 
@@ -55,14 +63,57 @@ def random_backbone(name: str, seed: int = 0) -> Backbone:
 
     A Hugging Face tokenizer of its own is replaced by that of `write_tokenizer`.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = open_clip.create_model(name, pretrained=None, pretrained_text=False)
-    config: dict[str, Any] = open_clip.get_model_config(name)
+    network = _random_network(name, seed)
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
-        if "hf_tokenizer_name" in config["text_cfg"]:
-            write_tokenizer(Path(folder))
+        _write_config(name, network, Path(folder))
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     preprocess = PreprocessConfig.from_dict(get_model_preprocess_cfg(network))
     return Backbone(network, tokenizer, preprocess)
+
+
+def write_random_model(name: str, folder: Path, photos: Path, seed: int = 0) -> None:
+    """Write such a model as a `local-dir`.
+
+    Its batch norms get the statistics of the photos below a folder: with those of the start, the
+    features of all images would be the same.
+    """
+    network = _random_network(name, seed)
+    preprocess = PreprocessConfig.from_dict(get_model_preprocess_cfg(network))
+    _settle(network.visual, preprocess, visible_files(photos))
+    folder.mkdir(parents=True)
+    _write_config(name, network, folder)
+    state = {key: value.contiguous() for key, value in network.state_dict().items()}
+    save_file(state, folder / "open_clip_model.safetensors")
+
+
+def _random_network(name: str, seed: int) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return open_clip.create_model(name, pretrained=None, pretrained_text=False)
+
+
+def _write_config(name: str, network: Any, folder: Path) -> None:
+    config: dict[str, Any] = open_clip.get_model_config(name)
+    described = {"model_cfg": config, "preprocess_cfg": get_model_preprocess_cfg(network)}
+    (folder / "open_clip_config.json").write_text(json.dumps(described))
+    if "hf_tokenizer_name" in config["text_cfg"]:
+        write_tokenizer(folder)
+
+
+@torch.no_grad()
+def _settle(visual: nn.Module, config: PreprocessConfig, photos: list[Path]) -> None:
+    norms = [module for module in visual.modules() if isinstance(module, nn.BatchNorm2d)]
+    if not norms:
+        return
+    pixels = np.stack([preprocess(photo, config) for photo in photos[:_SETTLED_ON]])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+    mean, std = (torch.tensor(own).view(3, 1, 1) for own in (config.mean, config.std))
+    for norm in norms:
+        norm.momentum = None  # a plain mean over what it sees
+    visual.train()
+    visual((images - mean) / std)
+    visual.eval()
+
+
+if __name__ == "__main__":
+    write_random_model(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
