@@ -25,10 +25,10 @@ def simplified_convolutions(visual: nn.Module, size: tuple[int, int]) -> nn.Modu
         return visual
     draw = torch.Generator().manual_seed(0)
     pixels = torch.rand(2, 3, *size, generator=draw).to(next(visual.parameters()))
-    own = _merged_branches(copy.deepcopy(visual))
+    own = _merged_branches(copy.deepcopy(visual)).eval()  # merged ones are new modules
     for norm, convolution in _followed(own, pixels).items():
         _replace(own, convolution, fuse_conv_bn_eval(convolution, norm))
-        _replace(own, norm, nn.Identity())
+        _replace(own, norm, _rest_of(norm))
     same = torch.allclose(_features(own, pixels), _features(visual, pixels), atol=_TOLERANCE)
     return own if same else visual
 
@@ -41,7 +41,11 @@ def _merged_branches(visual: nn.Module) -> nn.Module:
 
 
 def _followed(visual: nn.Module, pixels: Tensor) -> dict[nn.BatchNorm2d, nn.Conv2d]:
-    """Return, for each batch norm that gets what a convolution has just put out, the latter."""
+    """Return, for each batch norm that gets what a convolution has just put out, the latter.
+
+    Only where both are parts of one block: what leaves a block may be read elsewhere as well.
+    """
+    block = {child: module for module in visual.modules() for child in module.children()}
     outputs: list[tuple[nn.Conv2d, Tensor]] = []  # kept alive, so that no two are at one address
     found: dict[nn.BatchNorm2d, nn.Conv2d] = {}
 
@@ -52,7 +56,7 @@ def _followed(visual: nn.Module, pixels: Tensor) -> dict[nn.BatchNorm2d, nn.Conv
     def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(module, nn.BatchNorm2d)
         for convolution, output in outputs:
-            if output is inputs[0]:
+            if output is inputs[0] and block[convolution] is block[module]:
                 found[module] = convolution
 
     handles = []
@@ -67,6 +71,13 @@ def _followed(visual: nn.Module, pixels: Tensor) -> dict[nn.BatchNorm2d, nn.Conv
         for handle in handles:
             handle.remove()
     return found
+
+
+def _rest_of(norm: nn.BatchNorm2d) -> nn.Module:
+    """Return what else the module does; timm's norms have an activation of their own."""
+    parts = (getattr(norm, name, None) for name in ("drop", "act"))
+    rest = [part for part in parts if isinstance(part, nn.Module)]
+    return nn.Sequential(*rest) if rest else nn.Identity()
 
 
 def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
