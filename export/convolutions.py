@@ -25,10 +25,11 @@ def simplified_convolutions(visual: nn.Module, size: tuple[int, int]) -> nn.Modu
         return visual
     draw = torch.Generator().manual_seed(0)
     pixels = torch.rand(2, 3, *size, generator=draw).to(next(visual.parameters()))
-    own = _merged_branches(copy.deepcopy(visual)).eval()  # merged ones are new modules
+    own = _merged_branches(copy.deepcopy(visual)).eval()
     for norm, convolution in _followed(own, pixels).items():
         _replace(own, convolution, fuse_conv_bn_eval(convolution, norm))
         _replace(own, norm, _rest_of(norm))
+    own.eval()  # new modules think that they are trained
     same = torch.allclose(_features(own, pixels), _features(visual, pixels), atol=_TOLERANCE)
     return own if same else visual
 

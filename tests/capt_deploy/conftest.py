@@ -1,11 +1,16 @@
 """What several files of these tests share."""
 
+import hashlib
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from capt_deploy.bundle import REFERENCE
 
 CIFAR = Path(__file__).resolve().parents[3] / "shared" / "data" / "cifar100"
 
@@ -39,5 +44,28 @@ def noise() -> Callable[..., np.ndarray]:
     def make(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
         shape = (height, width, channels) if channels > 1 else (height, width)
         return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Return the committed bundle; see tests/golden/make.py."""
+    return Path(__file__).parents[1] / "golden" / "tiny.capt"
+
+
+@pytest.fixture
+def with_reference(golden: Path, tmp_path: Path) -> Callable[[bytes], Path]:
+    """Return a function that gives a copy of the committed bundle some `reference.safetensors`."""
+
+    def make(content: bytes) -> Path:
+        bundle = tmp_path / "with_reference.capt"
+        shutil.copytree(golden, bundle)
+        (bundle / REFERENCE).write_bytes(content)
+        manifest = json.loads((bundle / "manifest.json").read_text())
+        record = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        manifest["files"][REFERENCE] = record
+        (bundle / "manifest.json").write_text(json.dumps(manifest))
+        return bundle
 
     return make

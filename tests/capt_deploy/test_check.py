@@ -1,0 +1,94 @@
+"""A bundle is checked by the runtime alone: nothing here needs torch."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from capt_deploy.check import check_bundle
+from capt_deploy.classifier import Classifier
+from capt_deploy.errors import BackendError, DataError, GateError
+from capt_deploy.files import sha256_file
+from capt_deploy.gate import Answers
+from capt_deploy.preprocess import preprocess
+from capt_deploy.reference import Reference, patterns
+from export.cli import main
+
+PHOTOS = Path(__file__).parents[1] / "golden" / "photos"
+
+
+@pytest.fixture
+def reference(golden: Path) -> Reference:
+    """Return what the committed bundle itself says of the committed photos."""
+    classifier = Classifier.load(golden)
+    files = sorted(PHOTOS.rglob("*.png"))
+    pixels = np.stack([preprocess(file, classifier.manifest.preprocess) for file in files])
+    drawn = patterns(classifier.manifest.preprocess.size)
+    answers = (Answers(*classifier.backend.run(batch)) for batch in (pixels, drawn))
+    digests = tuple(sha256_file(file) for file in files)
+    return Reference(digests, np.arange(len(files)), *answers)
+
+
+def shifted(answers: Answers) -> Answers:
+    return replace(answers, logits=answers.logits + np.float32(0.01))
+
+
+def test_a_sound_bundle_passes_on_patterns_and_images(
+    with_reference: Callable[[bytes], Path], reference: Reference
+) -> None:
+    report = check_bundle(with_reference(reference.save()), PHOTOS)
+    own = report["fp32"]
+    assert own["patterns"]["passed"] and own["images"]["passed"]
+    assert own["images"]["images"] == own["images"]["labelled"] == len(reference.sha256)
+    assert own["patterns"]["labelled"] == 0
+
+
+@pytest.mark.parametrize("kind", ["patterns", "images"])
+def test_a_graph_that_says_something_else_is_caught(
+    with_reference: Callable[[bytes], Path], reference: Reference, kind: str
+) -> None:
+    wrong = replace(reference, **{kind: shifted(getattr(reference, kind))})
+    with pytest.raises(GateError, match=f"fp32, {kind}: max logit difference"):
+        check_bundle(with_reference(wrong.save()), PHOTOS)
+
+
+def test_without_images_the_patterns_are_asked_about(
+    with_reference: Callable[[bytes], Path], reference: Reference
+) -> None:
+    bundle = with_reference(reference.save())
+    assert set(check_bundle(bundle)["fp32"]) == {"patterns"}
+    with pytest.raises(DataError, match="none of the 3 images"):
+        check_bundle(bundle, Path(__file__).parent)
+
+
+def test_what_cannot_run_here_is_said_and_is_no_pass(
+    with_reference: Callable[[bytes], Path],
+    reference: Reference,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise BackendError("no such device")
+
+    monkeypatch.setattr("capt_deploy.classifier.create", refuse)
+    with pytest.raises(GateError, match="none of its graphs can run here"):
+        check_bundle(with_reference(reference.save()))
+    assert "fp32: not checked: no such device" in capsys.readouterr().err
+
+
+def test_the_command_checks_and_writes_nothing(
+    with_reference: Callable[[bytes], Path], reference: Reference
+) -> None:
+    bundle = with_reference(reference.save())
+    before = sorted((f.name, f.stat().st_mtime_ns) for f in bundle.iterdir())
+    done = CliRunner().invoke(main, ["--check", str(bundle), "--gate-data", str(PHOTOS), "--json"])
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["fp32"]["images"]["passed"] is True
+    assert "fp32, images" in done.stderr
+    assert sorted((f.name, f.stat().st_mtime_ns) for f in bundle.iterdir()) == before
+    wrong = CliRunner().invoke(main, ["run", "--check", str(bundle)])
+    assert wrong.exit_code == 2 and "writes nothing" in wrong.stderr
