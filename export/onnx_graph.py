@@ -50,10 +50,22 @@ class OnnxGraph:
         """Put another head in, for another temperature."""
         import onnx_ir
 
-        for name, tensor in (("weight", head.weight), ("bias", head.bias)):
-            value = self.model.graph.initializers[name]
-            array = tensor.float().numpy().reshape(tuple(value.shape))
-            value.const_value = onnx_ir.tensor(array, name=name)
+        rows = self.model.graph.initializers["weight"]
+        ((convolution, _),) = rows.uses()
+        # The exporter lets equal constants share one initializer, and drops a bias of zeros, which
+        # no temperature changes.
+        for place, tensor in enumerate((head.weight, head.bias), start=1):
+            if place == len(convolution.inputs):
+                continue
+            old = convolution.inputs[place]
+            name = f"head.{'weight' if place == 1 else 'bias'}"
+            array = tensor.float().numpy().reshape(tuple(old.shape))
+            value = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(array, name=name))
+            value.shape, value.type = old.shape, old.type
+            self.model.graph.initializers[name] = value
+            convolution.replace_input_with(place, value)
+            if not old.uses():
+                del self.model.graph.initializers[old.name]
 
     @property
     def external(self) -> bool:

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from capt_deploy.backends import Outputs
 from capt_deploy.errors import BackendError
 
-# ENABLE_ALL crashes the process on half-precision ViTs (onnxruntime 1.31 on CPU). What emulates
-# bfloat16 must not have its roundings optimised away.
+# onnxruntime 1.31 on the CPU: ENABLE_ALL crashes the process on half-precision ViTs, and
+# ENABLE_EXTENDED cannot load a half-precision FastViT; neither is faster there than BASIC. What
+# emulates bfloat16 must not have its roundings optimised away.
 _LEVELS = {"fp32": "ORT_ENABLE_ALL", "emulated": "ORT_DISABLE_ALL"}
 
 
@@ -45,7 +46,7 @@ class OnnxRuntime:
                 "backend onnxruntime: has no bfloat16 kernels on the CPU; run this graph on a GPU, "
                 "or export with --fp16 or --fp32 as well"
             )
-        level = _LEVELS.get(precision, "ORT_ENABLE_EXTENDED")
+        level = _LEVELS.get(precision, "ORT_ENABLE_BASIC")
         self._session = _session(onnx, level, weights_folder, frugal)
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:

@@ -3,14 +3,25 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from capt_deploy.bundle import open_bundle
-from capt_deploy.errors import BundleError, DataError, GateError, RunError
+from capt_deploy.classifier import Classifier
+from capt_deploy.errors import (
+    BackendError,
+    BundleError,
+    ConfigError,
+    DataError,
+    GateError,
+    RunError,
+)
 from capt_deploy.gate import LIMITS
 from capt_train.run import load_run
-from export.writer import export_run
+from export import onnx_graph
+from export.visual import VisualClassifier
+from export.writer import ExportOptions, export_run
 
 
 def test_the_bundle_holds_what_its_manifest_lists(bundle):
@@ -103,3 +114,104 @@ def test_an_unfinished_run_is_refused(tuned_run, tmp_path):
         export_run(run, tmp_path / "x.capt")
     with pytest.raises(RunError, match="no run"):
         export_run(tmp_path, tmp_path / "x.capt")
+
+
+@pytest.fixture(scope="module")
+def manifest(half_bundle):
+    return open_bundle(half_bundle).manifest
+
+
+def test_several_precisions_share_a_bundle_and_the_first_has_the_usual_name(half_bundle, manifest):
+    files = {precision: graph.file for precision, graph in manifest.graphs.items()}
+    assert files == {
+        "fp32": "model.onnx",
+        "fp16": "model.fp16.onnx",
+        "bf16": "model.bf16.onnx",
+    }
+    sizes = [(half_bundle / file).stat().st_size for file in files.values()]
+    assert 0.45 < sizes[1] / sizes[0] < 0.95 and sizes[1] == pytest.approx(sizes[2], rel=0.05)
+    report = json.loads((half_bundle / "report.json").read_text())
+    assert set(report["gate"]) == set(report["graphs"]) == set(files)
+    assert all(gate["passed"] for gate in report["gate"].values())
+    assert "emulated" in report["graphs"]["bf16"]["asked"]
+
+
+def test_each_precision_has_a_temperature_of_its_own(manifest, tuned_run):
+    fitted = load_run(tuned_run).fitted.temperature
+    found = {name: own["temperature"] for name, own in manifest.calibration.items()}
+    assert found["fp32"] == fitted
+    assert found["bf16"] == pytest.approx(fitted, rel=0.05)
+
+
+def test_the_runtime_picks_what_runs_here_and_others_on_request(half_bundle):
+    assert Classifier.load(half_bundle).precision == "fp32"
+    assert Classifier.load(half_bundle, precision="fp16").precision == "fp16"
+    with pytest.raises(BackendError, match="bfloat16"):
+        Classifier.load(half_bundle, precision="bf16")
+    alone = Classifier.load(half_bundle / "model.fp16.onnx")
+    assert alone.precision == "fp16"
+
+
+def test_a_graph_that_is_too_sure_gets_another_temperature_into_its_head(
+    tuned_run, tmp_path, monkeypatch
+):
+    plain = VisualClassifier.lower
+
+    def surer(self, dtype):
+        plain(self, dtype)
+        self.weight *= 1.3
+
+    monkeypatch.setattr(VisualClassifier, "lower", surer)
+    options = ExportOptions(precisions=("fp16",), force=True)  # what a head does is put right twice
+    out = export_run(tuned_run, tmp_path / "x.capt", options=options)
+    bundle, model = open_bundle(out), load_run(tuned_run)
+    temperature = bundle.manifest.calibration["fp16"]["temperature"]
+    assert temperature == pytest.approx(1.3 * model.fitted.temperature, rel=0.01)
+    rows = bundle.text_embeddings()["text_embeddings"]
+    expected = model.backbone.scale / temperature * model.text_embeddings.numpy()
+    np.testing.assert_allclose(rows, expected, rtol=1e-5)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    logits, _, embedding = Classifier.load(out).backend.run(pixels)
+    np.testing.assert_allclose(logits, embedding @ expected.T, atol=1e-4)
+
+
+def test_force_writes_a_bundle_that_says_that_it_failed(tuned_run, tmp_path, monkeypatch):
+    with_impossible_limits(monkeypatch)
+    out = export_run(tuned_run, tmp_path / "x.capt", options=ExportOptions(force=True))
+    assert open_bundle(out).manifest.verified is False
+    assert json.loads((out / "report.json").read_text())["gate"]["fp32"]["passed"] is False
+    with pytest.warns(UserWarning, match="although its check had failed"):
+        Classifier.load(out)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"precisions": ("fp8",)},
+        {"precisions": ()},
+        {"precisions": ("fp16", "fp16")},
+        {"opset": 17},
+        {"gate_images": 0},
+    ],
+)
+def test_options_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(ConfigError, match="expected"):
+        ExportOptions(**wrong)
+
+
+def test_weights_beyond_one_file_go_into_a_second_one(tuned_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_graph, "_LARGEST_BYTES", 10_000)
+    out = export_run(tuned_run, tmp_path / "x.capt")
+    manifest = open_bundle(out).manifest
+    assert manifest.graphs["fp32"].weights == "model.onnx.data"
+    assert {"model.onnx", "model.onnx.data"} <= set(manifest.files)
+    assert (out / "model.onnx").stat().st_size < (out / "model.onnx.data").stat().st_size
+    assert Classifier.load(out).class_names == load_run(tuned_run).class_names
+    with pytest.raises(BundleError, match="load the whole bundle"):
+        Classifier.load(out / "model.onnx")
+    (out / "model.onnx.data").write_bytes(b"\0" * manifest.files["model.onnx.data"].bytes)
+    with pytest.raises(BundleError, match="changed after the export"):
+        Classifier.load(out)
+    zipped = shutil.make_archive(str(tmp_path / "x"), "zip", out)
+    with pytest.raises(BundleError, match="unpack it"):
+        Classifier.load(zipped)
