@@ -59,7 +59,7 @@ def merged(models: Sequence[TunedModel], gate_data: str | Path | None = None) ->
     train = _listed(models, names, "train", gate_data)
     val = _listed(models, names, "val", gate_data)
     shown = val or train
-    if gate_data is not None and not any(photo.path.is_file() for photo in shown):
+    if gate_data is not None and not all(photo.path.is_file() for photo in shown):
         shown = val = tuple(other_photos(expand_home(gate_data), names))
     temperatures = _temperatures(models, val, names, tuned, (rows, zero_shot))
     return Source(

@@ -78,7 +78,7 @@ def source_of(model: TunedModel, gate_data: str | Path | None = None) -> Source:
     own = root if root.is_dir() else root.parent
     split = model.split
     chosen = [Photo(own / item.path, item.label) for item in split.val or split.train]
-    if gate_data is not None and not any(photo.path.is_file() for photo in chosen):
+    if gate_data is not None and not all(photo.path.is_file() for photo in chosen):
         chosen = other_photos(root, names)
     worst = sorted(model.fitted.pairs.items(), key=lambda pair: -pair[1])
     return Source(

@@ -1,0 +1,67 @@
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from capt_deploy.errors import DataError
+from capt_train.run import load_run
+from export.source import Photo, source_of, spread
+
+
+@pytest.fixture(scope="module")
+def model(tuned_run):
+    return load_run(tuned_run)
+
+
+def test_its_head_gives_the_tuned_models_logits(model):
+    source = source_of(model)
+    images = torch.nn.functional.normalize(torch.randn(5, 32), dim=1)
+    logits = images @ source.head.weight.T + source.head.bias
+    torch.testing.assert_close(logits, model.logits(images), atol=1e-4, rtol=0)
+    assert source.zero_shot is None and source.zero_shot_head is None  # its images have moved
+
+
+def test_the_gates_images_are_the_runs_validation_images(model, photos):
+    source = source_of(model)
+    expected = {(photos / item.path, item.label) for item in model.split.val}
+    assert {(photo.path, photo.label) for photo in source.gate_images} == expected
+    assert {p.path for p in source.training_images} == {photos / i.path for i in model.split.train}
+
+
+def test_a_moved_data_set_is_known_by_its_files(model, photos, tmp_path):
+    moved = shutil.copytree(photos, tmp_path / "moved")
+    source = source_of(model, moved)
+    assert {p.path for p in source.gate_images} == {moved / item.path for item in model.split.val}
+
+
+def test_other_labelled_images_are_aligned_by_name(model, photos, tmp_path):
+    # another data set with fewer classes, in another layout
+    for name in ("red_ball", "blue_sky"):
+        shutil.copytree(photos / "test" / name, tmp_path / "other" / "val" / name)
+    source = source_of(model, tmp_path / "other")
+    found = {(photo.path.parent.name, photo.label) for photo in source.gate_images}
+    assert found == {("blue_sky", 0), ("red_ball", 3)}
+
+
+@pytest.mark.parametrize("folder", ["unknown class", "flat"])
+def test_images_without_a_known_class_have_no_label(model, photos, tmp_path, folder):
+    target = tmp_path / "photos" / ("cats" if folder == "unknown class" else "")
+    shutil.copytree(photos / "test" / "red_ball", target, dirs_exist_ok=True)
+    source = source_of(model, tmp_path / "photos")
+    assert len(source.gate_images) == 5
+    assert {photo.label for photo in source.gate_images} == {-1}
+
+
+def test_an_empty_folder_is_refused(model, tmp_path):
+    with pytest.raises(DataError, match="no images to check the export on"):
+        source_of(model, tmp_path)
+
+
+def test_some_of_many_are_spread_evenly(tmp_path):
+    photos = tuple(Photo(tmp_path / str(number), number) for number in range(100))
+    assert [photo.label for photo in spread(photos, 5)] == [0, 25, 50, 74, 99]
+    assert spread(photos, 1000) == list(photos)
+    assert spread((), 5) == []
+    labels = np.array([photo.label for photo in spread(photos, 50)])
+    assert np.diff(labels).max() <= 3
