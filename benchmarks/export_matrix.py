@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from benchmarks.record import RESULTS, describe, write_result
 from capt_deploy.console import Command, say
 from capt_deploy.errors import DataError
 from capt_deploy.files import read_json, write_bytes
+from capt_deploy.gate import LIMITS
 
 # Architecture of open_clip, and how many photos it is checked on.
 FAMILIES: Mapping[str, tuple[str, int]] = {
@@ -64,10 +66,27 @@ def main(families: str, precisions: str, again: bool, only_table: bool, docs: bo
     table = markdown(rows)
     click.echo(table)
     if docs:
-        start, end = f"<!-- {NAME} -->", f"<!-- end of {NAME} -->"
-        before, _, rest = DOCS.read_text().partition(start)
-        _, _, after = rest.partition(end)
-        write_bytes(DOCS, f"{before}{start}\n{table}\n{end}{after}".encode())
+        _write_docs(NAME, table)
+        _write_docs("limits", limits())
+
+
+def _write_docs(name: str, text: str) -> None:
+    """Replace what stands between two marks."""
+    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, _, rest = DOCS.read_text().partition(start)
+    _, _, after = rest.partition(end)
+    write_bytes(DOCS, f"{before}{start}\n{text}\n{end}{after}".encode())
+
+
+def limits() -> str:
+    """Return the gate's limits, a line for each precision."""
+    titles = [field.replace("_", " ") for field in asdict(LIMITS["fp32"])]
+    lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+    for precision, own in LIMITS.items():
+        lines.append(
+            f"| {precision} | " + " | ".join(f"{v:g}" for v in asdict(own).values()) + " |"
+        )
+    return "\n".join(lines)
 
 
 def load() -> dict[str, dict[str, Any]]:

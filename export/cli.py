@@ -12,7 +12,7 @@ from capt_deploy.version import __version__
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("run", type=PathInHome(), required=False)
+@click.argument("runs", type=PathInHome(), nargs=-1, metavar="RUN...")
 @click.option("--out", type=PathInHome(), help="Bundle to write.")
 @click.option("--fp32", is_flag=True, help="A float32 graph; the default.")
 @click.option("--fp16", is_flag=True, help="A float16 graph; norms and head stay float32.")
@@ -28,7 +28,7 @@ from capt_deploy.version import __version__
 @click.option("--json", "as_json", is_flag=True, help="Print the report on stdout.")
 @click.version_option(__version__, prog_name="capt")
 def main(
-    run: Path | None,
+    runs: tuple[Path, ...],
     out: Path | None,
     check: Path | None,
     gate_data: Path | None,
@@ -37,6 +37,9 @@ def main(
     **options: Any,
 ) -> None:
     """Fold a finished RUN into one text-embedding matrix and one ONNX graph.
+
+    Several runs over one model, tuned with --without visual,colours, become one bundle, in which
+    each run's prompt rules its own classes.
 
     Each graph is compared with the trained model on the run's own validation images, or on
     those of --gate-data: the same data set where it has moved, another labelled one, or a folder of
@@ -56,18 +59,20 @@ def main(
     if check is not None:
         from capt_deploy.check import check_bundle
 
-        if run is not None or out is not None:
+        if runs or out is not None:
             raise click.UsageError("--check takes no RUN and no --out: it writes nothing")
         report = check_bundle(check, gate_data, backend)
     else:
-        if run is None or out is None:
+        if not runs or out is None:
             raise click.UsageError("expected RUN and --out, or --check BUNDLE")
-        report = _export(run, out, gate_data, options)
+        report = _export(runs, out, gate_data, options)
     if as_json:
         print_json(report)
 
 
-def _export(run: Path, out: Path, gate_data: Path | None, options: dict[str, Any]) -> Any:
+def _export(
+    runs: tuple[Path, ...], out: Path, gate_data: Path | None, options: dict[str, Any]
+) -> Any:
     from capt_deploy.bundle import REPORT, open_bundle
     from capt_deploy.errors import BundleError
     from capt_deploy.files import read_json
@@ -82,7 +87,7 @@ def _export(run: Path, out: Path, gate_data: Path | None, options: dict[str, Any
     own = ExportOptions(**options)
     if triton is not None:
         refuse_existing(triton)
-    export_run(run, out, gate_data, replace(own, precisions=wanted or own.precisions), names)
+    export_run(runs, out, gate_data, replace(own, precisions=wanted or own.precisions), names)
     say(f"bundle written to {out}")
     if triton is not None:
         write_triton(open_bundle(out), triton)

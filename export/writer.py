@@ -23,6 +23,7 @@ from export.classes import with_classes
 from export.emulation import widened
 from export.gate import Question, ask_backend, ask_torch, temperature_factor
 from export.graphs import Traced, trace_precision
+from export.merge import merged
 from export.onnx_graph import OPSET, OPSETS
 from export.precision import BF16, FP32, PRECISIONS
 from export.source import Source, source_of
@@ -62,7 +63,7 @@ class _Proven:
 
 
 def export_run(
-    run: str | Path,
+    run: str | Path | Sequence[str | Path],
     out: str | Path,
     gate_data: str | Path | None = None,
     options: ExportOptions | None = None,
@@ -71,7 +72,7 @@ def export_run(
     """Fold a finished run, export it, check it on real images, and write the bundle.
 
     Args:
-        run: a run folder.
+        run: a run folder; or several over one backbone, which become one model.
         out: the bundle folder to write; it must not be there yet.
         gate_data: where the run's data set lies now, if it has moved; or other images.
         options: see `ExportOptions`.
@@ -85,11 +86,14 @@ def export_run(
         CaptError: the run cannot be loaded or exported, or `out` exists.
     """
     refuse_existing(out)
-    model = load_run(run)
-    source = source_of(model, gate_data)
+    runs = [run] if isinstance(run, str | Path) else run
+    models = [load_run(own) for own in runs]
+    model = models[0]
+    source = source_of(model, gate_data) if len(models) == 1 else merged(models, gate_data)
     if class_names is not None:
-        source = with_classes(source, [model], class_names)
-    model.backbone.free(text_only=True)  # that is folded, and may outweigh the visual one
+        source = with_classes(source, models, class_names)
+    for other in models:  # their text sides are folded, and may outweigh the visual one
+        other.backbone.free(text_only=other is model)
     return export(source, out, options or ExportOptions(), release=model.backbone.free)
 
 
