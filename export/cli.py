@@ -6,7 +6,6 @@ from typing import Any
 
 import click
 
-from capt_deploy.backends import NAMES
 from capt_deploy.console import Command, PathInHome, print_json, say
 from capt_deploy.version import __version__
 
@@ -24,7 +23,7 @@ from capt_deploy.version import __version__
 @click.option("--gate-images", default=256, show_default=True, help="Check on so many at most.")
 @click.option("--force", is_flag=True, help="Write the bundle, marked, though the check fails.")
 @click.option("--check", type=PathInHome(), metavar="BUNDLE", help="Only check a written bundle.")
-@click.option("--backend", type=click.Choice(NAMES), default="auto", help="Of --check.")
+@click.option("--backend", default="auto", show_default=True, help="Of --check.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report on stdout.")
 @click.version_option(__version__, prog_name="capt")
 def main(
