@@ -23,7 +23,7 @@ class SelfAttention(nn.Module):
         """
         super().__init__()
         width, heads = source.embed_dim, source.num_heads
-        self._heads, self._head_width, self._fused = heads, width // heads, fused
+        self._heads, self._head_width, self.fused = heads, width // heads, fused
         scale = self._head_width**-0.5
         own = source.in_proj_weight
         self.qkv = nn.Linear(width, 3 * width, bias=source.in_proj_bias is not None)
@@ -43,7 +43,7 @@ class SelfAttention(nn.Module):
         split = (self._heads, self._head_width)
         query, value = (x.unflatten(-1, split).transpose(1, 2) for x in (query, value))
         key = key.unflatten(-1, split)
-        if self._fused:
+        if self.fused:
             mixed = torch.onnx.ops.attention(query, key.transpose(1, 2), value, scale=1.0)[0]
         else:
             # One transposition instead of two: tokens × heads × width to heads × width × tokens.

@@ -69,6 +69,13 @@ class VisualClassifier(nn.Module):
         self.register_buffer("weight", head.weight.float()[:, :, None, None])
         self.register_buffer("bias", head.bias.float())
 
+    def layers_read(self) -> tuple[nn.Module, ...]:
+        """Return the tower's layers whose weights its tuning reads, so that they must stay."""
+        if self.tuner is None or self.tuner.experts is None or self._tower is None:
+            return ()
+        ffn = self._tower.ffn(self._tower.depth - 1)
+        return () if ffn is None else (ffn.up, ffn.down)
+
     def lower(self, dtype: torch.dtype) -> None:
         """Compute in `dtype` from now on, in place; norms, embedding and head stay float32."""
         if dtype == torch.float32:
