@@ -16,6 +16,7 @@ from capt_deploy.version import __version__
 @click.option("--fp32", is_flag=True, help="A float32 graph; the default.")
 @click.option("--fp16", is_flag=True, help="A float16 graph; norms and head stay float32.")
 @click.option("--bf16", is_flag=True, help="The same in bfloat16, for Ampere and later.")
+@click.option("--int8", is_flag=True, help="Products in int8 where the logits bear it.")
 @click.option("--classes", type=PathInHome(), help="Names, one a line: a row for each of these.")
 @click.option("--triton", type=PathInHome(), help="Write a model repository for Triton as well.")
 @click.option("--opset", default=20, show_default=True, help="23 has an Attention operator.")

@@ -1,17 +1,25 @@
 """Make the graph of one precision."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import UInt8
+from torch import Tensor
 
+from capt_deploy.batches import preprocess_files
 from capt_deploy.console import say
+from capt_deploy.errors import DataError
 from export.onnx_graph import BF16_OPSET, OnnxGraph, trace
-from export.precision import BF16, DTYPES, FP32
-from export.source import Source
+from export.precision import BF16, DTYPES, FP32, INT8
+from export.quantize import Quantisation, quantize
+from export.source import Source, spread
 from export.visual import VisualClassifier
 
 _FUSED_OPSET = 23  # from here on ONNX has an Attention operator
+_CALIBRATED_ON = 128  # images, at most
+_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -21,9 +29,11 @@ class Traced:
     graph: OnnxGraph
     normalisation: str
     emulated: bool  # whether the CPU can only emulate it
+    quantisation: Quantisation | None  # of int8
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
+        quantised = {} if self.quantisation is None else {"int8": self.quantisation.to_dict()}
         return {
             "opset": self.graph.opset,
             "nodes": self.graph.nodes,
@@ -31,6 +41,7 @@ class Traced:
             "weight_bytes": self.graph.weight_bytes,
             "normalisation": self.normalisation,
             "asked": "emulated in float32, rounded" if self.emulated else "ONNX Runtime on the CPU",
+            **quantised,
         }
 
 
@@ -38,7 +49,8 @@ def trace_precision(source: Source, precision: str, opset: int) -> Traced:
     """Return the graph of one precision, calibrated as float32 is.
 
     Raises:
-        ModelError: the visual side cannot be traced.
+        ModelError: the visual side cannot be traced, or not be quantised.
+        DataError: int8 finds none of the run's training images.
     """
     say(f"tracing the {precision} graph")
     backbone = source.learner.backbone
@@ -49,8 +61,26 @@ def trace_precision(source: Source, precision: str, opset: int) -> Traced:
     network = VisualClassifier(
         backbone, source.head, source.learner.visual, fused_attention=fused
     ).eval()
+    quantisation = None
     with torch.no_grad():
+        if precision == INT8:
+            quantisation = quantize(network, _training_pixels(source))
+            say(f"int8: {100 * quantisation.work:.0f} % of the products")
         network.lower(DTYPES[precision])
     graph = trace(network, *backbone.preprocess.size, precision, opset)
     explicit = "explicit" if network.normalises else "folded into the patch convolution"
-    return Traced(graph, explicit, precision == BF16)
+    return Traced(graph, explicit, precision == BF16, quantisation)
+
+
+def _training_pixels(source: Source) -> Sequence[UInt8[Tensor, "_ height width 3"]]:
+    """Return images of the kind that the graph will see, and not those that it is judged by."""
+    files = [str(photo.path) for photo in spread(source.training_images, _CALIBRATED_ON)]
+    preprocess = source.learner.backbone.preprocess
+    batches = preprocess_files(files, preprocess, _AT_ONCE)
+    pixels = [torch.from_numpy(batch.pixels) for batch in batches if batch.pixels is not None]
+    if not pixels:
+        raise DataError(
+            f"int8 is calibrated on the run's training images, but none of {len(files)} can be "
+            f"read (first: {files[0] if files else 'none'}); restore them, or leave --int8 out"
+        )
+    return pixels

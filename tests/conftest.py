@@ -169,12 +169,12 @@ def bundle(tuned_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def half_bundle(tuned_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a bundle of that run with graphs in float32, float16 and bfloat16."""
+def full_bundle(tuned_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a bundle of that run with a graph in each precision."""
     from export.writer import ExportOptions, export_run
 
-    options = ExportOptions(precisions=("fp32", "fp16", "bf16"))
-    return export_run(tuned_run, tmp_path_factory.mktemp("bundles") / "half.capt", options=options)
+    options = ExportOptions(precisions=("fp32", "fp16", "bf16", "int8"))
+    return export_run(tuned_run, tmp_path_factory.mktemp("bundles") / "full.capt", options=options)
 
 
 @pytest.fixture(scope="session")

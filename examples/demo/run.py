@@ -26,7 +26,7 @@ def main() -> None:
     photos = sorted((ROOT / DATA / "test").glob("*/0001.png"))[::13]
     pictures = [photo.relative_to(ROOT) for photo in photos]
     _command("capt-train", "--data", DATA, "--model", MODEL, "--classes", "base", "--out", RUN)
-    _command("capt-export", RUN, "--out", BUNDLE)
+    _command("capt-export", RUN, "--out", BUNDLE, "--fp16")
     _command("capt-eval", RUN, "--data", DATA)
     _command("capt-confusions", RUN, "--top", 8)
     _command("capt-predict", BUNDLE, *pictures, "--top-k", 3)

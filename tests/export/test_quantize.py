@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from capt_deploy.errors import ConfigError, ModelError
-from capt_train.backbone import load_backbone
+from capt_train.loading import load_backbone
 from capt_train.run import load_run
 from export.attention import SelfAttention
-from export.fold import Head, fold
+from export.fold import Head
 from export.int8_layers import Int8Convolution, Int8Layer, Int8Linear
 from export.onnx_graph import OUTPUTS, trace
 from export.quantize import quantize
+from export.source import source_of
 from export.visual import VisualClassifier
 
 LINEAR = (nn.Linear, nn.Conv2d)
@@ -70,9 +71,9 @@ def weights_of(network):
     return sum(buffer.numel() for buffer in own)
 
 
-def make(backbones, name, target=10.0, opset=20):
+def make(backbones, name, target=10.0, fused_attention=False):
     backbone = backbones[name]
-    network = VisualClassifier(backbone, head(backbone), opset=opset).eval()
+    network = VisualClassifier(backbone, head(backbone), fused_attention=fused_attention).eval()
     images = some_pixels(backbone, 12)
     with torch.no_grad():
         expected = network(images)
@@ -92,8 +93,8 @@ def test_onnx_runtime_computes_what_torch_simulates(backbones, name):
     network, images, expected, done = make(backbones, name)
     simulated = network(images)
     assert done.work > 0.8 and noise_of(simulated[0], expected[0]) > 1e-3
-    graph = trace(network, *backbones[name].preprocess.size, "{}")
-    found = session(graph.data).run(OUTPUTS, {"images": images.numpy()})
+    graph = trace(network, *backbones[name].preprocess.size, "int8")
+    found = session(graph.to_bytes()).run(OUTPUTS, {"images": images.numpy()})
     logits = torch.from_numpy(found[0])
     # A value that lies between two codes may fall to either side, and then moves others.
     differences = (logits - simulated[0]).abs().amax(dim=1)
@@ -107,8 +108,8 @@ def test_the_graph_holds_bytes_and_computes_in_half_precision(backbones, name):
     network, images, expected, done = make(backbones, name)
     weights = weights_of(network)
     network.lower(torch.float16)
-    graph = trace(network, *backbones[name].preprocess.size, "{}")
-    model = onnx.load_from_string(graph.data)
+    graph = trace(network, *backbones[name].preprocess.size, "int8")
+    model = onnx.load_from_string(graph.to_bytes())
     own = model.graph.initializer
     held = {one.name: one for one in own if one.data_type == onnx.TensorProto.INT8}
     assert sum(len(one.raw_data) for one in held.values() if one.dims) == weights
@@ -126,7 +127,7 @@ def test_the_graph_holds_bytes_and_computes_in_half_precision(backbones, name):
     half = VisualClassifier(backbones[name], head(backbones[name])).eval()
     half.lower(torch.float16)
     limit = 1.5 * (done.noise + noise_of(half(images)[0], expected[0]))
-    found = session(graph.data).run(OUTPUTS, {"images": images.numpy()})
+    found = session(graph.to_bytes()).run(OUTPUTS, {"images": images.numpy()})
     assert noise_of(torch.from_numpy(found[0]), expected[0]) < limit
 
 
@@ -134,7 +135,7 @@ def test_a_byte_for_every_four_of_the_quantised_layers(backbones):
     size = backbones["vit"].preprocess.size
     plain = VisualClassifier(backbones["vit"], head(backbones["vit"]))
     network, _, _, _ = make(backbones, "vit")
-    before, after = (len(trace(one, *size, "{}").data) for one in (plain, network))
+    before, after = (len(trace(one, *size, "int8").to_bytes()) for one in (plain, network))
     weights = weights_of(network)
     assert weights > 100_000
     assert 2.7 * weights < before - after < 3 * weights  # scales and nodes take a little of it
@@ -209,7 +210,7 @@ def test_twice_the_same(backbones):
 
 
 def test_attention_as_one_operator_is_measured_too(backbones):
-    network, _, _, fused = make(backbones, "vit", opset=23)
+    network, _, _, fused = make(backbones, "vit", fused_attention=True)
     _, _, _, plain = make(backbones, "vit")
     for name, layer in fused.layers.items():
         assert layer.noise == pytest.approx(plain.layers[name].noise, rel=0.05)
@@ -220,7 +221,8 @@ def test_attention_as_one_operator_is_measured_too(backbones):
 @torch.no_grad()
 def test_weights_that_the_sample_experts_read_stay(tuned_run):
     model = load_run(tuned_run)
-    network = VisualClassifier(model.learner.backbone, fold(model), model.visual).eval()
+    own = source_of(model).head
+    network = VisualClassifier(model.learner.backbone, own, model.visual).eval()
     images = some_pixels(model.learner.backbone, 12)
     expected = network(images)
     done = quantize(network, [images], target=10.0)
@@ -231,8 +233,8 @@ def test_weights_that_the_sample_experts_read_stay(tuned_run):
     assert 0 < noise_of(found[0], expected[0]) < 1
     assert isinstance(network.visual.transformer.resblocks[0].mlp.c_fc, Int8Linear)
     network.lower(torch.float16)
-    graph = trace(network, *model.backbone.preprocess.size, "{}")
-    runtime = session(graph.data).run(OUTPUTS, {"images": images.numpy()})
+    graph = trace(network, *model.backbone.preprocess.size, "int8")
+    runtime = session(graph.to_bytes()).run(OUTPUTS, {"images": images.numpy()})
     assert noise_of(torch.from_numpy(runtime[0]), expected[0]) < 2 * done.noise
 
 

@@ -117,23 +117,26 @@ def test_an_unfinished_run_is_refused(tuned_run, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def manifest(half_bundle):
-    return open_bundle(half_bundle).manifest
+def manifest(full_bundle):
+    return open_bundle(full_bundle).manifest
 
 
-def test_several_precisions_share_a_bundle_and_the_first_has_the_usual_name(half_bundle, manifest):
+def test_several_precisions_share_a_bundle_and_the_first_has_the_usual_name(full_bundle, manifest):
     files = {precision: graph.file for precision, graph in manifest.graphs.items()}
     assert files == {
         "fp32": "model.onnx",
         "fp16": "model.fp16.onnx",
         "bf16": "model.bf16.onnx",
+        "int8": "model.int8.onnx",
     }
-    sizes = [(half_bundle / file).stat().st_size for file in files.values()]
+    sizes = [(full_bundle / file).stat().st_size for file in files.values()]
     assert 0.45 < sizes[1] / sizes[0] < 0.95 and sizes[1] == pytest.approx(sizes[2], rel=0.05)
-    report = json.loads((half_bundle / "report.json").read_text())
+    report = json.loads((full_bundle / "report.json").read_text())
     assert set(report["gate"]) == set(report["graphs"]) == set(files)
     assert all(gate["passed"] for gate in report["gate"].values())
     assert "emulated" in report["graphs"]["bf16"]["asked"]
+    assert report["graphs"]["int8"]["int8"]["work"] > 0.5
+    assert report["graphs"]["int8"]["int8"]["images"] == 8  # four of each tuned class, to tune on
 
 
 def test_each_precision_has_a_temperature_of_its_own(manifest, tuned_run):
@@ -143,12 +146,12 @@ def test_each_precision_has_a_temperature_of_its_own(manifest, tuned_run):
     assert found["bf16"] == pytest.approx(fitted, rel=0.05)
 
 
-def test_the_runtime_picks_what_runs_here_and_others_on_request(half_bundle):
-    assert Classifier.load(half_bundle).precision == "fp32"
-    assert Classifier.load(half_bundle, precision="fp16").precision == "fp16"
+def test_the_runtime_picks_what_runs_here_and_others_on_request(full_bundle):
+    assert Classifier.load(full_bundle).precision == "fp32"
+    assert Classifier.load(full_bundle, precision="fp16").precision == "fp16"
     with pytest.raises(BackendError, match="bfloat16"):
-        Classifier.load(half_bundle, precision="bf16")
-    alone = Classifier.load(half_bundle / "model.fp16.onnx")
+        Classifier.load(full_bundle, precision="bf16")
+    alone = Classifier.load(full_bundle / "model.fp16.onnx")
     assert alone.precision == "fp16"
 
 
