@@ -6,7 +6,7 @@ the same questions (`capt-export --check`).
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from math import comb
+from math import exp, inf, log
 from typing import Any
 
 import numpy as np
@@ -126,10 +126,12 @@ def _may_tip(images: int, agreement: float) -> int:
     """
     if agreement >= 1:
         return 0
-    below, count = 0.0, -1
+    odds, below, count = log((1 - agreement) / agreement), 0.0, -1
+    logarithm = images * log(agreement)  # of the chance that just so many tip over
     while below < 0.95:
         count += 1
-        below += comb(images, count) * (1 - agreement) ** count * agreement ** (images - count)
+        below += exp(logarithm)
+        logarithm += log((images - count) / (count + 1)) + odds if count < images else -inf
     return max(1, count)
 
 

@@ -64,7 +64,9 @@ def test_among_few_images_one_may_tip_over_but_not_in_float32() -> None:
     assert not replace(one_of_ten, precision="fp32").passed
 
 
-@pytest.mark.parametrize(("images", "precision", "tipped"), [(64, "bf16", 3), (1000, "fp16", 9)])
+@pytest.mark.parametrize(
+    ("images", "precision", "tipped"), [(64, "bf16", 3), (1000, "fp16", 9), (100_000, "int8", 3089)]
+)
 def test_as_many_may_tip_over_as_chance_has_it_at_the_limit(
     images: int, precision: str, tipped: int
 ) -> None:
