@@ -133,6 +133,11 @@ class Backbone:
         """
         return self._text.vectors(tokens)
 
+    @property
+    def cuttable(self) -> bool:
+        """Whether rows of token ids may be cut behind their ends: nothing there is looked at."""
+        return self._text.cuttable
+
     def encode(
         self,
         tokens: Int[Tensor, "texts tokens"],

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from capt_train.backbone import Backbone
@@ -59,7 +59,7 @@ class PromptLearner(nn.Module):
             shape = (depth - 1, *self.context.shape[-2:])
             deeper = 0.02 * torch.randn(shape, generator=generator)
             self.deeper = nn.Parameter(deeper.to(backbone.device))
-        self._tokens = self._tokenize(class_names)
+        self._tokens = self.tokenize(class_names)
 
     def forward(self, classes: Sequence[int]) -> Float[Tensor, "classes dim"]:
         """Return the unit-norm embeddings of some classes, given by index."""
@@ -72,8 +72,13 @@ class PromptLearner(nn.Module):
 
     def of_names(self, class_names: Sequence[str]) -> Float[Tensor, "classes dim"]:
         """Return the unit-norm embeddings of classes the prompt was not tuned on, by name."""
-        context = self.context if self.context.dim() == 2 else self.context.mean(dim=0)
-        return self._backbone.encode(self._tokenize(class_names), context, self.deeper)
+        return self._backbone.encode(self.tokenize(class_names), self.common_context, self.deeper)
 
-    def _tokenize(self, class_names: Sequence[str]) -> Tensor:
+    @property
+    def common_context(self) -> Float[Tensor, "context width"]:
+        """The context of classes that the prompt was not tuned on."""
+        return self.context if self.context.dim() == 2 else self.context.mean(dim=0)
+
+    def tokenize(self, class_names: Sequence[str]) -> Int[Tensor, "classes tokens"]:
+        """Return token ids with places for the context in front of each name."""
         return self._backbone.tokenize([f"{name}." for name in class_names], self.context.shape[-2])

@@ -21,7 +21,7 @@ class TextTower:
         self._model, self._tokens = model, tokens
         self._tower: Any = getattr(model, "text", model)  # CLIP keeps its text tower inline
         self._transformer: Any = getattr(self._tower, "transformer", None)
-        self._cuttable = self._reads_no_further()
+        self.cuttable = self._reads_no_further()
         self._blocks: Any = getattr(self._transformer, "resblocks", None)
 
     def vectors(self, tokens: Int[Tensor, "*tokens"]) -> Float[Tensor, "*tokens width"]:
@@ -49,9 +49,11 @@ class TextTower:
             ModelError: `deeper` asks for more blocks than can be reached.
         """
         with self._replaced_context(context), self._replaced_deeper(deeper):
-            if not self._cuttable:
+            if not self.cuttable:
                 return functional.normalize(self._model.encode_text(tokens), dim=-1)
-            length = int(self._tokens.ends(tokens).max()) + 1
+            length = tokens.shape[1]
+            if not torch.compiler.is_exporting():  # a graph gets rows that have been cut
+                length = int(self._tokens.ends(tokens).max()) + 1
             prefix = "" if self._tower is self._model else "text."
             cut = {
                 f"{prefix}positional_embedding": self._tower.positional_embedding[:length],
@@ -120,7 +122,7 @@ class TextTower:
         first = self._tokens.leading
 
         def replace(module: nn.Module, arguments: Any, vectors: Tensor) -> Tensor:
-            own = context.expand(len(vectors), -1, -1).to(vectors.dtype)
+            own = context.expand(vectors.shape[0], -1, -1).to(vectors.dtype)
             behind = vectors[:, first + own.shape[1] :]
             return torch.cat([vectors[:, :first], own, behind], dim=1)
 
