@@ -63,8 +63,14 @@ class Bundle:
             BundleError: they are missing or changed, or the bundle is a zip.
         """
         name = self.manifest.graphs[precision].weights
-        if name is None:
-            return None
+        return None if name is None else self.folder_of(name)
+
+    def folder_of(self, name: str) -> Path:
+        """Return the folder of one of its files, for what reads that file by itself.
+
+        Raises:
+            BundleError: the file is missing or changed, or the bundle is a zip.
+        """
         record = self.manifest.files.get(name)
         if not self.path.is_dir():
             raise BundleError(f"{self.path}: too large to run from a zip; unpack it first")
@@ -105,6 +111,8 @@ def open_bundle(path: str | Path) -> Bundle:
     )
     graphs = manifest.graphs.values()
     names = [*manifest.files, *(g.file for g in graphs), *(g.weights for g in graphs if g.weights)]
+    if manifest.open_vocabulary is not None:
+        names += manifest.open_vocabulary.files
     if escaping := [name for name in names if not is_inside(name)]:
         raise BundleError(f"{path}: {escaping[0]!r} leads out of the bundle; do not trust it")
     return Bundle(path, manifest)

@@ -5,18 +5,23 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from capt_deploy.backends import Backend, create, preferred_precision
-from capt_deploy.bundle import open_bundle
+from capt_deploy.bundle import Bundle, open_bundle
 from capt_deploy.errors import BundleError
 from capt_deploy.files import expand_home
 from capt_deploy.images import ImageInput
 from capt_deploy.manifest import PRECISION_KEY, Manifest
 from capt_deploy.onnx_metadata import read_metadata
 from capt_deploy.preprocess import preprocess
+
+if TYPE_CHECKING:
+    from capt_deploy.open_vocabulary import Head, TextSide
 
 
 @dataclass(frozen=True, eq=False)  # arrays have no single truth value to compare by
@@ -40,10 +45,16 @@ class Prediction:
 class Classifier:
     """A loaded bundle. Thread-safe."""
 
-    def __init__(self, manifest: Manifest, backend: Backend, precision: str) -> None:
+    def __init__(
+        self, manifest: Manifest, backend: Backend, precision: str, bundle: Bundle | None = None
+    ) -> None:
         self.manifest = manifest
         self.backend = backend
         self.precision = precision
+        self._bundle = bundle
+        self._adding = Lock()
+        self._texts: TextSide | None = None
+        self._head: Head | None = None  # once there are more classes than the graph's
 
     @classmethod
     def load(
@@ -73,7 +84,7 @@ class Classifier:
         if not bundle.manifest.verified:
             warnings.warn(f"{path}: was exported although its check had failed", stacklevel=2)
         engine = create(backend, onnx, precision, bundle.weights_folder(precision))
-        return cls(bundle.manifest, engine, precision)
+        return cls(bundle.manifest, engine, precision, bundle)
 
     @classmethod
     def _load_onnx(cls, path: Path, backend: str) -> "Classifier":
@@ -94,8 +105,34 @@ class Classifier:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Class names, in the order of all probabilities."""
-        return self.manifest.class_names
+        """Class names, in the order of all probabilities; added ones behind the bundle's."""
+        return self.manifest.class_names if self._head is None else self._head.class_names
+
+    @property
+    def tuned(self) -> tuple[bool, ...]:
+        """Whether the prompt was tuned on each class."""
+        return self.manifest.tuned if self._head is None else self._head.tuned
+
+    def add_classes(self, names: Iterable[str]) -> None:
+        """Let all later predictions know further classes, by name alone; all of them or none.
+
+        They get the rows that an export with `--classes` gives them. Predictions that are under way
+        in other threads end with the classes that they began with.
+
+        Raises:
+            ConfigError: a name is empty, too long for the text tower, or there already.
+            BundleError: the bundle was not exported with `--open-vocab`, was changed, or a package
+                is missing.
+        """
+        from capt_deploy.open_vocabulary import Head, TextSide
+
+        if self._bundle is None:
+            raise BundleError("a lone graph has no text side; load the whole bundle to add classes")
+        with self._adding:
+            texts = self._texts = self._texts or TextSide.of(self._bundle)
+            head = self._head or Head.of(self._bundle, self.precision)
+            temperature = self.manifest.calibration[self.precision]["temperature"]
+            self._head = head.with_classes(texts, names, temperature)
 
     def __call__(self, image: ImageInput) -> Prediction:
         """Classify one image. Raises `ImageError` if it cannot be decoded."""
@@ -119,13 +156,14 @@ class Classifier:
 
     def run(self, pixels: NDArray[np.uint8]) -> list[Prediction]:
         """Classify preprocessed pixels, (batch, height, width, 3) RGB 0-255."""
-        return [
-            self._prediction(probabilities)
-            for probabilities in self.backend.run(pixels).probabilities
-        ]
+        outputs, head = self.backend.run(pixels), self._head
+        if head is None:
+            names, probabilities = self.manifest.class_names, outputs.probabilities
+        else:
+            names, probabilities = head.class_names, head.probabilities(outputs.embedding)
+        return [_prediction(row, names) for row in probabilities]
 
-    def _prediction(self, probabilities: NDArray[np.float32]) -> Prediction:
-        best = int(probabilities.argmax())
-        return Prediction(
-            self.class_names[best], float(probabilities[best]), probabilities, self.class_names
-        )
+
+def _prediction(probabilities: NDArray[np.float32], class_names: tuple[str, ...]) -> Prediction:
+    best = int(probabilities.argmax())
+    return Prediction(class_names[best], float(probabilities[best]), probabilities, class_names)

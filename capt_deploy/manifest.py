@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, get_origin
 
 from capt_deploy.errors import BundleError
 from capt_deploy.preprocess import PreprocessConfig
@@ -27,6 +27,26 @@ class Graph:
 
 
 @dataclass(frozen=True)
+class OpenVocabulary:
+    """How a name becomes a row of the head where the bundle is used."""
+
+    prompts: tuple[str, ...]  # with {} for the name, in the order in which the graph takes them
+    context_length: int  # the most tokens of a text, start and end counted
+    pad: int  # token id behind the end
+    cuttable: bool  # whether the graph also takes shorter rows
+    cleaning: str  # of texts, before they become tokens; see `open_vocabulary.CLEANINGS`
+    logit_bias: float = 0.0
+    file: str = "text.onnx"
+    tokenizer: str = "tokenizer.json"
+    weights: str | None = None  # a second file, where one cannot hold them
+
+    @property
+    def files(self) -> list[str]:
+        """Its files in the bundle."""
+        return [name for name in (self.file, self.tokenizer, self.weights) if name]
+
+
+@dataclass(frozen=True)
 class FileRecord:
     """Content check of one file."""
 
@@ -47,6 +67,7 @@ class Manifest:
     training: Mapping[str, Any]  # provenance: model, data fingerprint, seed, versions
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     verified: bool = True  # False if it was written although the gate had failed
+    open_vocabulary: OpenVocabulary | None = None  # where classes can be added
     schema_version: int = SCHEMA_VERSION
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,6 +103,7 @@ class Manifest:
                     "graphs": _records(Graph, values["graphs"], where),
                     "files": _records(FileRecord, values.get("files", {}), where),
                     "confusion_pairs": tuple(values["confusion_pairs"]),
+                    "open_vocabulary": _open_vocabulary(values.get("open_vocabulary"), where),
                 }
             )
             manifest._check(where)
@@ -126,10 +148,23 @@ def _check_keys(kind: Any, values: Mapping[str, Any], where: str) -> None:
         raise BundleError(f"{where}: missing keys {sorted(missing)}")
 
 
+def _open_vocabulary(values: Any, where: str) -> OpenVocabulary | None:
+    if values is None:
+        return None
+    if not isinstance(values.get("prompts"), list | tuple):
+        raise TypeError("prompts is no list")
+    own = {**values, "prompts": tuple(str(prompt) for prompt in values["prompts"])}
+    found: OpenVocabulary = _records(OpenVocabulary, {"open vocabulary": own}, where).popitem()[1]
+    if not found.prompts or not all("{}" in prompt for prompt in found.prompts):
+        raise BundleError(f"{where}: expected prompts with {{}} for the name")
+    return found
+
+
 def _records(kind: Any, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name, record in values.items():
         _check_keys(kind, record, f"{where}, {name}")
         for key, value in record.items():
-            if not isinstance(value, kind.__annotations__[key]):
+            expected = kind.__annotations__[key]
+            if not isinstance(value, tuple if get_origin(expected) is tuple else expected):
                 raise TypeError(f"{key} of {name} is {value!r}")
     return {name: kind(**record) for name, record in values.items()}

@@ -47,14 +47,31 @@ class OnnxRuntime:
                 "or export with --fp16 or --fp32 as well"
             )
         level = _LEVELS.get(precision, "ORT_ENABLE_BASIC")
-        self._session = _session(onnx, level, weights_folder, frugal)
+        self._session = start_session(onnx, level, weights_folder, frugal=frugal)
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:
         """Run (batch, height, width, 3) pixels, RGB, 0-255."""
         return Outputs(*self._session.run(list(Outputs._fields), {"images": images}))
 
 
-def _session(onnx: bytes | Path, level: str, weights_folder: Path | None, frugal: bool) -> Any:
+def start_session(
+    onnx: bytes | Path,
+    level: str,
+    weights_folder: Path | None = None,
+    *,
+    frugal: bool = False,
+) -> Any:
+    """Return an `InferenceSession` on the CPU provider.
+
+    Args:
+        onnx: the graph, or its file, which then must be one that nobody else can change.
+        level: the name of a `GraphOptimizationLevel`.
+        weights_folder: where weights lie that are not in the graph's own file.
+        frugal: give memory back after every run, which costs time.
+
+    Raises:
+        BackendError: ONNX Runtime is missing, or cannot load the graph.
+    """
     try:
         import onnxruntime
     except ImportError as cause:

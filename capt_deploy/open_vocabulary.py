@@ -1,0 +1,200 @@
+"""Name classes where a bundle is used: names to rows of the head, without torch.
+
+A bundle of `capt-export --open-vocab` holds the text tower with its learned prompts as a graph,
+and the tokenizer. Texts are cleaned as open_clip cleans them, by the same library.
+"""
+
+import html
+import string
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capt_deploy.backends.onnxruntime import start_session
+from capt_deploy.bundle import Bundle
+from capt_deploy.class_names import distinct_names
+from capt_deploy.errors import BundleError, ConfigError
+from capt_deploy.manifest import OpenVocabulary
+from capt_deploy.metrics import softmax
+
+_AT_ONCE = 64  # names
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def _spaced(text: str) -> str:
+    return " ".join(text.split())
+
+
+# What is left to do with a text that is free of mojibake and HTML, by open_clip's names for it.
+CLEANINGS: Mapping[str, Callable[[str], str]] = {
+    "whitespace": _spaced,
+    "lower": lambda text: _spaced(text).lower(),
+    "canonicalize": lambda text: _spaced(text.replace("_", " ").translate(_NO_PUNCTUATION).lower()),
+}
+
+
+class PromptTokens:
+    """Puts names into the prompts of a bundle, and makes token ids of them. Thread-safe."""
+
+    def __init__(self, record: OpenVocabulary, tokenizer: bytes) -> None:
+        """Read the tokenizer.
+
+        Args:
+            record: what the manifest says of it.
+            tokenizer: the content of `tokenizer.json`.
+
+        Raises:
+            BundleError: it cannot be read, or a library is missing.
+        """
+        if record.cleaning not in CLEANINGS:
+            raise BundleError(f"cleaning {record.cleaning!r}: unknown; upgrade capt to read it")
+        self._record = record
+        self._tokenizer, self._fix_text = _open_tokenizer(tokenizer)
+
+    def ids(self, text: str) -> list[int]:
+        """Return the ids of a text with start and end, without padding."""
+        clean = html.unescape(html.unescape(self._fix_text(text))).strip()
+        ids: list[int] = self._tokenizer.encode(CLEANINGS[self._record.cleaning](clean)).ids
+        return ids
+
+    def rows(self, names: Sequence[str]) -> NDArray[np.int64]:
+        """Return what the graph takes, (classes, prompts, tokens), no longer than needed.
+
+        Raises:
+            ConfigError: a name is too long for the text tower.
+        """
+        prompts, most = self._record.prompts, self._record.context_length
+        ids = [[self.ids(p.replace("{}", name)) for p in prompts] for name in names]
+        for name, own in zip(names, ids, strict=True):
+            if (longest := max(map(len, own))) > most:
+                raise ConfigError(
+                    f"class names: {name!r} is too long, {longest} tokens with the prompt, and the "
+                    f"model takes {most}; shorten it"
+                )
+        length = max(len(text) for own in ids for text in own) if self._record.cuttable else most
+        padded = [[text + [self._record.pad] * (length - len(text)) for text in own] for own in ids]
+        return np.array(padded, dtype=np.int64)
+
+
+class TextSide:
+    """Prompts, tokenizer and text tower of a bundle. Thread-safe."""
+
+    def __init__(
+        self,
+        record: OpenVocabulary,
+        tokenizer: bytes,
+        onnx: bytes | Path,
+        folder: Path | None = None,
+    ) -> None:
+        """Open it.
+
+        Args:
+            record: what the manifest says of it.
+            tokenizer: the content of `tokenizer.json`.
+            onnx: the graph, `tokens` (classes, prompts, tokens) to `rows` (classes, dim), or its
+                file, which then must be one that nobody else can change.
+            folder: where weights lie that are not in the graph's own file.
+
+        Raises:
+            BundleError: the tokenizer cannot be read, or a library is missing.
+            BackendError: the graph cannot be loaded.
+        """
+        self.tokens = PromptTokens(record, tokenizer)
+        self.logit_bias = record.logit_bias
+        self._session = start_session(onnx, "ORT_ENABLE_ALL", folder)
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> "TextSide":
+        """Open that of a bundle.
+
+        Raises:
+            BundleError: the bundle has none, it was changed, or a library is missing.
+        """
+        record = bundle.manifest.open_vocabulary
+        if record is None:
+            raise BundleError(
+                f"{bundle.path}: its classes are fixed; export the run with --open-vocab, or with "
+                f"--classes and a list of the wanted ones"
+            )
+        folder = None if record.weights is None else bundle.folder_of(record.weights)
+        return cls(record, bundle.read(record.tokenizer), bundle.read(record.file), folder)
+
+    def rows(self, names: Sequence[str]) -> NDArray[np.float32]:
+        """Return scale·Ŵ_c of classes that were not tuned on, (classes, dim); never renormalised.
+
+        Raises:
+            ConfigError: a name is too long for the text tower.
+        """
+        batches = [names[start : start + _AT_ONCE] for start in range(0, len(names), _AT_ONCE)]
+        parts = [self._session.run(["rows"], {"tokens": self.tokens.rows(b)})[0] for b in batches]
+        return np.concatenate(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """All classes of a classifier, and the linear layer that tells them apart."""
+
+    class_names: tuple[str, ...]
+    tuned: tuple[bool, ...]
+    weight: NDArray[np.float32]  # (classes, dim), over the temperature
+    bias: NDArray[np.float32]  # (classes,)
+
+    @classmethod
+    def of(cls, bundle: Bundle, precision: str) -> "Head":
+        """Return what one of a bundle's graphs has inside."""
+        manifest, tensors = bundle.manifest, bundle.text_embeddings()
+        # They are written at the temperature of the first graph.
+        first = manifest.calibration[next(iter(manifest.graphs))]["temperature"]
+        factor = np.float32(first / manifest.calibration[precision]["temperature"])
+        weight, bias = (tensors[name] * factor for name in ("text_embeddings", "bias"))
+        if len(weight) != len(manifest.class_names):
+            raise BundleError(f"{bundle.path}: has {len(weight)} rows, expected one for each class")
+        return cls(manifest.class_names, manifest.tuned, weight, bias)
+
+    def with_classes(self, texts: TextSide, names: Iterable[str], temperature: float) -> "Head":
+        """Return the head with further classes behind its own.
+
+        Raises:
+            ConfigError: a name is empty, too long, or there already.
+        """
+        new = distinct_names(names, self.class_names)
+        if not new:
+            return self
+        rows = texts.rows(new) / np.float32(temperature)
+        bias = np.full(len(new), texts.logit_bias / temperature, np.float32)
+        return Head(
+            (*self.class_names, *new),
+            (*self.tuned, *[False] * len(new)),
+            np.concatenate([self.weight, rows]),
+            np.concatenate([self.bias, bias]),
+        )
+
+    def logits(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the calibrated logits, (batch, classes), of unit-norm embeddings."""
+        return np.asarray(embedding @ self.weight.T + self.bias, np.float32)
+
+    def probabilities(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return their softmax."""
+        return softmax(self.logits(embedding)).astype(np.float32)
+
+
+def _open_tokenizer(content: bytes) -> tuple[Any, Callable[[str], str]]:
+    try:
+        from ftfy import fix_text
+        from tokenizers import Tokenizer
+    except ImportError as cause:
+        raise BundleError(
+            f"classes can be added only with the package {cause.name}: "
+            f"pip install 'capt[open-vocab]'"
+        ) from cause
+    try:
+        tokenizer = Tokenizer.from_str(content.decode())
+    except Exception as cause:  # the library raises nothing more special
+        raise BundleError(f"tokenizer.json cannot be read ({cause}); export it again") from cause
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer, fix_text
