@@ -18,6 +18,7 @@ from capt_deploy.version import __version__
 @click.option("--bf16", is_flag=True, help="The same in bfloat16, for Ampere and later.")
 @click.option("--int8", is_flag=True, help="Products in int8 where the logits bear it.")
 @click.option("--classes", type=PathInHome(), help="Names, one a line: a row for each of these.")
+@click.option("--open-vocab", "open_vocabulary", is_flag=True, help="Add the text side; see below.")
 @click.option("--triton", type=PathInHome(), help="Write a model repository for Triton as well.")
 @click.option("--opset", default=20, show_default=True, help="23 has an Attention operator.")
 @click.option("--gate-data", type=PathInHome(), help="Check on these images; see below.")
@@ -46,7 +47,8 @@ def main(
     images. If they differ, nothing is written and the exit code is 1. Of several precisions each
     gets a graph in the same bundle, and the runtime picks.
 
-    --classes may also name classes that the run does not know: they get the learned prompts.
+    --classes may also name classes that the run does not know: they get the learned prompts. With
+    --open-vocab, classes can be added to the bundle where it is used, without torch.
 
     --check asks the graphs of a bundle again, on this machine; --gate-data is then where the
     images lie, which may be left out. It needs no torch.

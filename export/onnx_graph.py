@@ -1,12 +1,13 @@
 """Trace a network to ONNX; change head and metadata of the graph; write it, with its weights."""
 
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from capt_deploy.errors import ModelError
 from capt_deploy.files import write_bytes
@@ -114,6 +115,31 @@ def trace(
     """
     # Traced with two images: a batch of one would be taken for a constant.
     example = torch.zeros((2, height, width, 3), dtype=torch.uint8)
+    batch = {0: torch.export.Dim("batch")}
+    model = to_onnx(network, ("images", example, batch), OUTPUTS, opset, "the visual tower")
+    return OnnxGraph(model, opset, precision)
+
+
+def to_onnx(
+    network: nn.Module,
+    input_: tuple[str, Tensor, Mapping[int, Any]],
+    outputs: Sequence[str],
+    opset: int,
+    what: str,
+) -> Any:
+    """Return a network with one input as an `onnx_ir.Model`.
+
+    Args:
+        network: to be traced.
+        input_: its name, an example, and the `torch.export.Dim`s of the axes that may vary.
+        outputs: their names.
+        opset: of the operators.
+        what: is traced, for an error.
+
+    Raises:
+        ModelError: the network cannot be traced.
+    """
+    name, example, axes = input_
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter's deprecations are not the user's
@@ -122,17 +148,17 @@ def trace(
                 (example,),
                 dynamo=True,
                 opset_version=opset,
-                input_names=["images"],
-                output_names=list(OUTPUTS),
-                dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+                input_names=[name],
+                output_names=list(outputs),
+                dynamic_shapes={name: dict(axes)},
                 verbose=False,
             )
     except Exception as cause:  # the exporter wraps whatever went wrong in types of its own
-        raise ModelError(f"the visual tower cannot be traced to ONNX: {cause}") from cause
+        raise ModelError(f"{what} cannot be traced to ONNX: {cause}") from cause
     if program is None:
         raise ModelError("the exporter returned no graph")
     _strip(program.model)
-    return OnnxGraph(program.model, opset, precision)
+    return program.model
 
 
 def _strip(model: Any) -> None:

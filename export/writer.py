@@ -17,7 +17,7 @@ from capt_deploy.console import say
 from capt_deploy.errors import BundleError, ConfigError, GateError
 from capt_deploy.files import expand_home, new_folder, write_bytes, write_json
 from capt_deploy.gate import Answers, GateResult, compare, gate_table
-from capt_deploy.manifest import FileRecord, Manifest
+from capt_deploy.manifest import FileRecord, Manifest, OpenVocabulary
 from capt_train.run import load_run
 from export.classes import with_classes
 from export.emulation import widened
@@ -27,6 +27,7 @@ from export.merge import merged
 from export.onnx_graph import OPSET, OPSETS
 from export.precision import BF16, FP32, PRECISIONS
 from export.source import Source, source_of
+from export.text_graph import write_open_vocabulary
 
 _WORTH_REFITTING = 1e-3  # of a temperature; less shows in no figure
 _LAST_LOOK = 4  # images that the finished bundle is asked about
@@ -40,6 +41,7 @@ class ExportOptions:
     opset: int = OPSET
     gate_images: int = 256  # at most
     force: bool = False  # write it, marked, although the gate has failed
+    open_vocabulary: bool = False  # with the text side, for classes to be added later
 
     def __post_init__(self) -> None:
         if unknown := set(self.precisions) - set(PRECISIONS):
@@ -92,9 +94,17 @@ def export_run(
     source = source_of(model, gate_data) if len(models) == 1 else merged(models, gate_data)
     if class_names is not None:
         source = with_classes(source, models, class_names)
-    for other in models:  # their text sides are folded, and may outweigh the visual one
-        other.backbone.free(text_only=other is model)
-    return export(source, out, options or ExportOptions(), release=model.backbone.free)
+    options = options or ExportOptions()
+
+    def begin(folder: Path) -> OpenVocabulary | None:
+        names = source.class_names
+        wanted = options.open_vocabulary
+        record = write_open_vocabulary(models, folder, names) if wanted else None
+        for other in models:  # their text sides are folded, and may outweigh the visual one
+            other.backbone.free(text_only=other is model)
+        return record
+
+    return export(source, out, options, begin, release=model.backbone.free)
 
 
 def refuse_existing(out: str | Path) -> None:
@@ -107,18 +117,21 @@ def export(
     source: Source,
     out: str | Path,
     options: ExportOptions,
+    begin: Callable[[Path], OpenVocabulary | None] = lambda _: None,
     release: Callable[[], None] | None = None,
 ) -> Path:
     """Export whatever a `Source` holds; see `export_run`.
 
+    `begin` is called with the bundle's folder, to write the text side into it while there is one.
     `release` is called when the torch model is not needed any more: a runtime beside it would
     double the memory that a large model takes.
     """
     out = expand_home(out)
     refuse_existing(out)
     say(f"exporting {source.training['model']} with {len(source.class_names)} classes")
-    question = ask_torch(source, options.gate_images)
     with new_folder(out) as folder:
+        text_side = begin(folder)
+        question = ask_torch(source, options.gate_images)
         traced = [trace_precision(source, name, options.opset) for name in options.precisions]
         if release is not None:
             release()
@@ -135,7 +148,7 @@ def export(
                     f"from the trained model: {failed} (--force writes it all the same, marked)"
                 )
             say(f"warning: written although {failed}")
-        manifest = _manifest(source, proven, verified=not failed)
+        manifest = _manifest(source, proven, text_side, verified=not failed)
         _write_files(source, proven, question, manifest, folder)
         _last_look(folder, proven, question)
     return out
@@ -183,7 +196,13 @@ def _ask(traced: Traced, path: Path, source: Source, question: Question) -> Answ
     return ask_backend(backend, preprocess, files, f"asking the {precision} graph")
 
 
-def _manifest(source: Source, proven: Mapping[str, _Proven], *, verified: bool) -> Manifest:
+def _manifest(
+    source: Source,
+    proven: Mapping[str, _Proven],
+    text_side: OpenVocabulary | None,
+    *,
+    verified: bool,
+) -> Manifest:
     """Return the manifest, without the hashes of its files and the names of second ones."""
     zero_shot = (
         {} if source.zero_shot is None else {"zero_shot_temperature": source.zero_shot_temperature}
@@ -203,6 +222,7 @@ def _manifest(source: Source, proven: Mapping[str, _Proven], *, verified: bool) 
         confusion_pairs=source.pairs,
         training=source.training,
         verified=verified,
+        open_vocabulary=text_side,
     )
 
 

@@ -18,7 +18,7 @@ from capt_train.pipeline import train
 from capt_train.run import TunedModel, load_run, mixed_rows
 
 TRAINED = {"shots": 4, "epochs": 2, "text_depth": 2, "prompts": 2}
-TEMPLATES = ("a photo of a {}.", "{}, as seen by a camera")
+TEMPLATES = ("a photo of a {}.", "the {} in a picture")
 
 
 def shaken(model: TunedModel, seed: int = 0) -> TunedModel:
@@ -26,8 +26,13 @@ def shaken(model: TunedModel, seed: int = 0) -> TunedModel:
     draw = torch.Generator().manual_seed(seed)
     for parameter in model.learner.text_parameters:
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw)
-    share = 0.3 + 0.02 * seed
-    mixture = Mixture((0.2, 0.5, 0.3), (1 - share - 0.1, 0.1, share))
+    learned = model.learner.learned
+    mixture = Mixture.learned_only(learned)
+    if "mixture" in model.config.parts:
+        parts = [2 * (number + 1) / learned / (learned + 1) for number in range(learned)]
+        trust = 0.4 + 0.02 * seed
+        outside = (1 - trust, *(trust * part for part in parts))
+        mixture = Mixture((0.2, *(0.8 * part for part in parts)), outside)
     rows = mixed_rows(model.learner, model.zero_shot, model.split, mixture)
     fitted = replace(model.fitted, mixture=mixture, temperature=1.7, zero_shot_temperature=0.8)
     return replace(model, text_embeddings=rows.detach(), fitted=fitted)
@@ -67,7 +72,7 @@ def text_run(
     return tune
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def text_model(text_run: Callable[..., Path]) -> TunedModel:
     """Return one of them, shaken: two of four classes tuned, two prompts, a mixture."""
     return shaken(load_run(text_run()))
