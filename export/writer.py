@@ -2,35 +2,28 @@
 
 import hashlib
 import json
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 from safetensors.torch import save
 
-from capt_deploy.backends.onnxruntime import OnnxRuntime
 from capt_deploy.bundle import MANIFEST, REFERENCE, REPORT, TEXT_EMBEDDINGS
-from capt_deploy.classifier import Classifier
 from capt_deploy.console import say
 from capt_deploy.errors import BundleError, ConfigError, GateError
 from capt_deploy.files import expand_home, new_folder, write_bytes, write_json
-from capt_deploy.gate import Answers, GateResult, compare, gate_table
+from capt_deploy.gate import GateResult, gate_table
 from capt_deploy.manifest import FileRecord, Manifest, OpenVocabulary
 from capt_train.run import load_run
 from export.classes import with_classes
-from export.emulation import widened
-from export.gate import Question, ask_backend, ask_torch, temperature_factor
-from export.graphs import Traced, trace_precision
+from export.gate import Question, ask_torch
+from export.graphs import trace_precision
 from export.merge import merged
 from export.onnx_graph import OPSET, OPSETS
-from export.precision import BF16, FP32, PRECISIONS
+from export.precision import FP32, PRECISIONS
+from export.prove import Proven, last_look, prove
 from export.source import Source, source_of
 from export.text_graph import write_open_vocabulary
-
-_WORTH_REFITTING = 1e-3  # of a temperature; less shows in no figure
-_LAST_LOOK = 4  # images that the finished bundle is asked about
 
 
 @dataclass(frozen=True)
@@ -52,16 +45,6 @@ class ExportOptions:
             raise ConfigError(f"opset {self.opset}: expected one of {OPSETS}")
         if self.gate_images < 1:
             raise ConfigError(f"gate images: expected at least 1, came {self.gate_images}")
-
-
-@dataclass(frozen=True)
-class _Proven:
-    """A graph, and what asking it has shown."""
-
-    traced: Traced
-    temperature: float
-    answers: Answers
-    result: GateResult
 
 
 def export_run(
@@ -136,7 +119,7 @@ def export(
         if release is not None:
             release()
         proven = {
-            own.graph.precision: _prove(source, own, question, folder / file)
+            own.graph.precision: prove(source, own, question, folder / file)
             for own, file in zip(traced, _file_names(options.precisions), strict=True)
         }
         results = {precision: own.result for precision, own in proven.items()}
@@ -150,7 +133,7 @@ def export(
             say(f"warning: written although {failed}")
         manifest = _manifest(source, proven, text_side, verified=not failed)
         _write_files(source, proven, question, manifest, folder)
-        _last_look(folder, proven, question)
+        last_look(folder, proven, question)
     return out
 
 
@@ -167,38 +150,9 @@ def _file_names(precisions: Sequence[str]) -> list[str]:
     return ["model.onnx", *(f"model.{precision}.onnx" for precision in precisions[1:])]
 
 
-def _prove(source: Source, traced: Traced, question: Question, path: Path) -> _Proven:
-    """Write a graph, ask it, and let it be as sure of itself as the trained model."""
-    precision = traced.graph.precision
-    answers = _ask(traced, path, source, question)
-    temperature, factor = source.temperature, 1.0
-    if precision != FP32:
-        factor = temperature_factor(question.expected, answers)
-    if abs(factor - 1) > _WORTH_REFITTING:
-        temperature *= factor
-        traced.graph.set_head(source.head.cooled(factor))
-        answers = _ask(traced, path, source, question)
-    result = compare(precision, question.expected, answers, question.labels)
-    return _Proven(traced, temperature, answers, result)
-
-
-def _ask(traced: Traced, path: Path, source: Source, question: Question) -> Answers:
-    """Write the graph and ask what was written."""
-    precision = traced.graph.precision
-    traced.graph.write(path)
-    folder = path.parent if traced.graph.external else None
-    if precision == BF16:
-        backend = OnnxRuntime(widened(path.read_bytes()), "emulated", folder, frugal=True)
-    else:
-        backend = OnnxRuntime(path, precision, folder, frugal=True)
-    files = [photo.path for photo in question.photos]
-    preprocess = source.learner.backbone.preprocess
-    return ask_backend(backend, preprocess, files, f"asking the {precision} graph")
-
-
 def _manifest(
     source: Source,
-    proven: Mapping[str, _Proven],
+    proven: Mapping[str, Proven],
     text_side: OpenVocabulary | None,
     *,
     verified: bool,
@@ -228,7 +182,7 @@ def _manifest(
 
 def _write_files(
     source: Source,
-    proven: Mapping[str, _Proven],
+    proven: Mapping[str, Proven],
     question: Question,
     manifest: Manifest,
     folder: Path,
@@ -257,17 +211,3 @@ def _write_files(
             digest = hashlib.file_digest(content, "sha256").hexdigest()
         records[file.name] = FileRecord(digest, file.stat().st_size)
     write_json(folder / MANIFEST, replace(manifest, files=records).to_dict())
-
-
-def _last_look(folder: Path, proven: Mapping[str, _Proven], question: Question) -> None:
-    """Load the finished bundle as an application does, and ask it once more."""
-    files = [photo.path for photo in question.photos[:_LAST_LOOK]]
-    for precision, own in proven.items():
-        if precision == BF16:  # the CPU cannot
-            continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that it has failed was said already
-            loaded = Classifier.load(folder, "onnxruntime", precision)
-        found = ask_backend(loaded.backend, loaded.manifest.preprocess, files, "last look")
-        if not np.allclose(found.logits, own.answers.logits[: len(files)], atol=1e-3):
-            raise GateError(f"{precision}: the bundle does not say what its graph said")

@@ -1,0 +1,74 @@
+"""Write a graph, ask it, and set its temperature; ask the finished bundle once more."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from capt_deploy.backends.onnxruntime import OnnxRuntime
+from capt_deploy.classifier import Classifier
+from capt_deploy.errors import GateError
+from capt_deploy.gate import Answers, GateResult, compare
+from export.emulation import widened
+from export.gate import Question, ask_backend, temperature_factor
+from export.graphs import Traced
+from export.precision import BF16, FP32
+from export.source import Source
+
+_WORTH_REFITTING = 1e-3  # of a temperature; less shows in no figure
+_LAST_LOOK = 4  # images that the finished bundle is asked about
+
+
+@dataclass(frozen=True)
+class Proven:
+    """A graph, and what asking it has shown."""
+
+    traced: Traced
+    temperature: float
+    answers: Answers
+    result: GateResult
+
+
+def prove(source: Source, traced: Traced, question: Question, path: Path) -> Proven:
+    """Write a graph, ask it, and let it be as sure of itself as the trained model."""
+    precision = traced.graph.precision
+    answers = _ask(traced, path, source, question)
+    temperature, factor = source.temperature, 1.0
+    if precision != FP32:
+        factor = temperature_factor(question.expected, answers)
+    if abs(factor - 1) > _WORTH_REFITTING:
+        temperature *= factor
+        traced.graph.set_head(source.head.cooled(factor))
+        answers = _ask(traced, path, source, question)
+    result = compare(precision, question.expected, answers, question.labels)
+    return Proven(traced, temperature, answers, result)
+
+
+def _ask(traced: Traced, path: Path, source: Source, question: Question) -> Answers:
+    """Write the graph and ask what was written."""
+    precision = traced.graph.precision
+    traced.graph.write(path)
+    folder = path.parent if traced.graph.external else None
+    if precision == BF16:
+        backend = OnnxRuntime(widened(path.read_bytes()), "emulated", folder, frugal=True)
+    else:
+        backend = OnnxRuntime(path, precision, folder, frugal=True)
+    files = [photo.path for photo in question.photos]
+    preprocess = source.learner.backbone.preprocess
+    return ask_backend(backend, preprocess, files, f"asking the {precision} graph")
+
+
+def last_look(folder: Path, proven: Mapping[str, Proven], question: Question) -> None:
+    """Load the finished bundle as an application does, and ask it once more."""
+    files = [photo.path for photo in question.photos[:_LAST_LOOK]]
+    for precision, own in proven.items():
+        if precision == BF16:  # the CPU cannot
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that it has failed was said already
+            loaded = Classifier.load(folder, "onnxruntime", precision)
+        found = ask_backend(loaded.backend, loaded.manifest.preprocess, files, "last look")
+        if not np.allclose(found.logits, own.answers.logits[: len(files)], atol=1e-3):
+            raise GateError(f"{precision}: the bundle does not say what its graph said")
