@@ -31,7 +31,7 @@ from capt_deploy.gate import LIMITS
 # Architecture of open_clip, and how many photos it is checked on.
 FAMILIES: Mapping[str, tuple[str, int]] = {
     "photo model": ("", 64),
-    "ViT-B/32": ("ViT-B-32", 64),
+    "ViT-B/32": ("ViT-B-32", 16),
     "ViT-B/16": ("ViT-B-16", 64),
     "ViT-L/14": ("ViT-L-14", 8),
     "ViT-L/14 336": ("ViT-L-14-336", 8),
@@ -40,7 +40,7 @@ FAMILIES: Mapping[str, tuple[str, int]] = {
     "MobileCLIP-S1": ("MobileCLIP-S1", 16),
     "MobileCLIP-B": ("MobileCLIP-B", 16),
     "SigLIP B/16": ("ViT-B-16-SigLIP", 16),
-    "ResNet-50": ("RN50", 64),
+    "ResNet-50": ("RN50", 16),
 }
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 SMS = (75, 80, 86, 89, 120)
@@ -124,7 +124,7 @@ def _copy_photos(folder: Path, images: int) -> None:
     """Lay out four classes: one photo each to tune on, the wanted number to check on."""
     source = _SHARED / "data" / "cifar100"
     classes = sorted(path.name for path in (source / "train").iterdir())[::25]
-    for split, count in (("train", 16), ("val", images // len(classes))):
+    for split, count in (("train", 8), ("val", images // len(classes))):
         for own in classes:
             (folder / split / own).mkdir(parents=True)
             for photo in sorted((source / split / own).iterdir())[:count]:
