@@ -31,7 +31,7 @@ $(VENV)/.installed: pyproject.toml
 # The runtime alone, as an edge machine has it: no torch.
 $(DEPLOY_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(DEPLOY_VENV)
-	$(DEPLOY_VENV)/bin/pip install --quiet --editable . pytest hypothesis
+	$(DEPLOY_VENV)/bin/pip install --quiet --editable '.[open-vocab]' pytest hypothesis
 	touch $@
 
 clean:
