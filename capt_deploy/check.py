@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from capt_deploy.bundle import open_bundle
+from capt_deploy.bundle import Bundle, open_bundle
 from capt_deploy.classifier import Classifier
 from capt_deploy.console import say
-from capt_deploy.errors import BackendError, GateError
+from capt_deploy.errors import GateError, UnavailableError
 from capt_deploy.files import expand_home
 from capt_deploy.gate import Answers, GateResult, compare, gate_table
 from capt_deploy.images import ImageInput
@@ -17,6 +17,7 @@ from capt_deploy.preprocess import preprocess
 from capt_deploy.reference import Reference, chosen, patterns
 
 _BATCH = 32
+_ROWS = 1e-3  # by how much logits of the rows for tools may differ
 
 
 def check_bundle(
@@ -35,18 +36,23 @@ def check_bundle(
         graph that cannot run here, `not_checked` with the reason.
 
     Raises:
-        GateError: a graph does not say what the trained model said, or none can run here.
-        CaptError: bundle or images cannot be used.
+        GateError: a graph does not say what the trained model said, or the rows for tools do not.
+        UnavailableError: none of the graphs can run here.
+        CaptError: bundle, images or backend cannot be used.
     """
     bundle = open_bundle(path)
+    for name in bundle.manifest.files:
+        if not name.endswith(".data"):  # weights are hashed when a graph is loaded
+            bundle.read(name)
     reference = Reference.of(bundle)
+    _check_rows(bundle, reference)
     found = {} if images is None else reference.find(expand_home(images))
     results: dict[str, GateResult] = {}
     report: dict[str, Any] = {}
     for precision in bundle.manifest.graphs:
         try:
             classifier = Classifier.load(path, backend, precision)
-        except BackendError as cause:
+        except UnavailableError as cause:
             say(f"{precision}: not checked: {cause}")
             report[precision] = {"not_checked": str(cause)}
             continue
@@ -54,11 +60,23 @@ def check_bundle(
         results |= {f"{precision}, {kind}": result for kind, result in own.items()}
         report[precision] = {kind: result.to_dict() for kind, result in own.items()}
     if not results:
-        raise GateError(f"{path}: none of its graphs can run here, so nothing was checked")
+        raise UnavailableError(f"{path}: none of its graphs can run here; nothing was checked")
     say(gate_table(results))
     if failed := [f"{name}: {', '.join(r.failures)}" for name, r in results.items() if r.failures]:
         raise GateError(f"{path} does not say what the trained model said: {'; '.join(failed)}")
     return report
+
+
+def _check_rows(bundle: Bundle, reference: Reference) -> None:
+    """Make sure that the rows for tools give the reference's logits."""
+    rows = bundle.text_embeddings()
+    first = next(iter(bundle.manifest.graphs))
+    asked = reference.patterns
+    logits = asked.embedding @ rows["text_embeddings"].T + rows["bias"]
+    # The rows have the first graph's temperature, the reference that of float32.
+    factor = float((logits * asked.logits).sum() / (logits * logits).sum())
+    if not np.abs(factor * logits - asked.logits).max() <= _ROWS:
+        raise GateError(f"{bundle.path}: its text embeddings are not those of its {first} graph")
 
 
 def _check(

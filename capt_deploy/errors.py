@@ -38,6 +38,10 @@ class BackendError(CaptError):
     """A requested backend that cannot run here."""
 
 
+class UnavailableError(BackendError):
+    """A backend that this machine cannot run, whatever the graph."""
+
+
 class GateError(CaptError):
     """An export that does not say the same as the trained model."""
 

@@ -69,8 +69,17 @@ class Reference:
             found = cls(tuple(sha256), tensors["labels"], images, patterns)
         except (SafetensorError, KeyError, ValueError, TypeError) as cause:
             raise BundleError(f"{bundle.path}: {REFERENCE} is damaged ({cause})") from cause
-        if not len(found.sha256) == len(found.labels) == len(images.logits):
-            raise BundleError(f"{bundle.path}: {REFERENCE} names more images than it answers")
+        classes, count = len(bundle.manifest.class_names), len(found.sha256)
+        shapes = [
+            (len(own.logits), own.logits.shape[1:], own.probabilities.shape, len(own.embedding))
+            for own in (images, patterns)
+        ]
+        expected = [(n, (classes,), (n, classes), n) for n in (count, PATTERNS)]
+        if shapes != expected or found.labels.shape != (count,):
+            raise BundleError(
+                f"{bundle.path}: {REFERENCE} does not answer for {count} images, {PATTERNS} "
+                f"patterns and {classes} classes; export it again"
+            )
         return found
 
     def find(self, folder: Path) -> dict[int, Path]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from capt_deploy.console import Command, PathInHome, print_json, say
 from capt_deploy.version import __version__
@@ -61,8 +62,7 @@ def main(
     if check is not None:
         from capt_deploy.check import check_bundle
 
-        if runs or out is not None:
-            raise click.UsageError("--check takes no RUN and no --out: it writes nothing")
+        _refuse_others()
         report = check_bundle(check, gate_data, backend)
     else:
         if not runs or out is None:
@@ -72,11 +72,25 @@ def main(
         print_json(report)
 
 
+def _refuse_others() -> None:
+    """Refuse what --check would ignore."""
+    context = click.get_current_context()
+    own = ("check", "gate_data", "backend", "as_json")
+    given = [
+        parameter.get_error_hint(context)
+        for parameter in context.command.params
+        if parameter.name not in own
+        and context.get_parameter_source(str(parameter.name)) != ParameterSource.DEFAULT
+    ]
+    if given:
+        raise click.UsageError(f"--check writes nothing and takes no {', '.join(given)}")
+
+
 def _export(
     runs: tuple[Path, ...], out: Path, gate_data: Path | None, options: dict[str, Any]
 ) -> Any:
     from capt_deploy.bundle import REPORT, open_bundle
-    from capt_deploy.errors import BundleError
+    from capt_deploy.errors import BundleError, ConfigError
     from capt_deploy.files import read_json
     from export.classes import read_class_list
     from export.precision import PRECISIONS
@@ -89,6 +103,9 @@ def _export(
     own = ExportOptions(**options)
     if triton is not None:
         refuse_existing(triton)
+        here, there = out.absolute(), triton.absolute()
+        if here == there or here in there.parents or there in here.parents:
+            raise ConfigError(f"--triton {triton} and --out {out}: expected two separate folders")
     export_run(runs, out, gate_data, replace(own, precisions=wanted or own.precisions), names)
     say(f"bundle written to {out}")
     if triton is not None:

@@ -4,6 +4,7 @@ ONNX Runtime has no bfloat16 products on the CPU. Each operator is computed in f
 result rounded to bfloat16 and back, as hardware with float32 accumulators does it.
 """
 
+from pathlib import Path
 from typing import Any
 
 # They only move values, which are rounded already.
@@ -13,16 +14,27 @@ _MOVING = {
 }
 
 
-def widened(onnx_bytes: bytes) -> bytes:
-    """Return the graph with float32 in the place of bfloat16, and a rounding where it was."""
+def write_widened(path: Path, out: Path) -> None:
+    """Write a graph with float32 in the place of bfloat16, and a rounding where it was.
+
+    Args:
+        path: the graph; a second file of weights lies beside it.
+        out: where to write it, with a second file of its own, `OUT.data`.
+    """
     import onnx
+
+    model = widened(onnx.load(path))
+    onnx.save_model(model, out, save_as_external_data=True, location=f"{out.name}.data")
+
+
+def widened(model: Any) -> Any:
+    """Return an `onnx.ModelProto` so widened; its weights are in memory."""
     from onnx import TensorProto, helper, numpy_helper
 
-    model = onnx.shape_inference.infer_shapes(onnx.load_from_string(onnx_bytes))
     graph = model.graph
     narrow = {
         value.name
-        for value in (*graph.value_info, *graph.output)
+        for value in (*graph.value_info, *graph.output)  # the exporter notes all types
         if value.type.tensor_type.elem_type == TensorProto.BFLOAT16
     }
     for tensor in graph.initializer:
@@ -46,4 +58,4 @@ def widened(onnx_bytes: bytes) -> bytes:
     del graph.node[:]
     graph.node.extend(nodes)
     del graph.value_info[:]
-    return model.SerializeToString()  # type: ignore[no-any-return]
+    return model

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from capt_deploy.backends import Backend
 from capt_deploy.batches import preprocess_files
-from capt_deploy.console import progress
+from capt_deploy.console import progress, say
 from capt_deploy.errors import DataError
 from capt_deploy.files import sha256_file
 from capt_deploy.gate import Answers
@@ -22,6 +22,7 @@ from export.source import Photo, Source, spread
 
 _PIXELS = 2**18  # at once: activations of more would outweigh the weights of a large ViT
 _LARGEST_BATCH = 64
+_FEW = 50
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Question:
     """The images, and what the float32 torch model says of them."""
 
     photos: tuple[Photo, ...]  # only readable ones
+    unreadable: int  # images that were to be asked about as well
     expected: Answers
     patterns: Answers  # to `patterns`, drawn at the model's size
 
@@ -48,7 +50,7 @@ def ask_torch(source: Source, most_images: int) -> Question:
     """Return what the trained model says of the source's images.
 
     Raises:
-        DataError: none of the images can be read.
+        DataError: half of the images or more cannot be read.
     """
     photos = spread(source.gate_images, most_images)
     preprocess = source.learner.backbone.preprocess
@@ -62,13 +64,18 @@ def ask_torch(source: Source, most_images: int) -> Question:
             readable += [of[file] for file in batch.files if file not in batch.errors]
             if batch.pixels is not None:
                 parts.append(_torch_answers(source, batch.pixels))
-    if not parts:
+    lost = len(files) - len(readable)
+    if lost >= len(readable):
         raise DataError(
-            f"the export is checked on the run's own images, but none of {len(files)} can be "
+            f"the export is checked on the run's own images, but {lost} of {len(files)} cannot be "
             f"read (first: {files[0] if files else 'none'}); pass their folder with --gate-data"
         )
+    if lost:
+        say(f"note: {lost} of {len(files)} images of the check cannot be read")
+    if len(readable) < _FEW:
+        say(f"note: checked on no more than {len(readable)} images, which tell little")
     drawn = patterns(preprocess.size)
-    return Question(tuple(readable), _joined(parts), _torch_answers(source, drawn))
+    return Question(tuple(readable), lost, _joined(parts), _torch_answers(source, drawn))
 
 
 def _batch(preprocess: PreprocessConfig) -> int:

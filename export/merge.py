@@ -30,7 +30,16 @@ from capt_train.embedding_cache import EmbeddingCache
 from capt_train.features import embed
 from capt_train.run import TunedModel
 from export.classes import hand_written_rows, untuned_rows
-from export.source import Photo, Source, other_photos, provenance
+from export.source import (
+    Photo,
+    Source,
+    is_the_data_set,
+    other_photos,
+    provenance,
+    root_of,
+)
+
+_PARTS = ("train", "val")
 
 
 def merged(models: Sequence[TunedModel], gate_data: str | Path | None = None) -> Source:
@@ -39,8 +48,8 @@ def merged(models: Sequence[TunedModel], gate_data: str | Path | None = None) ->
     Args:
         models: at least two, loaded; class names are those of the first, then what the second
             adds, and so on. The same name means the same class.
-        gate_data: where the runs' data set lies now, if it has moved; or other images, which then
-            serve for the temperature too, as far as their classes are known.
+        gate_data: where the runs' data set lies now, if it has moved; or other images, which serve
+            for the temperature too where the runs' own are gone, as far as their classes are known.
 
     Raises:
         ConfigError: runs that do not fit together: one is there twice, their models differ, the
@@ -56,11 +65,14 @@ def merged(models: Sequence[TunedModel], gate_data: str | Path | None = None) ->
     own = {n for m in models for n, flag in zip(m.class_names, m.tuned, strict=True) if flag}
     tuned = tuple(name in own for name in names)
     rows, zero_shot = _rows(models, names), _zero_shot(models, names)
-    train = _listed(models, names, "train", gate_data)
-    val = _listed(models, names, "val", gate_data)
-    shown = val or train
-    if gate_data is not None and not all(photo.path.is_file() for photo in shown):
-        shown = val = tuple(other_photos(expand_home(gate_data), names))
+    given = None if gate_data is None else expand_home(gate_data)
+    moved = given is not None and all(is_the_data_set(m.split, root_of(given)) for m in models)
+    train, val = (_listed(models, names, part, given if moved else None) for part in _PARTS)
+    shown = val or train[::2]
+    if given is not None and not moved:
+        shown = tuple(other_photos(given, names))
+        if not any(photo.path.is_file() for photo in val):
+            val = shown
     temperatures = _temperatures(models, val, names, tuned, (rows, zero_shot))
     return Source(
         learner=models[0].learner,
@@ -73,7 +85,7 @@ def merged(models: Sequence[TunedModel], gate_data: str | Path | None = None) ->
         pairs=_pairs(models),
         training=_provenance(models),
         gate_images=shown,
-        training_images=train,
+        training_images=train if val else train[1::2],
     )
 
 
@@ -116,14 +128,13 @@ def _zero_shot(models: Sequence[TunedModel], names: Sequence[str]) -> Float[Tens
 
 
 def _listed(
-    models: Sequence[TunedModel], names: Sequence[str], split: str, data: str | Path | None
+    models: Sequence[TunedModel], names: Sequence[str], split: str, data: Path | None
 ) -> tuple[Photo, ...]:
     """Return the images of all runs' `train` or `val`, each once, with their labels in `names`."""
     place = {name: index for index, name in enumerate(names)}
     found: dict[Photo, None] = {}
     for model in models:
-        root = Path(model.config.data) if data is None else expand_home(data)
-        root = root if root.is_dir() else root.parent
+        root = root_of(Path(model.config.data) if data is None else data)
         for item in getattr(model.split, split):
             label = place[model.class_names[item.label]]
             found[Photo(root / item.path, label)] = None

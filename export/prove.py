@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from capt_deploy.backends.onnxruntime import OnnxRuntime
 from capt_deploy.classifier import Classifier
 from capt_deploy.errors import GateError
 from capt_deploy.gate import Answers, GateResult, compare
-from export.emulation import widened
+from export.emulation import write_widened
 from export.gate import Question, ask_backend, temperature_factor
 from export.graphs import Traced
 from export.precision import BF16, FP32
@@ -51,13 +52,17 @@ def _ask(traced: Traced, path: Path, source: Source, question: Question) -> Answ
     precision = traced.graph.precision
     traced.graph.write(path)
     folder = path.parent if traced.graph.external else None
-    if precision == BF16:
-        backend = OnnxRuntime(widened(path.read_bytes()), "emulated", folder, frugal=True)
-    else:
-        backend = OnnxRuntime(path, precision, folder, frugal=True)
     files = [photo.path for photo in question.photos]
     preprocess = source.learner.backbone.preprocess
-    return ask_backend(backend, preprocess, files, f"asking the {precision} graph")
+    label = f"asking the {precision} graph"
+    if precision != BF16:
+        backend = OnnxRuntime(path, precision, folder, frugal=True)
+        return ask_backend(backend, preprocess, files, label)
+    with TemporaryDirectory(dir=path.parent) as name:
+        wide = Path(name) / path.name
+        write_widened(path, wide)
+        backend = OnnxRuntime(wide, "emulated", wide.parent, frugal=True)
+        return ask_backend(backend, preprocess, files, label)
 
 
 def last_look(folder: Path, proven: Mapping[str, Proven], question: Question) -> None:
@@ -70,5 +75,7 @@ def last_look(folder: Path, proven: Mapping[str, Proven], question: Question) ->
             warnings.simplefilter("ignore", UserWarning)  # that it has failed was said already
             loaded = Classifier.load(folder, "onnxruntime", precision)
         found = ask_backend(loaded.backend, loaded.manifest.preprocess, files, "last look")
-        if not np.allclose(found.logits, own.answers.logits[: len(files)], atol=1e-3):
+        if not np.allclose(
+            found.logits, own.answers.logits[: len(files)], atol=1e-3, equal_nan=True
+        ):
             raise GateError(f"{precision}: the bundle does not say what its graph said")

@@ -1,6 +1,6 @@
 """What is exported: a row for each class over one visual side, and real images to prove it on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from capt_deploy.datasets import SPLITS, read_dataset
+from capt_deploy.console import say
+from capt_deploy.datasets import SPLITS, Item, read_dataset
 from capt_deploy.errors import DataError
-from capt_deploy.files import expand_home, visible_files
+from capt_deploy.files import expand_home, sha256_file, visible_files
 from capt_deploy.version import __version__
+from capt_train.fewshot import FewShotSplit
 from capt_train.learner import Learner
 from capt_train.run import TunedModel
 from export.fold import Head, folded
 
+_LOOKED_INTO = 16  # images of a data set
 # What a reader of the bundle may want to know; folders of the machine it came from are not in it.
 _PROVENANCE = (
     *("method", "added", "without", "classes", "shots", "seed", "templates", "context_init"),
@@ -73,13 +76,19 @@ def source_of(model: TunedModel, gate_data: str | Path | None = None) -> Source:
     Raises:
         DataError: none of the images is there.
     """
-    names = model.class_names
-    root = expand_home(gate_data) if gate_data is not None else Path(model.config.data)
-    own = root if root.is_dir() else root.parent
-    split = model.split
-    chosen = [Photo(own / item.path, item.label) for item in split.val or split.train]
-    if gate_data is not None and not all(photo.path.is_file() for photo in chosen):
-        chosen = other_photos(root, names)
+    names, split = model.class_names, model.split
+    own = Path(model.config.data)
+    train = photos_of(split.train, root_of(own))
+    chosen = photos_of(split.val, root_of(own))
+    if gate_data is not None:
+        given = expand_home(gate_data)
+        if is_the_data_set(split, root_of(given)):
+            train, chosen = (photos_of(part, root_of(given)) for part in (split.train, split.val))
+        else:
+            chosen = other_photos(given, names)
+    if not chosen:  # int8 must not be judged by what it was calibrated on
+        say("note: no validation images; the export is checked on half of the training images")
+        train, chosen = train[1::2] or train, train[::2]
     worst = sorted(model.fitted.pairs.items(), key=lambda pair: -pair[1])
     return Source(
         learner=model.learner,
@@ -95,8 +104,27 @@ def source_of(model: TunedModel, gate_data: str | Path | None = None) -> Source:
         ),
         training=provenance(model),
         gate_images=tuple(chosen),
-        training_images=tuple(Photo(own / item.path, item.label) for item in split.train),
+        training_images=tuple(train),
     )
+
+
+def root_of(data: Path) -> Path:
+    """Return the folder that paths of a data set start from."""
+    return data if data.is_dir() else data.parent
+
+
+def photos_of(items: Sequence[Item], root: Path) -> list[Photo]:
+    """Return images of a run where its data set lies."""
+    return [Photo(root / item.path, item.label) for item in items]
+
+
+def is_the_data_set(split: FewShotSplit, root: Path) -> bool:
+    """Tell whether a folder holds the images of a run: all by name, some looked into."""
+    items = [*split.train, *split.val]
+    if not all((root / item.path).is_file() for item in items):
+        return False
+    looked_into = items[:: max(1, len(items) // _LOOKED_INTO)]
+    return all(sha256_file(root / i.path) == split.sha256[i.path] for i in looked_into)
 
 
 def other_photos(root: Path, class_names: tuple[str, ...]) -> list[Photo]:
@@ -104,11 +132,13 @@ def other_photos(root: Path, class_names: tuple[str, ...]) -> list[Photo]:
     try:
         dataset = read_dataset(root, strict_names=False).aligned_to(class_names)
         items = next(of for name in ("val", "test", *SPLITS) if (of := dataset.splits[name]))
+        say(f"note: checked on {len(items)} labelled images of another data set, {root}")
         return [Photo(dataset.path(item), item.label) for item in items]
     except DataError:
         files = visible_files(root) if root.is_dir() else []
     if not files:
         raise DataError(f"{root}: holds no images to check the export on; expected a data set")
+    say(f"note: checked on {len(files)} images without known classes, below {root}")
     return [Photo(file) for file in files]
 
 

@@ -81,8 +81,8 @@ def onnx_config(
     config = _graph_config(name, signature, batches, "KIND_AUTO")
     config["platform"] = "onnxruntime_onnx"
     if precision != "fp32":
-        # Level 1 is "extended": all of its optimizations crash on half-precision ViTs (1.31, CPU).
-        config["optimization"] = {"graph": {"level": 1}}
+        # Triton's name for "basic"; see capt_deploy/backends/onnxruntime.py.
+        config["optimization"] = {"graph": {"level": -1}}
     return config
 
 

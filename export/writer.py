@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,9 +92,13 @@ def export_run(
 
 
 def refuse_existing(out: str | Path) -> None:
-    """Raise `BundleError` if `out` exists: before time is spent."""
-    if expand_home(out).exists():
+    """Raise `BundleError` if `out` exists or cannot be made: before time is spent."""
+    out = expand_home(out)
+    if out.exists():
         raise BundleError(f"{out}: already there; remove it or choose another name")
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise BundleError(f"{out}: {parent} is no folder that can be written to")
 
 
 def export(
@@ -203,6 +208,7 @@ def _write_files(
         {
             "graphs": {precision: own.traced.to_dict() for precision, own in proven.items()},
             "gate": {precision: own.result.to_dict() for precision, own in proven.items()},
+            "gate_images": {"asked": len(question.photos), "unreadable": question.unreadable},
         },
     )
     records = {}

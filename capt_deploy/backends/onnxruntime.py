@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capt_deploy.backends import Outputs
-from capt_deploy.errors import BackendError
+from capt_deploy.errors import BackendError, UnavailableError
 
 # onnxruntime 1.31 on the CPU: ENABLE_ALL crashes the process on half-precision ViTs, and
 # ENABLE_EXTENDED cannot load a half-precision FastViT; neither is faster there than BASIC. What
@@ -42,7 +42,7 @@ class OnnxRuntime:
             BackendError: the graph cannot run here.
         """
         if precision == "bf16":
-            raise BackendError(
+            raise UnavailableError(
                 "backend onnxruntime: has no bfloat16 kernels on the CPU; run this graph on a GPU, "
                 "or export with --fp16 or --fp32 as well"
             )

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from capt_deploy.check import check_bundle
 from capt_deploy.classifier import Classifier
-from capt_deploy.errors import BackendError, DataError, GateError
+from capt_deploy.errors import BackendError, BundleError, DataError, GateError, UnavailableError
 from capt_deploy.files import sha256_file
 from capt_deploy.gate import Answers
 from capt_deploy.preprocess import preprocess
@@ -52,8 +52,40 @@ def test_a_graph_that_says_something_else_is_caught(
     with_reference: Callable[[bytes], Path], reference: Reference, kind: str
 ) -> None:
     wrong = replace(reference, **{kind: shifted(getattr(reference, kind))})
-    with pytest.raises(GateError, match=f"fp32, {kind}: max logit difference"):
+    # the rows for tools are compared with what was said of the patterns, before any graph is asked
+    said = "text embeddings" if kind == "patterns" else "fp32, images: max logit difference"
+    with pytest.raises(GateError, match=said):
         check_bundle(with_reference(wrong.save()), PHOTOS)
+
+
+def test_another_file_that_was_changed_is_noticed(
+    with_reference: Callable[[bytes], Path], reference: Reference
+) -> None:
+    bundle = with_reference(reference.save())
+    (bundle / "report.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"report\.json is not the file that was exported"):
+        check_bundle(bundle)
+
+
+def test_a_graph_that_cannot_be_loaded_is_no_pass(
+    with_reference: Callable[[bytes], Path],
+    reference: Reference,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise BackendError("cannot load the graph")
+
+    monkeypatch.setattr("capt_deploy.classifier.create", refuse)
+    with pytest.raises(BackendError, match="cannot load"):
+        check_bundle(with_reference(reference.save()))
+
+
+def test_an_unknown_backend_is_bad_input(
+    with_reference: Callable[[bytes], Path], reference: Reference
+) -> None:
+    with pytest.raises(BackendError, match="expected one of") as caught:
+        check_bundle(with_reference(reference.save()), backend="foo")
+    assert caught.value.exit_code == 2
 
 
 def test_without_images_the_patterns_are_asked_about(
@@ -72,10 +104,10 @@ def test_what_cannot_run_here_is_said_and_is_no_pass(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
-        raise BackendError("no such device")
+        raise UnavailableError("no such device")
 
     monkeypatch.setattr("capt_deploy.classifier.create", refuse)
-    with pytest.raises(GateError, match="none of its graphs can run here"):
+    with pytest.raises(UnavailableError, match="none of its graphs can run here"):
         check_bundle(with_reference(reference.save()))
     assert "fp32: not checked: no such device" in capsys.readouterr().err
 
@@ -90,5 +122,6 @@ def test_the_command_checks_and_writes_nothing(
     assert json.loads(done.stdout)["fp32"]["images"]["passed"] is True
     assert "fp32, images" in done.stderr
     assert sorted((f.name, f.stat().st_mtime_ns) for f in bundle.iterdir()) == before
-    wrong = CliRunner().invoke(main, ["run", "--check", str(bundle)])
-    assert wrong.exit_code == 2 and "writes nothing" in wrong.stderr
+    for other in (["run"], ["--int8"], ["--triton", "x"], ["--opset", "20"]):
+        wrong = CliRunner().invoke(main, ["--check", str(bundle), *other])
+        assert wrong.exit_code == 2 and "writes nothing" in wrong.stderr

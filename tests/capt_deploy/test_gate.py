@@ -82,7 +82,7 @@ def test_what_is_no_number_becomes_null_in_json() -> None:
     values = replace(PERFECT, max_logit_difference=float("nan")).to_dict()
     assert values["max_logit_difference"] is None
     assert values["passed"] is False
-    assert values["limits"] == asdict(LIMITS["fp16"])
+    assert values["limits"] == asdict(PERFECT.limits)
 
 
 def test_the_table_shows_every_graph_with_its_limits() -> None:

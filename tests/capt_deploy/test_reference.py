@@ -13,7 +13,7 @@ from capt_deploy.reference import PATTERNS, Reference, chosen, patterns
 
 def answers(count: int) -> Answers:
     random = np.random.default_rng(count)
-    shapes = ((count, 3), (count, 3), (count, 4))
+    shapes = ((count, 4), (count, 4), (count, 32))
     return Answers(*(random.normal(size=shape).astype(np.float32) for shape in shapes))
 
 

@@ -89,10 +89,11 @@ def test_a_broken_export_is_caught(question, bundle, change):
 
 
 @pytest.mark.parametrize("change", BROKEN)
-def test_the_wider_limits_of_half_precision_catch_it_too(question, full_bundle, change):
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_the_wider_limits_of_lower_precision_catch_it_too(question, full_bundle, precision, change):
     preprocess = Classifier.load(full_bundle).manifest.preprocess
-    backend = changed(full_bundle, change, "model.fp16.onnx")
-    assert judge(question, backend, preprocess, "fp16").failures
+    backend = changed(full_bundle, change, f"model.{precision}.onnx")
+    assert judge(question, backend, preprocess, precision).failures
 
 
 def test_another_temperature_is_caught(source, bundle):
@@ -113,8 +114,9 @@ def test_unreadable_images_are_left_out_but_not_all_of_them(source, tmp_path):
     broken = Photo(tmp_path / "broken.png")
     broken.path.write_bytes(b"nothing")
     some = dataclasses.replace(source, gate_images=(broken, *source.gate_images[:3]))
-    assert ask_torch(some, 100).photos == source.gate_images[:3]
-    for images in ((broken,), ()):
+    asked = ask_torch(some, 100)
+    assert (asked.photos, asked.unreadable) == (source.gate_images[:3], 1)
+    for images in ((broken, source.gate_images[0]), (broken,), ()):
         with pytest.raises(DataError, match="--gate-data"):
             ask_torch(dataclasses.replace(source, gate_images=images), 100)
 

@@ -246,7 +246,7 @@ def test_further_precisions_are_served_beside_the_first(altered, tmp_path):
     }
     assert found["pets"].ensemble_scheduling.step[1].model_name == "pets_onnx"
     # all of ONNX Runtime's optimizations crash on half-precision ViTs
-    assert found["pets_onnx"].optimization.graph.level == 1
+    assert found["pets_onnx"].optimization.graph.level == -1
     caches = {cache_of(folder, name) for name in ("pets_tensorrt", "pets_int8_tensorrt")}
     assert len(caches) == 2
 
