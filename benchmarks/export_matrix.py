@@ -5,6 +5,7 @@
 Architectures have their real sizes and random weights; the statistics of their batch norms are
 those of the photos. Each family is tuned by `capt-train --method zeroshot` on a few photos, and
 each precision exported by a `capt-export` of its own: its seconds and its peak memory are a user's.
+The photo model is that of the tests, its prompt tuned on the base classes of CIFAR-100.
 Rows that are measured stay in benchmarks/results/export_matrix.json; `--again` measures anew.
 Nothing runs on a GPU: engines are built, not run.
 """
@@ -30,7 +31,7 @@ from capt_deploy.gate import LIMITS
 
 # Architecture of open_clip, and how many photos it is checked on.
 FAMILIES: Mapping[str, tuple[str, int]] = {
-    "photo model": ("", 64),
+    "photo model": ("", 1000),
     "ViT-B/32": ("ViT-B-32", 16),
     "ViT-B/16": ("ViT-B-16", 64),
     "ViT-L/14": ("ViT-L-14", 8),
@@ -100,15 +101,22 @@ def _measure(family: str, precisions: list[str], rows: dict[str, dict[str, Any]]
     architecture, images = FAMILIES[family]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _copy_photos(folder / "photos", images)
-        model = folder / "model"
+        run, photos, model, method = folder / "run", folder / "photos", folder / "model", "zeroshot"
         if architecture:
-            _run("benchmarks.random_models", architecture, model, folder / "photos")
+            _copy_photos(photos, images)
+            _run("benchmarks.random_models", architecture, model, photos)
         else:
+            photos, method = _SHARED / "data" / "cifar100", "coop"
             model = _SHARED / "models" / "tinyclip-cifar"
-        run = folder / "run"
-        spec = ["--data", folder / "photos", "--model", f"local-dir:{model}"]
-        _run("benchmarks.command", "capt-train", *spec, "--method", "zeroshot", "--out", run)
+        spec = [
+            "--data",
+            photos,
+            "--model",
+            f"local-dir:{model}",
+            "--classes",
+            "base" if method == "coop" else "all",
+        ]
+        _run("benchmarks.command", "capt-train", *spec, "--method", method, "--out", run)
         for precision in precisions:
             say(f"{family}, {precision}")
             rows[f"{family} / {precision}"] = {

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from capt_deploy.batches import preprocess_files
 from capt_deploy.console import say
-from capt_deploy.errors import DataError
+from capt_deploy.errors import DataError, GateError
+from capt_deploy.gate import LIMITS, Answers
+from capt_deploy.reference import patterns
 from export.onnx_graph import BF16_OPSET, OnnxGraph, trace
 from export.precision import BF16, DTYPES, FP32, INT8
 from export.quantize import Quantisation, quantize
@@ -45,11 +47,21 @@ class Traced:
         }
 
 
-def trace_precision(source: Source, precision: str, opset: int) -> Traced:
+def trace_precision(source: Source, precision: str, opset: int, expected: Answers) -> Traced:
     """Return the graph of one precision, calibrated as float32 is.
+
+    Before it is lowered, the network has to say of the patterns what the trained model says: what
+    rounding costs would hide a wrong mean or weight.
+
+    Args:
+        source: what is exported.
+        precision: one of `PRECISIONS`.
+        opset: of the graph, at least.
+        expected: the trained model's answers to `patterns`.
 
     Raises:
         ModelError: the visual side cannot be traced, or not be quantised.
+        GateError: the float32 network does not say what the trained model says.
         DataError: int8 finds none of the run's training images.
     """
     say(f"tracing the {precision} graph")
@@ -63,6 +75,7 @@ def trace_precision(source: Source, precision: str, opset: int) -> Traced:
     ).eval()
     quantisation = None
     with torch.no_grad():
+        _compare_network(network, backbone.preprocess.size, expected)
         if precision == INT8:
             quantisation = quantize(network, _training_pixels(source))
             say(f"int8: {100 * quantisation.work:.0f} % of the products")
@@ -70,6 +83,18 @@ def trace_precision(source: Source, precision: str, opset: int) -> Traced:
     graph = trace(network, *backbone.preprocess.size, precision, opset)
     explicit = "explicit" if network.normalises else "folded into the patch convolution"
     return Traced(graph, explicit, precision == BF16, quantisation)
+
+
+def _compare_network(network: VisualClassifier, size: tuple[int, int], expected: Answers) -> None:
+    drawn = torch.from_numpy(patterns(size))
+    found = torch.cat([network(part[None])[0] for part in drawn])
+    difference = float((found - torch.from_numpy(expected.logits)).abs().max())
+    limit = LIMITS[FP32].max_logit_difference
+    if not difference <= limit:
+        raise GateError(
+            f"the network to be exported differs from the trained model before its precision is "
+            f"lowered: max |Δlogit| {difference:.2g}, limit {limit:.0e}"
+        )
 
 
 def _training_pixels(source: Source) -> Sequence[UInt8[Tensor, "_ height width 3"]]:

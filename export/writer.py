@@ -120,7 +120,10 @@ def export(
     with new_folder(out) as folder:
         text_side = begin(folder)
         question = ask_torch(source, options.gate_images)
-        traced = [trace_precision(source, name, options.opset) for name in options.precisions]
+        traced = [
+            trace_precision(source, name, options.opset, question.patterns)
+            for name in options.precisions
+        ]
         if release is not None:
             release()
         proven = {

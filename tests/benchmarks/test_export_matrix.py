@@ -50,3 +50,9 @@ def test_a_row_tells_what_was_proved_and_what_was_built() -> None:
 )
 def test_the_docs_show_it(text: str) -> None:
     assert text in DOCS
+
+
+def test_the_families_that_the_readme_names_are_measured() -> None:
+    rows = export_matrix.load()
+    assert rows and {row["family"] for row in rows.values()} <= set(export_matrix.FAMILIES)
+    assert all(row["gate"]["passed"] for row in rows.values())

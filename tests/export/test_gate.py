@@ -9,11 +9,13 @@ from onnx import numpy_helper
 
 from capt_deploy.backends import create
 from capt_deploy.classifier import Classifier
-from capt_deploy.errors import DataError
+from capt_deploy.errors import DataError, GateError
 from capt_deploy.gate import compare
 from capt_train.run import load_run
 from export.gate import ask_backend, ask_torch, temperature_factor
+from export.graphs import trace_precision
 from export.source import Photo, source_of
+from export.visual import VisualClassifier
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +90,12 @@ def test_a_broken_export_is_caught(question, bundle, change):
     assert result.to_dict()["passed"] is False
 
 
-@pytest.mark.parametrize("change", BROKEN)
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
+# What little a small model says of a small fault, int8's rounding hides; see the last test.
+LOWER = [("fp16", change) for change in BROKEN]
+LOWER += [("int8", change) for change in (swapped_classes, not_a_number)]
+
+
+@pytest.mark.parametrize(("precision", "change"), LOWER)
 def test_the_wider_limits_of_lower_precision_catch_it_too(question, full_bundle, precision, change):
     preprocess = Classifier.load(full_bundle).manifest.preprocess
     backend = changed(full_bundle, change, f"model.{precision}.onnx")
@@ -132,3 +138,22 @@ def test_a_graph_that_is_surer_gets_a_higher_temperature(question):
     assert temperature_factor(question.expected, surer) == pytest.approx(1.25, rel=1e-4)
     lost = dataclasses.replace(surer, logits=np.full_like(surer.logits, np.nan))
     assert temperature_factor(question.expected, lost) == 1.0
+
+
+@pytest.mark.parametrize("fault", ["wrong mean", "changed weight"])
+def test_a_network_that_is_wrong_is_caught_before_rounding_hides_it(source, fault, monkeypatch):
+    expected = ask_torch(source, 4).patterns
+    made = VisualClassifier.__init__
+
+    def wrong(self, *arguments, **options):
+        made(self, *arguments, **options)
+        kernel = self.visual.conv1.weight
+        if fault == "wrong mean":
+            self.visual.conv1.bias.data -= 0.002 * 255 * kernel.sum(dim=(1, 2, 3))
+        else:
+            kernel.data[0] *= 1.01
+
+    assert trace_precision(source, "int8", 20, expected).graph.precision == "int8"
+    monkeypatch.setattr(VisualClassifier, "__init__", wrong)
+    with pytest.raises(GateError, match="before its precision is lowered"):
+        trace_precision(source, "int8", 20, expected)

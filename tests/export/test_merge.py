@@ -192,9 +192,8 @@ def test_without_validation_images_the_runs_temperatures_are_averaged(
     blind = [replace(model, split=replace(model.split, val=())) for model in models]
     source = merged(blind)
     assert source.temperature == pytest.approx((1.7 * 0.6) ** 0.5)
-    assert {photo.path for photo in source.gate_images} == {
-        photo.path for photo in source.training_images
-    }
+    asked, others = ({p.path for p in own} for own in (source.gate_images, source.training_images))
+    assert asked and others and not asked & others  # half of the training images each
 
 
 def test_runs_that_do_not_fit_together_are_refused(

@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 
 import numpy as np
@@ -65,3 +66,22 @@ def test_some_of_many_are_spread_evenly(tmp_path):
     assert spread((), 5) == []
     labels = np.array([photo.label for photo in spread(photos, 50)])
     assert np.diff(labels).max() <= 3
+
+
+def test_files_of_the_same_names_are_not_the_data_set(model, photos, tmp_path):
+    moved = shutil.copytree(photos, tmp_path / "moved")
+    one = next((moved / "val" / "red_ball").iterdir()).read_bytes()
+    for file in moved.rglob("*.png"):
+        file.write_bytes(one)
+    source = source_of(model, moved)
+    # read as another data set, and int8 keeps to the run's own training images
+    assert {p.path for p in source.training_images} == {photos / i.path for i in model.split.train}
+    assert len(source.gate_images) == 16  # all of its val/, where the run has but two classes
+
+
+def test_without_validation_images_the_gate_takes_half_of_the_others(model, photos):
+    split = dataclasses.replace(model.split, val=())
+    source = source_of(dataclasses.replace(model, split=split))
+    gate, train = ({p.path for p in own} for own in (source.gate_images, source.training_images))
+    assert len(gate) == len(train) == 4 and not gate & train
+    assert gate | train == {photos / item.path for item in model.split.train}

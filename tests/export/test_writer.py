@@ -218,3 +218,32 @@ def test_weights_beyond_one_file_go_into_a_second_one(tuned_run, tmp_path, monke
     zipped = shutil.make_archive(str(tmp_path / "x"), "zip", out)
     with pytest.raises(BundleError, match="unpack it"):
         Classifier.load(zipped)
+
+
+def test_a_graph_of_nothing_but_nan_is_written_only_by_force(tuned_run, tmp_path, monkeypatch):
+    plain = VisualClassifier.lower
+
+    def broken(self, dtype):
+        plain(self, dtype)
+        self.weight *= float("nan")
+
+    monkeypatch.setattr(VisualClassifier, "lower", broken)
+    with pytest.raises(GateError, match="max logit difference nan"):
+        export_run(tuned_run, tmp_path / "x.capt", options=ExportOptions(("fp16",)))
+    out = export_run(tuned_run, tmp_path / "x.capt", options=ExportOptions(("fp16",), force=True))
+    report = json.loads((out / "report.json").read_text())
+    assert report["gate"]["fp16"]["max_logit_difference"] is None
+
+
+def test_a_large_bfloat16_graph_is_proved_too(tuned_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_graph, "_LARGEST_BYTES", 10_000)
+    out = export_run(tuned_run, tmp_path / "x.capt", options=ExportOptions(("bf16",)))
+    assert sorted(file.name for file in out.iterdir() if "model" in file.name) == [
+        *("model.onnx", "model.onnx.data")
+    ]
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_at_once(tuned_run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BundleError, match="no folder that can be written to"):
+        export_run(tuned_run, tmp_path / "file" / "x.capt")
