@@ -17,7 +17,9 @@ from export.quantize import quantize
 from export.visual import VisualClassifier
 from tests.families import FAMILIES
 
-COSINE = {"fp32": 1 - 1e-6, "fp16": 0.9999, "bf16": 0.995, "int8": 0.99}
+# int8 may move the logits by a fifth of their spread here, so that most layers of these towers
+# are quantised, small as they are.
+COSINE = {"fp32": 1 - 1e-6, "fp16": 0.9999, "bf16": 0.995, "int8": 0.97}
 BUILDS = importlib.util.find_spec("tensorrt_rtx") is not None
 
 
