@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 from capt_deploy.errors import ImageError
 from capt_deploy.preprocess import PreprocessConfig, preprocess
 
+_FRUGAL_PIXELS = 2**18  # activations of more would outweigh the weights of a large ViT
+_LARGEST_FRUGAL = 64
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -17,6 +20,12 @@ class Batch:
     files: tuple[str, ...]
     pixels: NDArray[np.uint8] | None  # (readable, height, width, 3); None if none is readable
     errors: dict[str, str]  # by file
+
+
+def frugal_batch(config: PreprocessConfig) -> int:
+    """Return how many images to run at once where memory counts more than time."""
+    height, width = config.size
+    return max(1, min(_LARGEST_FRUGAL, _FRUGAL_PIXELS // (height * width)))
 
 
 def preprocess_files(

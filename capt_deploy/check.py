@@ -6,17 +6,17 @@ from typing import Any
 
 import numpy as np
 
+from capt_deploy.backends import Backend, Outputs, joined
+from capt_deploy.batches import frugal_batch, preprocess_files
 from capt_deploy.bundle import Bundle, open_bundle
 from capt_deploy.classifier import Classifier
-from capt_deploy.console import say
-from capt_deploy.errors import GateError, UnavailableError
+from capt_deploy.console import progress, say
+from capt_deploy.errors import DataError, GateError, UnavailableError
 from capt_deploy.files import expand_home
-from capt_deploy.gate import Answers, GateResult, compare, gate_table
-from capt_deploy.images import ImageInput
-from capt_deploy.preprocess import preprocess
+from capt_deploy.gate import GateResult, compare, gate_table
+from capt_deploy.preprocess import PreprocessConfig
 from capt_deploy.reference import Reference, chosen, patterns
 
-_BATCH = 32
 _ROWS = 1e-3  # by how much logits of the rows for tools may differ
 
 
@@ -41,9 +41,7 @@ def check_bundle(
         CaptError: bundle, images or backend cannot be used.
     """
     bundle = open_bundle(path)
-    for name in bundle.manifest.files:
-        if not name.endswith(".data"):  # weights are hashed when a graph is loaded
-            bundle.read(name)
+    _check_files(bundle)
     reference = Reference.of(bundle)
     _check_rows(bundle, reference)
     found = {} if images is None else reference.find(expand_home(images))
@@ -67,6 +65,18 @@ def check_bundle(
     return report
 
 
+def _check_files(bundle: Bundle) -> None:
+    """Make sure that files are as they were exported; a graph's own are checked on loading."""
+    graphs = bundle.manifest.graphs.values()
+    texts = bundle.manifest.open_vocabulary
+    large = texts.weights if texts is not None else None
+    for name in {*bundle.manifest.files} - {own for g in graphs for own in (g.file, g.weights)}:
+        if name == large:
+            bundle.folder_of(name)  # hashes it without holding it in memory
+        else:
+            bundle.read(name)
+
+
 def _check_rows(bundle: Bundle, reference: Reference) -> None:
     """Make sure that the rows for tools give the reference's logits."""
     rows = bundle.text_embeddings()
@@ -82,22 +92,33 @@ def _check_rows(bundle: Bundle, reference: Reference) -> None:
 def _check(
     classifier: Classifier, reference: Reference, found: dict[int, Path]
 ) -> dict[str, GateResult]:
-    precision = classifier.precision
-    drawn = _ask(classifier, list(patterns(classifier.manifest.preprocess.size)))
+    precision, preprocess = classifier.precision, classifier.manifest.preprocess
+    drawn = classifier.backend.run(patterns(preprocess.size))
     unknown = np.full(len(drawn.logits), -1)
     results = {"patterns": compare(precision, reference.patterns, drawn, unknown)}
     if found:
         places = list(found)
         expected = chosen(reference.images, places)
-        answers = _ask(classifier, list(found.values()))
+        label = f"asking the {precision} graph"
+        answers = ask_backend(classifier.backend, preprocess, list(found.values()), label)
         results["images"] = compare(precision, expected, answers, reference.labels[places])
     return results
 
 
-def _ask(classifier: Classifier, images: Sequence[ImageInput]) -> Answers:
-    parts = []
-    for start in range(0, len(images), _BATCH):
-        batch = images[start : start + _BATCH]
-        pixels = np.stack([preprocess(one, classifier.manifest.preprocess) for one in batch])
-        parts.append(classifier.backend.run(pixels))
-    return Answers(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+def ask_backend(
+    backend: Backend, preprocess: PreprocessConfig, files: Sequence[Path], label: str
+) -> Outputs:
+    """Return what a graph says of image files, read by its own configuration.
+
+    Raises:
+        DataError: one of them cannot be read.
+    """
+    parts: list[Outputs] = []
+    names = [str(file) for file in files]
+    with progress(label, len(names), "images") as counter:
+        for batch in preprocess_files(names, preprocess, frugal_batch(preprocess)):
+            counter.advance(len(batch.files))
+            if batch.pixels is None or batch.errors:
+                raise DataError(f"cannot be read any more: {next(iter(batch.errors.values()))}")
+            parts.append(backend.run(batch.pixels))
+    return joined(parts)

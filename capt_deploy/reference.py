@@ -12,33 +12,32 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from capt_deploy.backends import Outputs
 from capt_deploy.bundle import REFERENCE, Bundle
 from capt_deploy.console import track
 from capt_deploy.errors import BundleError, DataError
 from capt_deploy.files import sha256_file, visible_files
-from capt_deploy.gate import Answers
 
 PATTERNS = 8
-_FIELDS = ("logits", "probabilities", "embedding")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Answers to images with labels, and to the patterns."""
+    """Outputs to images with labels, and to the patterns."""
 
     sha256: tuple[str, ...]  # of the image files
     labels: NDArray[np.int64]  # (images,); -1 where it is not known
-    images: Answers
-    patterns: Answers
+    images: Outputs
+    patterns: Outputs
 
     def save(self) -> bytes:
         """Return the content of the file."""
         from safetensors.numpy import save
 
         tensors = {
-            f"{kind}.{name}": np.ascontiguousarray(getattr(answers, name))
+            f"{kind}.{name}": np.ascontiguousarray(own)
             for kind, answers in (("images", self.images), ("patterns", self.patterns))
-            for name in _FIELDS
+            for name, own in answers._asdict().items()
         }
         return save({**tensors, "labels": self.labels}, {"sha256": json.dumps(self.sha256)})
 
@@ -63,7 +62,7 @@ class Reference:
             size = int.from_bytes(data[:8], "little")
             sha256 = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["sha256"])
             images, patterns = (
-                Answers(*(tensors[f"{kind}.{name}"] for name in _FIELDS))
+                Outputs(*(tensors[f"{kind}.{name}"] for name in Outputs._fields))
                 for kind in ("images", "patterns")
             )
             found = cls(tuple(sha256), tensors["labels"], images, patterns)
@@ -114,7 +113,7 @@ def patterns(size: tuple[int, int], count: int = PATTERNS) -> NDArray[np.uint8]:
     return np.ascontiguousarray(np.moveaxis(wave, -1, 0)).astype(np.uint8)
 
 
-def chosen(answers: Answers, places: Sequence[int]) -> Answers:
+def chosen(answers: Outputs, places: Sequence[int]) -> Outputs:
     """Return the answers to some of the images."""
     rows = list(places)
-    return Answers(*(getattr(answers, name)[rows] for name in _FIELDS))
+    return Outputs(*(own[rows] for own in answers))

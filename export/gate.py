@@ -1,27 +1,21 @@
-"""Ask the torch model and a written graph about the same real images."""
+"""Ask the torch model about real images; how sure a graph must be to be as sure as it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from capt_deploy.backends import Backend
-from capt_deploy.batches import preprocess_files
+from capt_deploy.backends import Outputs, joined
+from capt_deploy.batches import frugal_batch, preprocess_files
 from capt_deploy.console import progress, say
 from capt_deploy.errors import DataError
 from capt_deploy.files import sha256_file
-from capt_deploy.gate import Answers
-from capt_deploy.preprocess import PreprocessConfig
 from capt_deploy.reference import Reference, patterns
 from capt_train.calibration import match_temperature
 from export.source import Photo, Source, spread
 
-_PIXELS = 2**18  # at once: activations of more would outweigh the weights of a large ViT
-_LARGEST_BATCH = 64
 _FEW = 50
 
 
@@ -31,8 +25,8 @@ class Question:
 
     photos: tuple[Photo, ...]  # only readable ones
     unreadable: int  # images that were to be asked about as well
-    expected: Answers
-    patterns: Answers  # to `patterns`, drawn at the model's size
+    expected: Outputs
+    patterns: Outputs  # to `patterns`, drawn at the model's size
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -56,10 +50,10 @@ def ask_torch(source: Source, most_images: int) -> Question:
     preprocess = source.learner.backbone.preprocess
     files = [str(photo.path) for photo in photos]
     readable: list[Photo] = []
-    parts: list[Answers] = []
+    parts: list[Outputs] = []
     with progress("asking the trained model", len(files), "images") as counter:
         of = dict(zip(files, photos, strict=True))
-        for batch in preprocess_files(files, preprocess, _batch(preprocess)):
+        for batch in preprocess_files(files, preprocess, frugal_batch(preprocess)):
             counter.advance(len(batch.files))
             readable += [of[file] for file in batch.files if file not in batch.errors]
             if batch.pixels is not None:
@@ -75,42 +69,18 @@ def ask_torch(source: Source, most_images: int) -> Question:
     if len(readable) < _FEW:
         say(f"note: checked on no more than {len(readable)} images, which tell little")
     drawn = patterns(preprocess.size)
-    return Question(tuple(readable), lost, _joined(parts), _torch_answers(source, drawn))
-
-
-def _batch(preprocess: PreprocessConfig) -> int:
-    height, width = preprocess.size
-    return max(1, min(_LARGEST_BATCH, _PIXELS // (height * width)))
+    return Question(tuple(readable), lost, joined(parts), _torch_answers(source, drawn))
 
 
 @torch.no_grad()
-def _torch_answers(source: Source, pixels: NDArray[np.uint8]) -> Answers:
+def _torch_answers(source: Source, pixels: NDArray[np.uint8]) -> Outputs:
     embedding = source.learner.image_embeddings(torch.from_numpy(pixels)).cpu()
     head = source.head
     logits = embedding @ head.weight.T + head.bias
-    return Answers(logits.numpy(), logits.softmax(dim=1).numpy(), embedding.numpy())
+    return Outputs(logits.numpy(), logits.softmax(dim=1).numpy(), embedding.numpy())
 
 
-def ask_backend(
-    backend: Backend, preprocess: PreprocessConfig, files: Sequence[Path], label: str
-) -> Answers:
-    """Return what a graph says of image files, read by its own configuration.
-
-    Raises:
-        DataError: one of them cannot be read.
-    """
-    parts: list[Answers] = []
-    names = [str(file) for file in files]
-    with progress(label, len(names), "images") as counter:
-        for batch in preprocess_files(names, preprocess, _batch(preprocess)):
-            counter.advance(len(batch.files))
-            if batch.pixels is None or batch.errors:
-                raise DataError(f"cannot be read any more: {next(iter(batch.errors.values()))}")
-            parts.append(Answers(*backend.run(batch.pixels)))
-    return _joined(parts)
-
-
-def temperature_factor(expected: Answers, found: Answers) -> float:
+def temperature_factor(expected: Outputs, found: Outputs) -> float:
     """Return by how much a graph's temperature is to rise so that it is as sure as the model."""
     if not np.isfinite(found.logits).all():
         return 1.0  # the gate will say so
@@ -119,8 +89,3 @@ def temperature_factor(expected: Answers, found: Answers) -> float:
 
 def _tensor(values: NDArray[np.float32]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values))
-
-
-def _joined(parts: Sequence[Answers]) -> Answers:
-    columns = zip(*((p.logits, p.probabilities, p.embedding) for p in parts), strict=True)
-    return Answers(*(np.concatenate(column) for column in columns))

@@ -8,10 +8,11 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from capt_deploy.backends import Outputs
 from capt_deploy.batches import preprocess_files
 from capt_deploy.console import say
 from capt_deploy.errors import DataError, GateError
-from capt_deploy.gate import LIMITS, Answers
+from capt_deploy.gate import LIMITS
 from capt_deploy.reference import patterns
 from export.onnx_graph import BF16_OPSET, OnnxGraph, trace
 from export.precision import BF16, DTYPES, FP32, INT8
@@ -47,7 +48,7 @@ class Traced:
         }
 
 
-def trace_precision(source: Source, precision: str, opset: int, expected: Answers) -> Traced:
+def trace_precision(source: Source, precision: str, opset: int, expected: Outputs) -> Traced:
     """Return the graph of one precision, calibrated as float32 is.
 
     Before it is lowered, the network has to say of the patterns what the trained model says: what
@@ -85,7 +86,7 @@ def trace_precision(source: Source, precision: str, opset: int, expected: Answer
     return Traced(graph, explicit, precision == BF16, quantisation)
 
 
-def _compare_network(network: VisualClassifier, size: tuple[int, int], expected: Answers) -> None:
+def _compare_network(network: VisualClassifier, size: tuple[int, int], expected: Outputs) -> None:
     drawn = torch.from_numpy(patterns(size))
     found = torch.cat([network(part[None])[0] for part in drawn])
     difference = float((found - torch.from_numpy(expected.logits)).abs().max())

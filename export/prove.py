@@ -8,12 +8,14 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from capt_deploy.backends import Outputs
 from capt_deploy.backends.onnxruntime import OnnxRuntime
+from capt_deploy.check import ask_backend
 from capt_deploy.classifier import Classifier
 from capt_deploy.errors import GateError
-from capt_deploy.gate import Answers, GateResult, compare
+from capt_deploy.gate import GateResult, compare
 from export.emulation import write_widened
-from export.gate import Question, ask_backend, temperature_factor
+from export.gate import Question, temperature_factor
 from export.graphs import Traced
 from export.precision import BF16, FP32
 from export.source import Source
@@ -28,7 +30,7 @@ class Proven:
 
     traced: Traced
     temperature: float
-    answers: Answers
+    answers: Outputs
     result: GateResult
 
 
@@ -47,7 +49,7 @@ def prove(source: Source, traced: Traced, question: Question, path: Path) -> Pro
     return Proven(traced, temperature, answers, result)
 
 
-def _ask(traced: Traced, path: Path, source: Source, question: Question) -> Answers:
+def _ask(traced: Traced, path: Path, source: Source, question: Question) -> Outputs:
     """Write the graph and ask what was written."""
     precision = traced.graph.precision
     traced.graph.write(path)

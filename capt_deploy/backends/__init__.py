@@ -16,11 +16,16 @@ _PREFERRED = {"onnxruntime": ("fp32", "fp16", "int8")}
 
 
 class Outputs(NamedTuple):
-    """What the graph says about a batch; all float32."""
+    """What a graph, or the model it was made from, says about some images; all float32."""
 
-    logits: NDArray[np.float32]  # (batch, classes), calibrated
-    probabilities: NDArray[np.float32]  # (batch, classes)
-    embedding: NDArray[np.float32]  # (batch, dim), unit norm
+    logits: NDArray[np.float32]  # (images, classes), calibrated
+    probabilities: NDArray[np.float32]  # (images, classes)
+    embedding: NDArray[np.float32]  # (images, dim), unit norm
+
+
+def joined(parts: Iterable[Outputs]) -> Outputs:
+    """Return what was said of several batches, one behind the other."""
+    return Outputs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 @runtime_checkable
@@ -37,7 +42,7 @@ class Backend(Protocol):
 
 def preferred_precision(name: str, available: Iterable[str]) -> str:
     """Return the precision, of those that a bundle holds, which suits a backend best."""
-    own = _PREFERRED["onnxruntime" if name not in _PREFERRED else name]
+    own = _PREFERRED.get(name, _PREFERRED["onnxruntime"])
     there = list(available)
     return next((precision for precision in own if precision in there), there[0])
 

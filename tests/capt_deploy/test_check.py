@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from capt_deploy.backends import Outputs
 from capt_deploy.check import check_bundle
 from capt_deploy.classifier import Classifier
 from capt_deploy.errors import BackendError, BundleError, DataError, GateError, UnavailableError
 from capt_deploy.files import sha256_file
-from capt_deploy.gate import Answers
 from capt_deploy.preprocess import preprocess
 from capt_deploy.reference import Reference, patterns
 from export.cli import main
@@ -28,13 +28,13 @@ def reference(golden: Path) -> Reference:
     files = sorted(PHOTOS.rglob("*.png"))
     pixels = np.stack([preprocess(file, classifier.manifest.preprocess) for file in files])
     drawn = patterns(classifier.manifest.preprocess.size)
-    answers = (Answers(*classifier.backend.run(batch)) for batch in (pixels, drawn))
+    answers = (classifier.backend.run(batch) for batch in (pixels, drawn))
     digests = tuple(sha256_file(file) for file in files)
     return Reference(digests, np.arange(len(files)), *answers)
 
 
-def shifted(answers: Answers) -> Answers:
-    return replace(answers, logits=answers.logits + np.float32(0.01))
+def shifted(answers: Outputs) -> Outputs:
+    return answers._replace(logits=answers.logits + np.float32(0.01))
 
 
 def test_a_sound_bundle_passes_on_patterns_and_images(

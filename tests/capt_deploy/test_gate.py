@@ -3,15 +3,16 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from capt_deploy.gate import LIMITS, Answers, GateResult, compare, gate_table
+from capt_deploy.backends import Outputs
+from capt_deploy.gate import LIMITS, GateResult, compare, gate_table
 from capt_deploy.metrics import accuracy, expected_calibration_error, softmax
 
 PERFECT = GateResult("fp16", 1000, 1000, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0)
 
 
-def answers(logits: np.ndarray, embedding: np.ndarray | None = None) -> Answers:
+def answers(logits: np.ndarray, embedding: np.ndarray | None = None) -> Outputs:
     own = np.eye(len(logits), dtype=np.float32) if embedding is None else embedding
-    return Answers(logits.astype(np.float32), softmax(logits).astype(np.float32), own)
+    return Outputs(logits.astype(np.float32), softmax(logits).astype(np.float32), own)
 
 
 def test_differences_are_the_ones_by_hand() -> None:

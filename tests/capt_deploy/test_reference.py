@@ -4,17 +4,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from capt_deploy.backends import Outputs
 from capt_deploy.bundle import REFERENCE, open_bundle
 from capt_deploy.errors import BundleError, DataError
 from capt_deploy.files import sha256_file
-from capt_deploy.gate import Answers
 from capt_deploy.reference import PATTERNS, Reference, chosen, patterns
 
 
-def answers(count: int) -> Answers:
+def answers(count: int) -> Outputs:
     random = np.random.default_rng(count)
     shapes = ((count, 4), (count, 4), (count, 32))
-    return Answers(*(random.normal(size=shape).astype(np.float32) for shape in shapes))
+    return Outputs(*(random.normal(size=shape).astype(np.float32) for shape in shapes))
 
 
 def test_patterns_are_the_same_everywhere_and_differ_from_each_other() -> None:

@@ -8,11 +8,12 @@ import pytest
 from onnx import numpy_helper
 
 from capt_deploy.backends import create
+from capt_deploy.check import ask_backend
 from capt_deploy.classifier import Classifier
 from capt_deploy.errors import DataError, GateError
 from capt_deploy.gate import compare
 from capt_train.run import load_run
-from export.gate import ask_backend, ask_torch, temperature_factor
+from export.gate import ask_torch, temperature_factor
 from export.graphs import trace_precision
 from export.source import Photo, source_of
 from export.visual import VisualClassifier
@@ -134,9 +135,9 @@ def test_no_more_images_are_asked_about_than_wanted(source):
 
 
 def test_a_graph_that_is_surer_gets_a_higher_temperature(question):
-    surer = dataclasses.replace(question.expected, logits=question.expected.logits * 1.25)
+    surer = question.expected._replace(logits=question.expected.logits * 1.25)
     assert temperature_factor(question.expected, surer) == pytest.approx(1.25, rel=1e-4)
-    lost = dataclasses.replace(surer, logits=np.full_like(surer.logits, np.nan))
+    lost = surer._replace(logits=np.full_like(surer.logits, np.nan))
     assert temperature_factor(question.expected, lost) == 1.0
 
 
