@@ -14,9 +14,9 @@ from typing import Any
 
 import click
 
-from benchmarks.cell import fill, load_cells, open_world
+from benchmarks.cell import fill, open_world
+from benchmarks.record import load_cells, write_docs
 from capt_deploy.console import Command
-from capt_deploy.files import write_bytes
 from capt_train.config import TrainConfig
 
 ROWS: Mapping[str, Mapping[str, Any]] = {
@@ -72,7 +72,7 @@ def main(
     table = markdown(load(world))
     click.echo(table)
     if docs:
-        _write_docs(world, table)
+        write_docs(DOCS, world, table)
 
 
 def _measure(world: str, rows: list[str], shots: list[int], seeds: list[int], again: bool) -> None:
@@ -89,14 +89,6 @@ def _measure(world: str, rows: list[str], shots: list[int], seeds: list[int], ag
             )
             own = {"row": row, "shots": count, "seed": seed}
             fill(f"ablation-{world}", f"{row} / {count} / {seed}", own, config, "test", again)
-
-
-def _write_docs(world: str, table: str) -> None:
-    """Replace what stands between the two marks of this world."""
-    start, end = f"<!-- {world} -->", f"<!-- end of {world} -->"
-    before, _, rest = DOCS.read_text().partition(start)
-    _, _, after = rest.partition(end)
-    write_bytes(DOCS, f"{before}{start}\n{table}\n{end}{after}".encode())
 
 
 def load(world: str) -> dict[str, dict[str, Any]]:

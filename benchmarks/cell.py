@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import RESULTS, describe, write_result
+from benchmarks.record import describe, load_cells, write_result
 from capt_deploy.console import say
-from capt_deploy.errors import ConfigError, DataError, RunError
+from capt_deploy.errors import ConfigError, RunError
 from capt_deploy.evaluation import Report
 from capt_deploy.files import read_json
 from capt_train.config import GROUPS, TrainConfig
@@ -67,13 +67,6 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
     idle = idle if "colours" in config.parts else idle | _OF_COLOURS
     own = {name: value for name, value in config.to_dict().items() if name not in idle}
     return {**own, "parts": sorted(config.parts)}  # a method may get others
-
-
-def load_cells(name: str) -> dict[str, dict[str, Any]]:
-    """Return the cells that `results/NAME.json` holds, by key."""
-    path = RESULTS / f"{name}.json"
-    cells: dict[str, dict[str, Any]] = read_json(path, DataError)["cells"] if path.exists() else {}
-    return cells
 
 
 def fill(

@@ -23,10 +23,10 @@ from typing import Any
 
 import click
 
-from benchmarks.record import RESULTS, describe, write_result
+from benchmarks.record import describe, load_cells, write_docs, write_result
 from capt_deploy.console import Command, say
 from capt_deploy.errors import DataError
-from capt_deploy.files import read_json, write_bytes
+from capt_deploy.files import read_json
 from capt_deploy.gate import LIMITS
 
 # Architecture of open_clip, and how many photos it is checked on.
@@ -67,16 +67,8 @@ def main(families: str, precisions: str, again: bool, only_table: bool, docs: bo
     table = markdown(rows)
     click.echo(table)
     if docs:
-        _write_docs(NAME, table)
-        _write_docs("limits", limits())
-
-
-def _write_docs(name: str, text: str) -> None:
-    """Replace what stands between two marks."""
-    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    before, _, rest = DOCS.read_text().partition(start)
-    _, _, after = rest.partition(end)
-    write_bytes(DOCS, f"{before}{start}\n{text}\n{end}{after}".encode())
+        write_docs(DOCS, NAME, table)
+        write_docs(DOCS, "limits", limits())
 
 
 def limits() -> str:
@@ -92,9 +84,7 @@ def limits() -> str:
 
 def load() -> dict[str, dict[str, Any]]:
     """Return the rows that are measured, by `family / precision`."""
-    path = RESULTS / f"{NAME}.json"
-    rows: dict[str, dict[str, Any]] = read_json(path, DataError)["rows"] if path.exists() else {}
-    return rows
+    return load_cells(NAME)
 
 
 def _measure(family: str, precisions: list[str], rows: dict[str, dict[str, Any]]) -> None:
@@ -108,15 +98,7 @@ def _measure(family: str, precisions: list[str], rows: dict[str, dict[str, Any]]
         else:
             photos, method = _SHARED / "data" / "cifar100", "coop"
             model = _SHARED / "models" / "tinyclip-cifar"
-        spec = [
-            "--data",
-            photos,
-            "--model",
-            f"local-dir:{model}",
-            "--classes",
-            "base" if method == "coop" else "all",
-        ]
-        _run("benchmarks.command", "capt-train", *spec, "--method", method, "--out", run)
+        _tune(photos, model, run, method)
         for precision in precisions:
             say(f"{family}, {precision}")
             rows[f"{family} / {precision}"] = {
@@ -125,11 +107,17 @@ def _measure(family: str, precisions: list[str], rows: dict[str, dict[str, Any]]
                 **_export(run, folder / f"{precision}.capt", precision, images),
                 "measured": describe(),
             }
-            write_result(NAME, {"rows": rows})
+            write_result(NAME, {"cells": rows})
+
+
+def _tune(photos: Path, model: Path, run: Path, method: str) -> None:
+    classes = "base" if method == "coop" else "all"
+    spec = ["--data", photos, "--model", f"local-dir:{model}", "--classes", classes]
+    _run("benchmarks.command", "capt-train", *spec, "--method", method, "--out", run)
 
 
 def _copy_photos(folder: Path, images: int) -> None:
-    """Lay out four classes: one photo each to tune on, the wanted number to check on."""
+    """Lay out four classes, with eight photos each to tune on and the wanted number to check on."""
     source = _SHARED / "data" / "cifar100"
     classes = sorted(path.name for path in (source / "train").iterdir())[::25]
     for split, count in (("train", 8), ("val", images // len(classes))):

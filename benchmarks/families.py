@@ -19,12 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.cell import load_cells
 from benchmarks.random_models import random_backbone
-from benchmarks.record import describe, write_result
+from benchmarks.record import describe, load_cells, write_docs, write_result
 from capt_deploy.console import Command, say
 from capt_deploy.errors import ModelError
-from capt_deploy.files import write_bytes
 from capt_train.backbone import Backbone
 from capt_train.colour_map import ColourMap
 from capt_train.config import TrainConfig
@@ -48,7 +46,6 @@ PARTS = (
 )
 _TITLES = {"text-prompts": "deep text prompts, blocks", "normalisation": "normalisation, exported"}
 DOCS = Path(__file__).parents[1] / "docs" / "families.md"
-_START, _END = "<!-- families -->", "<!-- end of families -->"
 _NAMES = ("cat", "grey dog")
 
 
@@ -67,9 +64,7 @@ def main(models: str, only_table: bool, docs: bool) -> None:
     table = markdown(rows)
     click.echo(table)
     if docs:
-        before, _, rest = DOCS.read_text().partition(_START)
-        _, _, after = rest.partition(_END)
-        write_bytes(DOCS, f"{before}{_START}\n{table}\n{_END}{after}".encode())
+        write_docs(DOCS, "families", table)
 
 
 def load() -> dict[str, dict[str, Any]]:

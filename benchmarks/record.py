@@ -7,7 +7,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from capt_deploy.files import write_json
+from capt_deploy.errors import DataError
+from capt_deploy.files import read_json, write_bytes, write_json
 
 _ROOT = Path(__file__).parents[1]
 RESULTS = _ROOT / "benchmarks" / "results"
@@ -37,6 +38,21 @@ def write_result(name: str, result: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     write_json(path, result)
     return path
+
+
+def load_cells(name: str) -> dict[str, dict[str, Any]]:
+    """Return the cells that `results/NAME.json` holds, by key."""
+    path = RESULTS / f"{name}.json"
+    cells: dict[str, dict[str, Any]] = read_json(path, DataError)["cells"] if path.exists() else {}
+    return cells
+
+
+def write_docs(path: Path, mark: str, text: str) -> None:
+    """Put `text` between `<!-- MARK -->` and `<!-- end of MARK -->`."""
+    start, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
+    before, _, rest = path.read_text().partition(start)
+    _, _, after = rest.partition(end)
+    write_bytes(path, f"{before}{start}\n{text}\n{end}{after}".encode())
 
 
 def _git(*arguments: str) -> str:

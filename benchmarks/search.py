@@ -14,7 +14,8 @@ from typing import Any
 
 import click
 
-from benchmarks.cell import fill, load_cells, open_world
+from benchmarks.cell import fill, open_world
+from benchmarks.record import load_cells
 from capt_deploy.console import Command
 from capt_deploy.errors import DataError
 from capt_train.cli import parse_settings

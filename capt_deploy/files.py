@@ -64,6 +64,19 @@ def read_json(path: Path, error: type[CaptError]) -> Any:
         raise error(f"{path}: expected a readable JSON file ({cause})") from cause
 
 
+def refuse_existing(path: Path, error: type[CaptError]) -> None:
+    """Make sure, before time is spent, that something new can be written to `path`.
+
+    Raises:
+        error: it is there already, or there is no folder for it that can be written to.
+    """
+    if path.exists():
+        raise error(f"{path}: already there; remove it or choose another name")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise error(f"{path}: {parent} is no folder that can be written to")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block ends without an error.

@@ -36,8 +36,8 @@ def fit_temperature(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, 
     on T in [0.05, 20], so that there is no step size to choose.
     """
     wide = logits.double()
-    own = wide.gather(1, labels[:, None]).squeeze(1)
-    return _bisect(lambda u: _slope(wide, float(own.sum()), u) + u / _PRIOR_DEVIATION**2)
+    own = float(wide.gather(1, labels[:, None]).sum())
+    return _bisect(lambda u: _slope(wide, own, u) + u / _PRIOR_DEVIATION**2)
 
 
 def match_temperature(

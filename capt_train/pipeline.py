@@ -19,6 +19,7 @@ from capt_train.features import Embedded, Features, embed
 from capt_train.fitting import Outcome, fit
 from capt_train.learner import Learner, make_learner
 from capt_train.llm_answers import DryRun
+from capt_train.locking import locked
 from capt_train.mining import find_centres, find_sentences, mined_names, would_ask
 from capt_train.recolour import recolour
 from capt_train.run import TunedModel
@@ -50,7 +51,7 @@ def train(
         CaptError: the data, the model, the settings or the folder cannot be used.
     """
     out = expand_home(out)
-    with runs.locked(out):
+    with locked(out):
         setup = prepare(config, out, resume, split_from)
         with closing(EmbeddingCache(setup.model_sha256, setup.backbone.device.type)) as cache:
             outcome = _tune(setup, cache, out)

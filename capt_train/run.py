@@ -14,20 +14,14 @@ result.json        what was fitted around the tuning; written when it has ended
 metrics.json       zero-shot beside tuned
 """
 
-import getpass
-import hashlib
-import os
 import platform
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from filelock import FileLock, Timeout
 from jaxtyping import Float
 from torch import Tensor
 
@@ -162,28 +156,6 @@ def begin(folder: Path, config: TrainConfig, model_fingerprint: str) -> None:
             "versions": versions,
         },
     )
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep every other process out of a run folder; a kill sets it free.
-
-    The lock lies among the machine's temporary files, so that a refused run leaves no folder.
-
-    Raises:
-        RunError: another process is tuning into it.
-    """
-    key = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
-    user = getpass.getuser() if os.name != "posix" else str(os.getuid())
-    lock = FileLock(Path(tempfile.gettempdir()) / f"capt-{user}-{key}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as cause:
-        raise RunError(f"{folder}: another capt-train is writing this run") from cause
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def read_config(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:

@@ -91,18 +91,18 @@ def _export(
 ) -> Any:
     from capt_deploy.bundle import REPORT, open_bundle
     from capt_deploy.errors import BundleError, ConfigError
-    from capt_deploy.files import read_json
+    from capt_deploy.files import read_json, refuse_existing
     from export.classes import read_class_list
     from export.precision import PRECISIONS
     from export.triton import write_triton
-    from export.writer import ExportOptions, export_run, refuse_existing
+    from export.writer import ExportOptions, export_run
 
     wanted = tuple(name for name in PRECISIONS if options.pop(name, False))
     classes, triton = options.pop("classes"), options.pop("triton")
     names = None if classes is None else read_class_list(classes)
     own = ExportOptions(**options)
     if triton is not None:
-        refuse_existing(triton)
+        refuse_existing(triton, BundleError)
         here, there = out.absolute(), triton.absolute()
         if here == there or here in there.parents or there in here.parents:
             raise ConfigError(f"--triton {triton} and --out {out}: expected two separate folders")

@@ -23,6 +23,7 @@ from export.visual import VisualClassifier
 _FUSED_OPSET = 23  # from here on ONNX has an Attention operator
 _CALIBRATED_ON = 128  # images, at most
 _AT_ONCE = 16
+_EMULATED = "emulated in float32, rounded"  # all that a CPU can do with bfloat16
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,6 @@ class Traced:
 
     graph: OnnxGraph
     normalisation: str
-    emulated: bool  # whether the CPU can only emulate it
     quantisation: Quantisation | None  # of int8
 
     def to_dict(self) -> dict[str, Any]:
@@ -43,7 +43,7 @@ class Traced:
             "operators": self.graph.operators,
             "weight_bytes": self.graph.weight_bytes,
             "normalisation": self.normalisation,
-            "asked": "emulated in float32, rounded" if self.emulated else "ONNX Runtime on the CPU",
+            "asked": _EMULATED if self.graph.precision == BF16 else "ONNX Runtime on the CPU",
             **quantised,
         }
 
@@ -83,7 +83,7 @@ def trace_precision(source: Source, precision: str, opset: int, expected: Output
         network.lower(DTYPES[precision])
     graph = trace(network, *backbone.preprocess.size, precision, opset)
     explicit = "explicit" if network.normalises else "folded into the patch convolution"
-    return Traced(graph, explicit, precision == BF16, quantisation)
+    return Traced(graph, explicit, quantisation)
 
 
 def _compare_network(network: VisualClassifier, size: tuple[int, int], expected: Outputs) -> None:

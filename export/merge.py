@@ -34,12 +34,11 @@ from export.source import (
     Photo,
     Source,
     is_the_data_set,
+    mined_pairs,
     other_photos,
     provenance,
     root_of,
 )
-
-_PARTS = ("train", "val")
 
 
 def merged(models: Sequence[TunedModel], gate_data: str | Path | None = None) -> Source:
@@ -67,7 +66,9 @@ def merged(models: Sequence[TunedModel], gate_data: str | Path | None = None) ->
     rows, zero_shot = _rows(models, names), _zero_shot(models, names)
     given = None if gate_data is None else expand_home(gate_data)
     moved = given is not None and all(is_the_data_set(m.split, root_of(given)) for m in models)
-    train, val = (_listed(models, names, part, given if moved else None) for part in _PARTS)
+    train, val = (
+        _listed(models, names, part, given if moved else None) for part in ("train", "val")
+    )
     shown = val or train[::2]
     if given is not None and not moved:
         shown = tuple(other_photos(given, names))
@@ -82,7 +83,7 @@ def merged(models: Sequence[TunedModel], gate_data: str | Path | None = None) ->
         temperature=temperatures[0],
         zero_shot=zero_shot,
         zero_shot_temperature=temperatures[1],
-        pairs=_pairs(models),
+        pairs=mined_pairs(models),
         training=_provenance(models),
         gate_images=shown,
         training_images=train if val else train[1::2],
@@ -171,17 +172,6 @@ def _temperatures(
     # The bias of a sigmoid model is the same for all classes, so that softmax does not see it.
     logits = [backbone.scale * features.embeddings @ rows[columns].cpu().T for rows in texts]
     return [fit_temperature(own, labels) for own in logits]
-
-
-def _pairs(models: Sequence[TunedModel]) -> tuple[dict[str, Any], ...]:
-    """Return who is mistaken for whom in all runs together, worst first."""
-    counts: dict[tuple[str, str], int] = {}
-    for model in models:
-        for (true, taken), count in model.fitted.pairs.items():
-            key = (model.class_names[true], model.class_names[taken])
-            counts[key] = counts.get(key, 0) + count
-    worst = sorted(counts.items(), key=lambda pair: -pair[1])
-    return tuple({"true": a, "predicted": b, "count": count} for (a, b), count in worst)
 
 
 def _provenance(models: Sequence[TunedModel]) -> dict[str, Any]:

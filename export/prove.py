@@ -29,6 +29,7 @@ class Proven:
     """A graph, and what asking it has shown."""
 
     traced: Traced
+    path: Path  # of its file
     temperature: float
     answers: Outputs
     result: GateResult
@@ -46,7 +47,7 @@ def prove(source: Source, traced: Traced, question: Question, path: Path) -> Pro
         traced.graph.set_head(source.head.cooled(factor))
         answers = _ask(traced, path, source, question)
     result = compare(precision, question.expected, answers, question.labels)
-    return Proven(traced, temperature, answers, result)
+    return Proven(traced, path, temperature, answers, result)
 
 
 def _ask(traced: Traced, path: Path, source: Source, question: Question) -> Outputs:

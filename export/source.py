@@ -89,7 +89,6 @@ def source_of(model: TunedModel, gate_data: str | Path | None = None) -> Source:
     if not chosen:  # int8 must not be judged by what it was calibrated on
         say("note: no validation images; the export is checked on half of the training images")
         train, chosen = train[1::2] or train, train[::2]
-    worst = sorted(model.fitted.pairs.items(), key=lambda pair: -pair[1])
     return Source(
         learner=model.learner,
         class_names=names,
@@ -98,10 +97,7 @@ def source_of(model: TunedModel, gate_data: str | Path | None = None) -> Source:
         temperature=model.fitted.temperature,
         zero_shot=None if model.moves_images else model.zero_shot,
         zero_shot_temperature=model.fitted.zero_shot_temperature,
-        pairs=tuple(
-            {"true": names[true], "predicted": names[taken], "count": count}
-            for (true, taken), count in worst
-        ),
+        pairs=mined_pairs([model]),
         training=provenance(model),
         gate_images=tuple(chosen),
         training_images=tuple(train),
@@ -140,6 +136,17 @@ def other_photos(root: Path, class_names: tuple[str, ...]) -> list[Photo]:
         raise DataError(f"{root}: holds no images to check the export on; expected a data set")
     say(f"note: checked on {len(files)} images without known classes, below {root}")
     return [Photo(file) for file in files]
+
+
+def mined_pairs(models: Sequence[TunedModel]) -> tuple[dict[str, Any], ...]:
+    """Return who is mistaken for whom in all of some runs together, worst first."""
+    counts: dict[tuple[str, str], int] = {}
+    for model in models:
+        for (true, taken), count in model.fitted.pairs.items():
+            key = (model.class_names[true], model.class_names[taken])
+            counts[key] = counts.get(key, 0) + count
+    worst = sorted(counts.items(), key=lambda pair: -pair[1])
+    return tuple({"true": a, "predicted": b, "count": count} for (a, b), count in worst)
 
 
 def provenance(model: TunedModel) -> dict[str, Any]:

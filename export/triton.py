@@ -10,7 +10,7 @@ from typing import Any
 from capt_deploy.bundle import Bundle
 from capt_deploy.engine import BATCHES, check_batches
 from capt_deploy.errors import BundleError, ConfigError
-from capt_deploy.files import expand_home, new_folder
+from capt_deploy.files import expand_home, new_folder, refuse_existing
 from export.pbtxt import to_pbtxt
 from export.triton_configs import (
     LABELS,
@@ -100,8 +100,7 @@ def write_triton(
         BackendError: the batches do not rise.
     """
     out = expand_home(out)
-    if out.exists():
-        raise BundleError(f"{out}: already there; remove it or choose another folder for Triton")
+    refuse_existing(out, BundleError)
     check_batches(batches)
     name = _check_name(name or _name_of(bundle))
     labels = _labels(bundle)

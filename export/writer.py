@@ -1,8 +1,6 @@
 """Write a bundle, whole or not at all."""
 
-import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +10,14 @@ from safetensors.torch import save
 from capt_deploy.bundle import MANIFEST, REFERENCE, REPORT, TEXT_EMBEDDINGS
 from capt_deploy.console import say
 from capt_deploy.errors import BundleError, ConfigError, GateError
-from capt_deploy.files import expand_home, new_folder, write_bytes, write_json
+from capt_deploy.files import (
+    expand_home,
+    new_folder,
+    refuse_existing,
+    sha256_file,
+    write_bytes,
+    write_json,
+)
 from capt_deploy.gate import GateResult, gate_table
 from capt_deploy.manifest import FileRecord, Manifest, OpenVocabulary
 from capt_train.run import load_run
@@ -71,7 +76,7 @@ def export_run(
         GateError: the exported graph does not say the same; nothing is written.
         CaptError: the run cannot be loaded or exported, or `out` exists.
     """
-    refuse_existing(out)
+    refuse_existing(expand_home(out), BundleError)
     runs = [run] if isinstance(run, str | Path) else run
     models = [load_run(own) for own in runs]
     model = models[0]
@@ -91,16 +96,6 @@ def export_run(
     return export(source, out, options, begin, release=model.backbone.free)
 
 
-def refuse_existing(out: str | Path) -> None:
-    """Raise `BundleError` if `out` exists or cannot be made: before time is spent."""
-    out = expand_home(out)
-    if out.exists():
-        raise BundleError(f"{out}: already there; remove it or choose another name")
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise BundleError(f"{out}: {parent} is no folder that can be written to")
-
-
 def export(
     source: Source,
     out: str | Path,
@@ -115,7 +110,7 @@ def export(
     double the memory that a large model takes.
     """
     out = expand_home(out)
-    refuse_existing(out)
+    refuse_existing(out, BundleError)
     say(f"exporting {source.training['model']} with {len(source.class_names)} classes")
     with new_folder(out) as folder:
         text_side = begin(folder)
@@ -174,8 +169,7 @@ def _manifest(
         tuned=source.tuned,
         preprocess=source.learner.backbone.preprocess,
         graphs={
-            own.traced.graph.precision: own.traced.graph.record(file)
-            for own, file in zip(proven.values(), _file_names(list(proven)), strict=True)
+            precision: own.traced.graph.record(own.path.name) for precision, own in proven.items()
         },
         calibration={
             precision: {"temperature": own.temperature, **zero_shot}
@@ -198,8 +192,8 @@ def _write_files(
     """Write everything, the graphs once more with what they now know of themselves."""
     first = next(iter(proven.values()))
     described = json.dumps(manifest.to_dict(), ensure_ascii=False, allow_nan=False)
-    for precision, own in proven.items():
-        own.traced.graph.write(folder / manifest.graphs[precision].file, described)
+    for own in proven.values():
+        own.traced.graph.write(own.path, described)
     head = source.head.cooled(first.temperature / source.temperature)
     rows = {"text_embeddings": head.weight.contiguous(), "bias": head.bias}
     if source.zero_shot_head is not None:
@@ -216,7 +210,5 @@ def _write_files(
     )
     records = {}
     for file in sorted(folder.iterdir()):
-        with file.open("rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
-        records[file.name] = FileRecord(digest, file.stat().st_size)
+        records[file.name] = FileRecord(sha256_file(file), file.stat().st_size)
     write_json(folder / MANIFEST, replace(manifest, files=records).to_dict())

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import ablation, cell, search
+from benchmarks import ablation, cell, record, search
 from capt_deploy.errors import ConfigError
 from capt_train.config import GROUPS, PARTS, TrainConfig
 
@@ -38,7 +38,7 @@ def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for module in (ablation, search):
         monkeypatch.setattr(module, "open_world", open_world)
     monkeypatch.setattr(cell, "write_result", write)
-    monkeypatch.setattr(cell, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
 
 
 def test_a_table_gives_mean_and_deviation_over_the_seeds_that_are_there() -> None:
@@ -62,7 +62,7 @@ def test_the_docs_show_the_table_of_the_cells(world: str) -> None:
 
 
 def test_the_docs_show_what_the_search_found() -> None:
-    found = search._table(cell.load_cells("search"))
+    found = search._table(record.load_cells("search"))
     assert found in (ROOT / "docs" / "ablation.md").read_text()
 
 
@@ -88,7 +88,7 @@ def test_a_cell_is_measured_once_and_again_with_other_settings(
     ]
     cells = ablation.load("pictograms")
     cells["CoOp / 4 / 2"]["settings"]["learning_rate"] = 9.0
-    cell.write_result("ablation-pictograms", {"cells": cells})
+    record.write_result("ablation-pictograms", {"cells": cells})
     CliRunner().invoke(ablation.main, arguments)
     assert len(asked) == 5 and (asked[-1].seed, asked[-1].method) == (2, "coop")
     CliRunner().invoke(ablation.main, [*arguments, "--only-table"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import cell, families
+from benchmarks import families, record
 from capt_train.loading import load_backbone
 from tests.families import FAMILIES, family
 
@@ -48,15 +48,10 @@ def test_what_is_refused_is_said_in_the_row(write_model: Callable[..., Path]) ->
 def test_rows_are_kept_and_written_into_the_docs(
     family_dir: Family, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def write(name: str, result: object) -> Path:
-        (tmp_path / f"{name}.json").write_text(json.dumps(result))
-        return tmp_path
-
     docs = tmp_path / "families.md"
     docs.write_text("before\n<!-- families -->\noutdated\n<!-- end of families -->\nafter\n")
     monkeypatch.setattr(families, "DOCS", docs)
-    monkeypatch.setattr(families, "write_result", write)
-    monkeypatch.setattr(cell, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setattr(
         families,
         "random_backbone",
