@@ -1,0 +1,129 @@
+"""What distance-aware calibration would change for classes outside training (METHOD 8).
+
+    python -m benchmarks.dac
+
+DAC (arXiv 2402.04655) multiplies an image's logits by a factor of its most probable class:
+exp(−d) among the tuned embeddings over exp(−d) among the hand-written ones, d being the mean
+Euclidean distance to the nearest tuned classes; tuned classes keep theirs. Runs on top of the
+temperature; cells that are measured stay in benchmarks/results/dac.json.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from contextlib import closing
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.cell import World, open_world
+from benchmarks.record import describe, load_cells, write_docs, write_result
+from capt_deploy.console import Command, say
+from capt_deploy.datasets import read_dataset
+from capt_deploy.metrics import expected_calibration_error, softmax
+from capt_train.config import TrainConfig
+from capt_train.embedding_cache import EmbeddingCache
+from capt_train.features import embed
+from capt_train.pipeline import train
+from capt_train.run import TunedModel, load_run
+
+NAME = "dac"
+DOCS = Path(__file__).parents[1] / "docs" / "export.md"
+_NEIGHBOURS = 5
+_SPLITS = ("val", "test")
+
+
+@click.command(cls=Command)
+@click.option("--worlds", default="cifar100,cifar100-camera,pictograms", show_default=True)
+@click.option("--seeds", default="1,2,3", show_default=True)
+@click.option("--docs", is_flag=True, help="Write the table into docs/export.md as well.")
+def main(worlds: str, seeds: str, docs: bool) -> None:
+    """Tune a CoOp prompt per world and seed, and print the table."""
+    cells = load_cells(NAME)
+    for world, seed in product(worlds.split(","), map(int, seeds.split(","))):
+        key = f"{world} / {seed}"
+        if key not in cells:
+            say(f"{NAME}: {key}")
+            cells[key] = {"world": world, **_measure(world, seed), "measured": describe()}
+            write_result(NAME, {"cells": cells})
+    table = markdown(cells)
+    click.echo(table)
+    if docs:
+        write_docs(DOCS, NAME, table)
+
+
+def distance_aware_factors(
+    rows: Float[Tensor, "classes dim"],
+    zero_shot: Float[Tensor, "classes dim"],
+    tuned: Bool[Tensor, " classes"],
+    neighbours: int = _NEIGHBOURS,
+) -> Float[Tensor, " classes"]:
+    """Return γ_c of every class, 1 for the tuned ones (arXiv 2402.04655, its section on DAC)."""
+
+    def distance(texts: Tensor) -> Tensor:
+        unit = functional.normalize(texts, dim=1)
+        nearest = torch.cdist(unit, unit[tuned]).sort(dim=1).values[:, :neighbours]
+        return nearest.mean(dim=1)
+
+    factors: Tensor = (distance(zero_shot) - distance(rows)).exp()
+    return factors.masked_fill(tuned, 1.0)
+
+
+def _measure(world: str, seed: int) -> dict[str, dict[str, float]]:
+    with open_world(world) as place, tempfile.TemporaryDirectory() as folder:
+        config = TrainConfig(place.data, place.model, method="coop", classes="base", seed=seed)
+        train(config, Path(folder) / "run")
+        model = load_run(Path(folder) / "run")
+        return {split: _figures(model, place, split) for split in _SPLITS}
+
+
+@torch.no_grad()
+def _figures(model: TunedModel, place: World, split: str) -> dict[str, float]:
+    """Return NLL and ECE-15 of images of new classes, among new classes alone."""
+    dataset = read_dataset(place.data, strict_names=False).aligned_to(model.class_names)
+    with closing(EmbeddingCache(model.backbone.fingerprint(), "cpu")) as cache:
+        features = embed(model.backbone, cache, dataset, dataset.items(split), f"{split} images")
+    tuned = torch.tensor(model.tuned)
+    columns = (~tuned).nonzero()[:, 0]
+    kept = ~tuned[features.labels]
+    logits = model.logits(features.embeddings)[kept][:, columns]
+    labels = torch.searchsorted(columns, features.labels[kept])
+    own = distance_aware_factors(model.text_embeddings, model.zero_shot, tuned)[columns]
+    scaled = logits * own[logits.argmax(dim=1)][:, None]
+    figures = {"factor": float(own.mean())}
+    for name, z in (("", logits), ("_dac", scaled)):
+        figures[f"nll{name}"] = float(functional.cross_entropy(z, labels))
+        figures[f"ece{name}"] = _ece(z, labels)
+    return figures
+
+
+def _ece(logits: Tensor, labels: Tensor) -> float:
+    return float(expected_calibration_error(softmax(logits.numpy()), np.asarray(labels)))
+
+
+def markdown(cells: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a line for each world and split, means over the seeds."""
+    worlds = dict.fromkeys(cell["world"] for cell in cells.values())
+    lines = [
+        "| new classes | seeds | mean γ | NLL | with DAC | ECE-15, % | with DAC |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for world, split in product(worlds, _SPLITS):
+        own = [cell[split] for cell in cells.values() if cell["world"] == world]
+        figure = {key: mean(cell[key] for cell in own) for key in own[0]}
+        lines.append(
+            f"| {world}, {split} | {len(own)} | {figure['factor']:.3f} | {figure['nll']:.4f} | "
+            f"{figure['nll_dac']:.4f} | {100 * figure['ece']:.1f} | {100 * figure['ece_dac']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
