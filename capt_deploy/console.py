@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +40,8 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; 2 is the exit code of bad input, 1 that of a failed gate."""
         try:
-            return super().invoke(ctx)
+            with _ended_like_an_interrupt():
+                return super().invoke(ctx)
         except CaptError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
@@ -52,9 +55,33 @@ class Command(click.Command):
                 raise
             click.echo(f"Error: needs {error.name}, which is missing: {_INSTALL}", err=True)
             ctx.exit(2)
+        except _Terminated:
+            click.echo("terminated", err=True)
+            ctx.exit(143)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             ctx.exit(130)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, with which schedulers and `timeout` end a program."""
+
+
+@contextmanager
+def _ended_like_an_interrupt() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as Ctrl-C does, so that half-written files are removed."""
+
+    def end(*_: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread gets signals
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def say(text: str) -> None:

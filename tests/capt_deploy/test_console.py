@@ -221,3 +221,29 @@ def test_what_is_no_bug_is_one_line_and_a_code(
 def test_a_missing_module_that_is_no_extra_is_a_bug_and_stays_one() -> None:
     with pytest.raises(ModuleNotFoundError):
         command(ModuleNotFoundError("No module named 'numpi'", name="numpi")).main([])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows ends processes without a signal")
+def test_a_terminated_process_leaves_nothing_half_written(tmp_path: Path) -> None:
+    code = (
+        "import sys, time, click\n"
+        "from pathlib import Path\n"
+        "from capt_deploy import console, files\n"
+        "@click.command(cls=console.Command)\n"
+        "def run():\n"
+        "    with files.new_folder(Path(sys.argv[1])) as folder:\n"
+        "        (folder / 'half').write_text('x')\n"
+        "        print('writing', flush=True)\n"
+        "        time.sleep(60)\n"
+        "run.main([])\n"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "out.capt")]
+    with subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout and process.stdout.readline() == "writing\n"
+        assert [*tmp_path.iterdir()]
+        process.terminate()
+        _, said = process.communicate(timeout=30)
+    assert (process.returncode, said) == (143, "terminated\n")
+    assert not [*tmp_path.iterdir()]
