@@ -76,7 +76,7 @@ def distance_aware_factors(
     return factors.masked_fill(tuned, 1.0)
 
 
-def _measure(world: str, seed: int) -> dict[str, dict[str, float]]:
+def _measure(world: str, seed: int) -> dict[str, dict[str, dict[str, float]]]:
     with open_world(world) as place, tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(place.data, place.model, method="coop", classes="base", seed=seed)
         train(config, Path(folder) / "run")
@@ -85,23 +85,27 @@ def _measure(world: str, seed: int) -> dict[str, dict[str, float]]:
 
 
 @torch.no_grad()
-def _figures(model: TunedModel, place: World, split: str) -> dict[str, float]:
-    """Return NLL and ECE-15 of images of new classes, among new classes alone."""
+def _figures(model: TunedModel, place: World, split: str) -> dict[str, dict[str, float]]:
+    """Return NLL and ECE-15 of images of new classes among these alone, and of all among all."""
     dataset = read_dataset(place.data, strict_names=False).aligned_to(model.class_names)
     with closing(EmbeddingCache(model.backbone.fingerprint(), "cpu")) as cache:
         features = embed(model.backbone, cache, dataset, dataset.items(split), f"{split} images")
     tuned = torch.tensor(model.tuned)
-    columns = (~tuned).nonzero()[:, 0]
-    kept = ~tuned[features.labels]
-    logits = model.logits(features.embeddings)[kept][:, columns]
-    labels = torch.searchsorted(columns, features.labels[kept])
-    own = distance_aware_factors(model.text_embeddings, model.zero_shot, tuned)[columns]
-    scaled = logits * own[logits.argmax(dim=1)][:, None]
-    figures = {"factor": float(own.mean())}
-    for name, z in (("", logits), ("_dac", scaled)):
-        figures[f"nll{name}"] = float(functional.cross_entropy(z, labels))
-        figures[f"ece{name}"] = _ece(z, labels)
-    return figures
+    factors = distance_aware_factors(model.text_embeddings, model.zero_shot, tuned)
+    found = {}
+    for scope, wanted in (("new", ~tuned), ("all", torch.ones_like(tuned))):
+        columns, kept = wanted.nonzero()[:, 0], wanted[features.labels]
+        logits = model.logits(features.embeddings)[kept][:, columns]
+        labels, own = torch.searchsorted(columns, features.labels[kept]), factors[columns]
+        scaled = logits * own[logits.argmax(dim=1)][:, None]
+        found[scope] = {
+            "factor": float(own.mean()),
+            "nll": float(functional.cross_entropy(logits, labels)),
+            "nll_dac": float(functional.cross_entropy(scaled, labels)),
+            "ece": _ece(logits, labels),
+            "ece_dac": _ece(scaled, labels),
+        }
+    return found
 
 
 def _ece(logits: Tensor, labels: Tensor) -> float:
@@ -109,19 +113,19 @@ def _ece(logits: Tensor, labels: Tensor) -> float:
 
 
 def markdown(cells: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return a line for each world and split, means over the seeds."""
+    """Return a line for each world, split and scope, means over the seeds."""
     worlds = dict.fromkeys(cell["world"] for cell in cells.values())
     lines = [
-        "| new classes | seeds | mean γ | NLL | with DAC | ECE-15, % | with DAC |",
+        "| images, classes | seeds | mean γ | NLL | with DAC | ECE-15, % | with DAC |",
         "|---|---|---|---|---|---|---|",
     ]
-    for world, split in product(worlds, _SPLITS):
-        own = [cell[split] for cell in cells.values() if cell["world"] == world]
+    for world, split, scope in product(worlds, _SPLITS, ("new", "all")):
+        own = [cell[split][scope] for cell in cells.values() if cell["world"] == world]
         figure = {key: mean(cell[key] for cell in own) for key in own[0]}
-        lines.append(
-            f"| {world}, {split} | {len(own)} | {figure['factor']:.3f} | {figure['nll']:.4f} | "
-            f"{figure['nll_dac']:.4f} | {100 * figure['ece']:.1f} | {100 * figure['ece_dac']:.1f} |"
-        )
+        line = [f"{world} {split}, {scope}", str(len(own)), f"{figure['factor']:.3f}"]
+        line += [f"{figure[name]:.4f}" for name in ("nll", "nll_dac")]
+        line += [f"{100 * figure[name]:.1f}" for name in ("ece", "ece_dac")]
+        lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines)
 
 
