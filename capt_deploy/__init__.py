@@ -10,29 +10,46 @@ from typing import TYPE_CHECKING, Any
 from capt_deploy.version import __version__
 
 if TYPE_CHECKING:
+    from capt_deploy.backends import RuntimeOptions
+    from capt_deploy.batcher import BatcherOptions
     from capt_deploy.classifier import Classifier, Prediction
-    from capt_deploy.errors import BackendError, BundleError, CaptError, DataError, ImageError
+    from capt_deploy.errors import (
+        BackendError,
+        BundleError,
+        BusyError,
+        CaptError,
+        DataError,
+        ImageError,
+    )
 
 __all__ = [
     "BackendError",
+    "BatcherOptions",
     "BundleError",
+    "BusyError",
     "CaptError",
     "Classifier",
     "DataError",
     "ImageError",
     "Prediction",
+    "RuntimeOptions",
     "__version__",
 ]
 
 
+# Where they are, but for the errors.
+_MODULES = {
+    "BatcherOptions": "batcher",
+    "Classifier": "classifier",
+    "Prediction": "classifier",
+    "RuntimeOptions": "backends",
+}
+
+
 def __getattr__(name: str) -> Any:
     # Lazy, because every command imports this package and `--help` has to be quick.
-    if name in ("Classifier", "Prediction"):
-        from capt_deploy import classifier
+    if name not in __all__:
+        raise AttributeError(f"module 'capt_deploy' has no attribute {name!r}")
+    from importlib import import_module
 
-        return getattr(classifier, name)
-    if name in __all__:
-        from capt_deploy import errors
-
-        return getattr(errors, name)
-    raise AttributeError(f"module 'capt_deploy' has no attribute {name!r}")
+    return getattr(import_module(f"capt_deploy.{_MODULES.get(name, 'errors')}"), name)

@@ -1,14 +1,22 @@
 """Image files in batches of pixels, where one broken file spoils only its own row."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
+from capt_deploy.cores import usable_cores
 from capt_deploy.errors import ImageError
 from capt_deploy.preprocess import PreprocessConfig, preprocess
 
+T = TypeVar("T")
+R = TypeVar("R")
 _FRUGAL_PIXELS = 2**18  # activations of more would outweigh the weights of a large ViT
 _LARGEST_FRUGAL = 64
 
@@ -28,16 +36,56 @@ def frugal_batch(config: PreprocessConfig) -> int:
     return max(1, min(_LARGEST_FRUGAL, _FRUGAL_PIXELS // (height * width)))
 
 
+def in_batches(items: Iterable[T], work: Callable[[T], R], batch_size: int) -> Iterator[list[R]]:
+    """Yield what `work` makes of items, in order, in lists of `batch_size`.
+
+    A pool of threads works on the next list while the caller has the last one. `items` is drawn
+    from by the caller's thread alone. An error of `work` is raised at its item's list.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, came {batch_size}")
+    rest = iter(items)
+    first = list(islice(rest, batch_size))
+    if len(first) == 1 < batch_size:  # a thread would take longer than it saves
+        yield [work(first[0])]
+        return
+    pool = ThreadPoolExecutor(usable_cores(), "capt-decode")
+    try:
+        ahead = [_begin(pool, work, item) for item in first]
+        first.clear()
+        while ahead:
+            now = ahead
+            ahead = [_begin(pool, work, item) for item in islice(rest, batch_size)]
+            results = [future.result() for future in now]
+            now.clear()  # or the pixels would be kept while the caller works
+            yield results
+            del results
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin(pool: ThreadPoolExecutor, work: Callable[[T], R], item: T) -> "Future[R]":
+    if isinstance(item, Image.Image):
+        # Pillow reads pixels and EXIF late, and the same image may be there twice.
+        with suppress(Exception):  # `work` meets it again
+            item.load()
+            item.getexif()
+    return pool.submit(work, item)
+
+
 def preprocess_files(
-    files: Sequence[str], config: PreprocessConfig, batch_size: int
+    files: Sequence[str], config: PreprocessConfig, batch_size: int, *, fast_decode: bool = False
 ) -> Iterator[Batch]:
-    """Yield batches in order, with one batch of pixels in memory at a time."""
-    for start in range(0, len(files), batch_size):
-        names = tuple(files[start : start + batch_size])
-        pixels, errors = [], {}
-        for name in names:
-            try:
-                pixels.append(preprocess(name, config))
-            except ImageError as error:
-                errors[name] = str(error)
+    """Yield batches in order; while the caller works on one, the next one is decoded."""
+
+    def work(name: str) -> tuple[str, NDArray[np.uint8] | ImageError]:
+        try:
+            return name, preprocess(name, config, fast_decode=fast_decode)
+        except ImageError as error:
+            return name, error
+
+    for batch in in_batches(files, work, batch_size):
+        errors = {name: str(result) for name, result in batch if isinstance(result, ImageError)}
+        pixels = [result for _, result in batch if not isinstance(result, ImageError)]
+        names = tuple(name for name, _ in batch)
         yield Batch(names, np.stack(pixels) if pixels else None, errors)

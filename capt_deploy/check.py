@@ -54,7 +54,8 @@ def check_bundle(
             say(f"{precision}: not checked: {cause}")
             report[precision] = {"not_checked": str(cause)}
             continue
-        own = _check(classifier, reference, found)
+        with classifier:
+            own = _check(classifier, reference, found)
         results |= {f"{precision}, {kind}": result for kind, result in own.items()}
         report[precision] = {kind: result.to_dict() for kind, result in own.items()}
     if not results:

@@ -1,9 +1,9 @@
 """The class that applications embed: images in, labels with calibrated confidences out."""
 
-import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from itertools import islice
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -11,17 +11,29 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.backends import Backend, create, preferred_precision
-from capt_deploy.bundle import Bundle, open_bundle
-from capt_deploy.errors import BundleError
-from capt_deploy.files import expand_home
+from capt_deploy.backends import (
+    DEFAULT_OPTIONS,
+    Backend,
+    RuntimeOptions,
+    candidates,
+    preferred_precision,
+    start,
+)
+from capt_deploy.backends.choice import first_that_works
+from capt_deploy.batcher import Batcher, BatcherOptions
+from capt_deploy.batches import in_batches
+from capt_deploy.bundle import Bundle
+from capt_deploy.errors import BackendError, BundleError
+from capt_deploy.graphs import open_graphs
 from capt_deploy.images import ImageInput
-from capt_deploy.manifest import PRECISION_KEY, Manifest
-from capt_deploy.onnx_metadata import read_metadata
+from capt_deploy.manifest import Manifest
 from capt_deploy.preprocess import preprocess
+from capt_deploy.process import Process
 
 if TYPE_CHECKING:
     from capt_deploy.open_vocabulary import Head, TextSide
+
+_BATCHER = BatcherOptions()
 
 
 @dataclass(frozen=True, eq=False)  # arrays have no single truth value to compare by
@@ -43,22 +55,43 @@ class Prediction:
 
 
 class Classifier:
-    """A loaded bundle. Thread-safe."""
+    """A loaded bundle. Thread-safe; not to be used in a forked copy of its process."""
 
     def __init__(
-        self, manifest: Manifest, backend: Backend, precision: str, bundle: Bundle | None = None
+        self,
+        manifest: Manifest,
+        backend: Backend,
+        precision: str,
+        bundle: Bundle | None = None,
+        *,
+        skipped: Mapping[str, str] | None = None,
+        fast_decode: bool = False,
+        batcher: BatcherOptions = _BATCHER,
     ) -> None:
         self.manifest = manifest
         self.backend = backend
         self.precision = precision
+        self.skipped = dict(skipped or {})  # by name, why faster backends are not used
+        self.preprocess = partial(preprocess, config=manifest.preprocess, fast_decode=fast_decode)
         self._bundle = bundle
-        self._adding = Lock()
+        self._process = Process()
+        self._changing = Lock()
+        self._closed = False
+        self._batcher_options = batcher
+        self._batcher: Batcher[Prediction] | None = None
         self._texts: TextSide | None = None
         self._head: Head | None = None  # once there are more classes than the graph's
 
     @classmethod
     def load(
-        cls, path: str | Path, backend: str = "auto", precision: str | None = None
+        cls,
+        path: str | Path,
+        backend: str = "auto",
+        precision: str | None = None,
+        options: RuntimeOptions = DEFAULT_OPTIONS,
+        *,
+        fast_decode: bool = False,
+        batcher: BatcherOptions = _BATCHER,
     ) -> "Classifier":
         """Load a bundle folder, a zip of one, or a lone `model.onnx`.
 
@@ -66,42 +99,32 @@ class Classifier:
             path: of it.
             backend: one of `capt_deploy.backends.NAMES`.
             precision: which of a bundle's graphs; by default the one that suits the backend.
+            options: how to use the machine.
+            fast_decode: read large JPEGs at a lower resolution, see `preprocess`.
+            batcher: of `submit`.
 
         Raises:
             BundleError: it is damaged, unknown, or does not hold that precision.
             BackendError: the requested backend cannot run here.
         """
-        path = expand_home(path)
-        if path.suffix == ".onnx":
-            return cls._load_onnx(path, backend)
-        bundle = open_bundle(path)
-        chosen = precision or preferred_precision(backend, bundle.manifest.graphs)
-        precision, onnx = bundle.graph(chosen)
-        # Only the graph is hashed: a manifest with other names would mislabel every image.
-        inside = Manifest.from_json(read_metadata(onnx) or "", f"{path}, inside the graph")
-        if replace(bundle.manifest, files={}) != inside:
-            raise BundleError(f"{path}: its manifest was changed after the export; export it again")
-        if not bundle.manifest.verified:
-            warnings.warn(f"{path}: was exported although its check had failed", stacklevel=2)
-        engine = create(backend, onnx, precision, bundle.weights_folder(precision))
-        return cls(bundle.manifest, engine, precision, bundle)
+        names = candidates(backend)
+        graphs = open_graphs(path)
 
-    @classmethod
-    def _load_onnx(cls, path: Path, backend: str) -> "Classifier":
-        try:
-            onnx = path.read_bytes()
-        except OSError as cause:
-            raise BundleError(f"{path}: cannot be read ({cause})") from cause
-        text = read_metadata(onnx)
-        if text is None:
-            raise BundleError(f"{path}: carries no manifest; expected a graph from capt-export")
-        manifest = Manifest.from_json(text, str(path))
-        precision = read_metadata(onnx, PRECISION_KEY) or next(iter(manifest.graphs))
-        if precision not in manifest.graphs:
-            raise BundleError(f"{path}: its manifest knows no {precision} graph; export it again")
-        if manifest.graphs[precision].weights:
-            raise BundleError(f"{path}: its weights are in a second file; load the whole bundle")
-        return cls(manifest, create(backend, onnx, precision), precision)
+        def begin(name: str) -> tuple[Backend, str]:
+            graph = graphs.read(precision or preferred_precision(name, graphs.precisions))
+            own = start(name, graph.onnx, graph.precision, graph.weights_folder, options)
+            return own, graph.precision
+
+        (engine, chosen), skipped = first_that_works(names, begin)
+        return cls(
+            graphs.manifest,
+            engine,
+            chosen,
+            graphs.bundle,
+            skipped=skipped,
+            fast_decode=fast_decode,
+            batcher=batcher,
+        )
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -126,9 +149,10 @@ class Classifier:
         """
         from capt_deploy.open_vocabulary import Head, TextSide
 
+        self._check()
         if self._bundle is None:
             raise BundleError("a lone graph has no text side; load the whole bundle to add classes")
-        with self._adding:
+        with self._changing:
             texts = self._texts = self._texts or TextSide.of(self._bundle)
             head = self._head or Head.of(self._bundle, self.precision)
             temperature = self.manifest.calibration[self.precision]["temperature"]
@@ -136,26 +160,71 @@ class Classifier:
 
     def __call__(self, image: ImageInput) -> Prediction:
         """Classify one image. Raises `ImageError` if it cannot be decoded."""
-        return self.predict([image])[0]
+        return self.run(self.preprocess(image)[np.newaxis])[0]
 
     def predict(self, images: Iterable[ImageInput], batch_size: int = 32) -> list[Prediction]:
-        """Classify images, with one batch of pixels in memory at a time.
+        """Classify images; while one batch runs, the next one is decoded, and no more of them.
 
         Raises:
             ImageError: at the first image that cannot be decoded.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, came {batch_size}")
+        self._check()
         predictions: list[Prediction] = []
-        rest = iter(images)
-        while batch := list(islice(rest, batch_size)):
-            predictions += self.run(
-                np.stack([preprocess(i, self.manifest.preprocess) for i in batch])
-            )
+        for batch in in_batches(images, self.preprocess, batch_size):
+            predictions += self.run(np.stack(batch))
         return predictions
+
+    def submit(self, image: ImageInput) -> "Future[Prediction]":
+        """Return at once with the prediction to come; a thread runs such requests in batches.
+
+        Paths and bytes are decoded in the background; arrays and Pillow images, which the caller
+        could change meanwhile, before this returns. Callbacks of the future run in the thread that
+        runs the batches: keep them short.
+
+        Raises:
+            BusyError: more requests wait than `BatcherOptions.max_waiting`.
+            BackendError: it is closed, or the batcher's thread has died.
+        """
+        self._check()
+        batcher = self._batcher
+        if batcher is None:
+            with self._changing:
+                self._check()
+                batcher = self._batcher = self._batcher or Batcher(
+                    self.preprocess, self._answer, self._batcher_options
+                )
+        return batcher.submit(image)
 
     def run(self, pixels: NDArray[np.uint8]) -> list[Prediction]:
         """Classify preprocessed pixels, (batch, height, width, 3) RGB 0-255."""
+        self._check()
+        return self._answer(pixels)
+
+    def close(self, *, drain: bool = True) -> None:
+        """Answer what was submitted, or cancel it without `drain`; then free the backend.
+
+        A second call does nothing. In a forked copy of the process nothing is freed.
+        """
+        if not self._process.is_this:
+            return
+        with self._changing:
+            self._closed = True
+        if self._batcher is not None:
+            self._batcher.close(drain=drain)
+        self.backend.close()
+
+    def __enter__(self) -> "Classifier":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check(self) -> None:
+        self._process.check()
+        if self._closed:
+            raise BackendError("the classifier is closed; load it again")
+
+    def _answer(self, pixels: NDArray[np.uint8]) -> list[Prediction]:
         outputs, head = self.backend.run(pixels), self._head
         if head is None:
             names, probabilities = self.manifest.class_names, outputs.probabilities

@@ -42,6 +42,10 @@ class UnavailableError(BackendError):
     """A backend that this machine cannot run, whatever the graph."""
 
 
+class BusyError(BackendError):
+    """More requests wait than are allowed to; try again later."""
+
+
 class GateError(CaptError):
     """An export that does not say the same as the trained model."""
 

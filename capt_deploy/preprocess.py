@@ -86,7 +86,9 @@ class PreprocessConfig:
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
 
 
-def preprocess(source: ImageInput, config: PreprocessConfig) -> NDArray[np.uint8]:
+def preprocess(
+    source: ImageInput, config: PreprocessConfig, *, fast_decode: bool = False
+) -> NDArray[np.uint8]:
     """Decode, resize, crop and convert one image.
 
     Returns:

@@ -1,19 +1,24 @@
 """ONNX Runtime on the CPU."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.backends import Outputs
+from capt_deploy.backends import DEFAULT_OPTIONS, Outputs, RuntimeOptions, joined
+from capt_deploy.cores import usable_cores
 from capt_deploy.errors import BackendError, UnavailableError
+from capt_deploy.process import Process
 
 # onnxruntime 1.31 on the CPU: ENABLE_ALL crashes the process on half-precision ViTs, and
 # ENABLE_EXTENDED cannot load a half-precision FastViT; neither is faster there than BASIC. What
 # emulates bfloat16 must not have its roundings optimised away.
 _LEVELS = {"fp32": "ORT_ENABLE_ALL", "emulated": "ORT_DISABLE_ALL"}
+CPU = ("CPUExecutionProvider",)
+Provider = str | tuple[str, dict[str, str]]
 
 
 class OnnxRuntime:
@@ -27,6 +32,7 @@ class OnnxRuntime:
         onnx: bytes | Path,
         precision: str,
         weights_folder: Path | None = None,
+        options: RuntimeOptions = DEFAULT_OPTIONS,
         *,
         frugal: bool = False,
     ) -> None:
@@ -36,6 +42,7 @@ class OnnxRuntime:
             onnx: the graph, or its file, which then must be one that nobody else can change.
             precision: of the graph.
             weights_folder: where weights lie that are not in the graph's own file.
+            options: `threads` and the largest of `batches` count.
             frugal: give memory back after every run, which costs time.
 
         Raises:
@@ -46,12 +53,44 @@ class OnnxRuntime:
                 "backend onnxruntime: has no bfloat16 kernels on the CPU; run this graph on a GPU, "
                 "or export with --fp16 or --fp32 as well"
             )
+        self._process = Process()
+        self._largest = options.batches[-1]
         level = _LEVELS.get(precision, "ORT_ENABLE_BASIC")
-        self._session = start_session(onnx, level, weights_folder, frugal=frugal)
+        self._session: Any = start_session(
+            onnx, level, weights_folder, frugal=frugal, threads=options.threads
+        )
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:
-        """Run (batch, height, width, 3) pixels, RGB, 0-255."""
-        return Outputs(*self._session.run(list(Outputs._fields), {"images": images}))
+        """Run (batch, height, width, 3) pixels, RGB, 0-255.
+
+        Raises:
+            BackendError: the backend is closed, came here by a fork, or the run fails.
+        """
+        self._process.check()
+        session = self._session
+        if session is None:
+            raise BackendError("backend onnxruntime is closed; load the classifier again")
+        return in_parts(lambda part: _run(session, part), images, self._largest)
+
+    def close(self) -> None:
+        """Free the session once the runs that are under way have ended."""
+        if self._process.is_this:
+            self._session = None
+
+
+def in_parts(run: Any, images: NDArray[np.uint8], largest: int) -> Outputs:
+    """Return what `run` says of images, of which it takes up to `largest` at once."""
+    if len(images) <= largest:
+        outputs: Outputs = run(images)
+        return outputs
+    return joined(run(images[at : at + largest]) for at in range(0, len(images), largest))
+
+
+def _run(session: Any, images: NDArray[np.uint8]) -> Outputs:
+    try:
+        return Outputs(*session.run(list(Outputs._fields), {"images": images}))
+    except Exception as cause:  # its exceptions share no base class but this
+        raise BackendError(f"backend onnxruntime cannot run the graph: {cause}") from cause
 
 
 def start_session(
@@ -60,14 +99,18 @@ def start_session(
     weights_folder: Path | None = None,
     *,
     frugal: bool = False,
+    threads: int | None = None,
+    providers: Sequence[Provider] = CPU,
 ) -> Any:
-    """Return an `InferenceSession` on the CPU provider.
+    """Return an `InferenceSession`.
 
     Args:
         onnx: the graph, or its file, which then must be one that nobody else can change.
         level: the name of a `GraphOptimizationLevel`.
         weights_folder: where weights lie that are not in the graph's own file.
         frugal: give memory back after every run, which costs time.
+        threads: that compute on the CPU; None for as many as this process has cores.
+        providers: ONNX Runtime's own list of them, the first choice first.
 
     Raises:
         BackendError: ONNX Runtime is missing, or cannot load the graph.
@@ -87,8 +130,14 @@ def start_session(
         str(weights_folder or f"{os.devnull}/none"),
     )
     options.enable_cpu_mem_arena = not frugal
+    # Its own default is all cores of the machine, also where a container may use two of them.
+    options.intra_op_num_threads = threads or usable_cores()
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
     try:
-        return onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            onnx, options, providers=list(providers), enable_fallback=0
+        )
     except Exception as cause:  # its exceptions share no base class but this
         raise BackendError(f"backend onnxruntime cannot load the graph: {cause}") from cause
+    session._model_bytes = None  # it keeps the whole file for a fallback that is switched off
+    return session

@@ -51,16 +51,17 @@ def test_every_readable_file_has_its_own_row_and_every_other_an_error(
             assert batch.pixels is None
 
 
-def test_batches_are_read_one_at_a_time(folder: Path) -> None:
+def test_one_batch_is_read_ahead_and_no_more(folder: Path) -> None:
     late = folder / "late.png"
-    files = [str(folder / "0.png"), str(late)]
+    files = [str(folder / "0.png"), str(folder / "1.png"), str(late)]
     batches = preprocess_files(files, CONFIG, 1)
     assert next(batches).errors == {}
-    late.hardlink_to(folder / "1.png")
-    second = next(batches)
+    late.hardlink_to(folder / "2.png")
+    assert next(batches).errors == {}
+    third = next(batches)
     late.unlink()
-    assert second.errors == {}
-    np.testing.assert_array_equal(second.pixels[0], preprocess(folder / "1.png", CONFIG))
+    assert third.errors == {}
+    np.testing.assert_array_equal(third.pixels[0], preprocess(folder / "2.png", CONFIG))
 
 
 def test_no_files_give_no_batch() -> None:
