@@ -7,6 +7,7 @@ from pathlib import Path
 
 _LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _NVIDIA = "0x10de"  # PCI vendor
+_LONGEST_NAME = 256
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE, CUDA driver API
 
 
@@ -16,7 +17,7 @@ def gpu_problem() -> str | None:
 
     `cuInit` fails in forked copies of a process that has called it: start processes by spawning.
     """
-    there = "" if not _is_on_the_bus() else "; an NVIDIA GPU is on the bus"
+    there = "; an NVIDIA GPU is on the bus" if _is_on_the_bus() else ""
     try:
         driver = ctypes.CDLL(_LIBRARY)
     except OSError:
@@ -29,6 +30,18 @@ def gpu_problem() -> str | None:
     if status == _NO_DEVICE or (status == 0 and count.value == 0):
         return f"the driver shows no GPU{there}; is CUDA_VISIBLE_DEVICES set?"
     return None if status == 0 else f"the driver failed with CUDA error {status}{there}; see dmesg"
+
+
+def gpu_name(ordinal: int) -> str:
+    """Return what the driver calls a GPU, such as "NVIDIA H100 80GB HBM3"; "" if it says nothing.
+
+    To be asked only where `gpu_problem` finds none.
+    """
+    driver = ctypes.CDLL(_LIBRARY)
+    device, name = ctypes.c_int(0), ctypes.create_string_buffer(_LONGEST_NAME)
+    if driver.cuDeviceGet(ctypes.byref(device), ordinal):
+        return ""
+    return "" if driver.cuDeviceGetName(name, len(name), device) else name.value.decode()
 
 
 def nvidia_gpu_is_here() -> bool:

@@ -1,8 +1,13 @@
 """Threads and device handles do not survive `fork`: notice their use in a forked copy."""
 
+import ctypes
 import os
+from typing import Any
+from weakref import WeakSet
 
 from capt_deploy.errors import BackendError
+
+_never_freed_in_copies: "WeakSet[Any]" = WeakSet()
 
 
 class Process:
@@ -28,3 +33,21 @@ class Process:
                 f"{os.getpid()}; load it after the fork, or start processes with "
                 f'multiprocessing.get_context("spawn")'
             )
+
+
+def never_free_in_copies(value: Any) -> None:
+    """Let forked copies of this process end without freeing `value`.
+
+    A library that would join its threads, which a copy does not have, crashes or hangs on that,
+    at the latest when the copy exits.
+    """
+    _never_freed_in_copies.add(value)
+
+
+def _keep() -> None:
+    for value in _never_freed_in_copies:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_keep)

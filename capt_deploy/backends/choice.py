@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import TypeVar
 
+from capt_deploy.backends.onnxruntime import import_library
 from capt_deploy.driver import gpu_problem, nvidia_gpu_is_here
 from capt_deploy.errors import BackendError, CaptError, UnavailableError
 
@@ -85,10 +86,9 @@ def _missing_module(name: str) -> str | None:
 def cuda_provider_problem() -> str | None:
     """Return why this ONNX Runtime has no CUDA provider, with the fix; None if it has one."""
     try:
-        import onnxruntime
-    except ImportError:
-        return "the package is missing; pip install onnxruntime-gpu"
-    found = onnxruntime.get_available_providers()
+        found = import_library().get_available_providers()
+    except UnavailableError as error:
+        return str(error)
     if "CUDAExecutionProvider" in found:
         return None
     return (

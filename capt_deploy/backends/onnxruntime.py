@@ -1,7 +1,7 @@
 """ONNX Runtime on the CPU."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from capt_deploy.backends import DEFAULT_OPTIONS, Outputs, RuntimeOptions, joined
 from capt_deploy.cores import usable_cores
 from capt_deploy.errors import BackendError, UnavailableError
-from capt_deploy.process import Process
+from capt_deploy.process import Process, never_free_in_copies
 
 # onnxruntime 1.31 on the CPU: ENABLE_ALL crashes the process on half-precision ViTs, and
 # ENABLE_EXTENDED cannot load a half-precision FastViT; neither is faster there than BASIC. What
@@ -78,11 +78,33 @@ class OnnxRuntime:
             self._session = None
 
 
-def in_parts(run: Any, images: NDArray[np.uint8], largest: int) -> Outputs:
+def import_library() -> Any:
+    """Return the module `onnxruntime`.
+
+    From 1.29 on it reports its use to its maker, unless the environment says otherwise before it
+    is loaded. What a classifier sees is nobody else's business; and the threads that report make
+    forked copies of a process hang when they exit.
+
+    Raises:
+        UnavailableError: it is missing.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        import onnxruntime
+    except ImportError as cause:
+        raise UnavailableError(
+            f"backend onnxruntime: the package is missing or does not load ({cause}); "
+            f"pip install onnxruntime"
+        ) from cause
+    return onnxruntime
+
+
+def in_parts(
+    run: Callable[[NDArray[np.uint8]], Outputs], images: NDArray[np.uint8], largest: int
+) -> Outputs:
     """Return what `run` says of images, of which it takes up to `largest` at once."""
     if len(images) <= largest:
-        outputs: Outputs = run(images)
-        return outputs
+        return run(images)
     return joined(run(images[at : at + largest]) for at in range(0, len(images), largest))
 
 
@@ -115,12 +137,7 @@ def start_session(
     Raises:
         BackendError: ONNX Runtime is missing, or cannot load the graph.
     """
-    try:
-        import onnxruntime
-    except ImportError as cause:
-        raise BackendError(
-            "backend onnxruntime: the package is missing; pip install onnxruntime"
-        ) from cause
+    onnxruntime = import_library()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors reach the user as exceptions
     # A graph in memory may name weights in other files, which would be sought in the current
@@ -139,5 +156,6 @@ def start_session(
         )
     except Exception as cause:  # its exceptions share no base class but this
         raise BackendError(f"backend onnxruntime cannot load the graph: {cause}") from cause
+    never_free_in_copies(session)
     session._model_bytes = None  # it keeps the whole file for a fallback that is switched off
     return session

@@ -1,0 +1,139 @@
+"""A session of ONNX Runtime with buffers that stay where they are, one set for each batch bucket.
+
+CUDA graphs need that: they read and write the very addresses at which they were captured. A batch
+is run in the smallest bucket that holds it; what the rest of the bucket says is dropped.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capt_deploy.backends import Outputs
+from capt_deploy.errors import BackendError
+
+Pixels = NDArray[np.uint8]
+
+
+def buckets(batches: tuple[int, int, int]) -> tuple[int, ...]:
+    """Return the batches that buffers are made for: doubling from the smallest to the largest."""
+    sizes, size = set(batches), batches[0]
+    while size < batches[-1]:
+        sizes.add(size)
+        size *= 2
+    return tuple(sorted(sizes))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the buffers are."""
+
+    kind: str  # ONNX Runtime's name: "cuda", "cpu"
+    ordinal: int
+    staging: Callable[[tuple[int, ...]], Pixels]  # makes host memory, (batch, height, width, 3)
+
+
+@dataclass(frozen=True)
+class _Buffers:
+    staging: Pixels
+    images: Any  # OrtValue, like the others
+    outputs: tuple[Any, ...]
+    binding: Any
+    options: Any  # of the run
+
+
+class BoundSession:
+    """Runs a session from such buffers. Not thread-safe: they are shared by all runs."""
+
+    def __init__(
+        self,
+        session: Any,
+        place: Place,
+        batches: tuple[int, int, int],
+        *,
+        graphs: bool,
+    ) -> None:
+        self._session, self._place, self._graphs = session, place, graphs
+        self._sizes = buckets(batches)
+        self._buffers: dict[int, _Buffers] = {}
+        (images,) = session.get_inputs()
+        self.pixels = tuple(images.shape[1:])  # height, width, 3
+        self._columns = {output.name: output.shape[1:] for output in session.get_outputs()}
+
+    @property
+    def largest(self) -> int:
+        """The largest batch that it takes."""
+        return self._sizes[-1]
+
+    def run(self, images: Pixels) -> Outputs:
+        """Run (batch, height, width, 3) pixels.
+
+        Raises:
+            BackendError: they have another shape, or the run fails.
+        """
+        buffers = self.fill(images)
+        self.start(buffers)
+        try:
+            buffers.binding.synchronize_outputs()
+            # A copy of its own: the next run writes into the same buffers.
+            return Outputs(*(np.array(value.numpy()[: len(images)]) for value in buffers.outputs))
+        except Exception as cause:  # its exceptions share no base class but this
+            raise BackendError(f"backend onnxruntime cannot fetch its outputs: {cause}") from cause
+
+    def fill(self, images: Pixels) -> _Buffers:
+        """Copy images into the buffers of their bucket.
+
+        Raises:
+            BackendError: they have another shape.
+        """
+        if images.dtype != np.uint8 or images.shape[1:] != self.pixels:
+            raise BackendError(
+                f"expected uint8 pixels (batch, {', '.join(map(str, self.pixels))}), came "
+                f"{images.dtype} {images.shape}"
+            )
+        size = next(size for size in self._sizes if size >= len(images))
+        try:
+            if size not in self._buffers:
+                self._buffers[size] = self._make(size)
+            buffers = self._buffers[size]
+            buffers.staging[: len(images)] = images
+            buffers.images.update_inplace(buffers.staging)
+        except Exception as cause:  # its exceptions share no base class but this
+            raise BackendError(f"backend onnxruntime cannot take {size} images: {cause}") from cause
+        return buffers
+
+    def start(self, buffers: _Buffers) -> None:
+        """Run what is in the buffers.
+
+        Raises:
+            BackendError: the run fails.
+        """
+        try:
+            self._session.run_with_iobinding(buffers.binding, buffers.options)
+        except Exception as cause:
+            raise BackendError(f"backend onnxruntime cannot run the graph: {cause}") from cause
+
+    def _make(self, size: int) -> _Buffers:
+        from onnxruntime import OrtValue, RunOptions
+
+        kind, ordinal = self._place.kind, self._place.ordinal
+
+        def value(shape: tuple[int, ...], element: Any) -> Any:
+            return OrtValue.ortvalue_from_shape_and_type(shape, element, kind, ordinal)
+
+        shape = (size, *self.pixels)
+        images = value(shape, np.uint8)
+        outputs = tuple(value((size, *self._columns[n]), np.float32) for n in Outputs._fields)
+        binding = self._session.io_binding()
+        binding.bind_ortvalue_input("images", images)
+        for name, output in zip(Outputs._fields, outputs, strict=True):
+            binding.bind_ortvalue_output(name, output)
+        options = RunOptions()
+        # Each shape is captured into a graph of its own; -1 is ONNX Runtime's word for none.
+        number = self._sizes.index(size) + 1 if self._graphs else -1
+        options.add_run_config_entry("gpu_graph_id", str(number))
+        staging = self._place.staging(shape)
+        staging[...] = 0
+        return _Buffers(staging, images, outputs, binding, options)

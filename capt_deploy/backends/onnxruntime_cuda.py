@@ -1,0 +1,244 @@
+"""ONNX Runtime on a GPU, by its CUDA provider."""
+
+import ctypes
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from itertools import product
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capt_deploy.backends import DEFAULT_OPTIONS, Outputs, RuntimeOptions
+from capt_deploy.backends.bound import BoundSession, Place
+from capt_deploy.backends.choice import require
+from capt_deploy.backends.onnxruntime import import_library, in_parts, start_session
+from capt_deploy.device import Device, open_device
+from capt_deploy.driver import gpu_name
+from capt_deploy.errors import BackendError, UnavailableError
+from capt_deploy.process import Process
+
+_PROVIDER = "CUDAExecutionProvider"
+# The higher level fuses attention and LayerNorm; ENABLE_ALL adds layouts that only CPUs use. Some
+# half-precision graphs load at the lower one alone, as on the CPU.
+_LEVELS = {
+    "fp32": ("ORT_ENABLE_EXTENDED", "ORT_ENABLE_BASIC"),
+    "fp16": ("ORT_ENABLE_EXTENDED", "ORT_ENABLE_BASIC"),
+}
+_ONLY_BASIC = ("ORT_ENABLE_BASIC",)
+
+
+class OnnxRuntimeCuda:
+    """A session on the CUDA provider. Thread-safe: runs wait for each other, as the GPU would."""
+
+    name = "onnxruntime"
+
+    def __init__(
+        self,
+        onnx: bytes,
+        precision: str,
+        weights_folder: Path | None = None,
+        options: RuntimeOptions = DEFAULT_OPTIONS,
+    ) -> None:
+        """Start a session and try it, with CUDA graphs if that works; else a warning says why.
+
+        Args:
+            onnx: the graph.
+            precision: of the graph.
+            weights_folder: where weights lie that are not in the graph's own file.
+            options: which GPU, which batches, whether CUDA graphs.
+
+        Raises:
+            UnavailableError: driver, libraries or the provider are missing.
+            BackendError: the graph cannot run here.
+        """
+        require("onnxruntime-cuda")
+        self.device = f"cuda:{options.device} ({gpu_name(options.device)})"
+        self._process, self._one_run = Process(), Lock()
+        self._gpu = _Gpu(options.device)
+        levels = _LEVELS.get(precision, _ONLY_BASIC)
+        first: BackendError | None = None
+        for graphs, level in product((True, False) if options.cuda_graphs else (False,), levels):
+            try:
+                session = self._start(onnx, level, weights_folder, graphs=graphs)
+                self._bound: BoundSession | None = self._gpu.bind(session, options, graphs=graphs)
+                _probe(self._bound, options.batches)
+                break
+            except UnavailableError:
+                raise
+            except BackendError as error:
+                first = first or error
+        else:
+            raise first or BackendError("backend onnxruntime: nothing was tried")
+        if first is not None:
+            how = f"{'with' if graphs else 'without'} CUDA graphs, {level}"
+            warnings.warn(f"onnxruntime on {self.device} runs {how}: {first}", stacklevel=6)
+
+    def _start(self, onnx: bytes, level: str, weights_folder: Path | None, *, graphs: bool) -> Any:
+        settings = {
+            "device_id": str(self._gpu.ordinal),
+            "enable_cuda_graph": "1" if graphs else "0",
+            "cudnn_conv_algo_search": "HEURISTIC",  # the default tries all, at each new batch
+            "use_tf32": "0",  # float32 as the gate has seen it; who wants speed has fp16
+            **self._gpu.settings,
+        }
+        _load_cuda_libraries()
+        providers = ((_PROVIDER, settings), "CPUExecutionProvider")
+        session = start_session(onnx, level, weights_folder, providers=providers)
+        found = session.get_providers()
+        if found[0] != _PROVIDER:
+            raise UnavailableError(
+                f"backend onnxruntime-cuda: expected {_PROVIDER}, found {', '.join(found)}: "
+                f"{_missing_library()}"
+            )
+        return session
+
+    def run(self, images: NDArray[np.uint8]) -> Outputs:
+        """Run (batch, height, width, 3) pixels, RGB, 0-255.
+
+        Raises:
+            BackendError: the backend is closed, came here by a fork, or the run fails.
+        """
+        self._process.check()
+        with self._one_run:
+            bound = self._open()
+            return in_parts(bound.run, images, bound.largest)
+
+    def time_on_device(self, images: NDArray[np.uint8], iterations: int) -> list[float]:
+        """Return milliseconds of each run between events on the GPU, copies not included.
+
+        ONNX Runtime waits for each replay of a CUDA graph: its launch by the host is in the time.
+
+        Args:
+            images: (batch, height, width, 3), at most the largest of `RuntimeOptions.batches`.
+            iterations: how many runs.
+
+        Raises:
+            UnavailableError: there is neither pycuda nor cuda-python, which make events.
+            BackendError: like `run`.
+        """
+        self._process.check()
+        with self._one_run:
+            bound = self._open()
+            if not 1 <= len(images) <= bound.largest:
+                raise BackendError(
+                    f"expected 1 to {bound.largest} images to time at once, came {len(images)}"
+                )
+            buffers = bound.fill(images)
+            bound.start(buffers)  # captures the graph of a batch that was not run yet
+            return [self._gpu.time(lambda: bound.start(buffers)) for _ in range(iterations)]
+
+    def close(self) -> None:
+        """Free the GPU's memory once the run that is under way has ended."""
+        if not self._process.is_this:
+            return
+        with self._one_run:
+            if self._bound is not None:
+                self._bound = None
+                self._gpu.close()
+
+    def _open(self) -> BoundSession:
+        if self._bound is None:
+            raise BackendError("backend onnxruntime is closed; load the classifier again")
+        return self._bound
+
+
+class _Gpu:
+    """The stream of a session, where a Python package for CUDA is installed; else its own one."""
+
+    def __init__(self, ordinal: int) -> None:
+        self.ordinal = ordinal
+        self.settings: dict[str, str] = {}
+        self._device: Device | None = None
+        self._pinned: list[NDArray[np.uint8]] = []
+        try:
+            self._device = open_device(ordinal)
+        except UnavailableError as error:  # good for timing and pinned memory alone
+            self._problem = str(error)
+            return
+        with self._device.active():
+            self._stream = self._device.stream()
+        self.settings = {"user_compute_stream": str(int(self._stream))}
+
+    def bind(self, session: Any, options: RuntimeOptions, *, graphs: bool) -> BoundSession:
+        """Return the session with buffers on this GPU."""
+        place = Place("cuda", self.ordinal, self._staging)
+        return BoundSession(session, place, options.batches, graphs=graphs)
+
+    def time(self, work: Any) -> float:
+        """Return how long the stream takes for what `work` puts on it, in milliseconds."""
+        with self._opened() as device:
+            first = device.record(self._stream)
+            work()
+            second = device.record(self._stream)
+            device.synchronize(self._stream)
+            try:
+                return device.elapsed_ms(first, second)
+            finally:
+                device.free_event(first)
+                device.free_event(second)
+
+    def close(self) -> None:
+        """Free the stream and the pinned memory, which nothing may use any more."""
+        if self._device is None:
+            return
+        with self._opened() as device:
+            for memory in self._pinned:
+                device.free_pinned(memory)
+            self._pinned.clear()
+            device.free_stream(self._stream)
+
+    def _staging(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        """Return host memory that the GPU reads by itself, where that can be had."""
+        if self._device is None:
+            return np.empty(shape, np.uint8)
+        with self._opened() as device:
+            memory = device.pinned(int(np.prod(shape)))
+        self._pinned.append(memory)
+        return memory.reshape(shape)
+
+    @contextmanager
+    def _opened(self) -> Iterator[Device]:
+        if self._device is None:
+            raise UnavailableError(self._problem)
+        with self._device.active():
+            yield self._device
+
+
+def _probe(bound: BoundSession, batches: tuple[int, int, int]) -> None:
+    """Run the smallest and the largest batch, which need least and most of the GPU.
+
+    Raises:
+        BackendError: it does not work.
+    """
+    for size in {batches[0], batches[-1]}:
+        outputs = bound.run(np.zeros((size, *bound.pixels), np.uint8))
+        if not all(np.isfinite(column).all() for column in outputs):
+            raise BackendError(f"backend onnxruntime-cuda: a probe of {size} images gave no number")
+
+
+def _load_cuda_libraries() -> None:
+    """Load CUDA and cuDNN from NVIDIA's Python packages, where they are installed as such."""
+    preload = getattr(import_library(), "preload_dlls", None)  # from 1.21 on
+    if preload is not None:
+        with redirect_stdout(io.StringIO()):  # it prints what it misses; see _missing_library
+            preload()
+
+
+def _missing_library() -> str:
+    """Return what keeps the provider from loading, with the fix."""
+    library = Path(import_library().__file__).parent / "capi/libonnxruntime_providers_cuda.so"
+    try:
+        ctypes.CDLL(str(library))
+    except OSError as cause:
+        reason = str(cause)
+    else:
+        reason = "its libraries load, but it does not start"
+    return (
+        f"{reason}; pip install 'onnxruntime-gpu[cuda,cudnn]', or install CUDA and cuDNN of the "
+        f"versions that this onnxruntime-gpu needs"
+    )

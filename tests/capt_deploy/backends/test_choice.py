@@ -1,0 +1,177 @@
+"""Choosing a backend: the fastest that works, and a reason for every faster one that does not."""
+
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from capt_deploy import BackendError, BundleError, Classifier
+from capt_deploy.backends import AUTO, NAMES, RuntimeOptions, candidates, preferred_precision
+from capt_deploy.backends.choice import cuda_provider_problem, first_that_works, why_not
+from capt_deploy.driver import gpu_problem
+from capt_deploy.errors import ConfigError, UnavailableError
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "tiny.capt"
+without_gpu = pytest.mark.skipif(gpu_problem() is None, reason="there is a GPU here")
+
+
+@pytest.fixture
+def all_seem_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nothing be ruled out before it is started."""
+    monkeypatch.setattr("capt_deploy.backends.choice.why_not", lambda _: None)
+
+
+@pytest.fixture
+def no_gpu_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("capt_deploy.backends.choice.nvidia_gpu_is_here", lambda: False)
+
+
+def starting(**errors: Exception):  # type: ignore[no-untyped-def]
+    """Return a function that starts all but some backends, and what was tried."""
+    tried: list[str] = []
+
+    def start(name: str) -> str:
+        tried.append(name)
+        if name.replace("-", "_") in errors:
+            raise errors[name.replace("-", "_")]
+        return f"running {name}"
+
+    return start, tried
+
+
+def test_the_first_that_starts_is_taken_and_no_other_is_tried(all_seem_usable: None) -> None:
+    start, tried = starting(tensorrt=BackendError("no such GPU"))
+    started, skipped = first_that_works(AUTO, start)
+    assert started == "running tensorrt-rtx"
+    assert tried == ["tensorrt", "tensorrt-rtx"]
+    assert skipped == {"tensorrt": "no such GPU"}
+
+
+def test_whatever_a_library_for_gpus_raises_is_a_reason(
+    all_seem_usable: None, no_gpu_here: None
+) -> None:
+    errors = {"tensorrt": OSError("libnvinfer"), "onnxruntime_cuda": AttributeError("Foo")}
+    start, _ = starting(tensorrt_rtx=RuntimeError("cuInit"), **errors)
+    started, skipped = first_that_works(AUTO, start)
+    assert started == "running onnxruntime-cpu"
+    assert skipped == {
+        "tensorrt": "OSError: libnvinfer",
+        "tensorrt-rtx": "RuntimeError: cuInit",
+        "onnxruntime-cuda": "AttributeError: Foo",
+    }
+
+
+def test_an_unusable_bundle_is_not_tried_elsewhere(all_seem_usable: None) -> None:
+    start, tried = starting(tensorrt=BundleError("changed"))
+    with pytest.raises(BundleError, match="changed"):
+        first_that_works(AUTO, start)
+    assert tried == ["tensorrt"]
+
+
+def test_a_single_backend_raises_its_own_error_and_nothing_more() -> None:
+    error = RuntimeError("a bug")
+    start, _ = starting(onnxruntime_cpu=error)
+    with pytest.raises(RuntimeError) as caught:
+        first_that_works(["onnxruntime-cpu"], start)
+    assert caught.value is error
+
+
+def test_where_none_works_the_error_is_the_last_ones_with_the_reasons_of_the_others(
+    all_seem_usable: None,
+) -> None:
+    start, _ = starting(
+        onnxruntime_cuda=BackendError("out of memory"), onnxruntime_cpu=UnavailableError("bf16")
+    )
+    with pytest.raises(UnavailableError, match=r"^bf16 .*onnxruntime-cuda: out of memory"):
+        first_that_works(candidates("onnxruntime"), start)
+
+
+def test_falling_back_to_the_cpu_beside_a_gpu_is_warned_of(
+    all_seem_usable: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("capt_deploy.backends.choice.nvidia_gpu_is_here", lambda: True)
+    start, _ = starting(onnxruntime_cuda=BackendError("libcudnn is missing"))
+    with pytest.warns(UserWarning, match="GPU is here, but the CPU is used: .*libcudnn is missing"):
+        first_that_works(candidates("onnxruntime"), start)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first_that_works(["onnxruntime-cpu"], start)  # asked for by name
+
+
+def test_names_stand_for_backends() -> None:
+    assert candidates("auto") == AUTO
+    assert candidates("onnxruntime") == ("onnxruntime-cuda", "onnxruntime-cpu")
+    assert all(candidates(name) == (name,) for name in AUTO)
+    assert set(NAMES) == {*AUTO, "auto", "onnxruntime"}
+    with pytest.raises(BackendError, match="'cuda': expected one of auto, "):
+        candidates("cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "available", "expected"),
+    [
+        ("tensorrt", ["fp32", "fp16", "int8"], "fp16"),
+        ("tensorrt-rtx", ["fp32", "bf16"], "bf16"),
+        ("onnxruntime-cuda", ["bf16", "fp32"], "fp32"),
+        ("onnxruntime-cpu", ["fp16", "fp32"], "fp32"),
+        ("onnxruntime-cpu", ["bf16"], "bf16"),
+    ],
+)
+def test_each_backend_has_the_precision_that_suits_it(
+    name: str, available: list[str], expected: str
+) -> None:
+    assert preferred_precision(name, available) == expected
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("capt_deploy.backends.choice.find_spec", lambda _: None)
+    assert "pip install 'capt[tensorrt-rtx]'" in str(why_not("tensorrt-rtx"))
+    assert why_not("onnxruntime-cpu") is None
+
+
+def test_a_package_for_the_cpu_alone_is_told_from_one_with_cuda(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    problem = str(cuda_provider_problem())
+    assert "expected CUDAExecutionProvider, found CPUExecutionProvider" in problem
+    assert "pip install onnxruntime-gpu" in problem
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert "missing" in str(cuda_provider_problem())
+
+
+@without_gpu
+@pytest.mark.parametrize("backend", ["auto", "onnxruntime"])
+def test_without_a_gpu_the_cpu_is_taken_and_every_skip_has_its_reason(backend: str) -> None:
+    classifier = Classifier.load(GOLDEN, backend)
+    assert (classifier.backend.name, classifier.backend.device) == ("onnxruntime", "cpu")
+    assert list(classifier.skipped) == list(candidates(backend)[:-1])
+    assert all(classifier.skipped.values())
+
+
+@without_gpu
+@pytest.mark.parametrize("backend", ["onnxruntime-cuda", "tensorrt", "tensorrt-rtx"])
+def test_a_gpu_asked_for_by_name_is_an_error_where_there_is_none(backend: str) -> None:
+    with pytest.raises(UnavailableError, match=r"expected|missing|driver"):
+        Classifier.load(GOLDEN, backend)
+
+
+def test_the_cpu_asked_for_by_name_skips_nothing() -> None:
+    assert Classifier.load(GOLDEN, "onnxruntime-cpu").skipped == {}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"device": -1},
+        {"threads": 0},
+        {"batches": (0, 8, 32)},
+        {"batches": (4, 2, 32)},
+        {"batches": (1, 2)},
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(options))}: expected"):
+        RuntimeOptions(**options)
