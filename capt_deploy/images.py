@@ -1,6 +1,7 @@
 """Decode one image from whatever the caller has: a path, bytes, an array, a Pillow image."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,11 @@ from capt_deploy.errors import ImageError
 
 ImageInput = str | Path | bytes | NDArray[np.uint8] | Image.Image
 """A path, an encoded file as bytes, an HWC RGB uint8 array (or HW grey), or a Pillow image."""
+
+Size = tuple[int, int]
+"""Width and height in pixels, as Pillow has them."""
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom in pixels, likewise."""
 
 IMAGE_SUFFIXES = frozenset(
     {".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm"}
@@ -26,6 +32,11 @@ _UPRIGHT = {  # what undoes each EXIF orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Those after which the first pixel of the first row is: beside the same pixels as those of its
+# column before, at the right border, at the lower border.
+_SIDEWAYS = tuple(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
+_ENDS_RIGHT = tuple(_UPRIGHT[orientation] for orientation in (2, 3, 6, 7))
+_ENDS_BELOW = tuple(_UPRIGHT[orientation] for orientation in (3, 4, 7, 8))
 
 
 def load_image(source: ImageInput) -> Image.Image:
@@ -36,10 +47,29 @@ def load_image(source: ImageInput) -> Image.Image:
     Raises:
         ImageError: not an image, truncated, absurdly large, a URL, or an array of another form.
     """
+    return load_shrunk(source, None)[0]
+
+
+def load_shrunk(
+    source: ImageInput, enough: Callable[[Size], Size] | None
+) -> tuple[Image.Image, Box | None]:
+    """Like `load_image`, but let the decoder of JPEGs in files and bytes shrink them.
+
+    Args:
+        source: what to decode.
+        enough: says, of an upright photo's size, what size is still enough; the photo is decoded
+            at 1/2, 1/4 or 1/8, the smallest that is no smaller than that.
+
+    Returns:
+        The image, and what of it is the photo: a shrunk one may end within a pixel. None means all.
+
+    Raises:
+        ImageError: see there.
+    """
     name = _describe(source)
     try:
         if isinstance(source, np.ndarray):
-            return _from_array(source)
+            return _from_array(source), None
         if isinstance(source, Image.Image):
             image = source
         elif isinstance(source, bytes):
@@ -50,12 +80,19 @@ def load_image(source: ImageInput) -> Image.Image:
             if str(source).lower().startswith(("http://", "https://")):
                 raise ImageError(f"{name}: URLs are not fetched; download it and pass the path")
             image = Image.open(source)
+        shrunk = None
+        if enough is not None and image is not source and image.format in ("JPEG", "MPO"):
+            shrunk = _shrink_when_decoded(image, enough)
         image.load()
         if image.mode == "F":
             raise ImageError(
                 f"{name}: expected 8 or 16 bits a channel, came 32-bit floats; convert it first"
             )
-        return _to_eight_bits(_upright(image))
+        turn = _turn(image)
+        box = None if shrunk is None else _turned(shrunk, image.size, turn)
+        # Not ImageOps.exif_transpose: it writes all of EXIF anew and fails on a harmless broken
+        # tag.
+        return _to_eight_bits(image if turn is None else image.transpose(turn)), box
     except FileNotFoundError as cause:
         raise ImageError(f"{name}: no such file") from cause
     except (UnidentifiedImageError, Image.DecompressionBombError) as cause:
@@ -87,10 +124,28 @@ def _from_array(array: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(array)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    # Not ImageOps.exif_transpose: it writes all of EXIF anew and fails on a harmless broken tag.
-    method = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    return image if method is None else image.transpose(method)
+def _shrink_when_decoded(image: Image.Image, enough: Callable[[Size], Size]) -> Box | None:
+    """Return what will be the photo, in the decoded image as it is stored."""
+    if _turn(image) in _SIDEWAYS:
+        width, height = enough((image.height, image.width))
+        drafted = image.draft(None, (height, width))
+    else:
+        drafted = image.draft(None, enough(image.size))
+    return None if drafted is None else drafted[1]
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+
+
+def _turned(box: Box, size: Size, turn: Image.Transpose | None) -> Box:
+    """Return where a box that begins in the corner of a stored image is in the upright one."""
+    (_, _, *extent), whole = box, size
+    if turn in _SIDEWAYS:
+        extent, whole = extent[::-1], size[::-1]
+    left = whole[0] - extent[0] if turn in _ENDS_RIGHT else 0
+    top = whole[1] - extent[1] if turn in _ENDS_BELOW else 0
+    return left, top, left + extent[0], top + extent[1]
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
