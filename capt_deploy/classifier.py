@@ -72,6 +72,7 @@ class Classifier:
         self.backend = backend
         self.precision = precision
         self.skipped = dict(skipped or {})  # by name, why faster backends are not used
+        self.fast_decode = fast_decode
         self.preprocess = partial(preprocess, config=manifest.preprocess, fast_decode=fast_decode)
         self._bundle = bundle
         self._process = Process()
@@ -231,6 +232,13 @@ class Classifier:
         else:
             names, probabilities = head.class_names, head.probabilities(outputs.embedding)
         return [_prediction(row, names) for row in probabilities]
+
+
+def running_on(classifier: Classifier) -> str:
+    """Return in words what runs a classifier, and a line for each faster backend that does not."""
+    backend = classifier.backend
+    lines = [f"{backend.name} on {backend.device}, {classifier.precision}"]
+    return "\n".join(lines + [f"  not {name}: {why}" for name, why in classifier.skipped.items()])
 
 
 def _prediction(probabilities: NDArray[np.float32], class_names: tuple[str, ...]) -> Prediction:

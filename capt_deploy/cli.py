@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,15 +14,23 @@ from capt_deploy.version import __version__
 if TYPE_CHECKING:
     from capt_deploy.labelling import LabelledFile
 
+# As in capt_deploy.backends.NAMES, which is not imported for --help.
+BACKENDS = "auto, tensorrt, tensorrt-rtx, onnxruntime, onnxruntime-cuda or onnxruntime-cpu"
+
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("bundle", type=PathInHome())
 @click.argument("paths", nargs=-1, required=True)
-@click.option("--backend", default="auto", show_default=True, help="auto or onnxruntime.")
+@click.option("--backend", default="auto", show_default=True, help=f"{BACKENDS}.")
 @click.option(
     "--top-k", default=5, show_default=True, type=click.IntRange(1), help="Classes shown."
 )
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--fast-decode",
+    is_flag=True,
+    help="Let the decoder shrink large JPEGs; changes their pixels a little.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list on stdout.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV on stdout: path,label,confidence.")
 @click.version_option(__version__, prog_name="capt")
@@ -31,6 +40,7 @@ def main(
     backend: str,
     top_k: int,
     batch_size: int,
+    fast_decode: bool,
     as_json: bool,
     as_csv: bool,
 ) -> None:
@@ -41,30 +51,36 @@ def main(
     \b
     Example:
       capt-predict pets.capt photos/ extra.jpg --top-k 3
+      capt-predict pets.capt photos/ --backend onnxruntime-cpu --fast-decode --csv
       find . -name '*.jpg' | capt-predict pets.capt - --json
     """
     if as_json and as_csv:
         raise click.UsageError("choose --json or --csv, not both")
-    from capt_deploy.classifier import Classifier
+    from capt_deploy.classifier import Classifier, running_on
     from capt_deploy.labelling import find_images, label_files
 
     listed = [line.rstrip("\r\n") for line in sys.stdin] if "-" in paths else []
     files = find_images([path for path in paths if path != "-"], listed)
-    classifier = Classifier.load(bundle, backend)
-    say(f"{len(files)} images, {classifier.backend.name} on {classifier.backend.device}")
-    results = label_files(classifier, files, top_k, batch_size)
-    if as_json:
-        rows = []
-        with progress("predicting", len(files), "images") as counter:
-            for row in results:
-                rows.append(row)
-                counter.advance()
-        print_json([row.to_dict() for row in rows])
-        failed = any(row.error for row in rows)
-    else:
-        failed = _print_lines(results, as_csv)
+    with (
+        Classifier.load(bundle, backend, fast_decode=fast_decode) as classifier,
+        # Ctrl-C would wait for the batch ahead if it were not dropped
+        closing(label_files(classifier, files, top_k, batch_size)) as results,
+    ):
+        say(f"{len(files)} images, {running_on(classifier)}")
+        failed = _print_json(results, len(files)) if as_json else _print_lines(results, as_csv)
     if failed:
         sys.exit(1)
+
+
+def _print_json(results: "Iterable[LabelledFile]", total: int) -> bool:
+    """Print all rows at the end; return whether one of them is an error."""
+    rows = []
+    with progress("predicting", total, "images") as counter:
+        for row in results:
+            rows.append(row)
+            counter.advance()
+    print_json([row.to_dict() for row in rows])
+    return any(row.error for row in rows)
 
 
 def _print_lines(rows: "Iterable[LabelledFile]", as_csv: bool) -> bool:

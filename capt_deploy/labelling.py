@@ -1,7 +1,7 @@
 """Label many files, and let one broken file spoil only its own row."""
 
 import glob
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,9 +78,10 @@ def find_images(paths: Iterable[str], listed: Iterable[str] = ()) -> list[str]:
 
 def label_files(
     classifier: Classifier, files: Sequence[str], top_k: int, batch_size: int
-) -> Iterator[LabelledFile]:
-    """Yield a row for every file, in order, with a batch of pixels in memory at a time."""
-    for batch in preprocess_files(files, classifier.manifest.preprocess, batch_size):
+) -> Generator[LabelledFile, None, None]:
+    """Yield a row for every file, in order; while one batch runs, the next one is decoded."""
+    config, fast = classifier.manifest.preprocess, classifier.fast_decode
+    for batch in preprocess_files(files, config, batch_size, fast_decode=fast):
         predictions = iter([] if batch.pixels is None else classifier.run(batch.pixels))
         for name in batch.files:
             prediction = None if name in batch.errors else next(predictions)

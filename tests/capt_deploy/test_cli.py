@@ -1,11 +1,18 @@
 import csv
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
+from capt_deploy.backends import NAMES
 from capt_deploy.cli import main
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -91,3 +98,54 @@ def test_bad_input_is_one_error_and_exit_code_2(arguments, said):
     assert said in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
+
+
+def test_the_help_names_every_backend():
+    text = " ".join(run("--help").stdout.split())
+    assert all(f"{name}," in text or f"{name}." in text or f"{name} or" in text for name in NAMES)
+
+
+def test_what_runs_and_what_does_not_is_said_on_stderr():
+    said = run(BUNDLE, PHOTOS, "--backend", "onnxruntime-cpu").stderr
+    assert said == "3 images, onnxruntime on cpu, fp32\n"
+    reasons = run(BUNDLE, PHOTOS).stderr.splitlines()[1:]
+    assert all(line.startswith("  not ") and ": " in line for line in reasons)
+
+
+def test_fast_decoding_is_only_done_where_it_is_asked_for(tmp_path):
+    photo = Image.open(next(iter(PHOTOS.rglob("*.png")))).resize((640, 480))
+    photo.save(tmp_path / "large.jpg")
+    exact, fast = (
+        json.loads(run(BUNDLE, tmp_path, "--json", *more).stdout)[0]["confidence"]
+        for more in ((), ("--fast-decode",))
+    )
+    assert exact != fast
+    assert exact == pytest.approx(fast, abs=0.05)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are sent otherwise elsewhere")
+@pytest.mark.parametrize("form", [[], ["--csv"], ["--json"]])
+def test_ctrl_c_ends_it_at_once_without_a_traceback(tmp_path, form):
+    photo = next(iter(PHOTOS.rglob("*.png")))
+    for number in range(6_000):
+        (tmp_path / f"{number}.png").hardlink_to(photo)
+    code = "from capt_deploy.cli import main; main()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, BUNDLE, str(tmp_path), *form],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as command:
+        if form == ["--json"]:  # which prints at the end
+            while not command.stderr.readline().startswith("6000 images"):
+                assert command.poll() is None
+            time.sleep(0.2)
+        else:
+            assert "," in command.stdout.readline()
+            command.stdout.readline()
+        command.send_signal(signal.SIGINT)
+        stdout, stderr = command.communicate(timeout=60)
+    assert command.returncode == 130, stderr
+    assert stderr.endswith("interrupted\n")
+    assert "Traceback" not in stderr
+    assert stdout.count("\n") < 20_000
