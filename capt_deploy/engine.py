@@ -10,17 +10,28 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from capt_deploy.errors import BackendError
+from capt_deploy.engine_progress import make_monitor
+from capt_deploy.errors import BackendError, UnavailableError
 
 LIBRARIES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}  # module: extra to install
 BATCHES = (1, 8, 32)  # smallest, usual and largest number of images that an engine takes
 
+_OLDEST = {"tensorrt": (10, 12), "tensorrt_rtx": (1, 0)}  # from which on networks have types
 _MOST_ERRORS = 8  # shown of a graph with many unsupported nodes
+_MOST_KEPT = 64  # errors of a process that runs for long
 _one_build = threading.Lock()  # the libraries keep one logger for the whole process
+
+
+@dataclass
+class Timings:
+    """What TensorRT has measured of kernels on this GPU; a build reads it and adds to it."""
+
+    data: bytes = b""
 
 
 def build_engine(
@@ -30,6 +41,8 @@ def build_engine(
     sm: int | None = None,
     batches: tuple[int, int, int] = BATCHES,
     weights_folder: Path | None = None,
+    timings: Timings | None = None,
+    cancelled: threading.Event | None = None,
 ) -> bytes:
     """Build an engine; slow, and nothing is cached.
 
@@ -40,6 +53,8 @@ def build_engine(
             otherwise builds for all GPUs that it knows from Ampere (80) on.
         batches: smallest, usual and largest batch; the usual one runs best.
         weights_folder: where files of external weights lie, if the graph has some.
+        timings: of TensorRT alone, to make the next build faster; TensorRT-RTX measures nothing.
+        cancelled: once it is set, the build ends soon, with an error; progress is shown with it.
 
     Returns:
         The engine, for this version of the library.
@@ -59,10 +74,16 @@ def build_engine(
         _add_profile(builder, config, network, batches)
         if sm is not None:
             _target(trt, config, sm, library)
+        # Neither the monitor nor the timings belong to the configuration: both have to stay here.
+        monitor = make_monitor(trt, cancelled) if cancelled is not None else None
+        config.progress_monitor = monitor
+        measured = _use_timings(config, timings) if timings is not None else None
         engine = builder.build_serialized_network(network, config)
         if engine is None:
             gpu = "" if sm is None else f" for SM{sm}"
             raise BackendError(f"{library} cannot build the graph{gpu}: {_join(errors)}")
+        if timings is not None and measured is not None:
+            timings.data = bytes(measured.serialize())
         return bytes(engine)
 
 
@@ -80,17 +101,25 @@ def load_library(library: str) -> Any:
     """Import `tensorrt_rtx` or `tensorrt`.
 
     Raises:
-        BackendError: it is neither, or it is not installed, or it does not load.
+        BackendError: it is neither.
+        UnavailableError: it is not installed, does not load, or is too old.
     """
     if library not in LIBRARIES:
         raise BackendError(f"library {library!r}: expected one of {', '.join(LIBRARIES)}")
+    extra = LIBRARIES[library]
     try:
-        return importlib.import_module(library)
+        trt = importlib.import_module(library)
     except ModuleNotFoundError as cause:
-        extra = LIBRARIES[library]
-        raise BackendError(f"{library} is missing; pip install 'capt[{extra}]'") from cause
+        raise UnavailableError(f"{library} is missing; pip install 'capt[{extra}]'") from cause
     except Exception as cause:  # a library that does not fit this machine fails in many ways
-        raise BackendError(f"{library} is installed but does not load: {cause}") from cause
+        raise UnavailableError(f"{library} is installed but does not load: {cause}") from cause
+    oldest = _OLDEST[library]
+    if tuple(int(part) for part in trt.__version__.split(".")[:2]) < oldest:
+        raise UnavailableError(
+            f"{library}: expected {'.'.join(map(str, oldest))} or newer, came {trt.__version__}; "
+            f"pip install --upgrade 'capt[{extra}]'"
+        )
+    return trt
 
 
 @cache
@@ -108,6 +137,7 @@ def make_logger(library: str) -> Any:
         def log(self, severity: Any, message: str) -> None:
             if severity in worth_keeping:
                 self.errors.append(" ".join(message.split()))
+                del self.errors[:-_MOST_KEPT]
 
     return Errors()
 
@@ -168,6 +198,15 @@ def _add_profile(builder: Any, config: Any, network: Any, batches: tuple[int, in
     config.add_optimization_profile(profile)
 
 
+def _use_timings(config: Any, timings: Timings) -> Any:
+    """Return the library's own form of the timings; one from another GPU or version starts anew."""
+    for data in (timings.data, b""):
+        measured = config.create_timing_cache(data)
+        if measured is not None and config.set_timing_cache(measured, False):
+            return measured
+    return None
+
+
 def _target(trt: Any, config: Any, sm: int, library: str) -> None:
     known = getattr(trt, "ComputeCapability", None)
     names = [] if known is None else list(known.__members__)
@@ -175,7 +214,7 @@ def _target(trt: Any, config: Any, sm: int, library: str) -> None:
     if not numbers:
         raise BackendError(f"{library} builds only for the GPU it runs on; leave SM {sm} out")
     if sm not in numbers:
-        raise BackendError(f"{library}: SM {sm} is not one of {', '.join(map(str, numbers))}")
+        raise UnavailableError(f"{library}: SM {sm} is not one of {', '.join(map(str, numbers))}")
     config.num_compute_capabilities = 1
     if not config.set_compute_capability(getattr(known, f"SM{sm}"), 0):
         raise BackendError(f"{library}: SM {sm} cannot be built for here")
