@@ -1,0 +1,229 @@
+"""TensorRT and TensorRT-RTX, which have one interface, but for when kernels are compiled."""
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capt_deploy.backends import DEFAULT_OPTIONS, Outputs, RuntimeOptions, joined
+from capt_deploy.backends.tensorrt_execution import Execution, read_layout
+from capt_deploy.device import Device, open_device
+from capt_deploy.engine import LIBRARIES, load_library, make_logger
+from capt_deploy.engine_cache import EngineCache
+from capt_deploy.engine_entry import EngineKey
+from capt_deploy.engine_store import Graph, Target, key_of, obtain
+from capt_deploy.errors import BackendError
+from capt_deploy.process import Process
+
+_MOST_AT_ONCE = 4  # executions, each with its own memory; more threads wait, as the GPU is busy
+
+
+class TensorRT:
+    """An engine on one GPU. Thread-safe: a thread that runs it has an execution of its own."""
+
+    def __init__(
+        self,
+        onnx: bytes,
+        precision: str,
+        weights_folder: Path | None = None,
+        options: RuntimeOptions = DEFAULT_OPTIONS,
+        *,
+        library: str = "tensorrt",
+    ) -> None:
+        """Load the engine from the cache; build it where it is missing, which takes a while.
+
+        Args:
+            onnx: the graph.
+            precision: of the graph.
+            weights_folder: where weights lie that are not in the graph's own file.
+            options: which GPU, which batches, where the cache is.
+            library: `tensorrt` or `tensorrt_rtx`.
+
+        Raises:
+            UnavailableError: the library, a GPU that it knows, or a way to CUDA is missing.
+            BackendError: the graph cannot run here.
+        """
+        trt = load_library(library)
+        device = open_device(options.device)
+        self.name = LIBRARIES[library]
+        self.device = f"cuda:{device.ordinal} ({device.name})"
+        self._process = Process()
+        cache, graph = EngineCache(options.cache_folder), Graph(onnx, precision, weights_folder)
+        target = Target(device.sm, device.name, device.driver, device.active)
+        key = key_of(graph, library, target, options.batches)
+        self._at_the_end: list[Callable[[], object]] = []
+        with device.active():
+            runtime = trt.Runtime(make_logger(library))
+            engine = obtain(cache, key, graph, target, lambda data: _deserialise(runtime, data))
+            self._layout = read_layout(trt, engine, options.batches)
+            if library == "tensorrt_rtx":
+                kernels = _Kernels(trt, engine, device, cache, key, options.cuda_graphs)
+                self._at_the_end.append(weakref.finalize(self, kernels.save))
+                make = partial(Execution, device, self._layout, kernels.context, 0, capture=False)
+            else:
+                context, scratch = partial(_context, trt, engine), engine.device_memory_size_v2
+                capture = options.cuda_graphs and device.graphs
+                make = partial(Execution, device, self._layout, context, scratch, capture=capture)
+        self._pool = Pool(device, make)
+        free = weakref.finalize(self, self._pool.close)
+        free.atexit = False  # the end of the process frees everything, and threads may still run
+        self._at_the_end.append(free)
+
+    def run(self, images: NDArray[np.uint8]) -> Outputs:
+        """Run (batch, height, width, 3) pixels, RGB, 0-255; any batch size; thread-safe.
+
+        Raises:
+            BackendError: it is closed, the pixels have another shape, or the GPU failed.
+        """
+        self._process.check()
+        self._check(images)
+        if not len(images):
+            empty = (np.zeros((0, size), np.float32) for size in self._layout.columns.values())
+            return Outputs(*empty)
+        starts = range(0, len(images), self._layout.largest)
+        with self._pool.execution() as execution:
+            return joined(execution.run(images[s : s + self._layout.largest]) for s in starts)
+
+    def time_on_device(self, images: NDArray[np.uint8], iterations: int) -> list[float]:
+        """Return milliseconds of each run between events on the GPU, copies not included.
+
+        Args:
+            images: (batch, height, width, 3), at most the largest batch of the engine.
+            iterations: how many runs; they are queued one behind the other.
+
+        Raises:
+            BackendError: like `run`, or the engine takes no such batch.
+        """
+        self._process.check()
+        self._check(images)
+        if not 1 <= len(images) <= self._layout.largest:
+            most = self._layout.largest
+            raise BackendError(f"expected 1 to {most} images to time at once, came {len(images)}")
+        with self._pool.execution() as execution:
+            return execution.time(images, iterations)
+
+    def close(self) -> None:
+        """Free the GPU's memory once what is running has ended; a second call does nothing."""
+        for finish in self._at_the_end:
+            finish()
+
+    def _check(self, images: NDArray[np.uint8]) -> None:
+        if images.dtype != np.uint8 or images.shape[1:] != self._layout.pixels:
+            wanted = ("batch", *self._layout.pixels)
+            came = f"{images.dtype} {images.shape}"
+            raise BackendError(
+                f"expected uint8 pixels ({', '.join(map(str, wanted))}), came {came}"
+            )
+
+
+class Pool:
+    """Executions, made when threads need them and used again by others."""
+
+    def __init__(self, device: Device, make: Callable[[], Execution]) -> None:
+        self._device = device
+        self._make: Callable[[], Execution] | None = make  # None: closed
+        self._free: list[Execution] = []
+        self._lock = threading.Lock()
+        self._places = threading.Semaphore(_MOST_AT_ONCE)
+        self._process = Process()
+
+    @contextmanager
+    def execution(self) -> Iterator[Execution]:
+        """Yield an execution that no other thread uses meanwhile.
+
+        Raises:
+            BackendError: the pool is closed, or the GPU cannot hold another one.
+        """
+        with self._places, self._device.active():
+            own = self._take()
+            try:
+                yield own
+            except BaseException:  # its stream may hold half a run
+                with suppress(BackendError):
+                    own.close()
+                raise
+            with self._lock:
+                self._free.append(own)
+
+    def close(self) -> None:
+        """Free all of them once they are idle."""
+        if not self._process.is_this:  # a forked copy holds nothing of the GPU's
+            return
+        self._make = None
+        for _ in range(_MOST_AT_ONCE):
+            self._places.acquire()
+        try:
+            with self._device.active():
+                while self._free:
+                    self._free.pop().close()
+        finally:
+            self._places.release(_MOST_AT_ONCE)
+
+    def _take(self) -> Execution:
+        make = self._make
+        if make is None:
+            raise BackendError("the backend is closed; load the classifier again")
+        with self._lock:
+            if self._free:
+                return self._free.pop()
+        return make()
+
+
+class _Kernels:
+    """What TensorRT-RTX has compiled on this GPU, which takes longer than loading the engine."""
+
+    def __init__(
+        self,
+        trt: Any,
+        engine: Any,
+        device: Device,
+        cache: EngineCache,
+        key: EngineKey,
+        graphs: bool,
+    ) -> None:
+        self._engine, self._device, self._cache, self._process = engine, device, cache, Process()
+        self._key = replace(key, kind="runtime", gpu=device.name, driver=device.driver)
+        self._config = engine.create_runtime_config()
+        self._kernels = self._config.create_runtime_cache()
+        self._saved = cache.read(self._key)
+        if self._saved is not None:
+            self._kernels.deserialize(self._saved)  # does nothing if the machine is another one
+        self._config.set_runtime_cache(self._kernels)
+        # It makes CUDA graphs by itself, for it replaces kernels by better ones while it runs.
+        if graphs and hasattr(self._config, "cuda_graph_strategy"):  # from 1.2 on
+            self._config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+
+    def context(self, scratch: int) -> Any:
+        """Return an execution context, which has memory of its own."""
+        return self._engine.create_execution_context(self._config)
+
+    def save(self) -> None:
+        """Keep them for the next time."""
+        if not self._process.is_this:
+            return
+        with suppress(BackendError), self._device.active():
+            kernels = bytes(self._kernels.serialize())
+            if kernels and kernels != self._saved:
+                self._cache.write(self._key, kernels)
+
+
+def _context(trt: Any, engine: Any, scratch: int) -> Any:
+    """Return an execution context of TensorRT's that computes in the memory at an address."""
+    strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    context = engine.create_execution_context(strategy)
+    if context is not None:
+        context.set_device_memory(scratch, engine.device_memory_size_v2)
+    return context
+
+
+def _deserialise(runtime: Any, data: bytes) -> Any:
+    with suppress(Exception):  # a foreign engine, in whichever way the library takes it
+        return runtime.deserialize_cuda_engine(data)
+    return None
