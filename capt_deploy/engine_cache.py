@@ -124,7 +124,6 @@ class EngineCache:
         Args:
             keep: an entry that stays, however large it is.
         """
-        self._remove_leftovers()
         total = entries = freed = 0
         for entry in self.entries():
             total += entry.bytes
@@ -134,6 +133,7 @@ class EngineCache:
             with suppress(OSError):  # Windows does not remove what somebody reads
                 _clear_way(entry.path, files=True)
                 entries, freed = entries + 1, freed + entry.bytes
+        self._remove_leftovers()
         return Pruned(entries, freed)
 
     def path_of(self, key: EngineKey) -> Path:

@@ -27,8 +27,8 @@ def cancellable(build: Callable[[threading.Event], T]) -> T:
     """
     cancelled = threading.Event()
     with ThreadPoolExecutor(1, "capt-build") as thread:  # leaving it waits for the build's end
-        future = thread.submit(build, cancelled)
         try:
+            future = thread.submit(build, cancelled)
             while not wait([future], _SECONDS_BETWEEN_LOOKS).done:  # Windows is deaf while it waits
                 pass
         except BaseException:
