@@ -14,6 +14,7 @@ from capt_deploy.device import Device
 from capt_deploy.errors import BackendError
 
 INPUT = "images"
+_SCRATCH = "scratch"  # beside the names of tensors
 _FLOAT = np.dtype(np.float32).itemsize
 
 
@@ -100,8 +101,7 @@ class Execution:
         self._addresses: dict[str, int] = {}
         self._staging: dict[str, NDArray[np.uint8]] = {}
         try:
-            self._scratch = device.allocate(max(scratch, 1))
-            self._addresses[""] = self._scratch
+            self._addresses[_SCRATCH] = device.allocate(max(scratch, 1))
             for name in (INPUT, *layout.columns):
                 size = layout.largest * self._row_bytes(name)
                 self._addresses[name] = device.allocate(size)
@@ -189,7 +189,7 @@ class Execution:
             raise BackendError(f"no CUDA graph of this engine ({cause}); {advice}") from cause
 
     def _make_context(self, key: int) -> Any:
-        context = self._new_context(self._scratch)
+        context = self._new_context(self._addresses[_SCRATCH])
         if context is None:
             raise BackendError("the engine makes no execution context; is the GPU's memory full?")
         for name in (INPUT, *self._layout.columns):

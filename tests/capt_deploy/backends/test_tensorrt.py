@@ -1,0 +1,248 @@
+"""What needs a GPU is run only where one is; the rest says what is missing."""
+
+import gc
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+
+from capt_deploy.backends import Backend, DeviceTimed, RuntimeOptions
+from capt_deploy.backends.onnxruntime import OnnxRuntime
+from capt_deploy.backends.tensorrt import TensorRT
+from capt_deploy.driver import gpu_problem
+from capt_deploy.engine import make_logger
+from capt_deploy.engine_cache import EngineCache
+from capt_deploy.engine_store import Graph, Target, key_of
+from capt_deploy.errors import BackendError, UnavailableError
+from tests.capt_deploy.backends.host_device import PIXELS, HostDevice, answer, library
+
+LIBRARIES = ("tensorrt", "tensorrt_rtx")
+
+
+@pytest.fixture(scope="module")
+def onnx(golden):
+    return (golden / "model.onnx").read_bytes()
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_missing_library_is_named_with_what_installs_it(library, onnx, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(UnavailableError, match=rf"{library} is missing; pip install 'capt\["):
+        TensorRT(onnx, "fp32", library=library)
+
+
+def test_a_library_that_is_too_old_says_which_is_wanted(onnx, monkeypatch, tmp_path):
+    (tmp_path / "tensorrt.py").write_text("__version__ = '10.9.0.34'")
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UnavailableError, match=r"expected 10\.12 or newer, came 10\.9"):
+        TensorRT(onnx, "fp32", library="tensorrt")
+    sys.modules.pop("tensorrt")
+
+
+@pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed here")
+@pytest.mark.skipif(gpu_problem() is None, reason="a GPU is here")
+def test_without_a_gpu_it_is_unavailable(onnx):
+    with pytest.raises(UnavailableError, match=r"driver|GPU"):
+        TensorRT(onnx, "fp32", library="tensorrt_rtx")
+
+
+@pytest.fixture(params=LIBRARIES)
+def on_host(request, monkeypatch, tmp_path):
+    """Return a function that starts the backend on stand-ins for the GPU and the library."""
+    device, cache = HostDevice(), EngineCache(tmp_path)
+    version = {"tensorrt": "10.13.0", "tensorrt_rtx": "1.7.1"}[request.param]
+    module = library(request.param, version, device)
+    monkeypatch.setitem(sys.modules, request.param, module)
+    monkeypatch.setattr("capt_deploy.backends.tensorrt.open_device", lambda ordinal: device)
+    make_logger.cache_clear()
+
+    def start(entry=b"an engine", **options):
+        options = RuntimeOptions(batches=(1, 4, 8), cache_folder=tmp_path, **options)
+        target = Target(device.sm, device.name, device.driver)
+        graph = Graph(b"a graph", "fp32")
+        cache.write(key_of(graph, request.param, target, options.batches), entry)
+        return TensorRT(b"a graph", "fp32", None, options, library=request.param)
+
+    start.device, start.cache, start.library = device, cache, request.param
+    yield start
+    make_logger.cache_clear()
+
+
+def small(count, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, *PIXELS), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_images_are_split_run_and_joined(on_host, graphs):
+    backend = on_host(cuda_graphs=graphs)
+    assert isinstance(backend, Backend)
+    assert isinstance(backend, DeviceTimed)
+    assert backend.device == "cuda:0 (the host)"
+    for count in (1, 8, 9, 0, 30):
+        asked = small(count, count)
+        for own, wanted in zip(backend.run(asked), answer(asked), strict=True):
+            assert own.dtype == np.float32
+            assert np.array_equal(own, wanted)
+    # TensorRT-RTX makes its graphs by itself.
+    assert bool(on_host.device.launched) == (graphs and on_host.library == "tensorrt")
+    assert len(backend.time_on_device(small(8), 5)) == 5
+    backend.close()
+    assert on_host.device.leaks == []
+
+
+def test_what_is_not_its_input_is_refused(on_host):
+    backend = on_host()
+    for wrong in (small(2)[:, :2], small(2).astype(np.float32), small(1)[0]):
+        with pytest.raises(BackendError, match=r"expected uint8 pixels \(batch, 4, 4, 3\)"):
+            backend.run(wrong)
+    for count in (0, 9):
+        with pytest.raises(BackendError, match="expected 1 to 8 images"):
+            backend.time_on_device(small(count), 1)
+
+
+def test_closing_is_final_and_may_be_repeated(on_host):
+    backend = on_host()
+    backend.run(small(3))
+    backend.close()
+    backend.close()
+    with pytest.raises(BackendError, match="closed"):
+        backend.run(small(1))
+    assert on_host.device.leaks == []
+
+
+def test_what_nobody_closes_is_freed_when_nobody_holds_it(on_host):
+    backend = on_host()
+    backend.run(small(3))
+    assert on_host.device.leaks
+    del backend
+    gc.collect()
+    assert on_host.device.leaks == []
+
+
+def test_kernels_that_rtx_compiled_are_kept_for_the_next_time(on_host):
+    for _ in range(3):
+        backend = on_host()
+        backend.run(small(1))
+        backend.close()
+    kept = [entry for entry in on_host.cache.entries() if entry.key["kind"] == "runtime"]
+    assert len(kept) == (on_host.library == "tensorrt_rtx")
+    for entry in kept:
+        assert entry.key["gpu"] == "the host"
+        assert entry.path.read_bytes().endswith(b"kernel " * 3)
+
+
+@pytest.mark.parametrize("entry", [b"refused", b"raises"])
+def test_an_engine_that_does_not_load_is_built_again(on_host, entry, monkeypatch):
+    built = []
+
+    def build(onnx, **options):
+        built.append(options["sm"])
+        return b"an engine"
+
+    monkeypatch.setattr("capt_deploy.engine_store.build_engine", build)
+    assert len(on_host(entry).run(small(2)).logits) == 2
+    assert built == [89 if on_host.library == "tensorrt_rtx" else None]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_copy_says_so_and_frees_nothing(on_host):
+    backend = on_host()
+    backend.run(small(1))
+    reader, writer = os.pipe()
+    if os.fork() == 0:  # only `_exit` may follow: this is still the test run
+        try:
+            backend.run(small(1))
+        except BackendError as error:
+            backend.close()
+            os.write(writer, f"{len(on_host.device.leaks) > 0} {error}".encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        assert pipe.read().startswith("True expected the process")
+    os.wait()
+
+
+@pytest.fixture(scope="module", params=LIBRARIES)
+def backend(request, onnx, tmp_path_factory):
+    if (problem := gpu_problem()) is not None:
+        pytest.skip(problem)
+    if find_spec(request.param) is None:
+        pytest.skip(f"{request.param} is not installed here")
+    options = RuntimeOptions(batches=(1, 4, 8), cache_folder=tmp_path_factory.mktemp("engines"))
+    try:
+        own = TensorRT(onnx, "fp32", None, options, library=request.param)
+    except UnavailableError as cause:
+        pytest.skip(str(cause))
+    yield own
+    own.close()
+
+
+@pytest.fixture(scope="module")
+def reference(onnx):
+    return OnnxRuntime(onnx, "fp32")
+
+
+def pixels(count, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+
+
+def close_to(own, other):
+    # TF32 products of so small a model
+    return all(np.allclose(a, b, atol=2e-2) for a, b in zip(own, other, strict=True))
+
+
+@pytest.mark.gpu
+def test_every_batch_size_says_what_the_cpu_says(backend, reference):
+    for count in (1, 3, 8, 20, 2, 8):
+        asked = pixels(count, count)
+        own = backend.run(asked)
+        assert close_to(own, reference.run(asked))
+        assert all(values.flags.owndata for values in own)
+
+
+@pytest.mark.gpu
+def test_threads_get_their_own_answers(backend, reference):
+    asked = [pixels(1 + seed % 9, seed) for seed in range(100)]
+    with ThreadPoolExecutor(8) as threads:
+        got = list(threads.map(backend.run, asked))
+    assert all(close_to(own, reference.run(one)) for own, one in zip(got, asked, strict=True))
+
+
+@pytest.mark.gpu
+def test_it_is_what_it_says_and_times_itself(backend):
+    assert isinstance(backend, Backend)
+    assert isinstance(backend, DeviceTimed)
+    assert backend.device.startswith("cuda:0 (")
+    times = backend.time_on_device(pixels(4), 20)
+    assert len(times) == 20
+    assert all(time > 0 for time in times)
+    with pytest.raises(BackendError, match="expected 1 to 8 images"):
+        backend.time_on_device(pixels(9), 1)
+
+
+@pytest.mark.gpu
+def test_other_shapes_and_types_are_refused(backend):
+    for wrong in (pixels(2)[:, :8], pixels(2).astype(np.float32), pixels(1)[0]):
+        with pytest.raises(BackendError, match="expected uint8 pixels"):
+            backend.run(wrong)
+
+
+@pytest.mark.gpu
+def test_the_second_load_builds_nothing_and_closing_is_final(backend, onnx, capsys):
+    library = "tensorrt_rtx" if backend.name == "tensorrt-rtx" else "tensorrt"
+    options = RuntimeOptions(batches=(1, 4, 8))
+    TensorRT(onnx, "fp32", None, options, library=library).close()
+    capsys.readouterr()
+    for graphs in (True, False):
+        options = RuntimeOptions(batches=(1, 4, 8), cuda_graphs=graphs)
+        again = TensorRT(onnx, "fp32", None, options, library=library)
+        assert "building" not in capsys.readouterr().err
+        assert close_to(again.run(pixels(5)), backend.run(pixels(5)))
+        again.close()
+        again.close()
+        with pytest.raises(BackendError, match="closed"):
+            again.run(pixels(1))

@@ -1,0 +1,112 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from capt_deploy import device as device_module
+from capt_deploy import device_cuda
+from capt_deploy.device import open_device
+from capt_deploy.driver import gpu_problem
+from capt_deploy.errors import BackendError, UnavailableError
+
+PACKAGES = ("pycuda.driver", "cuda.bindings.runtime", "cuda.cudart")
+
+
+@pytest.mark.skipif(gpu_problem() is None, reason="a GPU is here")
+def test_without_a_gpu_the_reason_is_the_drivers():
+    with pytest.raises(UnavailableError) as error:
+        open_device()
+    assert str(error.value) == gpu_problem()
+
+
+def test_without_a_package_for_cuda_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(device_module, "gpu_problem", lambda: None)  # as if there were a GPU
+    for name in PACKAGES:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UnavailableError, match="found neither; pip install cuda-python"):
+        open_device()
+
+
+@pytest.mark.skipif(gpu_problem() is None, reason="a GPU is here")
+def test_errors_of_cuda_are_typed_and_name_the_call():
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not here")
+    with pytest.raises(BackendError, match="CUDA: cudaGetDeviceCount failed: "):
+        device_cuda.CudaPython(runtime, 0)
+
+
+def test_every_call_of_cuda_python_exists():
+    # What cannot be called here without a GPU can at least be looked up.
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not here")
+    source = Path(device_cuda.__file__).read_text()
+    names = {word.split('"')[0] for word in source.split('_call("')[1:]}
+    assert len(names) > 15
+    assert [name for name in sorted(names) if not hasattr(runtime, name)] == []
+
+
+def test_importing_it_imports_no_cuda():
+    code = "import sys, capt_deploy.device; print([m for m in sys.modules if 'cuda.' in m])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.fixture
+def gpu():
+    if (problem := gpu_problem()) is not None:
+        pytest.skip(problem)
+    try:
+        return open_device()
+    except UnavailableError as cause:
+        pytest.skip(str(cause))
+
+
+@pytest.mark.gpu
+def test_a_gpu_says_what_it_is(gpu):
+    assert gpu.name
+    assert 50 <= gpu.sm < 200
+    assert "CUDA " in gpu.driver
+    with pytest.raises(BackendError, match="expected a number from 0"):
+        open_device(1000)
+
+
+@pytest.mark.gpu
+def test_memory_goes_to_the_gpu_and_back(gpu):
+    with gpu.active():
+        stream, address, memory = gpu.stream(), gpu.allocate(1000), gpu.pinned(1000)
+        wanted = np.random.default_rng(0).integers(0, 256, 1000, dtype=np.uint8)
+        memory[:] = wanted
+        gpu.to_device(address, memory, stream)
+        first = gpu.record(stream)
+        gpu.synchronize(stream)
+        memory[:] = 0
+        gpu.to_host(memory, address, stream)
+        second = gpu.record(stream)
+        gpu.synchronize(stream)
+        assert np.array_equal(memory, wanted)
+        assert gpu.elapsed_ms(first, second) > 0
+        for event in (first, second):
+            gpu.free_event(event)
+        gpu.free(address)
+        gpu.free_pinned(memory)
+        gpu.free_stream(stream)
+
+
+@pytest.mark.gpu
+def test_a_graph_does_again_what_was_captured(gpu):
+    if not gpu.graphs:
+        pytest.skip("pycuda has no CUDA graphs")
+    with gpu.active():
+        stream, address, memory = gpu.stream(), gpu.allocate(4), gpu.pinned(4)
+        graph = gpu.capture(lambda: gpu.to_device(address, memory, stream), stream)
+        memory[:] = 7
+        gpu.launch(graph, stream)
+        gpu.synchronize(stream)
+        memory[:] = 0
+        gpu.to_host(memory, address, stream)
+        gpu.synchronize(stream)
+        assert memory.tolist() == [7] * 4
+        gpu.free_graph(graph)
+        gpu.free(address)
+        gpu.free_pinned(memory)
+        gpu.free_stream(stream)
