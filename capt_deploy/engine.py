@@ -76,7 +76,8 @@ def build_engine(
             _target(trt, config, sm, library)
         # Neither the monitor nor the timings belong to the configuration: both have to stay here.
         monitor = make_monitor(trt, cancelled) if cancelled is not None else None
-        config.progress_monitor = monitor
+        if monitor is not None:
+            config.progress_monitor = monitor
         measured = _use_timings(config, timings) if timings is not None else None
         engine = builder.build_serialized_network(network, config)
         if engine is None:
@@ -142,6 +143,19 @@ def make_logger(library: str) -> Any:
     return Errors()
 
 
+def start_runtime(library: str) -> Any:
+    """Return an `IRuntime`, which loads engines.
+
+    Raises:
+        UnavailableError: the library does not work with this GPU and driver.
+    """
+    trt, errors = load_library(library), make_logger(library).errors
+    try:
+        return trt.Runtime(make_logger(library))
+    except Exception as cause:
+        raise UnavailableError(f"{library} cannot start: {_join([*errors, str(cause)])}") from cause
+
+
 @contextmanager
 def _errors_of(library: str) -> Iterator[list[str]]:
     """Yield the list into which the library's errors go meanwhile."""
@@ -157,7 +171,7 @@ def _start(trt: Any, library: str, errors: list[str]) -> Any:
     try:
         return trt.Builder(make_logger(library))
     except Exception as cause:  # TensorRT's own way to say that there is no GPU or driver
-        raise BackendError(f"{library} cannot start: {_join([*errors, str(cause)])}") from cause
+        raise UnavailableError(f"{library} cannot start: {_join([*errors, str(cause)])}") from cause
 
 
 def _strongly_typed(trt: Any) -> int:

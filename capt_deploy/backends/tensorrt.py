@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from capt_deploy.backends import DEFAULT_OPTIONS, Outputs, RuntimeOptions, joined
 from capt_deploy.backends.tensorrt_execution import Execution, read_layout
+from capt_deploy.console import say
 from capt_deploy.device import Device, open_device
-from capt_deploy.engine import LIBRARIES, load_library, make_logger
+from capt_deploy.engine import LIBRARIES, load_library, make_logger, start_runtime
 from capt_deploy.engine_cache import EngineCache
 from capt_deploy.engine_entry import EngineKey
 from capt_deploy.engine_store import Graph, Target, key_of, obtain
@@ -52,7 +53,7 @@ class TensorRT:
         """
         trt = load_library(library)
         device = open_device(options.device)
-        self.name = LIBRARIES[library]
+        self._library, self.name = library, LIBRARIES[library]
         self.device = f"cuda:{device.ordinal} ({device.name})"
         self._process = Process()
         cache, graph = EngineCache(options.cache_folder), Graph(onnx, precision, weights_folder)
@@ -60,8 +61,8 @@ class TensorRT:
         key = key_of(graph, library, target, options.batches)
         self._at_the_end: list[Callable[[], object]] = []
         with device.active():
-            runtime = trt.Runtime(make_logger(library))
-            engine = obtain(cache, key, graph, target, lambda data: _deserialise(runtime, data))
+            load = partial(_deserialise, start_runtime(library), library)
+            engine = obtain(cache, key, graph, target, load)
             self._layout = read_layout(trt, engine, options.batches)
             if library == "tensorrt_rtx":
                 kernels = _Kernels(trt, engine, device, cache, key, options.cuda_graphs)
@@ -70,6 +71,8 @@ class TensorRT:
             else:
                 context, scratch = partial(_context, trt, engine), engine.device_memory_size_v2
                 capture = options.cuda_graphs and device.graphs
+                if capture != options.cuda_graphs:
+                    say("tensorrt: pycuda has no CUDA graphs, which cuda-python has; doing without")
                 make = partial(Execution, device, self._layout, context, scratch, capture=capture)
         self._pool = Pool(device, make)
         free = weakref.finalize(self, self._pool.close)
@@ -88,7 +91,7 @@ class TensorRT:
             empty = (np.zeros((0, size), np.float32) for size in self._layout.columns.values())
             return Outputs(*empty)
         starts = range(0, len(images), self._layout.largest)
-        with self._pool.execution() as execution:
+        with self._execution() as execution:
             return joined(execution.run(images[s : s + self._layout.largest]) for s in starts)
 
     def time_on_device(self, images: NDArray[np.uint8], iterations: int) -> list[float]:
@@ -106,13 +109,24 @@ class TensorRT:
         if not 1 <= len(images) <= self._layout.largest:
             most = self._layout.largest
             raise BackendError(f"expected 1 to {most} images to time at once, came {len(images)}")
-        with self._pool.execution() as execution:
+        with self._execution() as execution:
             return execution.time(images, iterations)
 
     def close(self) -> None:
         """Free the GPU's memory once what is running has ended; a second call does nothing."""
         for finish in self._at_the_end:
             finish()
+
+    @contextmanager
+    def _execution(self) -> Iterator[Execution]:
+        """Lend an execution; errors are said with the library's own reasons."""
+        try:
+            with self._pool.execution() as own:
+                yield own
+        except BackendError as cause:
+            reasons = make_logger(self._library).errors[-2:]
+            text = "; ".join([str(cause), *reasons])
+            raise BackendError(f"backend {self.name}: {text}") from cause
 
     def _check(self, images: NDArray[np.uint8]) -> None:
         if images.dtype != np.uint8 or images.shape[1:] != self._layout.pixels:
@@ -146,7 +160,7 @@ class Pool:
             try:
                 yield own
             except BaseException:  # its stream may hold half a run
-                with suppress(BackendError):
+                with suppress(Exception):  # what it was called for failed first
                     own.close()
                 raise
             with self._lock:
@@ -223,7 +237,13 @@ def _context(trt: Any, engine: Any, scratch: int) -> Any:
     return context
 
 
-def _deserialise(runtime: Any, data: bytes) -> Any:
+def _deserialise(runtime: Any, library: str, data: bytes) -> Any:
+    """Return an engine; None, and a line with the reason, if it is not one for this machine."""
+    reasons: list[str] = make_logger(library).errors
+    reasons.clear()
+    engine = None
     with suppress(Exception):  # a foreign engine, in whichever way the library takes it
-        return runtime.deserialize_cuda_engine(data)
-    return None
+        engine = runtime.deserialize_cuda_engine(data)
+    if engine is None and reasons:
+        say(f"{library}: {reasons[-1]}")
+    return engine

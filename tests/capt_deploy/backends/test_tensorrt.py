@@ -104,6 +104,19 @@ def test_what_is_not_its_input_is_refused(on_host):
             backend.time_on_device(small(count), 1)
 
 
+def test_a_failed_run_is_said_with_the_librarys_own_reason(on_host, monkeypatch):
+    def fail(context, stream):
+        make_logger(on_host.library).log(0, "out of\n  registers")
+        return False
+
+    backend = on_host()
+    monkeypatch.setattr("tests.capt_deploy.backends.host_device.Context.execute_async_v3", fail)
+    with pytest.raises(BackendError, match=rf"{backend.name}: .*failed to run; out of registers"):
+        backend.run(small(1))
+    monkeypatch.undo()
+    assert on_host.device.leaks == []
+
+
 def test_closing_is_final_and_may_be_repeated(on_host):
     backend = on_host()
     backend.run(small(3))
