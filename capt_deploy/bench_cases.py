@@ -1,0 +1,170 @@
+"""The cases of `capt-bench`: a bundle on several backends, in several batch sizes and scopes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from capt_deploy.backends import NAMES
+from capt_deploy.bench import SCOPES, BenchOptions, Case, Memory, Threads, Turn, measure
+from capt_deploy.bundle import open_bundle
+from capt_deploy.classifier import Classifier
+from capt_deploy.errors import BackendError, ConfigError
+from capt_deploy.files import expand_home, sha256_file
+from capt_deploy.machine import versions
+from capt_deploy.preprocess import preprocess
+
+EVERY = "all"
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which rows."""
+
+    backends: tuple[str, ...] = ("auto",)  # or ("all",): all that work here
+    precisions: tuple[str, ...] = ()  # none: what suits each backend; ("all",): all that it can run
+    batches: tuple[int, ...] = (1, 8, 32)
+    scopes: tuple[str, ...] = SCOPES
+    concurrency: int = 1  # threads that call at once; times on the device are always of one
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Encoded images, and what they are."""
+
+    encoded: Sequence[bytes]
+    source: str
+
+
+def bench(
+    bundle: Path, wanted: Wanted, photos: Photos, options: BenchOptions, tell: Tell
+) -> list[dict[str, Any]]:
+    """Measure a bundle side by side.
+
+    Args:
+        bundle: anything that `Classifier.load` takes.
+        wanted: which rows.
+        photos: to measure with; a batch repeats them where it is larger.
+        options: how long.
+        tell: is told which of the wanted rows there cannot be, and why.
+
+    Returns:
+        A row for each case, as DESIGN describes them.
+
+    Raises:
+        BackendError: a backend named by `wanted` cannot run here, or none can.
+        BundleError: the bundle is damaged, or lacks a precision.
+        ConfigError: no row is left.
+    """
+    with ExitStack() as stack:
+        threads = stack.enter_context(Threads(wanted.concurrency))
+        cases = _cases(bundle, wanted, photos, threads, stack, tell)
+        rows = measure(cases, options)
+    if not rows:
+        raise ConfigError("no row is left to measure; ask for other scopes, or backends on a GPU")
+    return rows
+
+
+def _cases(
+    bundle: Path, wanted: Wanted, photos: Photos, threads: Threads, stack: ExitStack, tell: Tell
+) -> Iterator[Case]:
+    seen: dict[tuple[str, str, str], str] = {}
+    for name, precision in _requests(bundle, wanted):
+        before = Memory.now()
+        try:
+            classifier = Classifier.load(bundle, name, precision)
+        except BackendError as cause:
+            if EVERY not in wanted.backends and wanted.precisions != (EVERY,):
+                raise
+            tell(f"left out {name}{f' {precision}' if precision else ''}: {cause}")
+            continue
+        backend = classifier.backend
+        key = (backend.name, backend.device, classifier.precision)
+        if key in seen:
+            tell(f"left out {name}: it is {seen[key]} here, on {backend.device}")
+            continue
+        seen[key] = name
+        yield from _cases_of(classifier, before, bundle, wanted, photos, threads, tell)
+    if not seen:
+        raise BackendError("no backend can run this bundle here; capt-doctor says why")
+
+
+def _requests(bundle: Path, wanted: Wanted) -> Iterator[tuple[str, str | None]]:
+    names: Sequence[str] = wanted.backends
+    if EVERY in names:
+        names = [name for name in NAMES if name != "auto"]
+    precisions: Sequence[str | None] = wanted.precisions or (None,)
+    if wanted.precisions == (EVERY,):
+        lone = expand_home(bundle).suffix == ".onnx"
+        precisions = (None,) if lone else tuple(open_bundle(bundle).manifest.graphs)
+    return ((name, precision) for name in names for precision in precisions)
+
+
+def _cases_of(
+    classifier: Classifier,
+    before: Memory,
+    bundle: Path,
+    wanted: Wanted,
+    photos: Photos,
+    threads: Threads,
+    tell: Tell,
+) -> Iterator[Case]:
+    backend = classifier.backend
+    details = {"graph": _graph_hash(classifier, bundle), "images": photos.source}
+    for scope in wanted.scopes:
+        if scope == "device" and not hasattr(backend, "time_on_device"):
+            tell(f"left out device times of {backend.name} on {backend.device}: it has none")
+            continue
+        for batch in wanted.batches:
+            yield Case(
+                backend=backend.name,
+                device=backend.device,
+                precision=classifier.precision,
+                batch=batch,
+                scope=scope,
+                run=_runs(classifier, scope, batch, photos.encoded, threads),
+                versions=versions(),
+                memory_before=before,
+                concurrency=1 if scope == "device" else threads.count,
+                details=details,
+            )
+
+
+def _runs(
+    classifier: Classifier, scope: str, batch: int, encoded: Sequence[bytes], threads: Threads
+) -> Callable[[int], Turn]:
+    """Return what runs one case so many times."""
+    batches = in_batches(encoded, batch)
+    if scope == "image_to_label":
+        number = count()
+        return lambda times: threads.run(
+            lambda: classifier.predict(batches[next(number) % len(batches)], batch), times
+        )
+    pixels = np.stack([preprocess(photo, classifier.manifest.preprocess) for photo in batches[0]])
+    backend: Any = classifier.backend
+    if scope == "host":
+        return lambda times: threads.run(lambda: backend.run(pixels), times)
+
+    def on_device(times: int) -> Turn:
+        latencies = backend.time_on_device(pixels, times)
+        return Turn(latencies, sum(latencies) / 1000)
+
+    return on_device
+
+
+def in_batches(encoded: Sequence[bytes], batch: int) -> list[list[bytes]]:
+    """Return batches that hold every image at least once; the last begins anew where it must."""
+    starts = range(0, len(encoded), batch)
+    return [[encoded[(start + i) % len(encoded)] for i in range(batch)] for start in starts]
+
+
+def _graph_hash(classifier: Classifier, bundle: Path) -> str:
+    """Return what tells the measured graph from others."""
+    manifest = classifier.manifest
+    record = manifest.files.get(manifest.graphs[classifier.precision].file)
+    return record.sha256 if record else sha256_file(expand_home(bundle))

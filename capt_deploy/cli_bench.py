@@ -1,0 +1,192 @@
+"""`capt-bench`."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from capt_deploy.console import Command, PathInHome, print_json, say, table
+from capt_deploy.version import __version__
+
+_SCOPES = ("device", "host", "image_to_label")
+
+
+def _names(ctx: click.Context, option: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """Read comma-separated names, each once; nothing where the option is not given."""
+    if value is None:
+        return ()
+    names = tuple(dict.fromkeys(filter(None, (one.strip() for one in value.split(",")))))
+    if not names:
+        raise click.BadParameter("expected at least one")
+    return names
+
+
+def _scopes(ctx: click.Context, option: click.Parameter, value: str) -> tuple[str, ...]:
+    names = _names(ctx, option, value)
+    if unknown := [name for name in names if name not in _SCOPES]:
+        raise click.BadParameter(f"expected of {', '.join(_SCOPES)}, came {unknown[0]}")
+    return names
+
+
+def _numbers(ctx: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
+    words = _names(ctx, option, value)
+    if wrong := [word for word in words if not word.isdecimal() or int(word) < 1]:
+        raise click.BadParameter(f"expected whole numbers from 1 on, came {wrong[0]}")
+    return tuple(map(int, words))
+
+
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("bundle", type=PathInHome())
+@click.option(
+    "--backend",
+    "backends",
+    callback=_names,
+    metavar="A,B",
+    default="auto",
+    show_default=True,
+    help="Some of auto, tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime-cpu; or all that "
+    "work here.",
+)
+@click.option(
+    "--batch",
+    "batches",
+    callback=_numbers,
+    metavar="N,M",
+    default="1,8,32",
+    show_default=True,
+    help="Images in a call.",
+)
+@click.option(
+    "--precision",
+    "precisions",
+    callback=_names,
+    metavar="A,B",
+    help="Graphs of the bundle, such as fp32,int8, or all; by default what suits each backend.",
+)
+@click.option(
+    "--scope",
+    "scopes",
+    callback=_scopes,
+    metavar="A,B",
+    default=",".join(_SCOPES),
+    show_default=True,
+    help="device: by the GPU's own clock; host: pixels in, outputs out; image_to_label: encoded "
+    "image to prediction.",
+)
+@click.option(
+    "--concurrency",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1, 256),
+    help="Threads that call at once.",
+)
+@click.option(
+    "--seconds",
+    default=2.0,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="Of measuring, for each row.",
+)
+@click.option(
+    "--images",
+    type=PathInHome(exists=True, file_okay=False),
+    help="Photos to measure with; by default JPEGs of 500x375 made from a seed.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of rows on stdout.")
+@click.option("--plot", type=PathInHome(dir_okay=False), help="Draw the rows as a PNG.")
+@click.option(
+    "--compare",
+    type=PathInHome(),
+    help="JSON of an earlier run: exit with 1 if one of its rows became slower.",
+)
+@click.version_option(__version__, prog_name="capt")
+def main(
+    bundle: Path,
+    backends: tuple[str, ...],
+    batches: tuple[int, ...],
+    precisions: tuple[str, ...],
+    scopes: tuple[str, ...],
+    concurrency: int,
+    seconds: float,
+    images: Path | None,
+    as_json: bool,
+    plot: Path | None,
+    compare: Path | None,
+) -> None:
+    """Measure latency and throughput of a BUNDLE, backends side by side.
+
+    Everything is warmed up until stable and measured in turns, so that what changes meanwhile
+    changes all rows alike. Latencies are of one call with a whole batch.
+
+    \b
+    Example:
+      capt-bench pets.capt --backend all --batch 1,32
+      capt-bench pets.capt --json > before.json
+      capt-bench pets.capt --compare before.json --plot latency.png
+    """
+    from capt_deploy.bench import BenchOptions
+    from capt_deploy.bench_cases import Photos, Wanted, bench
+    from capt_deploy.bench_compare import compare_rows, load_rows
+    from capt_deploy.bench_images import SIZE, folder_photos, synthetic_photos
+
+    old = None if compare is None else load_rows(compare)
+    if plot is not None:
+        from capt_deploy.bench_plot import check_plotting, plot_rows
+
+        check_plotting()
+    if images is None:
+        photos = Photos(synthetic_photos(32), f"synthetic {SIZE[0]}x{SIZE[1]}")
+    else:
+        encoded = folder_photos(images)
+        photos = Photos(encoded, f"{len(encoded)} of {images}")
+    wanted = Wanted(backends, precisions, batches, scopes, concurrency)
+    rows = bench(bundle, wanted, photos, BenchOptions(seconds=seconds), say)
+    if as_json:
+        print_json(rows)
+    else:
+        _print_table(rows)
+    if plot is not None:
+        plot_rows(plot, rows)
+        say(f"drew {plot}")
+    if old is not None:
+        comparison = compare_rows(old, rows)
+        say(str(comparison))
+        if comparison.regressed:
+            sys.exit(1)
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from capt_deploy.bench_stats import ENOUGH_FOR_P99
+
+    header = (
+        *("backend", "device", "precision", "scope", "batch", "threads"),
+        *("p50 ms", "p90 ms", "p95 ms", "p99 ms", "mean ms", "CV", "images/s", "runs", "MB"),
+    )
+    click.echo(table(header, [_cells(row) for row in rows]))
+    if any(row["iterations"] < ENOUGH_FOR_P99 for row in rows):
+        say(
+            f"*: fewer than {ENOUGH_FOR_P99} runs, so p99 lies beside the slowest of them; "
+            "--seconds gives more"
+        )
+    if restless := sum(not row["settled"] for row in rows):
+        say(f"!: did not settle while warming up ({restless} rows); is the machine busy?")
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    from capt_deploy.bench_stats import ENOUGH_FOR_P99
+
+    memory = row["memory_bytes"]
+    star = "*" if row["iterations"] < ENOUGH_FOR_P99 else ""
+    return (
+        *(row["backend"], row["device"], row["precision"], row["scope"], str(row["batch"])),
+        str(row["concurrency"]),
+        f"{row['p50_ms']:.3f}" + ("" if row["settled"] else "!"),
+        *(f"{row[key]:.3f}" for key in ("p90_ms", "p95_ms")),
+        f"{row['p99_ms']:.3f}{star}",
+        f"{row['mean_ms']:.3f}",
+        f"{100 * row['cv']:.1f} %",
+        f"{row['throughput_per_s']:.1f}",
+        str(row["iterations"]),
+        "" if memory is None else f"{memory / 1e6:.0f}",
+    )

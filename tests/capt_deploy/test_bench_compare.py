@@ -1,0 +1,126 @@
+import copy
+import json
+
+import pytest
+
+from capt_deploy.bench_compare import compare_rows, load_rows
+from capt_deploy.errors import ConfigError
+
+
+def row(p50=10.0, cv=0.01, iterations=400, **own):
+    plain = {
+        *(("backend", "onnxruntime"), ("device", "cpu"), ("precision", "fp32"), ("batch", 1)),
+        *(("scope", "host"), ("p50_ms", p50), ("cv", cv), ("iterations", iterations)),
+    }
+    machine = {"cpu": "one", "cores": 2, "gpus": []}
+    return {**dict(plain), "versions": {"capt": "1"}, "machine": machine, **own}
+
+
+def verdict(old, new):
+    (pair,) = compare_rows([old], [new]).pairs
+    return pair.verdict
+
+
+@pytest.mark.parametrize(
+    ("p50", "expected"),
+    [(10.4, "same"), (10.6, "slower"), (9.6, "same"), (9.4, "faster"), (10.0, "same")],
+)
+def test_five_percent_are_allowed_where_the_runs_hardly_vary(p50, expected):
+    assert verdict(row(), row(p50)) == expected
+
+
+def test_what_varies_much_is_allowed_more():
+    # 3·√(0.5²/100 + 0) = 15 %
+    unsteady = row(cv=0.5, iterations=100)
+    assert verdict(unsteady, row(11.4, cv=0)) == "same"
+    assert verdict(unsteady, row(11.6, cv=0)) == "slower"
+    (pair,) = compare_rows([unsteady], [row(11.6, cv=0)]).pairs
+    assert pair.tolerance == pytest.approx(0.15)
+    both = compare_rows([unsteady], [row(cv=0.5, iterations=100)])
+    assert both.pairs[0].tolerance == pytest.approx(0.15 * 2**0.5)
+    assert "too unsteady" in str(both) and "too unsteady" not in str(compare_rows([row()], [row()]))
+
+
+def test_one_slower_row_is_a_regression_whatever_the_others_are():
+    old, new = [row(), row(batch=8)], [row(5.0), row(20.0, batch=8)]
+    comparison = compare_rows(old, new)
+    assert comparison.regressed
+    assert [pair.verdict for pair in comparison.pairs] == ["faster", "slower"]
+    assert "1 of 2 rows became slower" in str(comparison)
+
+
+def test_rows_without_a_partner_are_listed():
+    old = [row(), row(batch=8), row(scope="image_to_label")]
+    new = [row(), row(concurrency=4), row(precision="int8")]
+    comparison = compare_rows(old, new)
+    assert len(comparison.pairs) == 1
+    assert comparison.only_old == (
+        "onnxruntime cpu fp32 host, batch 8",
+        "onnxruntime cpu fp32 image_to_label, batch 1",
+    )
+    assert comparison.only_new == (
+        "onnxruntime cpu fp32 host, batch 1, 4 threads",
+        "onnxruntime cpu int8 host, batch 1",
+    )
+    assert all(name in str(comparison) for name in (*comparison.only_old, *comparison.only_new))
+
+
+def test_nothing_in_common_is_no_verdict():
+    with pytest.raises(ConfigError, match="no row in common"):
+        compare_rows([row()], [row(batch=8)])
+
+
+def test_another_gpu_is_compared_and_said():
+    old = row(device="cuda:0 (NVIDIA A10)", machine={"gpus": [{"name": "A10", "driver": "1"}]})
+    new = row(device="cuda:0 (NVIDIA L4)", machine={"gpus": [{"name": "L4", "driver": "2"}]})
+    said = compare_rows([old], [new]).differences
+    assert said == (
+        "other device: was cuda:0 (NVIDIA A10), is cuda:0 (NVIDIA L4)",
+        "other GPUs: was A10, is L4",
+        "other driver: was 1, is 2",
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("versions", {"capt": "2"}, "other version: was capt 1, is capt 2"),
+        ("images", "5 of photos", "other images: was unknown, is 5 of photos"),
+        ("graph", "a" * 64, "other graph: was unknown, is aaaaaaaaaaaa…"),
+        ("machine", {"cpu": "two", "cores": 2, "gpus": []}, "other processor: was one, is two"),
+        ("machine", None, "other processor: was one, is unknown"),
+    ],
+)
+def test_other_conditions_are_said_once(key, value, said):
+    old, new = [row(), row(batch=8)], [row(**{key: value}), row(batch=8, **{key: value})]
+    assert compare_rows(old, new).differences.count(said) == 1
+    assert compare_rows(old, copy.deepcopy(old)).differences == ()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "nothing",
+        "[]",
+        "{}",
+        "[1]",
+        json.dumps([{**row(), "p50_ms": 0}]),
+        json.dumps([{**row(), "p50_ms": "fast"}]),
+        json.dumps([{**row(), "iterations": 0}]),
+        json.dumps([{**row(), "device": None}]),
+        json.dumps([{key: value for key, value in row().items() if key != "cv"}]),
+        json.dumps([{**row(), "cv": float("nan")}]),
+    ],
+)
+def test_what_is_no_list_of_rows_is_refused(tmp_path, content):
+    path = tmp_path / "old.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"old\.json"):
+        load_rows(path)
+
+
+def test_rows_with_the_keys_of_the_contract_alone_are_enough(tmp_path):
+    bare = {key: value for key, value in row().items() if key not in ("versions", "machine")}
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps([bare]))
+    assert not compare_rows(load_rows(path), [row()]).regressed

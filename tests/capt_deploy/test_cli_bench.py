@@ -1,0 +1,129 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from capt_deploy.cli_bench import main
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+BUNDLE = GOLDEN / "tiny.capt"
+QUICK = ("--seconds", 0.05)
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(one) for one in arguments])
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """Return what a quick run prints as JSON."""
+    result = run(BUNDLE, "--batch", "1,3", *QUICK, "--json", "--backend", "onnxruntime")
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_json_is_a_list_with_a_row_for_every_batch_and_scope(measured):
+    rows = json.loads(measured.stdout)
+    assert [(row["scope"], row["batch"]) for row in rows] == [
+        *(("host", 1), ("host", 3), ("image_to_label", 1), ("image_to_label", 3)),
+    ]
+    for row in rows:
+        assert (row["backend"], row["device"], row["precision"]) == ("onnxruntime", "cpu", "fp32")
+        assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p95_ms"] <= row["p99_ms"]
+        assert row["throughput_per_s"] > 0 and row["cv"] >= 0 and row["iterations"] >= 5
+        assert row["versions"]["numpy"] and row["machine"]["cores"] >= 1
+        assert row["images"] == "synthetic 500x375" and len(row["graph"]) == 64
+
+
+def test_what_cannot_be_measured_is_said(measured):
+    assert "left out device times of onnxruntime on cpu" in measured.stderr
+
+
+def test_the_table_marks_what_was_measured_too_seldom():
+    photos = GOLDEN / "photos"
+    options = ("--batch", 2, "--scope", "image_to_label", "--concurrency", 2, "--images", photos)
+    result = run(BUNDLE, *options, "--seconds", 0.001)
+    assert result.exit_code == 0, result.output
+    _, _, line = result.stdout.splitlines()
+    cells = line.split()
+    assert cells[:6] == ["onnxruntime", "cpu", "fp32", "image_to_label", "2", "2"]
+    assert cells[9].endswith("*")
+    assert "fewer than 100 runs" in result.stderr
+
+
+def test_a_run_is_compared_with_an_earlier_one(measured, tmp_path):
+    rows = json.loads(measured.stdout)
+    arguments = (BUNDLE, "--batch", "1", "--scope", "host", *QUICK, "--compare")
+    for factor, code, said in ((1e6, 0, "0 of 1 rows became slower"), (1e-6, 1, "1 of 1 rows")):
+        old = tmp_path / "old.json"
+        changed = [{**row, "p50_ms": row["p50_ms"] * factor, "cv": 0.0} for row in rows]
+        old.write_text(json.dumps(changed))
+        result = run(*arguments, old)
+        assert (result.exit_code, said in result.stderr) == (code, True), result.output
+        assert "only in the old file: onnxruntime cpu fp32 image_to_label" in result.stderr
+
+
+def test_a_plot_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "plot.png"
+    result = run(BUNDLE, "--batch", 1, "--scope", "host", *QUICK, "--plot", path)
+    assert result.exit_code == 0, result.output
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(tmp_path):
+    code = f"""
+import sys
+sys.modules["matplotlib"] = None
+from capt_deploy.cli_bench import main
+main({[str(BUNDLE), "--plot", str(tmp_path / "x.png")]})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "pip install 'capt[plot]'" in done.stderr
+    assert "Traceback" not in done.stderr and "measuring" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("nowhere.capt",), "no such bundle"),
+        ((BUNDLE, "--backend", "magic"), "expected one of"),
+        ((BUNDLE, "--backend", ","), "at least one"),
+        ((BUNDLE, "--batch", "0"), "from 1 on"),
+        ((BUNDLE, "--batch", "1,x"), "from 1 on, came x"),
+        ((BUNDLE, "--scope", "kernel"), "expected of device, host, image_to_label"),
+        ((BUNDLE, "--scope", "device", "--backend", "onnxruntime"), "no row is left"),
+        ((BUNDLE, "--precision", "fp64"), "no 'fp64' graph"),
+        ((BUNDLE, "--seconds", "0"), "--seconds"),
+        ((BUNDLE, "--concurrency", "0"), "--concurrency"),
+        ((BUNDLE, "--images", "nowhere"), "nowhere"),
+        ((BUNDLE, "--images", GOLDEN / "tiny.capt"), "holds no image"),
+        ((BUNDLE, "--compare", "nowhere.json"), "expected a readable JSON file"),
+        ((BUNDLE, "--compare", BUNDLE / "manifest.json"), "capt-bench --json"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, said):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_all_backends_are_tried_and_those_that_do_not_run_are_said():
+    result = run(BUNDLE, "--backend", "all", "--batch", 1, "--scope", "host", *QUICK, "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)
+    assert "cpu" in [row["device"] for row in rows]
+    assert len({(row["backend"], row["device"]) for row in rows}) == len(rows)
+
+
+def test_all_precisions_of_a_lone_graph_are_its_own():
+    options = ("--precision", "all", "--batch", 1, "--scope", "host", "--backend", "onnxruntime")
+    for path in (BUNDLE, BUNDLE / "model.onnx"):
+        (row,) = json.loads(run(path, *options, *QUICK, "--json").stdout)
+        assert row["precision"] == "fp32"
+        assert len(row["graph"]) == 64

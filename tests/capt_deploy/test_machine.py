@@ -1,0 +1,28 @@
+import json
+import os
+from importlib import metadata
+
+from capt_deploy import machine
+
+
+def test_versions_are_those_that_are_installed():
+    own = machine.versions()
+    assert own["numpy"] == metadata.version("numpy")
+    assert own["python"].startswith("3.")
+    assert machine.installed(["numpy", "no-such-package"]) == {"numpy": own["numpy"]}
+
+
+def test_the_machine_can_be_written_as_json():
+    own = machine.describe_machine()
+    assert json.loads(json.dumps(own, allow_nan=False)) == own
+    assert own.keys() == {"system", "cpu", "cores", "memory_bytes", "gpus"}
+    assert own["cpu"] and 1 <= own["cores"] <= os.cpu_count()
+
+
+def test_resident_memory_grows_with_what_is_held():
+    before = machine.resident_memory()
+    if before is not None:
+        held = b"x" * 30_000_000
+        after = machine.resident_memory()
+        assert after is not None and 25e6 < after - before < 60e6
+        del held
