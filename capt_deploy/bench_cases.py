@@ -1,6 +1,6 @@
 """The cases of `capt-bench`: a bundle on several backends, in several batch sizes and scopes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from capt_deploy.backends import NAMES
+from capt_deploy.backends import AUTO, DeviceTimed, RuntimeOptions
+from capt_deploy.backends.choice import why_not
 from capt_deploy.bench import SCOPES, BenchOptions, Case, Memory, Threads, Turn, measure
-from capt_deploy.bundle import open_bundle
 from capt_deploy.classifier import Classifier
 from capt_deploy.errors import BackendError, ConfigError
 from capt_deploy.files import expand_home, sha256_file
+from capt_deploy.graphs import open_graphs
 from capt_deploy.machine import versions
-from capt_deploy.preprocess import preprocess
 
 EVERY = "all"
 Tell = Callable[[str], None]
@@ -31,6 +31,7 @@ class Wanted:
     batches: tuple[int, ...] = (1, 8, 32)
     scopes: tuple[str, ...] = SCOPES
     concurrency: int = 1  # threads that call at once; times on the device are always of one
+    threads: int | None = None  # of a backend on the CPU; None: as the classifier would choose
 
 
 @dataclass(frozen=True)
@@ -73,35 +74,39 @@ def bench(
 def _cases(
     bundle: Path, wanted: Wanted, photos: Photos, threads: Threads, stack: ExitStack, tell: Tell
 ) -> Iterator[Case]:
-    seen: dict[tuple[str, str, str], str] = {}
+    seen: dict[tuple[str, str, str], str] = {}  # what a name stands for here
+    runtime = RuntimeOptions(threads=wanted.threads)
     for name, precision in _requests(bundle, wanted):
+        if EVERY in wanted.backends and (reason := why_not(name)) is not None:
+            tell(f"left out {name}: {reason}")
+            continue
         before = Memory.now()
         try:
-            classifier = Classifier.load(bundle, name, precision)
+            classifier = Classifier.load(bundle, name, precision, runtime)
         except BackendError as cause:
-            if EVERY not in wanted.backends and wanted.precisions != (EVERY,):
+            if EVERY not in (*wanted.backends, *wanted.precisions):
                 raise
             tell(f"left out {name}{f' {precision}' if precision else ''}: {cause}")
             continue
+        stack.enter_context(classifier)
         backend = classifier.backend
         key = (backend.name, backend.device, classifier.precision)
         if key in seen:
             tell(f"left out {name}: it is {seen[key]} here, on {backend.device}")
             continue
         seen[key] = name
+        for other, reason in classifier.skipped.items():
+            tell(f"{name} does without {other}: {reason}")
         yield from _cases_of(classifier, before, bundle, wanted, photos, threads, tell)
     if not seen:
         raise BackendError("no backend can run this bundle here; capt-doctor says why")
 
 
 def _requests(bundle: Path, wanted: Wanted) -> Iterator[tuple[str, str | None]]:
-    names: Sequence[str] = wanted.backends
-    if EVERY in names:
-        names = [name for name in NAMES if name != "auto"]
-    precisions: Sequence[str | None] = wanted.precisions or (None,)
-    if wanted.precisions == (EVERY,):
-        lone = expand_home(bundle).suffix == ".onnx"
-        precisions = (None,) if lone else tuple(open_bundle(bundle).manifest.graphs)
+    names = AUTO if EVERY in wanted.backends else wanted.backends
+    precisions: Iterable[str | None] = wanted.precisions or (None,)
+    if EVERY in wanted.precisions:
+        precisions = tuple(open_graphs(bundle).precisions)
     return ((name, precision) for name in names for precision in precisions)
 
 
@@ -117,7 +122,7 @@ def _cases_of(
     backend = classifier.backend
     details = {"graph": _graph_hash(classifier, bundle), "images": photos.source}
     for scope in wanted.scopes:
-        if scope == "device" and not hasattr(backend, "time_on_device"):
+        if scope == "device" and not isinstance(backend, DeviceTimed):
             tell(f"left out device times of {backend.name} on {backend.device}: it has none")
             continue
         for batch in wanted.batches:
@@ -140,17 +145,21 @@ def _runs(
 ) -> Callable[[int], Turn]:
     """Return what runs one case so many times."""
     batches = in_batches(encoded, batch)
+    backend = classifier.backend
     if scope == "image_to_label":
         number = count()
-        return lambda times: threads.run(
-            lambda: classifier.predict(batches[next(number) % len(batches)], batch), times
-        )
-    pixels = np.stack([preprocess(photo, classifier.manifest.preprocess) for photo in batches[0]])
-    backend: Any = classifier.backend
+
+        def label() -> object:
+            own = batches[next(number) % len(batches)]
+            return classifier(own[0]) if batch == 1 else classifier.predict(own, batch)
+
+        return lambda times: threads.run(label, times)
+    pixels = np.stack([classifier.preprocess(photo) for photo in batches[0]])
     if scope == "host":
         return lambda times: threads.run(lambda: backend.run(pixels), times)
 
     def on_device(times: int) -> Turn:
+        assert isinstance(backend, DeviceTimed)
         latencies = backend.time_on_device(pixels, times)
         return Turn(latencies, sum(latencies) / 1000)
 

@@ -142,8 +142,8 @@ def _key(row: Row) -> Key:
 
 
 def _name(key: Key) -> str:
-    *words, batch, threads = key
-    return f"{' '.join(words)}, batch {batch}" + (f", {threads} threads" if threads > 1 else "")
+    *words, batch, callers = key
+    return f"{' '.join(words)}, batch {batch}" + (f", {callers} callers" if callers > 1 else "")
 
 
 def _pair(key: Key, old: Row, new: Row) -> Pair:

@@ -70,8 +70,8 @@ def plot_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _series(row: Row) -> str:
-    threads = row.get("concurrency", 1)
-    beside = f", {threads} threads" if threads > 1 else ""
+    callers = row.get("concurrency", 1)
+    beside = f", {callers} callers" if callers > 1 else ""
     return f"{row['backend']}, {row['precision']}, {row['device']}{beside}"
 
 

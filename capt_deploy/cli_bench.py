@@ -79,7 +79,12 @@ def _numbers(ctx: click.Context, option: click.Parameter, value: str) -> tuple[i
     default=1,
     show_default=True,
     type=click.IntRange(1, 256),
-    help="Threads that call at once.",
+    help="Callers at once, each in a thread of its own.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    help="That a backend on the CPU computes with; by default as many as it may use.",
 )
 @click.option(
     "--seconds",
@@ -108,6 +113,7 @@ def main(
     precisions: tuple[str, ...],
     scopes: tuple[str, ...],
     concurrency: int,
+    threads: int | None,
     seconds: float,
     images: Path | None,
     as_json: bool,
@@ -140,7 +146,7 @@ def main(
     else:
         encoded = folder_photos(images)
         photos = Photos(encoded, f"{len(encoded)} of {images}")
-    wanted = Wanted(backends, precisions, batches, scopes, concurrency)
+    wanted = Wanted(backends, precisions, batches, scopes, concurrency, threads)
     rows = bench(bundle, wanted, photos, BenchOptions(seconds=seconds), say)
     if as_json:
         print_json(rows)
@@ -160,7 +166,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     from capt_deploy.bench_stats import ENOUGH_FOR_P99
 
     header = (
-        *("backend", "device", "precision", "scope", "batch", "threads"),
+        *("backend", "device", "precision", "scope", "batch", "callers"),
         *("p50 ms", "p90 ms", "p95 ms", "p99 ms", "mean ms", "CV", "images/s", "runs", "MB"),
     )
     click.echo(table(header, [_cells(row) for row in rows]))

@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from capt_deploy.cores import usable_cores
 from capt_deploy.nvidia import query_gpus
 from capt_deploy.version import __version__
 
@@ -43,13 +44,6 @@ def describe_machine() -> dict[str, Any]:
         "memory_bytes": total_memory(),
         "gpus": [asdict(gpu) for gpu in query_gpus()],
     }
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def cpu_name() -> str:

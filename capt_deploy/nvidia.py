@@ -8,9 +8,9 @@ import ctypes
 import io
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+
+from capt_deploy.driver import gpu_problem
 
 _SECONDS = 20  # a driver that starts up for the first time is slow; a broken one hangs
 _FIELDS = (
@@ -18,14 +18,8 @@ _FIELDS = (
     *("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit"),
 )
 _MEBIBYTE = 2**20
-# CUDA's own numbers: attributes of a device, and answers of cuInit.
-_MAJOR, _MINOR = 75, 76
-_ANSWERS = {
-    100: "it sees no GPU",
-    802: "the system is not ready yet",
-    803: "the kernel's driver and libcuda differ in version; restart the machine",
-    804: "this GPU does not take a newer CUDA than its driver's",
-}
+_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+_MAJOR, _MINOR = 75, 76  # CUDA's own numbers of a device's attributes
 
 
 @dataclass(frozen=True)
@@ -48,26 +42,22 @@ class Driver:
     """What there is of NVIDIA's on this machine."""
 
     gpus: tuple[Gpu, ...]
-    problem: str | None = None  # why there is no GPU, if there is none
+    problem: str | None  # why programs can use none, if they cannot
     cuda: str | None = None  # the newest version of CUDA that it takes, such as "13.0"
 
 
-def find_gpus() -> Driver:
-    """Ask the driver which GPUs it has; never raises."""
-    gpus, problem = _ask_smi()
-    driver = _ask_libcuda()
-    return Driver(gpus, None, driver.cuda) if gpus else _first_with_reason(driver, problem)
+def find_driver() -> Driver:
+    """Ask the driver what it has; never raises."""
+    gpus, silent = _ask_smi()
+    problem = gpu_problem()
+    if gpus or problem is None:
+        return Driver(gpus or _ask_libcuda(), problem, _newest_cuda())
+    return Driver((), f"{problem} ({silent})", _newest_cuda())
 
 
 def query_gpus() -> tuple[Gpu, ...]:
     """Return what `nvidia-smi` says; nothing where there is none."""
     return _ask_smi()[0]
-
-
-def _first_with_reason(driver: Driver, problem: str) -> Driver:
-    if driver.gpus:
-        return driver
-    return Driver((), f"{problem}; {driver.problem}", driver.cuda)
 
 
 def _ask_smi() -> tuple[tuple[Gpu, ...], str]:
@@ -117,21 +107,20 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _ask_libcuda() -> Driver:
-    """Ask libcuda, which does without `nvidia-smi`, as in slim containers and on Jetsons."""
+def _ask_libcuda() -> tuple[Gpu, ...]:
+    """Ask libcuda, which works, for what `nvidia-smi` does not say, as in slim containers."""
+    cuda, count = ctypes.CDLL(_LIBRARY), ctypes.c_int()
+    cuda.cuDeviceGetCount(ctypes.byref(count))
+    return tuple(_gpu_of(cuda, ordinal) for ordinal in range(count.value))
+
+
+def _newest_cuda() -> str | None:
+    version = ctypes.c_int()
     try:
-        cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        ctypes.CDLL(_LIBRARY).cuDriverGetVersion(ctypes.byref(version))
     except OSError:
-        return Driver((), "libcuda, a part of NVIDIA's driver, is not there")
-    version, count = ctypes.c_int(), ctypes.c_int()
-    cuda.cuDriverGetVersion(ctypes.byref(version))
-    newest = f"{version.value // 1000}.{version.value % 1000 // 10}" if version.value else None
-    failed = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
-    if failed:
-        answer = _ANSWERS.get(failed, "see CUresult in NVIDIA's documentation")
-        return Driver((), f"libcuda answers {failed}: {answer}", newest)
-    gpus = tuple(map(partial(_gpu_of, cuda), range(count.value)))
-    return Driver(gpus, None if gpus else "libcuda sees no GPU", newest)
+        return None
+    return f"{version.value // 1000}.{version.value % 1000 // 10}" if version.value else None
 
 
 def _gpu_of(cuda: ctypes.CDLL, ordinal: int) -> Gpu:
@@ -148,8 +137,3 @@ def _attribute(cuda: ctypes.CDLL, number: int, device: ctypes.c_int) -> int:
     value = ctypes.c_int()
     cuda.cuDeviceGetAttribute(ctypes.byref(value), number, device)
     return value.value
-
-
-def sms_of(gpus: Sequence[Gpu]) -> list[int]:
-    """Return the generations that are there, such as 89, each once."""
-    return sorted({gpu.sm for gpu in gpus if gpu.sm is not None})

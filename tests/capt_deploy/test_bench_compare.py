@@ -59,7 +59,7 @@ def test_rows_without_a_partner_are_listed():
         "onnxruntime cpu fp32 image_to_label, batch 1",
     )
     assert comparison.only_new == (
-        "onnxruntime cpu fp32 host, batch 1, 4 threads",
+        "onnxruntime cpu fp32 host, batch 1, 4 callers",
         "onnxruntime cpu int8 host, batch 1",
     )
     assert all(name in str(comparison) for name in (*comparison.only_old, *comparison.only_new))

@@ -40,7 +40,7 @@ def test_a_plot_has_panels_for_every_scope_and_bars_for_every_row(tmp_path, monk
     assert [text.get_text() for text in legend.get_texts()] == [
         "a, fp32, cpu",
         "b, fp32, cpu",
-        "a, fp32, cpu, 4 threads",
+        "a, fp32, cpu, 4 callers",
     ]
     with Image.open(path) as image:
         assert image.format == "PNG" and min(image.size) > 300
