@@ -88,12 +88,13 @@ def _cases(
                 raise
             tell(f"left out {name}{f' {precision}' if precision else ''}: {cause}")
             continue
-        stack.enter_context(classifier)
         backend = classifier.backend
         key = (backend.name, backend.device, classifier.precision)
         if key in seen:
+            classifier.close()
             tell(f"left out {name}: it is {seen[key]} here, on {backend.device}")
             continue
+        stack.enter_context(classifier)
         seen[key] = name
         for other, reason in classifier.skipped.items():
             tell(f"{name} does without {other}: {reason}")

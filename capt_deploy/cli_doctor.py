@@ -1,0 +1,72 @@
+"""`capt-doctor`."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from capt_deploy.console import Command, PathInHome, print_json, say
+from capt_deploy.version import __version__
+
+if TYPE_CHECKING:
+    from capt_deploy.doctor import Diagnosis
+    from capt_deploy.nvidia import Gpu
+
+
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("bundle", required=False, type=PathInHome())
+@click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+@click.version_option(__version__, prog_name="capt")
+def main(bundle: Path | None, as_json: bool) -> None:
+    """Say what is here, what works, and what would make the rest work.
+
+    Every backend is really tried, in a process of its own: on a tiny graph, or on a BUNDLE.
+    The exit code is 0 if at least one works.
+
+    \b
+    Example:
+      capt-doctor
+      capt-doctor pets.capt --json
+    """
+    from capt_deploy.doctor import diagnose
+
+    say("trying every backend")
+    diagnosis = diagnose(bundle)
+    if as_json:
+        print_json(diagnosis.to_dict())
+    else:
+        click.echo(_text(diagnosis))
+    if diagnosis.chosen is None:
+        sys.exit(1)
+
+
+def _text(diagnosis: "Diagnosis") -> str:
+    machine, driver = diagnosis.machine, diagnosis.driver
+    memory = machine["memory_bytes"]
+    lines = [
+        f"system     {machine['system']}",
+        f"processor  {machine['cpu']}, {machine['cores']} cores of {machine['cores_of_machine']}",
+        f"memory     {'unknown' if memory is None else f'{memory / 1e9:.1f} GB'}",
+    ]
+    lines += [f"GPU {number}      {_gpu(gpu)}" for number, gpu in enumerate(driver.gpus)]
+    if driver.cuda:
+        lines.append(f"driver     takes CUDA up to {driver.cuda}")
+    if driver.problem:
+        lines.append(f"driver     {driver.problem}")
+    versions = [f"{name} {version}" for name, version in diagnosis.versions.items()]
+    lines += [f"versions   {', '.join(versions)}", ""]
+    for finding in diagnosis.backends:
+        if finding.usable:
+            lines.append(f"{finding.name:<17} works on {finding.device} ({finding.seconds:.1f} s)")
+        else:
+            lines += [f"{finding.name:<17} no: {finding.reason}", f"{'':<17} fix: {finding.fix}"]
+    lines += [f"problem: {problem}" for problem in diagnosis.problems]
+    return "\n".join([*lines, f"auto takes {diagnosis.chosen or 'none'}"])
+
+
+def _gpu(gpu: "Gpu") -> str:
+    memory = "" if gpu.memory_bytes is None else f"{gpu.memory_bytes / 1e9:.1f} GB"
+    sm = "" if gpu.sm is None else f"SM {gpu.sm}"
+    driver = "" if gpu.driver is None else f"driver {gpu.driver}"
+    return ", ".join(filter(None, (gpu.name, sm, memory, driver)))

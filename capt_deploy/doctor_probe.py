@@ -1,0 +1,116 @@
+"""Try one backend in a process of its own, which may crash or hang without harm.
+
+python -m capt_deploy.doctor_probe onnxruntime-cpu [BUNDLE]
+"""
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+_MARK = "capt-doctor: "  # libraries print what they like on the same stream
+_SECONDS, _SECONDS_OF_BUNDLE = 120.0, 600.0  # an engine may have to be built
+_TOLERANCE = 0.02  # of logits of a few units; GPUs multiply float32 with fewer digits
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How it went."""
+
+    device: str | None  # None if it does not work
+    reason: str | None  # why it does not
+    seconds: float
+
+
+def try_backend(name: str, bundle: Path | None = None, seconds: float | None = None) -> Trial:
+    """Start a backend in another process and let it classify; never raises.
+
+    Args:
+        name: one of `capt_deploy.backends.AUTO`.
+        bundle: to be run; by default a tiny graph whose answer is known.
+        seconds: after which it is given up.
+    """
+    words = [sys.executable, "-m", __name__, name, *([] if bundle is None else [str(bundle)])]
+    limit = seconds or (_SECONDS if bundle is None else _SECONDS_OF_BUNDLE)
+    start = time.monotonic()
+    try:
+        done = subprocess.run(
+            words, capture_output=True, text=True, errors="replace", timeout=limit, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return Trial(None, f"did not answer within {limit:.0f} s", time.monotonic() - start)
+    except OSError as cause:
+        return Trial(None, f"cannot be tried: {cause}", time.monotonic() - start)
+    device, reason = _answer(done)
+    return Trial(device, reason, time.monotonic() - start)
+
+
+def _answer(done: subprocess.CompletedProcess[str]) -> tuple[str | None, str | None]:
+    marked = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
+    if done.returncode == 0 and marked:
+        said = json.loads(marked[-1].removeprefix(_MARK))
+        return said["device"], said["reason"]
+    last = (done.stderr.strip().splitlines() or [""])[-1]
+    return None, f"its process ended with {_ending(done.returncode)}" + (f": {last}" * bool(last))
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
+
+
+def main() -> None:
+    """Try the backend that the command line names, and print how it went."""
+    name, *rest = sys.argv[1:]
+    device = reason = None
+    try:
+        device = _run_bundle(name, Path(rest[0])) if rest else _run_graph(name)
+    except Exception as error:  # libraries for GPUs raise whatever they like
+        reason = str(error) or type(error).__name__
+    print(f"{_MARK}{json.dumps({'device': device, 'reason': reason})}")
+
+
+def _run_graph(name: str) -> str:
+    import numpy as np
+
+    from capt_deploy.backends import Outputs, RuntimeOptions, create
+    from capt_deploy.doctor_graph import SIDE, expected_outputs, make_graph
+
+    images = np.random.default_rng(0).integers(0, 256, (3, SIDE, SIDE, 3), dtype=np.uint8)
+    images[0] = 255
+    with tempfile.TemporaryDirectory() as folder:
+        options = RuntimeOptions(batches=(1, 2, 4), cache_folder=Path(folder))
+        backend = create(name, make_graph(), "fp32", None, options)
+        try:
+            outputs = backend.run(images)
+        finally:
+            backend.close()
+    for field, wanted, came in zip(Outputs._fields, expected_outputs(images), outputs, strict=True):
+        if not np.allclose(wanted, came, rtol=0, atol=_TOLERANCE):
+            raise RuntimeError(f"it runs, but says wrong {field}: {came[0]} and not {wanted[0]}")
+    return backend.device
+
+
+def _run_bundle(name: str, bundle: Path) -> str:
+    import numpy as np
+
+    from capt_deploy.classifier import Classifier
+
+    with Classifier.load(bundle, name) as classifier:
+        height, width = classifier.manifest.preprocess.size
+        outputs = classifier.backend.run(np.zeros((1, height, width, 3), np.uint8))
+        if not np.isfinite(outputs.logits).all():
+            raise RuntimeError("it runs, but its logits are not finite")
+        return classifier.backend.device
+
+
+if __name__ == "__main__":
+    main()
