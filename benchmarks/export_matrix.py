@@ -11,7 +11,6 @@ Nothing runs on a GPU: engines are built, not run.
 """
 
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 
 import click
 
+from benchmarks.exported import copy_photos
 from benchmarks.record import describe, load_cells, write_docs, write_result
 from capt_deploy.console import Command, say
 from capt_deploy.errors import DataError
@@ -93,7 +93,7 @@ def _measure(family: str, precisions: list[str], rows: dict[str, dict[str, Any]]
         folder = Path(name)
         run, photos, model, method = folder / "run", folder / "photos", folder / "model", "zeroshot"
         if architecture:
-            _copy_photos(photos, images)
+            copy_photos(photos, images)
             _run("benchmarks.random_models", architecture, model, photos)
         else:
             photos, method = _SHARED / "data" / "cifar100", "coop"
@@ -114,17 +114,6 @@ def _tune(photos: Path, model: Path, run: Path, method: str) -> None:
     classes = "base" if method == "coop" else "all"
     spec = ["--data", photos, "--model", f"local-dir:{model}", "--classes", classes]
     _run("benchmarks.command", "capt-train", *spec, "--method", method, "--out", run)
-
-
-def _copy_photos(folder: Path, images: int) -> None:
-    """Lay out four classes, with eight photos each to tune on and the wanted number to check on."""
-    source = _SHARED / "data" / "cifar100"
-    classes = sorted(path.name for path in (source / "train").iterdir())[::25]
-    for split, count in (("train", 8), ("val", images // len(classes))):
-        for own in classes:
-            (folder / split / own).mkdir(parents=True)
-            for photo in sorted((source / split / own).iterdir())[:count]:
-                shutil.copy(photo, folder / split / own)
 
 
 def _export(run: Path, out: Path, precision: str, images: int) -> dict[str, Any]:

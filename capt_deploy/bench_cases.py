@@ -64,16 +64,26 @@ def bench(
     """
     with ExitStack() as stack:
         threads = stack.enter_context(Threads(wanted.concurrency))
-        cases = _cases(bundle, wanted, photos, threads, stack, tell)
+        cases = open_cases(bundle, wanted, photos, threads, stack, tell)
         rows = measure(cases, options)
     if not rows:
         raise ConfigError("no row is left to measure; ask for other scopes, or backends on a GPU")
     return rows
 
 
-def _cases(
+def open_cases(
     bundle: Path, wanted: Wanted, photos: Photos, threads: Threads, stack: ExitStack, tell: Tell
 ) -> Iterator[Case]:
+    """Yield the cases of a bundle, each loaded when it is asked for; see `bench`.
+
+    Args:
+        bundle: anything that `Classifier.load` takes.
+        wanted: which rows.
+        photos: to measure with.
+        threads: that call.
+        stack: on which what is loaded stays open.
+        tell: is told what is left out.
+    """
     seen: dict[tuple[str, str, str], str] = {}  # what a name stands for here
     runtime = RuntimeOptions(threads=wanted.threads)
     for name, precision in _requests(bundle, wanted):
@@ -120,13 +130,16 @@ def _cases_of(
     threads: Threads,
     tell: Tell,
 ) -> Iterator[Case]:
-    backend = classifier.backend
+    backend, largest = classifier.backend, RuntimeOptions().batches[-1]
     details = {"graph": _graph_hash(classifier, bundle), "images": photos.source}
     for scope in wanted.scopes:
         if scope == "device" and not isinstance(backend, DeviceTimed):
             tell(f"left out device times of {backend.name} on {backend.device}: it has none")
             continue
         for batch in wanted.batches:
+            if scope == "device" and batch > largest:
+                tell(f"left out device times of batch {batch}: at most {largest} run at once")
+                continue
             yield Case(
                 backend=backend.name,
                 device=backend.device,

@@ -4,7 +4,7 @@ It takes and gives what the graphs of bundles do. An image's embedding is its me
 """
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ _IR_VERSION, _OPSET = 8, 17  # the last opset in which the axes of a mean are at
 # ONNX's own numbers of types, of tensors and of attributes.
 _FLOAT, _UINT8 = 1, 2
 _INT, _INTS = 2, 7
-_TO_EMBEDDING = np.eye(3, dtype=np.float32) / 255
+_TO_EMBEDDING = (np.eye(3) / 255).astype(np.float32)
 _TO_LOGITS = np.array([[0.02, 0.0], [0.0, 0.02], [-0.01, 0.01]], dtype=np.float32)
 
 
@@ -37,7 +37,6 @@ def make_graph() -> bytes:
         _node("MatMul", ["means", "to_logits"], "logits"),
         _node("Softmax", ["logits"], "probabilities", _integer("axis", 1)),
     ]
-    weights: Mapping[str, NDArray[np.float32]]
     weights = {"to_embedding": _TO_EMBEDDING, "to_logits": _TO_LOGITS}
     classes = _TO_LOGITS.shape[1]
     shapes = {"logits": (classes,), "probabilities": (classes,), "embedding": (3,)}

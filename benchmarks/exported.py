@@ -1,0 +1,96 @@
+"""Bundles to measure with, made by the package's own commands from models of real size."""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.random_models import write_random_model
+from examples.demo.world import write_world
+
+_ROOT = Path(__file__).parents[1]
+_SHARED = _ROOT.parent / "shared"
+PHOTO_MODEL = _SHARED / "models" / "tinyclip-cifar"
+# Architectures of open_clip have their real sizes and random weights; the others are trained.
+MODELS: Mapping[str, str | Path] = {
+    "ViT-B/16": "ViT-B-16",
+    "ViT-B/32": "ViT-B-32",
+    "ViT-L/14": "ViT-L-14",
+    "photo model": PHOTO_MODEL,
+    "demo model": _ROOT / "examples" / "demo" / "model",
+}
+_IMAGES = 64  # that an export is checked on
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model, and the bundle made from it."""
+
+    model: Path  # a local-dir of open_clip's
+    bundle: Path
+
+
+def export_model(name: str, folder: Path, precisions: Sequence[str]) -> Exported:
+    """Export a model with the hand-written prompt; what is there already is used again.
+
+    Raises:
+        click.ClickException: one of the commands failed.
+    """
+    source = MODELS[name]
+    own = folder / name.lower().replace("/", "").replace(" ", "_")
+    photos, run = own / "photos", own / "run"
+    bundle = own / f"{'_'.join(precisions)}.capt"
+    model = source if isinstance(source, Path) else own / "model"
+    if not photos.exists():
+        copy_photos(photos, _IMAGES)
+    if isinstance(source, str) and not model.exists():
+        write_random_model(source, model, photos)
+    if not (run / "result.json").exists():
+        _command(
+            "capt_train.cli",
+            *("--data", photos, "--model", f"local-dir:{model}", "--method", "zeroshot"),
+            *("--out", run),
+        )
+    if not bundle.exists():
+        flags = [f"--{precision}" for precision in precisions]
+        # Random weights are no model that a graph must be faithful to: forced.
+        _command("export.cli", run, "--out", bundle, *flags, "--gate-images", _IMAGES, "--force")
+    return Exported(model, bundle)
+
+
+def copy_photos(folder: Path, images: int) -> None:
+    """Lay out four classes, with eight photos each to tune on and the wanted number to check on.
+
+    They are photos of ../shared; where that is missing, pictures of the demo.
+    """
+    source = _SHARED / "data" / "cifar100"
+    if source.is_dir():
+        _copy(source, folder, images)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        world = write_world(Path(scratch) / "world", train=8, val=images // 4, test=1)
+        _copy(world, folder, images)
+
+
+def _copy(source: Path, folder: Path, images: int) -> None:
+    names = sorted(path.name for path in (source / "train").iterdir())
+    classes = names[:: len(names) // 4][:4]
+    for split, count in (("train", 8), ("val", images // len(classes))):
+        for own in classes:
+            (folder / split / own).mkdir(parents=True)
+            for photo in sorted((source / split / own).iterdir())[:count]:
+                shutil.copy(photo, folder / split / own)
+
+
+def _command(module: str, *arguments: Any) -> None:
+    """Run one of the package's commands in a process of its own; its figures are of no interest."""
+    words = [sys.executable, "-c", f"from {module} import main; main()", *map(str, arguments)]
+    done = subprocess.run(words, cwd=_ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise click.ClickException(f"{module} exited with {done.returncode}: {done.stderr[-2000:]}")

@@ -1,0 +1,211 @@
+"""Image to label: the exported graph beside plain open_clip, in one run and in turns.
+
+    python -m benchmarks.latency
+
+Both get the same JPEGs in memory and the same number of threads. Architectures have their real
+sizes and random weights: what they cost does not depend on their values. Cells stay in
+benchmarks/results/latency.json, one for each model.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import click
+
+from benchmarks.exported import MODELS, Exported, export_model
+from benchmarks.record import describe, load_cells, write_result
+from capt_deploy.bench import BenchOptions, Case, Threads, measure
+from capt_deploy.bench_cases import Photos, Wanted, open_cases
+from capt_deploy.bench_images import synthetic_photos
+from capt_deploy.console import Command, print_json, say, table
+from capt_deploy.cores import usable_cores
+
+NAME = "latency"
+GOAL = 1.5  # times the throughput of plain open_clip, of one image at a time on the CPU
+_PHOTOS = 32
+# Threads of torch wait for each other while spinning: where others want the cores, too, they take
+# many times as long, and a comparison says nothing.
+_QUIET = 0.5
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is measured of a model."""
+
+    wanted: Wanted
+    device: str = "cpu"  # of torch
+    plain_precisions: tuple[str, ...] = ("fp32",)
+    compiled: bool = True  # torch.compile as well
+
+
+@click.command(cls=Command)
+@click.option("--models", default="ViT-B/16,photo model", show_default=True)
+@click.option("--precisions", default="fp32,int8", show_default=True, help="Of the bundle.")
+@click.option("--batch", default="1,32", show_default=True)
+@click.option("--scopes", default="image_to_label", show_default=True)
+@click.option("--device", default="cpu", type=click.Choice(["cpu", "cuda"]), show_default=True)
+@click.option("--seconds", default=20.0, show_default=True, help="Of measuring, for each row.")
+@click.option("--threads", type=click.IntRange(1), help="By default all cores.")
+@click.option("--compile/--no-compile", "compiled", default=True, show_default=True)
+@click.option("--work", type=click.Path(path_type=Path), help="Keep the exported bundles here.")
+@click.option("--json", "as_json", is_flag=True, help="Print the cells; write no file.")
+def main(
+    models: str,
+    precisions: str,
+    batch: str,
+    scopes: str,
+    device: str,
+    seconds: float,
+    threads: int | None,
+    compiled: bool,
+    work: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure models one after the other, and print what came of it."""
+    names = models.split(",")
+    if unknown := set(names) - set(MODELS):
+        raise click.BadParameter(f"expected of {', '.join(MODELS)}, came {min(unknown)}")
+    wanted = Wanted(
+        backends=("all",) if device == "cuda" else ("onnxruntime-cpu",),
+        precisions=tuple(precisions.split(",")),
+        batches=tuple(map(int, batch.split(","))),
+        scopes=tuple(scopes.split(",")),
+        threads=threads or usable_cores(),
+    )
+    plain = ("fp32", "fp16") if device == "cuda" else ("fp32",)
+    comparison = Comparison(wanted, device, plain, compiled)
+    cells: dict[str, Any] = {}
+    with TemporaryDirectory() as scratch:
+        for name in names:
+            say(f"exporting {name}")
+            exported = export_model(name, work or Path(scratch), wanted.precisions)
+            say(f"measuring {name} with {wanted.threads} threads")
+            cells[name] = compare(exported, comparison, BenchOptions(seconds=seconds))
+            if not as_json:
+                write_result(NAME, {"cells": {**load_cells(NAME), **cells}})
+    if as_json:
+        print_json(cells)
+    else:
+        click.echo("\n\n".join(text_of(name, cell) for name, cell in cells.items()))
+
+
+def compare(exported: Exported, comparison: Comparison, options: BenchOptions) -> dict[str, Any]:
+    """Measure a bundle and the model that it was made from, in turns."""
+    import torch
+
+    wanted = comparison.wanted
+    torch.set_num_threads(wanted.threads or usable_cores())
+    photos = Photos(synthetic_photos(_PHOTOS), "synthetic 500x375")
+    load = _load()
+    if load is not None and load > _QUIET:
+        say(f"the machine is busy (load {load:.1f}): no figure of this run is worth keeping")
+    with ExitStack() as stack:
+        threads = stack.enter_context(Threads(1))
+        cases = [
+            *open_cases(exported.bundle, wanted, photos, threads, stack, say),
+            *_plain(exported, comparison, photos),
+        ]
+        rows = measure(cases, options)
+    return {
+        "rows": rows,
+        "ratios": ratios(rows),
+        "same_labels": same_labels(exported, comparison, photos),
+        "threads": wanted.threads,
+        "load_before": load,
+        "measured": describe(),
+    }
+
+
+def _load() -> float | None:
+    """Return how many programs wanted to compute, on average over the last minute."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def _plain(exported: Exported, comparison: Comparison, photos: Photos) -> Iterator[Case]:
+    from benchmarks.plain_open_clip import PlainOpenClip, plain_cases
+
+    wanted = comparison.wanted
+    for precision in comparison.plain_precisions:
+        make = partial(PlainOpenClip, exported.model, exported.bundle, comparison.device, precision)
+        for compiled in (False, True) if comparison.compiled else (False,):
+            yield from plain_cases(
+                make, precision, compiled, wanted.batches, wanted.scopes, photos, say
+            )
+
+
+def same_labels(exported: Exported, comparison: Comparison, photos: Photos) -> dict[str, float]:
+    """Return by precision for which share of the photos both name the same label, 0-1."""
+    from benchmarks.plain_open_clip import PlainOpenClip
+    from capt_deploy.classifier import Classifier
+
+    plain = PlainOpenClip(exported.model, exported.bundle, "cpu").label(photos.encoded)
+    shares = {}
+    for precision in comparison.wanted.precisions:
+        with Classifier.load(exported.bundle, "onnxruntime-cpu", precision) as classifier:
+            own = [prediction.label for prediction in classifier.predict(photos.encoded)]
+        shares[precision] = sum(a == b for a, b in zip(own, plain, strict=True)) / len(own)
+    return shares
+
+
+def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return how many times the throughput of plain open_clip in float32 each other row has."""
+    eager = {
+        (row["scope"], row["batch"]): row["throughput_per_s"]
+        for row in rows
+        if (row["backend"], row["precision"]) == ("open_clip eager", "fp32")
+    }
+    keys = ("backend", "device", "precision", "scope", "batch")
+    return [
+        {
+            **{key: row[key] for key in keys},
+            "ratio": row["throughput_per_s"] / eager[row["scope"], row["batch"]],
+        }
+        for row in rows
+        if not row["backend"].startswith("open_clip eager")
+    ]
+
+
+def text_of(name: str, cell: Mapping[str, Any]) -> str:
+    """Return a table of a model's rows, and whether the goal is reached."""
+    found = {_key(one): one["ratio"] for one in cell["ratios"]}
+    header = (name, "device", "precision", "batch", "p50 ms", "p99 ms", "images/s", "times eager")
+    lines = [
+        (
+            *(row["backend"], row["device"], row["precision"], str(row["batch"])),
+            *(f"{row['p50_ms']:.2f}", f"{row['p99_ms']:.2f}", f"{row['throughput_per_s']:.2f}"),
+            f"{found[_key(row)]:.2f}" if _key(row) in found else "1",
+        )
+        for row in cell["rows"]
+    ]
+    return f"{table(header, lines)}\n{verdict(cell['ratios'])}"
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[key] for key in ("backend", "device", "precision", "scope", "batch"))
+
+
+def verdict(found: Sequence[Mapping[str, Any]]) -> str:
+    """Say whether the best of our rows at batch 1 reaches the goal, and none is slower."""
+    own = [
+        one
+        for one in found
+        if one["scope"] == "image_to_label" and not one["backend"].startswith("open_clip")
+    ]
+    single = [one["ratio"] for one in own if one["batch"] == 1]
+    best = f"{max(single):.2f} times" if single else "not measured"
+    reached = "reached" if single and max(single) >= GOAL else "missed"
+    slower = [f"{one['precision']} batch {one['batch']}" for one in own if one["ratio"] < 1]
+    return (
+        f"goal of {GOAL} times at batch 1: {reached} ({best}); "
+        f"slower than plain open_clip: {', '.join(slower) or 'none'}"
+    )
+
+
+if __name__ == "__main__":
+    main()

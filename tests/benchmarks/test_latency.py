@@ -1,0 +1,96 @@
+"""Plain open_clip and the exported graph are measured doing the same thing."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import latency
+from benchmarks.exported import Exported
+from benchmarks.plain_open_clip import PlainOpenClip
+from capt_deploy.bench import BenchOptions
+from capt_deploy.bench_cases import Wanted
+from capt_deploy.bench_compare import compare_rows
+from capt_deploy.bench_images import synthetic_photos
+from capt_deploy.classifier import Classifier
+from capt_train.config import TrainConfig
+from capt_train.pipeline import train
+from export.writer import export_run
+
+QUICK = BenchOptions(seconds=0.02, rounds=2, least=2, warm_up_seconds=0.02)
+
+
+@pytest.fixture(scope="module")
+def exported(
+    tiny_model_dir: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Exported:
+    """Return a tiny model with the hand-written prompt, as benchmarks/exported.py makes them."""
+    folder = tmp_path_factory.mktemp("exported")
+    config = TrainConfig(data=str(photos), model=f"local-dir:{tiny_model_dir}", method="zeroshot")
+    train(config, folder / "run")
+    return Exported(tiny_model_dir, export_run(folder / "run", folder / "tiny.capt"))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_both_say_the_same_of_every_photo(exported: Exported) -> None:
+    encoded = synthetic_photos(4)
+    plain = PlainOpenClip(exported.model, exported.bundle, "cpu")
+    own = Classifier.load(exported.bundle, "onnxruntime-cpu").predict(encoded)
+    assert plain.label(encoded) == [prediction.label for prediction in own]
+    # The bundle's confidences are calibrated, but in the same order.
+    for row, prediction in zip(plain.probabilities(plain.load(encoded)), own, strict=True):
+        assert row.argsort().tolist() == prediction.probabilities.argsort().tolist()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_rows_of_both_stand_in_one_table(exported: Exported) -> None:
+    wanted = Wanted(("onnxruntime-cpu",), ("fp32",), (1, 3), ("host", "image_to_label"), threads=1)
+    cell = latency.compare(exported, latency.Comparison(wanted, compiled=False), QUICK)
+    rows = cell["rows"]
+    assert [(row["backend"], row["scope"], row["batch"]) for row in rows] == [
+        (backend, scope, batch)
+        for backend in ("onnxruntime", "open_clip eager")
+        for scope in wanted.scopes
+        for batch in wanted.batches
+    ]
+    assert rows[-1]["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert not compare_rows(rows, rows).regressed  # they have the form of capt-bench's
+    by_key = {(row["backend"], row["scope"], row["batch"]): row for row in rows}
+    assert len(cell["ratios"]) == 4
+    for one in cell["ratios"]:
+        place = (one["scope"], one["batch"])
+        own, plain = by_key["onnxruntime", *place], by_key["open_clip eager", *place]
+        assert one["ratio"] == pytest.approx(own["throughput_per_s"] / plain["throughput_per_s"])
+    assert cell["same_labels"] == {"fp32": 1.0}
+    text = latency.text_of("tiny", cell)
+    assert len(text.splitlines()) == 2 + len(rows) + 1
+
+
+def ratio(precision: str, batch: int, value: float, **own: Any) -> dict[str, Any]:
+    plain = {"backend": "onnxruntime", "scope": "image_to_label", "device": "cpu"}
+    return {**plain, "precision": precision, "batch": batch, "ratio": value, **own}
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ([ratio("fp32", 1, 1.6), ratio("fp32", 32, 1.1)], ("reached (1.60", ": none")),
+        ([ratio("fp32", 1, 1.2), ratio("int8", 1, 1.7)], ("reached (1.70", ": none")),
+        ([ratio("fp32", 1, 1.4), ratio("fp32", 32, 0.9)], ("missed (1.40", ": fp32 batch 32")),
+        ([ratio("fp32", 1, 9.0, backend="open_clip compiled")], ("missed (not", ": none")),
+        ([ratio("fp32", 1, 9.0, scope="host")], ("missed (not measured)", ": none")),
+    ],
+)
+def test_the_verdict_is_about_images_to_labels(
+    found: list[dict[str, Any]], said: tuple[str, str]
+) -> None:
+    line = latency.verdict(found)
+    assert all(part in line for part in said)
