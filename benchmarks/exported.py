@@ -1,4 +1,7 @@
-"""Bundles to measure with, made by the package's own commands from models of real size."""
+"""Bundles to measure with, made by the package's own commands from models of real size.
+
+python -m benchmarks.exported FOLDER --model ViT-B/16 --precisions fp32,fp16
+"""
 
 import shutil
 import subprocess
@@ -11,7 +14,7 @@ from typing import Any
 
 import click
 
-from benchmarks.random_models import write_random_model
+from capt_deploy.console import Command
 from examples.demo.world import write_world
 
 _ROOT = Path(__file__).parents[1]
@@ -36,16 +39,26 @@ class Exported:
     bundle: Path
 
 
+@click.command(cls=Command)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--model", "name", type=click.Choice(list(MODELS)), required=True)
+@click.option("--precisions", default="fp32", show_default=True)
+def main(folder: Path, name: str, precisions: str) -> None:
+    """Export a model into FOLDER and print where its bundle is."""
+    click.echo(export_model(name, folder, precisions.split(",")).bundle)
+
+
 def export_model(name: str, folder: Path, precisions: Sequence[str]) -> Exported:
     """Export a model with the hand-written prompt; what is there already is used again.
 
     Raises:
         click.ClickException: one of the commands failed.
     """
-    source = MODELS[name]
-    own = folder / name.lower().replace("/", "").replace(" ", "_")
+    from benchmarks.random_models import write_random_model
+
+    source, bundle = MODELS[name], bundle_of(name, folder, precisions)
+    own = bundle.parent
     photos, run = own / "photos", own / "run"
-    bundle = own / f"{'_'.join(precisions)}.capt"
     model = source if isinstance(source, Path) else own / "model"
     if not photos.exists():
         copy_photos(photos, _IMAGES)
@@ -62,6 +75,12 @@ def export_model(name: str, folder: Path, precisions: Sequence[str]) -> Exported
         # Random weights are no model that a graph must be faithful to: forced.
         _command("export.cli", run, "--out", bundle, *flags, "--gate-images", _IMAGES, "--force")
     return Exported(model, bundle)
+
+
+def bundle_of(name: str, folder: Path, precisions: Sequence[str]) -> Path:
+    """Return where `export_model` writes a bundle."""
+    own = folder / name.lower().replace("/", "").replace(" ", "_")
+    return own / f"{'_'.join(precisions)}.capt"
 
 
 def copy_photos(folder: Path, images: int) -> None:
@@ -94,3 +113,7 @@ def _command(module: str, *arguments: Any) -> None:
     done = subprocess.run(words, cwd=_ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise click.ClickException(f"{module} exited with {done.returncode}: {done.stderr[-2000:]}")
+
+
+if __name__ == "__main__":
+    main()

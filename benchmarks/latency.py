@@ -133,7 +133,9 @@ def _plain(exported: Exported, comparison: Comparison, photos: Photos) -> Iterat
     wanted = comparison.wanted
     for precision in comparison.plain_precisions:
         make = partial(PlainOpenClip, exported.model, exported.bundle, comparison.device, precision)
-        for compiled in (False, True) if comparison.compiled else (False,):
+        # Compiling takes a minute for each batch: only what is fastest.
+        both = comparison.compiled and precision == comparison.plain_precisions[-1]
+        for compiled in (False, True) if both else (False,):
             yield from plain_cases(
                 make, precision, compiled, wanted.batches, wanted.scopes, photos, say
             )

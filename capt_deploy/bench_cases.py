@@ -13,7 +13,7 @@ from capt_deploy.backends import AUTO, DeviceTimed, RuntimeOptions
 from capt_deploy.backends.choice import why_not
 from capt_deploy.bench import SCOPES, BenchOptions, Case, Memory, Threads, Turn, measure
 from capt_deploy.classifier import Classifier
-from capt_deploy.errors import BackendError, ConfigError
+from capt_deploy.errors import BackendError, ConfigError, UnavailableError
 from capt_deploy.files import expand_home, sha256_file
 from capt_deploy.graphs import open_graphs
 from capt_deploy.machine import versions
@@ -133,8 +133,8 @@ def _cases_of(
     backend, largest = classifier.backend, RuntimeOptions().batches[-1]
     details = {"graph": _graph_hash(classifier, bundle), "images": photos.source}
     for scope in wanted.scopes:
-        if scope == "device" and not isinstance(backend, DeviceTimed):
-            tell(f"left out device times of {backend.name} on {backend.device}: it has none")
+        if scope == "device" and (reason := _untimed(classifier)) is not None:
+            tell(f"left out device times of {backend.name} on {backend.device}: {reason}")
             continue
         for batch in wanted.batches:
             if scope == "device" and batch > largest:
@@ -152,6 +152,18 @@ def _cases_of(
                 concurrency=1 if scope == "device" else threads.count,
                 details=details,
             )
+
+
+def _untimed(classifier: Classifier) -> str | None:
+    """Return why the device's own time cannot be had; None if it can."""
+    if not isinstance(classifier.backend, DeviceTimed):
+        return "it has none"
+    one = np.zeros((1, *classifier.manifest.preprocess.size, 3), np.uint8)
+    try:
+        classifier.backend.time_on_device(one, 1)
+    except UnavailableError as cause:
+        return str(cause)
+    return None
 
 
 def _runs(
