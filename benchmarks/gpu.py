@@ -114,12 +114,12 @@ def steps(work: Path, *, photos: bool) -> list[Step]:
     tests = ("-m", "pytest", "tests/gpu", "-m", "gpu", "-p", "no:cacheprovider")
     batches, quick = ("--batch", "1,32"), ("--seconds", "1")
     return [
-        Step("doctor", _command("capt_deploy.cli_doctor", "--json"), 45),
-        Step("tests", (sys.executable, *tests), 90, as_json=False),
+        Step("doctor", _command("capt_deploy.cli_doctor", "--json"), 40),
+        Step("tests", (sys.executable, *tests), 80, as_json=False),
         Step(
             "export",
             _module("exported", str(work), "--model", _MODEL, *precisions),
-            80,
+            70,
             as_json=False,
         ),
         Step(
@@ -129,7 +129,7 @@ def steps(work: Path, *, photos: bool) -> list[Step]:
                 *(str(bundle), "--backend", "all", "--precision", "fp16", "--json"),
                 *("--scope", _SCOPES, "--batch", "1,8,32", "--seconds", "1"),
             ),
-            75,
+            70,
         ),
         Step(
             "open_clip",
@@ -138,10 +138,10 @@ def steps(work: Path, *, photos: bool) -> list[Step]:
                 *("--device", "cuda", *model, *precisions),
                 *("--scopes", _SCOPES, *batches, *quick, "--work", str(work), "--json"),
             ),
-            110,
+            100,
         ),
         *(
-            Step(f"train {world}", _module("training", "--device", "cuda", "--world", world), 35)
+            Step(f"train {world}", _module("training", "--device", "cuda", "--world", world), 55)
             for world in worlds
         ),
     ]
