@@ -1,0 +1,1 @@
+"""A small HTTP service around one bundle: `python -m examples.server BUNDLE`."""

@@ -1,0 +1,110 @@
+"""Start the server: `python -m examples.server BUNDLE`."""
+
+import socket
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+
+from capt_deploy.console import Command, PathInHome, say
+from capt_deploy.errors import ConfigError
+
+_NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
+_STOP_SECONDS = 60  # for requests under way, once the server has been told to end
+
+
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("bundle", type=PathInHome())
+@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0: any network.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
+@click.option("--backend", default="auto", show_default=True, help="As of capt-predict.")
+@click.option("--max-bytes", default=10 * 2**20, show_default=True, help="Of a request's body.")
+@click.option("--max-seconds", default=30.0, show_default=True, help="Until the body is here.")
+@click.option("--max-pixels", default=50_000_000, show_default=True, help="Of an image.")
+@click.option("--max-images", default=16, show_default=True, help="Of a request.")
+@click.option("--max-requests", default=256, show_default=True, help="At once.")
+@click.option("--rate", default=20.0, show_default=True, help="Requests/s and client; 0: any.")
+@click.option("--burst", default=40, show_default=True, help="Requests of a client at once.")
+@click.option("--max-batch", default=32, show_default=True, help="Images run at once.")
+@click.option("--max-wait-ms", default=2.0, show_default=True, help="Of a batch for more images.")
+@click.option("--max-waiting", default=256, show_default=True, help="Images that may wait.")
+@click.option("--proxy", help="Address of a proxy whose X-Forwarded-For is believed.")
+def main(
+    bundle: Path,
+    host: str,
+    port: int,
+    backend: str,
+    max_bytes: int,
+    max_seconds: float,
+    max_pixels: int,
+    max_images: int,
+    max_requests: int,
+    rate: float,
+    burst: int,
+    max_batch: int,
+    max_wait_ms: float,
+    max_waiting: int,
+    proxy: str | None,
+) -> None:
+    """Answer over HTTP what is on photos, with a BUNDLE. Ctrl-C or SIGTERM ends it.
+
+    There is no login and no TLS: outside of your own network put a proxy in front of it.
+
+    \b
+    Example:
+      python -m examples.server pets.capt --port 8000
+      curl -F image=@dog.jpg http://127.0.0.1:8000/predict
+    """
+    _check_installed()
+    import numpy as np
+    import uvicorn
+
+    from capt_deploy.batcher import BatcherOptions
+    from capt_deploy.classifier import Classifier
+    from examples.server.app import make_app
+    from examples.server.limits import Limits
+
+    limits = Limits(
+        max_bytes, max_seconds, max_pixels, max_images, max_requests, rate=rate, burst=burst
+    )
+    batcher = BatcherOptions(max_batch, max_wait_ms, max_waiting)
+    listener = _bind(host, port)  # before an engine is built, which can take minutes
+    with listener, Classifier.load(bundle, backend, batcher=batcher) as classifier:
+        classifier(np.zeros((8, 8, 3), np.uint8))  # a backend's first run is its slowest
+        config = uvicorn.Config(
+            make_app(classifier, limits),
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=proxy is not None,
+            forwarded_allow_ips=proxy,
+            timeout_graceful_shutdown=_STOP_SECONDS,
+        )
+        say(f"{classifier.backend.name} on {classifier.backend.device}")
+        say(f"listening on http://{host}:{listener.getsockname()[1]}")
+        with suppress(KeyboardInterrupt):  # uvicorn repeats the signal that it has obeyed
+            uvicorn.Server(config).run(sockets=[listener])
+    say("ended; all that waited has been answered")
+
+
+def _check_installed() -> None:
+    if missing := [name for name in _NEEDED if find_spec(name) is None]:
+        raise ConfigError(f"needs {', '.join(missing)}: pip install 'capt[server]'")
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as cause:
+        raise ConfigError(f"cannot listen on {host} port {port}: {cause}; choose others") from cause
+    return listener
+
+
+if __name__ == "__main__":
+    main()

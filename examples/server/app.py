@@ -1,0 +1,186 @@
+"""The routes: `/predict`, `/healthz`, `/readyz`, `/metrics`, and a page at `/`."""
+
+import asyncio
+import base64
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+
+from capt_deploy.classifier import Classifier, Prediction
+from capt_deploy.errors import BackendError, BusyError, ImageError
+from capt_deploy.version import __version__
+from examples.server.bodies import read_images
+from examples.server.limits import Limits, RefusedError, TokenBuckets
+from examples.server.metrics import MeasuredRequests, Metrics
+
+PAGE = Path(__file__).with_name("page.html")
+_READY_SECONDS = 5.0
+_LIMITS = Limits()
+
+
+def make_app(classifier: Classifier, limits: Limits = _LIMITS) -> FastAPI:
+    """Return the app around a classifier, which whoever loaded it also closes, afterwards."""
+    # FastAPI's own pages of documentation fetch scripts from elsewhere.
+    app = FastAPI(title="capt", version=__version__, docs_url=None, redoc_url=None)
+    metrics = Metrics(classifier)
+    door = _Door(limits)
+    app.add_middleware(MeasuredRequests, metrics=metrics, path="/predict")
+    _explain_errors(app)
+
+    @app.post("/predict")
+    async def predict(request: Request, top_k: Annotated[int, Query(ge=1)] = 5) -> dict[str, Any]:
+        with door.entered(request):
+            images = await read_images(request, limits)
+            predictions = await _answers(classifier, images, metrics)
+        return {"predictions": [_to_dict(prediction, top_k) for prediction in predictions]}
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, Any]:
+        return {
+            "status": "ok",
+            "version": __version__,
+            "backend": classifier.backend.name,
+            "device": classifier.backend.device,
+            "precision": classifier.precision,
+            "classes": len(classifier.class_names),
+            "limits": {"body_bytes": limits.body_bytes, "images": limits.images},
+        }
+
+    @app.get("/readyz")
+    async def readyz() -> dict[str, str]:
+        await _try_out(classifier)
+        return {"status": "ready"}
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    _show_page(app)
+    return app
+
+
+class _Door:
+    """Lets in as many requests as may be inside, and of each client as often as it may."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._most, self._inside = limits.requests, 0
+        self._buckets = TokenBuckets(limits.rate, limits.burst)
+
+    @contextmanager
+    def entered(self, request: Request) -> Iterator[None]:
+        client = request.client.host if request.client else ""
+        if seconds := self._buckets.seconds_to_wait(client):
+            raise RefusedError(429, "too many requests; wait", math.ceil(seconds))
+        if self._inside >= self._most:
+            raise RefusedError(503, "busy: too many requests at once; try again", 1)
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+
+
+async def _answers(
+    classifier: Classifier, images: list[bytes], metrics: Metrics
+) -> list[Prediction]:
+    """Classify a request's images, all or none of them."""
+    futures: list[Future[Prediction]] = []
+    try:
+        for image in images:
+            futures.append(classifier.submit(image))
+    except BusyError:
+        for future in futures:
+            future.cancel()
+        raise RefusedError(503, "busy: too many images wait; try again", 1) from None
+    with metrics.waiting.track_inprogress():  # once more for each further image, below
+        metrics.waiting.inc(len(images) - 1)
+        try:
+            waiting = map(asyncio.wrap_future, futures)
+            answers = await asyncio.gather(*waiting, return_exceptions=True)
+        finally:
+            metrics.waiting.dec(len(images) - 1)
+    predictions = []
+    for number, answer in enumerate(answers):
+        if isinstance(answer, ImageError):
+            raise RefusedError(422, f"image {number}: {answer}")
+        if isinstance(answer, BaseException):
+            raise answer
+        metrics.count(answer)
+        predictions.append(answer)
+    return predictions
+
+
+async def _try_out(classifier: Classifier) -> None:
+    """Let the classifier answer once: what only looks ready is not."""
+    try:
+        future = classifier.submit(np.zeros((8, 8, 3), np.uint8))
+        await asyncio.wait_for(asyncio.wrap_future(future), _READY_SECONDS)
+    except (BackendError, TimeoutError) as cause:
+        raise RefusedError(503, f"not ready: {cause or 'no answer in time'}", 1) from None
+
+
+def _to_dict(prediction: Prediction, top_k: int) -> dict[str, Any]:
+    top = [{"label": label, "probability": share} for label, share in prediction.top(top_k)]
+    return {"label": prediction.label, "confidence": prediction.confidence, "top": top}
+
+
+def _explain_errors(app: FastAPI) -> None:
+    """Give every error the same form, and none a traceback; the server's log has it."""
+
+    def add(kind: type[Exception], explain: Callable[[Any], RefusedError]) -> None:
+        async def handler(_: Request, error: Exception) -> Response:
+            refusal = explain(error)
+            headers = (
+                {} if refusal.retry_after is None else {"Retry-After": str(refusal.retry_after)}
+            )
+            return JSONResponse({"error": refusal.reason}, refusal.status, headers)
+
+        app.add_exception_handler(kind, handler)
+
+    add(RefusedError, lambda error: error)
+    add(HTTPException, lambda error: RefusedError(error.status_code, error.detail))
+    add(RequestValidationError, lambda error: RefusedError(422, _what_is_invalid(error)))
+    add(Exception, lambda _: RefusedError(500, "the server failed; its log says why"))
+
+
+def _what_is_invalid(error: RequestValidationError) -> str:
+    return "; ".join(f"{one['loc'][-1]}: {one['msg']}" for one in error.errors())
+
+
+def _show_page(app: FastAPI) -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    headers = {
+        "Content-Security-Policy": _policy(page),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
+
+    @app.get("/")
+    async def root() -> Response:
+        return HTMLResponse(page, headers=headers)
+
+
+def _policy(page: str) -> str:
+    """Return a policy under which nothing runs but what stands in the page itself."""
+    hashes = {}
+    for tag in ("script", "style"):
+        (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digest = hashlib.sha256(content.encode()).digest()
+        hashes[tag] = f"'sha256-{base64.b64encode(digest).decode()}'"
+    return (
+        f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; "
+        f"img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        f"frame-ancestors 'none'"
+    )

@@ -1,0 +1,154 @@
+"""From a request's body to the images in it, or to a `RefusedError` that says what is wrong.
+
+400: the body cannot be parsed. 408: it comes too slowly. 413: it, or an image's pixels, are too
+many. 415: it is of another type, or what is in it is no image that we read. 422: it can be parsed,
+and does not hold what is asked for.
+"""
+
+import asyncio
+import base64
+import binascii
+import io
+import json
+import warnings
+
+from fastapi import Request
+from PIL import Image, UnidentifiedImageError
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import File, FormParser, parse_options_header
+from starlette.requests import ClientDisconnect
+
+from examples.server.limits import Limits, RefusedError
+
+# Not all that Pillow reads: its EPS reader, for one, starts another program.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "WEBP")
+_EXPECTED = (
+    'multipart/form-data with files, or application/json with {"image": "BASE64"} or '
+    '{"images": ["BASE64", …]}'
+)
+
+
+async def read_images(request: Request, limits: Limits) -> list[bytes]:
+    """Return the encoded images of a request, at least one.
+
+    Raises:
+        RefusedError: see above.
+    """
+    kind, options = parse_options_header(request.headers.get("content-type"))
+    if kind not in (b"multipart/form-data", b"application/json"):
+        came = kind.decode("latin-1") or "no content type"
+        raise RefusedError(415, f"expected {_EXPECTED}; came {came}")
+    if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
+        raise RefusedError(415, f"expected a body without content encoding, came {encoding}")
+    body = await _read(request, limits)
+    boundary = options.get(b"boundary") if kind == b"multipart/form-data" else None
+    if kind == b"multipart/form-data" and not boundary:
+        raise RefusedError(400, "the content type multipart/form-data names no boundary")
+    return await asyncio.to_thread(_parse, body, boundary, limits)
+
+
+async def _read(request: Request, limits: Limits) -> bytes:
+    """Return the body. What the client says of its length is no proof: count what comes."""
+    body = bytearray()
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            async for chunk in request.stream():
+                if len(body) + len(chunk) > limits.body_bytes:
+                    raise RefusedError(413, f"expected a body of at most {limits.body_bytes} bytes")
+                body += chunk
+    except TimeoutError:
+        raise RefusedError(408, f"the body was not here within {limits.body_seconds:g} s") from None
+    except ClientDisconnect:
+        raise RefusedError(400, "the connection ended before the body did") from None
+    return bytes(body)
+
+
+def _parse(body: bytes, boundary: bytes | None, limits: Limits) -> list[bytes]:
+    images = _from_json(body, limits) if boundary is None else _from_form(body, boundary, limits)
+    for number, image in enumerate(images):
+        _check(image, number, limits)
+    return images
+
+
+def _from_json(body: bytes, limits: Limits) -> list[bytes]:
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError) as cause:  # RecursionError: brackets, very deep
+        raise RefusedError(400, f"not valid JSON: {cause}") from None
+    match value:
+        case {"image": str(text), **others} if not others:
+            texts = [text]
+        case {"images": [_, *_] as texts, **others} if not others:
+            pass
+        case _:
+            raise RefusedError(422, f"expected {_EXPECTED}; came other JSON")
+    if len(texts) > limits.images:
+        raise _too_many(limits)
+    return [_from_base64(text, number) for number, text in enumerate(texts)]
+
+
+def _from_base64(text: object, number: int) -> bytes:
+    if not isinstance(text, str):
+        raise RefusedError(422, f"image {number}: expected a string of base64")
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as cause:
+        raise RefusedError(400, f"image {number}: not valid base64: {cause}") from None
+
+
+def _from_form(body: bytes, boundary: bytes, limits: Limits) -> list[bytes]:
+    images: list[bytes] = []
+    parts = 0
+    whole = False
+
+    def on_part(part: object) -> None:
+        nonlocal parts
+        parts += 1  # other fields are ignored, and yet cost time
+        if parts > limits.images:
+            raise _too_many(limits)
+        if isinstance(part, File):
+            part.file_object.seek(0)
+            images.append(part.file_object.read())
+            part.close()
+
+    def on_end() -> None:
+        nonlocal whole
+        whole = True
+
+    in_memory = {"MAX_MEMORY_FILE_SIZE": float("inf")}
+    try:
+        parser = FormParser(
+            "multipart/form-data", on_part, on_part, on_end, boundary, config=in_memory
+        )
+        parser.write(body)
+        parser.finalize()
+    except FormParserError as cause:
+        raise RefusedError(400, f"not valid multipart/form-data: {cause}") from None
+    if not whole:
+        raise RefusedError(400, "the multipart body ends before its last boundary")
+    if not images:
+        raise RefusedError(422, "expected at least one file in the form, came none")
+    return images
+
+
+def _too_many(limits: Limits) -> RefusedError:
+    return RefusedError(413, f"expected at most {limits.images} images in a request")
+
+
+def _check(image: bytes, number: int, limits: Limits) -> None:
+    """Look at an image's first bytes, before anything decodes its pixels."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is stricter
+            with Image.open(io.BytesIO(image), formats=FORMATS) as header:
+                width, height = header.size
+    except Image.DecompressionBombError:
+        width = height = limits.pixels
+    except UnidentifiedImageError:
+        raise RefusedError(
+            415, f"image {number}: not an image of the types {', '.join(FORMATS)}"
+        ) from None
+    except Exception as cause:  # Pillow's readers report damaged headers in many ways
+        raise RefusedError(422, f"image {number}: damaged image ({cause})") from None
+    if width * height > limits.pixels:
+        raise RefusedError(413, f"image {number}: expected at most {limits.pixels} pixels")

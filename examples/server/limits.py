@@ -1,0 +1,63 @@
+"""What the server takes from anybody: sizes, and how often."""
+
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from capt_deploy.errors import ConfigError
+
+_CLIENTS = 10_000  # remembered at once; one more makes room by forgetting who was quiet longest
+
+
+class RefusedError(Exception):
+    """A request that is not answered, with its HTTP status and the reason the client is told."""
+
+    def __init__(self, status: int, reason: str, retry_after: int | None = None) -> None:
+        super().__init__(reason)
+        self.status, self.reason = status, reason
+        self.retry_after = retry_after  # seconds
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bodies take at most `body_bytes` times `requests` of memory; pixels come on top."""
+
+    body_bytes: int = 10 * 2**20
+    body_seconds: float = 30.0  # until the whole body is here
+    pixels: int = 50_000_000  # of an image; decoded, each takes 3 bytes or more
+    images: int = 16  # of a request
+    requests: int = 256  # at once, of all clients
+    rate: float = 20.0  # requests per second and client; 0: as many as come
+    burst: int = 40  # requests that a client may send at once after a pause
+
+    def __post_init__(self) -> None:
+        counts = (self.body_bytes, self.pixels, self.images, self.requests, self.burst)
+        if min(counts) < 1 or not self.body_seconds > 0 or not self.rate >= 0:
+            raise ConfigError(
+                f"limits: expected counts from 1 on, body_seconds above 0 and a rate from 0 on, "
+                f"came {self}"
+            )
+
+
+class TokenBuckets:
+    """A bucket of `burst` tokens for each client, refilled at `rate`; a request takes one.
+
+    For one thread, the event loop's. Memory is bounded.
+    """
+
+    def __init__(self, rate: float, burst: int) -> None:
+        self._rate, self._burst = rate, burst
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # tokens, at which time
+
+    def seconds_to_wait(self, client: str, now: float | None = None) -> float:
+        """Take a token and return 0, or return how long it takes until there is one."""
+        if not self._rate:
+            return 0.0
+        now = time.monotonic() if now is None else now
+        tokens, then = self._left.pop(client, (float(self._burst), now))
+        tokens = min(self._burst, tokens + (now - then) * self._rate)
+        wait = max(0.0, (1 - tokens) / self._rate)
+        self._left[client] = (tokens if wait else tokens - 1, now)
+        if len(self._left) > _CLIENTS:
+            self._left.popitem(last=False)
+        return wait

@@ -1,0 +1,102 @@
+"""What Prometheus is told. A registry of one's own, so that several apps fit into one process."""
+
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from capt_deploy.backends import Backend, Outputs
+from capt_deploy.classifier import Classifier, Prediction
+from capt_deploy.version import __version__
+
+_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+_TENTHS = tuple(tenth / 10 for tenth in range(1, 11))
+Message = MutableMapping[str, Any]
+App = Callable[..., Awaitable[None]]
+
+
+class Metrics:
+    """All metrics of one classifier's server."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        """Count from now on, the batches of `classifier` included."""
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "capt_requests", "Requests to /predict.", ["status"], registry=registry
+        )
+        self.seconds = Histogram(
+            "capt_request_seconds", "Until the answer.", buckets=_SECONDS, registry=registry
+        )
+        self.batch_sizes = Histogram(
+            "capt_batch_size", "Images run at once.", buckets=_BATCHES, registry=registry
+        )
+        self.batch_seconds = Histogram(
+            "capt_batch_seconds", "A batch takes.", buckets=_SECONDS, registry=registry
+        )
+        self.waiting = Gauge("capt_waiting_images", "Not yet answered.", registry=registry)
+        self.confidence = Histogram(
+            "capt_confidence", "Of the best class.", buckets=_TENTHS, registry=registry
+        )
+        self.predicted = Counter(
+            "capt_predicted", "Images by best class.", ["label"], registry=registry
+        )
+        info = Gauge(
+            "capt_info",
+            "What runs.",
+            ["version", "backend", "device", "precision"],
+            registry=registry,
+        )
+        backend = classifier.backend
+        info.labels(__version__, backend.name, backend.device, classifier.precision).set(1)
+        classifier.backend = _CountedBackend(backend, self)
+
+    def count(self, prediction: Prediction) -> None:
+        """Count one answer."""
+        self.confidence.observe(prediction.confidence)
+        self.predicted.labels(prediction.label).inc()
+
+
+class _CountedBackend:
+    """A backend that tells how large its batches are, and how long they take."""
+
+    def __init__(self, backend: Backend, metrics: Metrics) -> None:
+        self.name, self.device = backend.name, backend.device
+        self._backend, self._metrics = backend, metrics
+
+    def run(self, images: NDArray[np.uint8]) -> Outputs:
+        self._metrics.batch_sizes.observe(len(images))
+        with self._metrics.batch_seconds.time():
+            return self._backend.run(images)
+
+    def close(self) -> None:
+        self._backend.close()
+
+
+class MeasuredRequests:
+    """ASGI middleware: counts what becomes of the requests to one path, whoever answers them."""
+
+    def __init__(self, app: App, metrics: Metrics, path: str) -> None:
+        self._app, self._metrics, self._path = app, metrics, path
+
+    async def __call__(self, scope: Message, receive: App, send: App) -> None:
+        """Pass it on, and look at the answer's status."""
+        if scope["type"] != "http" or scope["path"] != self._path:
+            await self._app(scope, receive, send)
+            return
+        status, start = 500, time.perf_counter()  # 500: where nothing else answers
+
+        async def watch(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watch)
+        finally:
+            self._metrics.requests.labels(str(status)).inc()
+            self._metrics.seconds.observe(time.perf_counter() - start)
