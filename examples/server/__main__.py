@@ -82,6 +82,7 @@ def main(
             timeout_graceful_shutdown=_STOP_SECONDS,
         )
         say(f"{classifier.backend.name} on {classifier.backend.device}")
+        listener.listen(config.backlog)
         say(f"listening on http://{host}:{listener.getsockname()[1]}")
         with suppress(KeyboardInterrupt):  # uvicorn repeats the signal that it has obeyed
             uvicorn.Server(config).run(sockets=[listener])

@@ -82,7 +82,8 @@ class _Door:
     def entered(self, request: Request) -> Iterator[None]:
         client = request.client.host if request.client else ""
         if seconds := self._buckets.seconds_to_wait(client):
-            raise RefusedError(429, "too many requests; wait", math.ceil(seconds))
+            whole = math.ceil(seconds)
+            raise RefusedError(429, f"too many requests; wait {whole} s", whole)
         if self._inside >= self._most:
             raise RefusedError(503, "busy: too many requests at once; try again", 1)
         self._inside += 1

@@ -1,0 +1,206 @@
+"""Load the example server as its clients would: a process of its own, real sockets, real photos.
+
+    python -m benchmarks.server_load BUNDLE PHOTOS --name pictograms
+
+Every answer is compared with the classifier's own. Clients and server share this machine, so the
+server alone does better. Rows go to benchmarks/results/server_load.json.
+"""
+
+import http.client
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from benchmarks.record import describe, load_cells, write_result
+from capt_deploy.classifier import Classifier, Prediction
+from capt_deploy.console import Command, PathInHome, print_json, say
+from capt_deploy.errors import BackendError, DataError
+from capt_deploy.images import IMAGE_SUFFIXES
+
+_ROOT = Path(__file__).parents[1]
+_START_SECONDS = 120  # for a backend that has to build an engine
+_ANSWER_SECONDS = 60
+TOLERANCE = 1e-4  # of a probability; other batch sizes round differently
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server."""
+
+    process: subprocess.Popen[bytes]
+    host: str
+    port: int
+    log: Path
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection(self.host, self.port, timeout=_ANSWER_SECONDS)
+
+
+@contextmanager
+def running_server(bundle: Path, *options: object) -> Iterator[Server]:
+    """Start `python -m examples.server BUNDLE` at a free port; end it as an operator would.
+
+    Raises:
+        BackendError: it ends instead of listening.
+    """
+    command = [sys.executable, "-m", "examples.server", str(bundle), "--port", "0", "--rate", "0"]
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        with log.open("wb") as sink:
+            process = subprocess.Popen(
+                [*command, *map(str, options)], cwd=_ROOT, stdout=sink, stderr=sink
+            )
+        try:
+            host, port = _wait_until_it_listens(process, log)
+            yield Server(process, host, port, log)
+        finally:
+            process.terminate()
+            process.wait(_ANSWER_SECONDS)
+
+
+def _wait_until_it_listens(process: subprocess.Popen[bytes], log: Path) -> tuple[str, int]:
+    mark, deadline = "listening on http://", time.monotonic() + _START_SECONDS
+    while mark not in (text := log.read_text()) or not text.endswith("\n"):
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise BackendError(f"the server does not listen: {text}")
+        time.sleep(0.05)
+    host, _, port = text.split(mark)[1].split()[0].rpartition(":")
+    return host, int(port)
+
+
+def post_file(connection: http.client.HTTPConnection, image: bytes) -> tuple[int, Any]:
+    """Send one image as a form, as a browser does; return status and JSON."""
+    edge = "capt-edge-8f3b1c"
+    head = (
+        f'--{edge}\r\nContent-Disposition: form-data; name="image"; filename="photo"\r\n'
+        f"Content-Type: application/octet-stream\r\n\r\n"
+    )
+    body = head.encode() + image + f"\r\n--{edge}--\r\n".encode()
+    headers = {"Content-Type": f"multipart/form-data; boundary={edge}"}
+    connection.request("POST", "/predict?top_k=1000", body, headers)
+    response = connection.getresponse()
+    return response.status, json.loads(response.read())
+
+
+def is_right(status: int, answer: Any, expected: Prediction) -> bool:
+    """Tell whether an answer to one image says what the classifier says."""
+    if status != 200 or len(answer["predictions"]) != 1:
+        return False
+    (came,) = answer["predictions"]
+    own, shares = (
+        dict(expected.top(1000)),
+        {one["label"]: one["probability"] for one in came["top"]},
+    )
+    close = own.keys() == shares.keys() and all(
+        abs(own[label] - share) <= TOLERANCE for label, share in shares.items()
+    )
+    # Of two classes that are level either may be called the best.
+    return close and own[came["label"]] >= expected.confidence - 2 * TOLERANCE
+
+
+@dataclass
+class _Tally:
+    latencies_ms: list[float]
+    lost: int = 0
+    wrong: int = 0
+
+
+def load(
+    server: Server, photos: Sequence[bytes], expected: Sequence[Prediction], clients: int, each: int
+) -> dict[str, Any]:
+    """Let `clients` at once send `each` requests, one after the other; return a row of figures."""
+    tallies = [_Tally([]) for _ in range(clients)]
+    ready = threading.Barrier(clients + 1)
+
+    def run(client: int) -> None:
+        tally, connection = tallies[client], server.connect()
+        ready.wait()
+        for number in range(each):
+            which = (client * each + number) % len(photos)
+            start = time.perf_counter()
+            try:
+                status, answer = post_file(connection, photos[which])
+            except (OSError, http.client.HTTPException, ValueError):
+                tally.lost += 1
+                connection.close()  # the next request connects anew
+                continue
+            tally.latencies_ms.append((time.perf_counter() - start) * 1000)
+            tally.wrong += not is_right(status, answer, expected[which])
+        connection.close()
+
+    threads = [threading.Thread(target=run, args=(client,)) for client in range(clients)]
+    for thread in threads:
+        thread.start()
+    ready.wait()
+    start = time.perf_counter()
+    for thread in threads:
+        thread.join()
+    return _row(tallies, clients * each, clients, time.perf_counter() - start)
+
+
+def _row(tallies: Sequence[_Tally], requests: int, clients: int, seconds: float) -> dict[str, Any]:
+    latencies = [latency for tally in tallies for latency in tally.latencies_ms]
+    p50, p99 = np.percentile(latencies, (50, 99)) if latencies else (np.nan, np.nan)
+    return {
+        "clients": clients,
+        "requests": requests,
+        "lost": sum(tally.lost for tally in tallies),
+        "wrong": sum(tally.wrong for tally in tallies),
+        "p50_ms": round(float(p50), 2),
+        "p99_ms": round(float(p99), 2),
+        "max_ms": round(max(latencies, default=0.0), 2),
+        "throughput_per_s": round(len(latencies) / seconds, 1),
+    }
+
+
+@click.command(cls=Command)
+@click.argument("bundle", type=PathInHome())
+@click.argument("photos", type=PathInHome())
+@click.option("--name", required=True, help="Of these rows in the results.")
+@click.option("--clients", default="1,8,32,200", show_default=True, help="At once; several rows.")
+@click.option("--requests", default=2000, show_default=True, help="Of all clients of a row.")
+@click.option("--most-photos", default=500, show_default=True, type=click.IntRange(1))
+def main(
+    bundle: Path, photos: Path, name: str, clients: str, requests: int, most_photos: int
+) -> None:
+    """Load a server of BUNDLE with the PHOTOS of a folder, and print what it bears.
+
+    \b
+    Example:
+      python -m benchmarks.server_load demo/pictograms.capt demo/pictograms/test --name pictograms
+    """
+    files = sorted(path for path in photos.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise DataError(f"{photos}: expected images, found none")
+    files = files[:: -(-len(files) // most_photos)]  # evenly, of all classes
+    encoded = [path.read_bytes() for path in files]
+    with Classifier.load(bundle) as classifier:
+        expected = classifier.predict(encoded)
+        backend = f"{classifier.backend.name} on {classifier.backend.device}"
+    rows = []
+    with running_server(bundle) as server:
+        load(server, encoded, expected, 8, 10)  # until everything is warm
+        for number in map(int, clients.split(",")):
+            rows.append(load(server, encoded, expected, number, max(1, requests // number)))
+            say(json.dumps(rows[-1]))
+    cell = {"bundle": bundle.name, "backend": backend, "photos": len(files), "rows": rows}
+    write_result(
+        "server_load",
+        {**describe(), "cells": {**load_cells("server_load"), name: {**cell, **describe()}}},
+    )
+    print_json(cell)
+
+
+if __name__ == "__main__":
+    main()

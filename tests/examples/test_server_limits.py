@@ -1,0 +1,165 @@
+"""When the server refuses, how it starts and how it ends."""
+
+import json
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks.server_load import Server, post_file, running_server
+from capt_deploy.errors import ConfigError
+from examples.server import limits
+from examples.server.__main__ import main
+from examples.server.limits import Limits, TokenBuckets
+
+PHOTO = Path(__file__).parents[1] / "golden" / "photos" / "test" / "blue_sky" / "0.png"
+
+
+@pytest.fixture(scope="module")
+def strict(server_extra: None, golden: Path) -> Iterator[Server]:
+    """Return a server for one request at a time, with two images that wait, and a pause of 1 s."""
+    options = ("--max-requests", 1, "--max-seconds", 2, "--max-waiting", 2, "--max-wait-ms", 1000)
+    with running_server(golden, *options) as running:
+        yield running
+        assert "Traceback" not in running.log.read_text()
+
+
+def begin(server: Server, length: int = 999) -> HTTPConnection:
+    """Send the head of a request whose body does not come."""
+    connection = server.connect()
+    connection.putrequest("POST", "/predict")
+    connection.putheader("Content-Type", "application/json")
+    connection.putheader("Content-Length", str(length))
+    connection.endheaders(b'{"image":')
+    return connection
+
+
+def answer(connection: HTTPConnection) -> tuple[int, Any, str | None]:
+    with connection.getresponse() as response:
+        return response.status, json.loads(response.read()), response.headers.get("Retry-After")
+
+
+def test_one_request_too_many_is_sent_away_and_a_slow_one_ended(strict: Server) -> None:
+    slow = begin(strict)
+    deadline = time.monotonic() + 5
+    while post_file(other := strict.connect(), b"")[0] != 503:  # until the slow one is inside
+        assert time.monotonic() < deadline
+        other.close()
+    quick = begin(strict)
+    status, reason, retry = answer(quick)
+    assert (status, retry) == (503, "1")
+    assert "busy" in reason["error"]
+    status, reason, _ = answer(slow)
+    assert (status, reason["error"]) == (408, "the body was not here within 2 s")
+    assert post_file(strict.connect(), PHOTO.read_bytes())[0] == 200
+
+
+def test_images_that_find_no_room_in_the_queue_are_sent_away(strict: Server) -> None:
+    edge, photo = b"--edge\r\n", PHOTO.read_bytes()
+    head = b'Content-Disposition: form-data; name="a"; filename="a"\r\n\r\n'
+    body = b"".join(edge + head + photo + b"\r\n" for _ in range(3)) + b"--edge--\r\n"
+    connection = strict.connect()
+    kind = {"Content-Type": "multipart/form-data; boundary=edge"}
+    connection.request("POST", "/predict", body, kind)
+    status, reason, retry = answer(connection)
+    assert (status, retry) == (503, "1")
+    assert "images wait" in reason["error"]
+
+
+def test_a_client_that_asks_too_often_is_told_when_to_come_back(
+    server_extra: None, golden: Path
+) -> None:
+    with running_server(golden, "--rate", 0.1, "--burst", 3) as server:
+        photo = PHOTO.read_bytes()
+        assert [post_file(server.connect(), photo)[0] for _ in range(4)] == [200, 200, 200, 429]
+        connection = server.connect()
+        connection.request("POST", "/predict", b"", {"Content-Type": "application/json"})
+        status, reason, retry = answer(connection)
+        assert (status, reason) == (429, {"error": "too many requests; wait 10 s"})
+        assert retry == "10"
+
+
+def test_tokens_come_back_with_time_and_clients_do_not_share_them() -> None:
+    buckets = TokenBuckets(rate=2.0, burst=3)
+    assert [buckets.seconds_to_wait("a", 0.0) for _ in range(4)] == [0, 0, 0, 0.5]
+    assert buckets.seconds_to_wait("b", 0.0) == 0
+    assert buckets.seconds_to_wait("a", 0.25) == pytest.approx(0.25)
+    assert buckets.seconds_to_wait("a", 0.5) == 0
+    assert buckets.seconds_to_wait("a", 0.5) == pytest.approx(0.5)
+    assert [buckets.seconds_to_wait("a", 99.0) for _ in range(4)] == [0, 0, 0, 0.5]
+
+
+def test_no_rate_is_no_limit_and_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = TokenBuckets(rate=0.0, burst=1)
+    assert not any(free.seconds_to_wait("a", 0.0) for _ in range(99))
+    monkeypatch.setattr(limits, "_CLIENTS", 2)
+    buckets = TokenBuckets(rate=1.0, burst=1)
+    for client in ("a", "b", "c"):
+        assert buckets.seconds_to_wait(client, 0.0) == 0
+    assert buckets.seconds_to_wait("c", 0.0) == 1
+    assert buckets.seconds_to_wait("b", 0.0) == 1
+    assert buckets.seconds_to_wait("a", 0.0) == 0, "who was quiet longest is forgotten"
+
+
+@pytest.mark.parametrize("wrong", [{"pixels": 0}, {"body_seconds": 0.0}, {"rate": -1.0}])
+def test_limits_are_checked(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="expected counts from 1 on"):
+        Limits(**wrong)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_what_waits_is_answered_before_the_server_ends(
+    server_extra: None, golden: Path, kind: signal.Signals
+) -> None:
+    with running_server(golden, "--max-wait-ms", 1500) as server:
+        answers: list[tuple[int, Any]] = []
+        client = threading.Thread(
+            target=lambda: answers.append(post_file(server.connect(), PHOTO.read_bytes()))
+        )
+        client.start()
+        while "capt_waiting_images 1.0" not in metrics(server):
+            time.sleep(0.01)
+        server.process.send_signal(kind)
+        client.join()
+        assert server.process.wait(20) == 0
+        assert answers[0][0] == 200
+        log = server.log.read_text()
+        assert log.endswith("ended; all that waited has been answered\n")
+        assert "Traceback" not in log
+
+
+def metrics(server: Server) -> str:
+    connection = server.connect()
+    connection.request("GET", "/metrics")
+    return connection.getresponse().read().decode()
+
+
+def test_a_missing_package_is_named_with_the_fix(
+    golden: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    result = CliRunner().invoke(main, [str(golden)])
+    assert result.exit_code == 2
+    assert result.stderr == "Error: needs uvicorn: pip install 'capt[server]'\n"
+
+
+def test_a_port_that_is_taken_and_a_missing_bundle_are_errors_of_one_line(
+    server_extra: None, golden: Path, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = CliRunner().invoke(main, [str(golden), "--port", port])
+    assert result.exit_code == 2
+    assert f"cannot listen on 127.0.0.1 port {port}" in result.stderr
+    result = CliRunner().invoke(main, [str(tmp_path / "none.capt"), "--port", "0"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
