@@ -1,0 +1,250 @@
+"""Label what a camera sees, on a small machine: one thread, bounded memory, never behind.
+
+    python -m examples.edge_camera pets.capt frames/ --watch
+
+A JSON line for each frame that is labelled:
+
+    {"frame": "0042.jpg", "label": "cat", "confidence": 0.9312, "unsure": false,
+     "latency_ms": 11.2, "dropped": 3}
+
+`dropped` frames came since the line before and were out of date once there was time for them: an
+answer about now is worth more than all answers, late. A frame that cannot be read has an "error".
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+
+from capt_deploy.console import Command, PathInHome, say
+from capt_deploy.errors import ConfigError, DataError, ImageError
+
+if TYPE_CHECKING:
+    from capt_deploy.classifier import Classifier
+    from capt_deploy.images import ImageInput
+
+_POLL_SECONDS = 0.01
+_ENDING = (signal.SIGINT, signal.SIGTERM)
+_USUAL_FPS = 30.0  # of cameras that do not say
+
+
+class Frame(NamedTuple):
+    """One image of the source."""
+
+    name: str
+    image: "ImageInput"
+    dropped: int  # frames passed over right before it
+
+
+class Stop:
+    """Within its context: true once Ctrl-C or SIGTERM has come; the frame is still finished.
+
+    A second one ends the program at once, in case the source hangs.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def __bool__(self) -> bool:
+        return self._asked
+
+    def __enter__(self) -> "Stop":
+        self._before = [(kind, signal.signal(kind, self._ask)) for kind in _ENDING]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for kind, handler in self._before:
+            signal.signal(kind, handler)
+
+    def _ask(self, kind: int, _: FrameType | None) -> None:
+        self._asked = True
+        signal.signal(kind, signal.SIG_DFL)
+
+
+def watched(folder: Path, stop: Stop, settle_seconds: float) -> Iterator[Frame]:
+    """Return the newest image of a folder, again whenever there is one newer than the last.
+
+    New is what was written or moved there since; a single file that is overwritten again and again
+    is a source, too. It counts once it has not changed for `settle_seconds`, so that files are not
+    read half-written. Remembered is one time alone: memory does not grow with the folder.
+    """
+    last = max((found for found, _ in _images(folder)), default=(0, ""))
+    return _newer(folder, last, stop, settle_seconds)
+
+
+def _newer(folder: Path, last: tuple[int, str], stop: Stop, settle: float) -> Iterator[Frame]:
+    while not stop:
+        settled = (time.time_ns() - int(settle * 1e9), "")
+        newest, path, arrived = last, folder, 0
+        for found, one in _images(folder):
+            if last < found <= settled:
+                arrived += 1
+                if found > newest:
+                    newest, path = found, one
+        if not arrived:
+            time.sleep(_POLL_SECONDS)
+            continue
+        last = newest
+        yield Frame(path.name, path, arrived - 1)
+
+
+def _images(folder: Path) -> Iterator[tuple[tuple[int, str], Path]]:
+    """Yield when each image of a folder came there, in ns, with its name; and its path."""
+    from capt_deploy.images import IMAGE_SUFFIXES
+
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if Path(entry.name).suffix.lower() not in IMAGE_SUFFIXES:
+                continue
+            try:
+                found = entry.stat()
+            except FileNotFoundError:  # taken away meanwhile
+                continue
+            # On POSIX the time of the last change or move, by this machine's clock; elsewhere
+            # st_ctime is the time of creation, which overwriting does not change.
+            came = found.st_ctime_ns if os.name == "posix" else found.st_mtime_ns
+            yield (came, entry.name), Path(entry.path)
+
+
+def recorded(folder: Path, stop: Stop, fps: float | None) -> Iterator[Frame]:
+    """Yield a folder's images by name: all of them, or as a camera of `fps` would show them."""
+    paths = sorted(path for _, path in _images(folder))
+    if not paths:
+        raise DataError(f"{folder}: expected images, found none; --watch waits for some")
+    start, number, shown = time.monotonic(), 0, 0
+    while number < len(paths) and not stop:
+        if fps is not None:
+            time.sleep(max(0.0, start + number / fps - time.monotonic()))
+            number = max(number, min(int((time.monotonic() - start) * fps), len(paths) - 1))
+        yield Frame(paths[number].name, paths[number], number - shown)
+        number = shown = number + 1
+
+
+def filmed(source: str, stop: Stop) -> Iterator[Frame]:
+    """Yield frames of a camera (its number or URL) or of a video file, at its own speed.
+
+    Raises ConfigError where OpenCV is not installed, DataError where it cannot open the source.
+    """
+    if find_spec("cv2") is None:
+        raise ConfigError(
+            f"{source}: expected a folder, for videos and cameras need OpenCV: "
+            f"pip install opencv-python-headless"
+        )
+    import cv2  # type: ignore[import-not-found, unused-ignore]
+
+    capture = cv2.VideoCapture(int(source) if source.isdigit() else source)
+    if not capture.isOpened():
+        raise DataError(f"{source}: expected a camera or a video; OpenCV cannot open it")
+    live = not Path(source).is_file()
+    capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # where the driver obeys
+    fps = capture.get(cv2.CAP_PROP_FPS)
+    fps = fps if 0 < fps <= 1000 else _USUAL_FPS
+    start, number = time.monotonic(), 0
+    while not stop:
+        if not live:
+            time.sleep(max(0.0, start + number / fps - time.monotonic()))
+        late = int((time.monotonic() - start) * fps) - number
+        dropped = _grab(capture, late, fps, live)
+        if dropped is None:
+            break
+        number += dropped + 1
+        seen, pixels = capture.retrieve()  # (height, width, 3) BGR
+        if live:  # nobody knows how many frames it has thrown away itself
+            start, number = time.monotonic(), 0
+        if seen:
+            yield Frame(str(number), pixels[:, :, ::-1].copy(), dropped)
+    capture.release()
+
+
+def _grab(capture: Any, late: int, fps: float, live: bool) -> int | None:
+    """Take the next frame, passing over `late` ones; return over how many, None at the end."""
+    dropped = 0
+    while True:
+        start = time.monotonic()
+        if not capture.grab():
+            return None
+        waited = time.monotonic() - start > 0.25 / fps  # the camera had no older one left
+        if dropped >= late or (live and waited):
+            return dropped
+        dropped += 1
+
+
+def print_lines(
+    classifier: "Classifier", frames: Iterable[Frame], threshold: float
+) -> tuple[int, int]:
+    """Print each frame's line; return how many frames were labelled, and how many dropped."""
+    labelled = dropped = 0
+    for frame in frames:
+        start = time.perf_counter()
+        line: dict[str, Any] = {"frame": frame.name}
+        try:
+            prediction = classifier(frame.image)
+            line |= {"label": prediction.label, "confidence": round(prediction.confidence, 4)}
+            line["unsure"] = prediction.confidence < threshold
+        except ImageError as error:
+            line["error"] = str(error)
+        line["latency_ms"] = round((time.perf_counter() - start) * 1000, 2)
+        line["dropped"] = frame.dropped
+        sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
+        sys.stdout.flush()
+        labelled, dropped = labelled + ("label" in line), dropped + frame.dropped
+    return labelled, dropped
+
+
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("bundle", type=PathInHome())
+@click.argument("source")
+@click.option("--watch", is_flag=True, help="SOURCE is a folder that is being filled.")
+@click.option("--fps", type=click.FloatRange(0, min_open=True), help="Of a folder of frames.")
+@click.option("--settle-ms", default=30.0, show_default=True, help="With --watch: files at rest.")
+@click.option("--threshold", default=0.5, show_default=True, help="Below it: unsure.")
+@click.option("--backend", default="auto", show_default=True, help="As of capt-predict.")
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="On a CPU.")
+@click.option("--fast-decode", is_flag=True, help="Read large JPEGs at a lower resolution.")
+def main(
+    bundle: Path,
+    source: str,
+    watch: bool,
+    fps: float | None,
+    settle_ms: float,
+    threshold: float,
+    backend: str,
+    threads: int,
+    fast_decode: bool,
+) -> None:
+    """Label the frames of SOURCE with a BUNDLE, a JSON line each, until Ctrl-C.
+
+    SOURCE is a folder of frames, or with OpenCV a video file, a camera's number or its URL.
+
+    \b
+    Example:
+      python -m examples.edge_camera pets.capt frames/ --watch --threshold 0.7
+      python -m examples.edge_camera pets.capt 0
+    """
+    from capt_deploy.backends import RuntimeOptions
+    from capt_deploy.classifier import Classifier
+
+    folder = Path(source)
+    if watch and not folder.is_dir():
+        raise DataError(f"{source}: --watch expects a folder")
+    options = RuntimeOptions(threads=threads)
+    classifier = Classifier.load(bundle, backend, options=options, fast_decode=fast_decode)
+    with classifier, Stop() as stop:
+        frames = recorded(folder, stop, fps) if folder.is_dir() else filmed(source, stop)
+        if watch:
+            frames = watched(folder, stop, settle_ms / 1000)
+        say(f"{classifier.backend.name} on {classifier.backend.device}; Ctrl-C ends")
+        labelled, dropped = print_lines(classifier, frames, threshold)
+    say(f"{labelled} frames labelled, {dropped} dropped")
+
+
+if __name__ == "__main__":
+    main()
