@@ -53,7 +53,7 @@ def check(page: Page, classifier: Classifier, photo: Path) -> None:
     assert page.evaluate(SHARES) == [f"{100 * share:.1f} %" for _, share in top]
     widths = page.evaluate(WIDTHS)
     assert widths == pytest.approx([share for _, share in top], abs=0.005)
-    assert page.evaluate("document.getElementById('label').textContent") == top[0][0]
+    assert page.evaluate(STATUS) == f"{top[0][0]}, {100 * top[0][1]:.1f} % sure"
     assert page.evaluate("document.getElementById('photo').naturalWidth") > 0
 
 
