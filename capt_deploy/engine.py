@@ -74,17 +74,10 @@ def build_engine(
         _add_profile(builder, config, network, batches)
         if sm is not None:
             _target(trt, config, sm, library)
-        # Neither the monitor nor the timings belong to the configuration: both have to stay here.
-        monitor = make_monitor(trt, cancelled) if cancelled is not None else None
-        if monitor is not None:
-            config.progress_monitor = monitor
-        measured = _use_timings(config, timings) if timings is not None else None
-        engine = builder.build_serialized_network(network, config)
+        engine = _run(trt, builder, network, config, timings, cancelled)
         if engine is None:
             gpu = "" if sm is None else f" for SM{sm}"
             raise BackendError(f"{library} cannot build the graph{gpu}: {_join(errors)}")
-        if timings is not None and measured is not None:
-            timings.data = bytes(measured.serialize())
         return bytes(engine)
 
 
@@ -210,6 +203,26 @@ def _add_profile(builder: Any, config: Any, network: Any, batches: tuple[int, in
         if batch == -1:
             profile.set_shape(images.name, *((size, *rest) for size in batches))
     config.add_optimization_profile(profile)
+
+
+def _run(
+    trt: Any,
+    builder: Any,
+    network: Any,
+    config: Any,
+    timings: Timings | None,
+    cancelled: threading.Event | None,
+) -> Any:
+    """Return the engine in the library's memory, or None."""
+    # Neither the monitor nor the timings belong to the configuration: both have to stay here.
+    monitor = None if cancelled is None else make_monitor(trt, cancelled)
+    if monitor is not None:
+        config.progress_monitor = monitor
+    measured = None if timings is None else _use_timings(config, timings)
+    engine = builder.build_serialized_network(network, config)
+    if engine is not None and timings is not None and measured is not None:
+        timings.data = bytes(measured.serialize())
+    return engine
 
 
 def _use_timings(config: Any, timings: Timings) -> Any:

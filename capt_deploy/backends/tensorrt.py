@@ -4,7 +4,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capt_deploy.backends import DEFAULT_OPTIONS, Outputs, RuntimeOptions, joined
-from capt_deploy.backends.tensorrt_execution import Execution, read_layout
+from capt_deploy.backends.tensorrt_execution import Execution, Layout, read_layout
+from capt_deploy.backends.tensorrt_kernels import Kernels
 from capt_deploy.console import say
 from capt_deploy.device import Device, open_device
 from capt_deploy.engine import LIBRARIES, load_library, make_logger, start_runtime
 from capt_deploy.engine_cache import EngineCache
-from capt_deploy.engine_entry import EngineKey
 from capt_deploy.engine_store import Graph, Target, key_of, obtain
 from capt_deploy.errors import BackendError
 from capt_deploy.process import Process
@@ -65,15 +64,13 @@ class TensorRT:
             engine = obtain(cache, key, graph, target, load)
             self._layout = read_layout(trt, engine, options.batches)
             if library == "tensorrt_rtx":
-                kernels = _Kernels(trt, engine, device, cache, key, options.cuda_graphs)
+                kernels = Kernels(trt, engine, device, cache, key, options.cuda_graphs)
                 self._at_the_end.append(weakref.finalize(self, kernels.save))
-                make = partial(Execution, device, self._layout, kernels.context, 0, capture=False)
+                make: Callable[[], Execution] = partial(
+                    Execution, device, self._layout, kernels.context, 0, capture=False
+                )
             else:
-                context, scratch = partial(_context, trt, engine), engine.device_memory_size_v2
-                capture = options.cuda_graphs and device.graphs
-                if capture != options.cuda_graphs:
-                    say("tensorrt: pycuda has no CUDA graphs, which cuda-python has; doing without")
-                make = partial(Execution, device, self._layout, context, scratch, capture=capture)
+                make = _maker(trt, engine, device, self._layout, options.cuda_graphs)
         self._pool = Pool(device, make)
         free = weakref.finalize(self, self._pool.close)
         free.atexit = False  # the end of the process frees everything, and threads may still run
@@ -190,42 +187,14 @@ class Pool:
         return make()
 
 
-class _Kernels:
-    """What TensorRT-RTX has compiled on this GPU, which takes longer than loading the engine."""
-
-    def __init__(
-        self,
-        trt: Any,
-        engine: Any,
-        device: Device,
-        cache: EngineCache,
-        key: EngineKey,
-        graphs: bool,
-    ) -> None:
-        self._engine, self._device, self._cache, self._process = engine, device, cache, Process()
-        self._key = replace(key, kind="runtime", gpu=device.name, driver=device.driver)
-        self._config = engine.create_runtime_config()
-        self._kernels = self._config.create_runtime_cache()
-        self._saved = cache.read(self._key)
-        if self._saved is not None:
-            self._kernels.deserialize(self._saved)  # does nothing if the machine is another one
-        self._config.set_runtime_cache(self._kernels)
-        # It makes CUDA graphs by itself, for it replaces kernels by better ones while it runs.
-        if graphs and hasattr(self._config, "cuda_graph_strategy"):  # from 1.2 on
-            self._config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-
-    def context(self, scratch: int) -> Any:
-        """Return an execution context, which has memory of its own."""
-        return self._engine.create_execution_context(self._config)
-
-    def save(self) -> None:
-        """Keep them for the next time."""
-        if not self._process.is_this:
-            return
-        with suppress(BackendError), self._device.active():
-            kernels = bytes(self._kernels.serialize())
-            if kernels and kernels != self._saved:
-                self._cache.write(self._key, kernels)
+def _maker(
+    trt: Any, engine: Any, device: Device, layout: Layout, graphs: bool
+) -> Callable[[], Execution]:
+    """Return what makes executions of TensorRT's; the contexts of one share its memory."""
+    if graphs and not device.graphs:
+        say("tensorrt: pycuda has no CUDA graphs, which cuda-python has; doing without")
+    context, scratch = partial(_context, trt, engine), engine.device_memory_size_v2
+    return partial(Execution, device, layout, context, scratch, capture=graphs and device.graphs)
 
 
 def _context(trt: Any, engine: Any, scratch: int) -> Any:
