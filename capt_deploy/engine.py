@@ -65,7 +65,7 @@ def build_engine(
     check_batches(batches)
     trt = load_library(library)
     with _one_build, _errors_of(library) as errors:
-        builder = _start(trt, library, errors)
+        builder = _start("Builder", library)
         network = builder.create_network(_strongly_typed(trt))
         # The parser owns the weights: it has to live until the engine is built.
         parser = trt.OnnxParser(network, make_logger(library))
@@ -142,11 +142,7 @@ def start_runtime(library: str) -> Any:
     Raises:
         UnavailableError: the library does not work with this GPU and driver.
     """
-    trt, errors = load_library(library), make_logger(library).errors
-    try:
-        return trt.Runtime(make_logger(library))
-    except Exception as cause:
-        raise UnavailableError(f"{library} cannot start: {_join([*errors, str(cause)])}") from cause
+    return _start("Runtime", library)
 
 
 @contextmanager
@@ -160,11 +156,14 @@ def _errors_of(library: str) -> Iterator[list[str]]:
         errors.clear()
 
 
-def _start(trt: Any, library: str, errors: list[str]) -> Any:
+def _start(kind: str, library: str) -> Any:
+    """Make a `Builder` or a `Runtime`."""
+    logger = make_logger(library)
     try:
-        return trt.Builder(make_logger(library))
+        return getattr(load_library(library), kind)(logger)
     except Exception as cause:  # TensorRT's own way to say that there is no GPU or driver
-        raise UnavailableError(f"{library} cannot start: {_join([*errors, str(cause)])}") from cause
+        reasons = _join([*logger.errors, str(cause)])
+        raise UnavailableError(f"{library} cannot start: {reasons}") from cause
 
 
 def _strongly_typed(trt: Any) -> int:

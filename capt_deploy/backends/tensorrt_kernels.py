@@ -12,7 +12,7 @@ from capt_deploy.process import Process
 
 
 class Kernels:
-    """The kernels of an engine for one GPU, and the execution contexts that compile and use them."""
+    """The kernels of an engine for one GPU, and execution contexts that compile and use them."""
 
     def __init__(
         self,
