@@ -1,6 +1,6 @@
 """One GPU: memory, streams, events and graphs. All calls of CUDA go through here.
 
-Through pycuda where it is installed, else through NVIDIA's cuda-python. Both work in the primary
+Through NVIDIA's cuda-python where it is installed, else through pycuda. Both work in the primary
 context of the GPU, as TensorRT does.
 """
 
@@ -17,11 +17,11 @@ from capt_deploy.driver import gpu_problem
 from capt_deploy.errors import UnavailableError
 
 Bytes = NDArray[np.uint8]  # (bytes,)
-# In this order. The last one is what cuda-python was called before 12.8.
+# In this order, for pycuda has no CUDA graphs. cuda.cudart is cuda-python before 12.8.
 _KINDS: tuple[tuple[str, Callable[[Any, int], "Device"]], ...] = (
-    ("pycuda.driver", PyCuda),
     ("cuda.bindings.runtime", CudaPython),
     ("cuda.cudart", CudaPython),
+    ("pycuda.driver", PyCuda),
 )
 
 

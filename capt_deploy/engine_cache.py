@@ -7,7 +7,6 @@ whatever is wrong with it, it is built again: losing the cache costs time, never
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from capt_deploy.console import say
 from capt_deploy.engine_entry import DamagedError, EngineKey, encode, read_body, read_key
 from capt_deploy.errors import BackendError, ConfigError
 from capt_deploy.file_lock import file_lock, file_lock_if_free
-from capt_deploy.files import write_bytes
+from capt_deploy.files import cache_folder, write_bytes
 
 T = TypeVar("T")
 
@@ -179,18 +178,6 @@ class EngineCache:
                         half.unlink(missing_ok=True)
                     if not (self.folder / f"{name}{_ENTRY}").exists():
                         lock.unlink(missing_ok=True)
-
-
-def cache_folder() -> Path:
-    """Return `$CAPT_CACHE`, else `capt` in the user's cache folder, else among temporary files."""
-    if chosen := os.environ.get("CAPT_CACHE"):
-        return Path(chosen)
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared) / "capt"
-    try:
-        return Path.home() / ".cache" / "capt"
-    except RuntimeError:  # a user without a home, as in many containers
-        return Path(tempfile.gettempdir()) / "capt"
 
 
 def _limit() -> float:

@@ -5,9 +5,7 @@ costs time, never a result, so a damaged one is put aside and an unwritable one 
 """
 
 import hashlib
-import os
 import sqlite3
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,22 +14,11 @@ import PIL
 from numpy.typing import NDArray
 
 from capt_deploy.console import say
+from capt_deploy.files import cache_folder
 
 Floats = NDArray[np.float32]
 _PIXELS_VERSION = 1  # to be raised when decoding or preprocessing changes its pixels
 _VARIABLES = 500  # SQLite's oldest builds allow 999 in one statement
-
-
-def cache_folder() -> Path:
-    """Return `$CAPT_CACHE`, else `capt` in the user's cache folder, else among temporary files."""
-    if chosen := os.environ.get("CAPT_CACHE"):
-        return Path(chosen)
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared) / "capt"
-    try:
-        return Path.home() / ".cache" / "capt"
-    except RuntimeError:  # a user without a home, as in many containers
-        return Path(tempfile.gettempdir()) / "capt"
 
 
 class EmbeddingCache:

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from capt_deploy.engine_cache import LIMIT, EngineCache, cache_folder
+from capt_deploy.engine_cache import LIMIT, EngineCache
 from capt_deploy.engine_entry import EngineKey, encode, read_key
 from capt_deploy.errors import BackendError, ConfigError
 
@@ -391,13 +391,7 @@ def test_a_limit_that_is_no_size_is_refused(text, monkeypatch):
         EngineCache()
 
 
-def test_the_folder_is_the_users_unless_the_environment_says_another(monkeypatch, tmp_path):
+def test_the_folder_is_that_of_all_caches_unless_another_is_given(monkeypatch, tmp_path):
     monkeypatch.setenv("CAPT_CACHE", str(tmp_path))
     assert EngineCache().folder == tmp_path / "engines"
-    monkeypatch.delenv("CAPT_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_folder() == tmp_path / "xdg" / "capt"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
-    assert cache_folder() == tmp_path / "home" / ".cache" / "capt"
+    assert EngineCache(tmp_path / "own").folder == tmp_path / "own"

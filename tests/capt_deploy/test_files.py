@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from capt_deploy.errors import BundleError, DataError
 from capt_deploy.files import (
+    cache_folder,
     expand_home,
     is_inside,
     new_folder,
@@ -202,3 +204,28 @@ def test_whatever_is_called_inside_resolves_below_its_folder(name: str) -> None:
     if is_inside(name):
         joined = os.path.normpath(root / name)
         assert joined.startswith(f"{root}{os.sep}")
+
+
+def test_the_folder_is_chosen_by_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("CAPT_CACHE", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own"
+    monkeypatch.delenv("CAPT_CACHE")
+    assert cache_folder() == tmp_path / "xdg" / "capt"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    assert cache_folder() == tmp_path / "home" / ".cache" / "capt"
+
+
+def test_a_user_without_a_home_has_the_cache_among_temporary_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("could not determine home directory")
+
+    for name in ("CAPT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert cache_folder() == Path(tempfile.gettempdir()) / "capt"

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import re
 import sqlite3
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from capt_train import embedding_cache
-from capt_train.embedding_cache import EmbeddingCache, cache_folder
+from capt_train.embedding_cache import EmbeddingCache
 
 Floats = NDArray[np.float32]
 
@@ -141,28 +140,3 @@ def test_a_disk_that_is_full_costs_the_cache_not_the_run(
     cache.put(some(2))
     assert "disk is full" in capsys.readouterr().err
     cache.close()
-
-
-def test_the_folder_is_chosen_by_the_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.setenv("CAPT_CACHE", str(tmp_path / "own"))
-    assert cache_folder() == tmp_path / "own"
-    monkeypatch.delenv("CAPT_CACHE")
-    assert cache_folder() == tmp_path / "xdg" / "capt"
-    monkeypatch.setenv("XDG_CACHE_HOME", "")
-    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
-    assert cache_folder() == tmp_path / "home" / ".cache" / "capt"
-
-
-def test_a_user_without_a_home_has_the_cache_among_temporary_files(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def no_home() -> Path:
-        raise RuntimeError("could not determine home directory")
-
-    for name in ("CAPT_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(Path, "home", no_home)
-    assert cache_folder() == Path(tempfile.gettempdir()) / "capt"
