@@ -105,8 +105,7 @@ def compare(exported: Exported, comparison: Comparison, options: BenchOptions) -
     load = _load()
     if load is not None and load > _QUIET:
         say(f"the machine is busy (load {load:.1f}): no figure of this run is worth keeping")
-    with ExitStack() as stack:
-        threads = stack.enter_context(Threads(1))
+    with ExitStack() as stack, Threads(1) as threads:
         cases = [
             *open_cases(exported.bundle, wanted, photos, threads, stack, say),
             *_plain(exported, comparison, photos),

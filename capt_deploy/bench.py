@@ -128,9 +128,11 @@ def measure(cases: Iterable[Case], options: BenchOptions) -> list[dict[str, Any]
         options: of all.
     """
     started = [_Started.warmed_up(case, options) for case in cases]
+    if not started:
+        return []
     with progress("measuring", options.rounds, "rounds") as counter:
         for number in range(options.rounds):
-            first = number % max(1, len(started))
+            first = number % len(started)
             for one in started[first:] + started[:first]:
                 one.take_turn(number)
             counter.advance()

@@ -62,8 +62,7 @@ def bench(
         BundleError: the bundle is damaged, or lacks a precision.
         ConfigError: no row is left.
     """
-    with ExitStack() as stack:
-        threads = stack.enter_context(Threads(wanted.concurrency))
+    with ExitStack() as stack, Threads(wanted.concurrency) as threads:
         cases = open_cases(bundle, wanted, photos, threads, stack, tell)
         rows = measure(cases, options)
     if not rows:

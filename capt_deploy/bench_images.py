@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from capt_deploy.errors import DataError
 from capt_deploy.files import visible_files
-from capt_deploy.images import IMAGE_SUFFIXES
+from capt_deploy.images import IMAGE_SUFFIXES, load_image
 
 SIZE = (500, 375)  # pixels, width and height; what photos of common data sets have
 _QUALITY = 90  # of the JPEGs
@@ -46,8 +46,11 @@ def folder_photos(folder: Path) -> list[bytes]:
 
     Raises:
         DataError: there is none.
+        ImageError: one cannot be decoded.
     """
     files = [f for f in visible_files(folder) if f.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
         raise DataError(f"{folder}: holds no image; expected a folder with photos to measure with")
+    for file in files[:_MOST]:
+        load_image(file)  # of bytes nobody could tell later from which file they are
     return [file.read_bytes() for file in files[:_MOST]]

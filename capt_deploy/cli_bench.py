@@ -9,8 +9,6 @@ import click
 from capt_deploy.console import Command, PathInHome, print_json, say, table
 from capt_deploy.version import __version__
 
-_SCOPES = ("device", "host", "image_to_label")
-
 
 def _names(ctx: click.Context, option: click.Parameter, value: str | None) -> tuple[str, ...]:
     """Read comma-separated names, each once; nothing where the option is not given."""
@@ -19,13 +17,6 @@ def _names(ctx: click.Context, option: click.Parameter, value: str | None) -> tu
     names = tuple(dict.fromkeys(filter(None, (one.strip() for one in value.split(",")))))
     if not names:
         raise click.BadParameter("expected at least one")
-    return names
-
-
-def _scopes(ctx: click.Context, option: click.Parameter, value: str) -> tuple[str, ...]:
-    names = _names(ctx, option, value)
-    if unknown := [name for name in names if name not in _SCOPES]:
-        raise click.BadParameter(f"expected of {', '.join(_SCOPES)}, came {unknown[0]}")
     return names
 
 
@@ -67,9 +58,9 @@ def _numbers(ctx: click.Context, option: click.Parameter, value: str) -> tuple[i
 @click.option(
     "--scope",
     "scopes",
-    callback=_scopes,
+    callback=_names,
     metavar="A,B",
-    default=",".join(_SCOPES),
+    default="device,host,image_to_label",
     show_default=True,
     help="device: by the GPU's own clock; host: pixels in, outputs out; image_to_label: encoded "
     "image to prediction.",
@@ -131,11 +122,13 @@ def main(
       capt-bench pets.capt --json > before.json
       capt-bench pets.capt --compare before.json --plot latency.png
     """
-    from capt_deploy.bench import BenchOptions
+    from capt_deploy.bench import SCOPES, BenchOptions
     from capt_deploy.bench_cases import Photos, Wanted, bench
     from capt_deploy.bench_compare import compare_rows, load_rows
     from capt_deploy.bench_images import SIZE, folder_photos, synthetic_photos
 
+    if unknown := [scope for scope in scopes if scope not in SCOPES]:
+        raise click.UsageError(f"--scope: expected of {', '.join(SCOPES)}, came {unknown[0]}")
     old = None if compare is None else load_rows(compare)
     if plot is not None:
         from capt_deploy.bench_plot import check_plotting, plot_rows
@@ -157,7 +150,7 @@ def main(
         say(f"drew {plot}")
     if old is not None:
         comparison = compare_rows(old, rows)
-        say(str(comparison))
+        click.echo(f"\n{comparison}" if not as_json else str(comparison), err=as_json)
         if comparison.regressed:
             sys.exit(1)
 

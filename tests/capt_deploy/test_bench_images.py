@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from capt_deploy.bench_images import folder_photos, synthetic_photos
-from capt_deploy.errors import DataError
+from capt_deploy.errors import DataError, ImageError
 
 
 def test_synthetic_photos_are_jpegs_of_one_size_from_a_seed():
@@ -19,10 +19,18 @@ def test_synthetic_photos_are_jpegs_of_one_size_from_a_seed():
 
 
 def test_a_folders_photos_are_its_files_as_they_are(put_images):
-    folder = put_images("b/2.png", "a.png", ".hidden.png", "notes.txt")
+    folder = put_images("b/2.png", "a.png", ".hidden.png")
+    (folder / "notes.txt").write_text("no image")
     assert folder_photos(folder) == [(folder / n).read_bytes() for n in ("a.png", "b/2.png")]
 
 
 def test_a_folder_without_an_image_is_refused(tmp_path):
     with pytest.raises(DataError, match="holds no image"):
         folder_photos(tmp_path)
+
+
+def test_a_broken_photo_is_named(put_images):
+    folder = put_images("a.png")
+    (folder / "b.jpg").write_bytes(b"nothing")
+    with pytest.raises(ImageError, match=r"b\.jpg"):
+        folder_photos(folder)

@@ -62,8 +62,17 @@ def test_a_run_is_compared_with_an_earlier_one(measured, tmp_path):
         changed = [{**row, "p50_ms": row["p50_ms"] * factor, "cv": 0.0} for row in rows]
         old.write_text(json.dumps(changed))
         result = run(*arguments, old)
-        assert (result.exit_code, said in result.stderr) == (code, True), result.output
-        assert "only in the old file: onnxruntime cpu fp32 image_to_label" in result.stderr
+        assert (result.exit_code, said in result.stdout) == (code, True), result.output
+        assert "only in the old file: onnxruntime cpu fp32 image_to_label" in result.stdout
+
+
+def test_json_stays_json_when_runs_are_compared(measured, tmp_path):
+    old = tmp_path / "old.json"
+    old.write_text(measured.stdout)
+    options = ("--batch", 1, "--scope", "host", "--compare", old, "--json")
+    result = run(BUNDLE, *options, *QUICK)
+    assert len(json.loads(result.stdout)) == 1
+    assert "rows became slower" in result.stderr
 
 
 def test_a_plot_is_drawn(tmp_path):
