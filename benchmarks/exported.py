@@ -28,7 +28,7 @@ MODELS: Mapping[str, str | Path] = {
     "photo model": PHOTO_MODEL,
     "demo model": _ROOT / "examples" / "demo" / "model",
 }
-_IMAGES = 64  # that an export is checked on
+_IMAGES = 16  # that an export is checked on
 
 
 @dataclass(frozen=True)

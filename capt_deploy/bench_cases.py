@@ -18,7 +18,7 @@ from capt_deploy.files import expand_home, sha256_file
 from capt_deploy.graphs import open_graphs
 from capt_deploy.machine import versions
 
-EVERY = "all"
+EVERY, ON_GPU = "all", "gpu"  # names for several backends: those of them that work here
 Tell = Callable[[str], None]
 
 
@@ -26,7 +26,7 @@ Tell = Callable[[str], None]
 class Wanted:
     """Which rows."""
 
-    backends: tuple[str, ...] = ("auto",)  # or ("all",): all that work here
+    backends: tuple[str, ...] = ("auto",)  # or ("all",), ("gpu",): all that work here, on a GPU
     precisions: tuple[str, ...] = ()  # none: what suits each backend; ("all",): all that it can run
     batches: tuple[int, ...] = (1, 8, 32)
     scopes: tuple[str, ...] = SCOPES
@@ -85,15 +85,16 @@ def open_cases(
     """
     seen: dict[tuple[str, str, str], str] = {}  # what a name stands for here
     runtime = RuntimeOptions(threads=wanted.threads)
+    several = bool({EVERY, ON_GPU} & {*wanted.backends})
     for name, precision in _requests(bundle, wanted):
-        if EVERY in wanted.backends and (reason := why_not(name)) is not None:
+        if several and (reason := why_not(name)) is not None:
             tell(f"left out {name}: {reason}")
             continue
         before = Memory.now()
         try:
             classifier = Classifier.load(bundle, name, precision, runtime)
         except BackendError as cause:
-            if EVERY not in (*wanted.backends, *wanted.precisions):
+            if not several and EVERY not in wanted.precisions:
                 raise
             tell(f"left out {name}{f' {precision}' if precision else ''}: {cause}")
             continue
@@ -113,7 +114,9 @@ def open_cases(
 
 
 def _requests(bundle: Path, wanted: Wanted) -> Iterator[tuple[str, str | None]]:
-    names = AUTO if EVERY in wanted.backends else wanted.backends
+    names = wanted.backends
+    if EVERY in names or ON_GPU in names:
+        names = AUTO if EVERY in names else AUTO[:-1]  # the last one is the CPU's
     precisions: Iterable[str | None] = wanted.precisions or (None,)
     if EVERY in wanted.precisions:
         precisions = tuple(open_graphs(bundle).precisions)

@@ -36,8 +36,8 @@ def _numbers(ctx: click.Context, option: click.Parameter, value: str) -> tuple[i
     metavar="A,B",
     default="auto",
     show_default=True,
-    help="Some of auto, tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime-cpu; or all that "
-    "work here.",
+    help="Some of auto, tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime-cpu; or all, or gpu: "
+    "those that work here.",
 )
 @click.option(
     "--batch",

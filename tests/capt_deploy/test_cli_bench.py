@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from capt_deploy.cli_bench import main
+from capt_deploy.driver import gpu_problem
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BUNDLE = GOLDEN / "tiny.capt"
@@ -88,6 +89,7 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(tmp_pa
 import sys
 sys.modules["matplotlib"] = None
 from capt_deploy.cli_bench import main
+from capt_deploy.driver import gpu_problem
 main({[str(BUNDLE), "--plot", str(tmp_path / "x.png")]})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -128,6 +130,14 @@ def test_all_backends_are_tried_and_those_that_do_not_run_are_said():
     rows = json.loads(result.stdout)
     assert "cpu" in [row["device"] for row in rows]
     assert len({(row["backend"], row["device"]) for row in rows}) == len(rows)
+
+
+@pytest.mark.skipif(gpu_problem() is None, reason="here is a GPU")
+def test_without_a_gpu_there_is_no_backend_on_one():
+    result = run(BUNDLE, "--backend", "gpu", "--batch", 1, *QUICK)
+    assert result.exit_code == 2
+    assert "capt-doctor says why" in result.stderr
+    assert result.stderr.count("left out ") == 3
 
 
 def test_all_precisions_of_a_lone_graph_are_its_own():
