@@ -2,12 +2,15 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from capt_deploy.console import Command, PathInHome, print_json, say, table
 from capt_deploy.version import __version__
+
+if TYPE_CHECKING:
+    from capt_deploy.bench_cases import Photos
 
 
 def _names(ctx: click.Context, option: click.Parameter, value: str | None) -> tuple[str, ...]:
@@ -123,9 +126,8 @@ def main(
       capt-bench pets.capt --compare before.json --plot latency.png
     """
     from capt_deploy.bench import SCOPES, BenchOptions
-    from capt_deploy.bench_cases import Photos, Wanted, bench
+    from capt_deploy.bench_cases import Wanted, bench
     from capt_deploy.bench_compare import compare_rows, load_rows
-    from capt_deploy.bench_images import SIZE, folder_photos, synthetic_photos
 
     if unknown := [scope for scope in scopes if scope not in SCOPES]:
         raise click.UsageError(f"--scope: expected of {', '.join(SCOPES)}, came {unknown[0]}")
@@ -134,13 +136,8 @@ def main(
         from capt_deploy.bench_plot import check_plotting, plot_rows
 
         check_plotting()
-    if images is None:
-        photos = Photos(synthetic_photos(32), f"synthetic {SIZE[0]}x{SIZE[1]}")
-    else:
-        encoded = folder_photos(images)
-        photos = Photos(encoded, f"{len(encoded)} of {images}")
     wanted = Wanted(backends, precisions, batches, scopes, concurrency, threads)
-    rows = bench(bundle, wanted, photos, BenchOptions(seconds=seconds), say)
+    rows = bench(bundle, wanted, _photos(images), BenchOptions(seconds=seconds), say)
     if as_json:
         print_json(rows)
     else:
@@ -153,6 +150,16 @@ def main(
         click.echo(f"\n{comparison}" if not as_json else str(comparison), err=as_json)
         if comparison.regressed:
             sys.exit(1)
+
+
+def _photos(folder: Path | None) -> "Photos":
+    from capt_deploy.bench_cases import Photos
+    from capt_deploy.bench_images import SIZE, folder_photos, synthetic_photos
+
+    if folder is None:
+        return Photos(synthetic_photos(32), f"synthetic {SIZE[0]}x{SIZE[1]}")
+    encoded = folder_photos(folder)
+    return Photos(encoded, f"{len(encoded)} of {folder}")
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
