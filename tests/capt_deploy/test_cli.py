@@ -148,4 +148,4 @@ def test_ctrl_c_ends_it_at_once_without_a_traceback(tmp_path, form):
     assert command.returncode == 130, stderr
     assert stderr.endswith("interrupted\n")
     assert "Traceback" not in stderr
-    assert stdout.count("\n") < 20_000
+    assert stdout.count("\n") < 6_000
