@@ -149,6 +149,8 @@ def start_session(
     options.enable_cpu_mem_arena = not frugal
     # Its own default is all cores of the machine, also where a container may use two of them.
     options.intra_op_num_threads = threads or usable_cores()
+    # Threads that wait by spinning take the cores away from those that decode the next images.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
     try:
         session = onnxruntime.InferenceSession(

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from capt_deploy import BackendError, BundleError, Classifier, ImageError
+from capt_deploy.batches import in_batches
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PHOTOS = sorted((GOLDEN / "photos").rglob("*.png"))
@@ -146,9 +147,51 @@ def test_threads_get_the_same_answers(classifier):
                 if not np.allclose(classifier(photo).probabilities, row, atol=1e-6):
                     wrong.append(photo.name)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
+    threads = [threading.Thread(target=work) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_an_image_that_is_there_twice_is_decoded_once_and_for_all(classifier):
+    opened = Image.open(PHOTOS[0])
+    found = classifier.predict([opened] * 8, batch_size=3)
+    wanted = classifier(PHOTOS[0]).probabilities
+    for prediction in found:
+        np.testing.assert_allclose(prediction.probabilities, wanted, atol=1e-6)
+
+
+def test_images_are_drawn_one_batch_ahead_and_no_further(classifier):
+    drawn = []
+
+    def images():
+        for number in range(9):
+            drawn.append(number)
+            yield PHOTOS[number % 3]
+
+    batches = in_batches(images(), classifier.preprocess, 2)
+    assert [(len(batch), len(drawn)) for batch in batches] == [
+        (2, 4),
+        (2, 6),
+        (2, 8),
+        (2, 9),
+        (1, 9),
+    ]
+    assert len(classifier.predict(images(), batch_size=2)) == 9
+
+
+def test_a_closed_classifier_says_so_and_answers_nothing_more():
+    with Classifier.load(GOLDEN / "tiny.capt") as own:
+        waiting = [own.submit(photo) for photo in PHOTOS]
+    assert all(future.result().label in own.class_names for future in waiting)
+    own.close()
+    for call in (
+        lambda: own(PHOTOS[0]),
+        lambda: own.predict(PHOTOS),
+        lambda: own.submit(PHOTOS[0]),
+        lambda: own.add_classes(["x"]),
+    ):
+        with pytest.raises(BackendError, match="the classifier is closed; load it again"):
+            call()

@@ -1,16 +1,21 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from capt_deploy.backends import create
-from capt_deploy.errors import BackendError
+from capt_deploy.backends import Backend, DeviceTimed, RuntimeOptions, create
+from capt_deploy.backends.onnxruntime import OnnxRuntime
+from capt_deploy.cores import usable_cores
+from capt_deploy.errors import BackendError, UnavailableError
 
 ONNX = (Path(__file__).parents[2] / "golden" / "tiny.capt" / "model.onnx").read_bytes()
 
 
 def test_outputs_are_consistent_with_each_other():
-    backend = create("onnxruntime", ONNX, "fp32")
+    backend = create("onnxruntime-cpu", ONNX, "fp32")
     pixels = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
     logits, probabilities, embedding = backend.run(pixels)
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -45,3 +50,54 @@ def test_weights_beside_the_current_folder_are_not_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BackendError, match="External data"):
         create("onnxruntime", path.read_bytes(), "fp32")
+
+
+def test_it_is_a_backend_and_measures_no_device():
+    backend = OnnxRuntime(ONNX, "fp32")
+    assert isinstance(backend, Backend)
+    assert not isinstance(backend, DeviceTimed)
+
+
+@pytest.mark.parametrize(("threads", "expected"), [(None, usable_cores()), (1, 1), (3, 3)])
+def test_it_computes_on_the_cores_it_may_use_or_on_those_it_is_told(threads, expected):
+    backend = OnnxRuntime(ONNX, "fp32", options=RuntimeOptions(threads=threads))
+    assert backend._session.get_session_options().intra_op_num_threads == expected
+
+
+def test_a_large_batch_is_split_and_says_the_same():
+    pixels = np.random.default_rng(2).integers(0, 256, (11, 16, 16, 3), dtype=np.uint8)
+    whole = OnnxRuntime(ONNX, "fp32").run(pixels)
+    parts = OnnxRuntime(ONNX, "fp32", options=RuntimeOptions(batches=(1, 2, 4))).run(pixels)
+    for one, other in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_pixels_of_another_shape_are_a_typed_error():
+    with pytest.raises(BackendError, match=r"cannot run the graph: .*images"):
+        OnnxRuntime(ONNX, "fp32").run(np.zeros((1, 8, 16, 3), np.uint8))
+
+
+def test_a_closed_backend_runs_nothing_and_can_be_closed_again():
+    backend = OnnxRuntime(ONNX, "fp32")
+    backend.close()
+    backend.close()
+    with pytest.raises(BackendError, match="closed"):
+        backend.run(np.zeros((1, 16, 16, 3), np.uint8))
+
+
+def test_bfloat16_is_refused_on_the_cpu():
+    with pytest.raises(UnavailableError, match="no bfloat16 kernels on the CPU"):
+        create("onnxruntime-cpu", ONNX, "bf16")
+
+
+@pytest.mark.parametrize(("before", "expected"), [(None, "1"), ("0", "0")])
+def test_nothing_is_reported_to_others_unless_the_environment_says_so(before, expected):
+    code = "from capt_deploy.backends.onnxruntime import import_library as i; i()"
+    code += "; import os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    if before is not None:
+        environment["ORT_DISABLE_TELEMETRY"] = before
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == expected
