@@ -1,9 +1,11 @@
 """What the tests of the examples share."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from benchmarks.server_load import Server, running_server
 from capt_deploy.classifier import Classifier
 
 
@@ -24,3 +26,11 @@ def golden() -> Path:
 def classifier(golden: Path) -> Classifier:
     """Return it loaded."""
     return Classifier.load(golden)
+
+
+@pytest.fixture(scope="module")
+def server(server_extra: None, golden: Path) -> Iterator[Server]:
+    with running_server(golden, "--max-bytes", 300_000, "--max-seconds", 20) as running:
+        yield running
+        assert running.process.poll() is None
+        assert "Traceback" not in running.log.read_text()
