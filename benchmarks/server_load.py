@@ -1,19 +1,20 @@
 """Load the example server as its clients would: a process of its own, real sockets, real photos.
 
-    python -m benchmarks.server_load BUNDLE PHOTOS --name pictograms
+    python -m benchmarks.server_load BUNDLE PHOTOS --name "…" --docs
 
 Every answer is compared with the classifier's own. Clients and server share this machine, so the
-server alone does better. Rows go to benchmarks/results/server_load.json.
+server alone does better. Rows stay in benchmarks/results/server_load.json.
 """
 
 import http.client
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.record import describe, load_cells, write_result
+from benchmarks.record import describe, load_cells, write_docs, write_result
 from capt_deploy.classifier import Classifier, Prediction
 from capt_deploy.console import Command, PathInHome, print_json, say
 from capt_deploy.errors import BackendError, DataError
@@ -31,6 +32,7 @@ from capt_deploy.images import IMAGE_SUFFIXES
 _ROOT = Path(__file__).parents[1]
 _START_SECONDS = 120  # for a backend that has to build an engine
 _ANSWER_SECONDS = 60
+DOCS = _ROOT / "docs" / "embedding.md"
 TOLERANCE = 1e-4  # of a probability; other batch sizes round differently
 
 
@@ -164,42 +166,67 @@ def _row(tallies: Sequence[_Tally], requests: int, clients: int, seconds: float)
     }
 
 
+def markdown(cells: Mapping[str, Any]) -> str:
+    """Return the table of the docs."""
+    lines = [
+        "| model, backend | clients | requests | lost | wrong | p50 ms | p99 ms | images/s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, cell in cells.items():
+        for row in cell["rows"]:
+            figures = ("clients", "requests", "lost", "wrong", "p50_ms", "p99_ms")
+            shown = " | ".join(str(row[key]) for key in (*figures, "throughput_per_s"))
+            lines.append(f"| {name}, {cell['backend']} | {shown} |")
+    return "\n".join(lines)
+
+
 @click.command(cls=Command)
 @click.argument("bundle", type=PathInHome())
 @click.argument("photos", type=PathInHome())
-@click.option("--name", required=True, help="Of these rows in the results.")
+@click.option("--name", required=True, help="Of the model, in the results.")
 @click.option("--clients", default="1,8,32,200", show_default=True, help="At once; several rows.")
 @click.option("--requests", default=2000, show_default=True, help="Of all clients of a row.")
 @click.option("--most-photos", default=500, show_default=True, type=click.IntRange(1))
+@click.option("--docs", is_flag=True, help="Write the table into docs/embedding.md as well.")
 def main(
-    bundle: Path, photos: Path, name: str, clients: str, requests: int, most_photos: int
+    bundle: Path,
+    photos: Path,
+    name: str,
+    clients: str,
+    requests: int,
+    most_photos: int,
+    docs: bool,
 ) -> None:
     """Load a server of BUNDLE with the PHOTOS of a folder, and print what it bears.
 
     \b
     Example:
-      python -m benchmarks.server_load demo/pictograms.capt demo/pictograms/test --name pictograms
+      python -m benchmarks.server_load demo/pictograms.capt demo/pictograms/test --name demo
     """
-    files = sorted(path for path in photos.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise DataError(f"{photos}: expected images, found none")
-    files = files[:: -(-len(files) // most_photos)]  # evenly, of all classes
-    encoded = [path.read_bytes() for path in files]
+    encoded = _read(photos, most_photos)
     with Classifier.load(bundle) as classifier:
         expected = classifier.predict(encoded)
         backend = f"{classifier.backend.name} on {classifier.backend.device}"
-    rows = []
+    others, rows = os.getloadavg()[0], []
     with running_server(bundle) as server:
         load(server, encoded, expected, 8, 10)  # until everything is warm
         for number in map(int, clients.split(",")):
             rows.append(load(server, encoded, expected, number, max(1, requests // number)))
             say(json.dumps(rows[-1]))
-    cell = {"bundle": bundle.name, "backend": backend, "photos": len(files), "rows": rows}
-    write_result(
-        "server_load",
-        {**describe(), "cells": {**load_cells("server_load"), name: {**cell, **describe()}}},
-    )
+    cell = {"backend": backend, "photos": len(encoded), "load_before": round(others, 1)}
+    cell |= {"rows": rows, **describe()}
+    cells = {**load_cells("server_load"), name: cell}
+    write_result("server_load", {"cells": cells})
+    if docs:
+        write_docs(DOCS, "server load", markdown(cells))
     print_json(cell)
+
+
+def _read(folder: Path, most: int) -> list[bytes]:
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise DataError(f"{folder}: expected images, found none")
+    return [path.read_bytes() for path in files[:: -(-len(files) // most)]]  # of all classes
 
 
 if __name__ == "__main__":
