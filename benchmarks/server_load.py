@@ -33,7 +33,6 @@ _ROOT = Path(__file__).parents[1]
 _START_SECONDS = 120  # for a backend that has to build an engine
 _ANSWER_SECONDS = 60
 DOCS = _ROOT / "docs" / "embedding.md"
-TOLERANCE = 1e-4  # of a probability; other batch sizes round differently
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,13 @@ def post_file(connection: http.client.HTTPConnection, image: bytes) -> tuple[int
     return response.status, json.loads(response.read())
 
 
-def is_right(status: int, answer: Any, expected: Prediction) -> bool:
-    """Tell whether an answer to one image says what the classifier says."""
+def tolerance(precision: str) -> float:
+    """Return by how much a probability may differ: other batch sizes round differently."""
+    return 1e-5 if precision == "fp32" else 1e-3
+
+
+def is_right(status: int, answer: Any, expected: Prediction, most: float) -> bool:
+    """Tell whether an answer to one image says what the classifier says, but for `most`."""
     if status != 200 or len(answer["predictions"]) != 1:
         return False
     (came,) = answer["predictions"]
@@ -105,10 +109,23 @@ def is_right(status: int, answer: Any, expected: Prediction) -> bool:
         {one["label"]: one["probability"] for one in came["top"]},
     )
     close = own.keys() == shares.keys() and all(
-        abs(own[label] - share) <= TOLERANCE for label, share in shares.items()
+        abs(own[label] - share) <= most for label, share in shares.items()
     )
     # Of two classes that are level either may be called the best.
-    return close and own[came["label"]] >= expected.confidence - 2 * TOLERANCE
+    return close and own[came["label"]] >= expected.confidence - 2 * most
+
+
+@dataclass(frozen=True)
+class Task:
+    """Encoded photos, and what the classifier itself says about each."""
+
+    photos: Sequence[bytes]
+    expected: Sequence[Prediction]
+    most: float  # by which a probability may differ
+
+    @classmethod
+    def of(cls, photos: Sequence[bytes], classifier: Classifier) -> "Task":
+        return cls(photos, classifier.predict(photos), tolerance(classifier.precision))
 
 
 @dataclass
@@ -118,9 +135,7 @@ class _Tally:
     wrong: int = 0
 
 
-def load(
-    server: Server, photos: Sequence[bytes], expected: Sequence[Prediction], clients: int, each: int
-) -> dict[str, Any]:
+def load(server: Server, task: Task, clients: int, each: int) -> dict[str, Any]:
     """Let `clients` at once send `each` requests, one after the other; return a row of figures."""
     tallies = [_Tally([]) for _ in range(clients)]
     ready = threading.Barrier(clients + 1)
@@ -129,16 +144,16 @@ def load(
         tally, connection = tallies[client], server.connect()
         ready.wait()
         for number in range(each):
-            which = (client * each + number) % len(photos)
+            which = (client * each + number) % len(task.photos)
             start = time.perf_counter()
             try:
-                status, answer = post_file(connection, photos[which])
+                status, answer = post_file(connection, task.photos[which])
             except (OSError, http.client.HTTPException, ValueError):
                 tally.lost += 1
                 connection.close()  # the next request connects anew
                 continue
             tally.latencies_ms.append((time.perf_counter() - start) * 1000)
-            tally.wrong += not is_right(status, answer, expected[which])
+            tally.wrong += not is_right(status, answer, task.expected[which], task.most)
         connection.close()
 
     threads = [threading.Thread(target=run, args=(client,)) for client in range(clients)]
@@ -205,13 +220,14 @@ def main(
     """
     encoded = _read(photos, most_photos)
     with Classifier.load(bundle) as classifier:
-        expected = classifier.predict(encoded)
-        backend = f"{classifier.backend.name} on {classifier.backend.device}"
+        task = Task.of(encoded, classifier)
+        engine = classifier.backend
+        backend = f"{engine.name} on {engine.device}, {classifier.precision}"
     others, rows = os.getloadavg()[0], []
     with running_server(bundle) as server:
-        load(server, encoded, expected, 8, 10)  # until everything is warm
+        load(server, task, 8, 10)  # until everything is warm
         for number in map(int, clients.split(",")):
-            rows.append(load(server, encoded, expected, number, max(1, requests // number)))
+            rows.append(load(server, task, number, max(1, requests // number)))
             say(json.dumps(rows[-1]))
     cell = {"backend": backend, "photos": len(encoded), "load_before": round(others, 1)}
     cell |= {"rows": rows, **describe()}
