@@ -67,7 +67,10 @@ def running_server(bundle: Path, *options: object) -> Iterator[Server]:
             yield Server(process, host, port, log)
         finally:
             process.terminate()
-            process.wait(_ANSWER_SECONDS)
+            try:
+                process.wait(_ANSWER_SECONDS)
+            finally:
+                process.kill()
 
 
 def _wait_until_it_listens(process: subprocess.Popen[bytes], log: Path) -> tuple[str, int]:
@@ -204,13 +207,7 @@ def markdown(cells: Mapping[str, Any]) -> str:
 @click.option("--most-photos", default=500, show_default=True, type=click.IntRange(1))
 @click.option("--docs", is_flag=True, help="Write the table into docs/embedding.md as well.")
 def main(
-    bundle: Path,
-    photos: Path,
-    name: str,
-    clients: str,
-    requests: int,
-    most_photos: int,
-    docs: bool,
+    bundle: Path, photos: Path, name: str, clients: str, requests: int, most_photos: int, docs: bool
 ) -> None:
     """Load a server of BUNDLE with the PHOTOS of a folder, and print what it bears.
 

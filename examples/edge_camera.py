@@ -2,10 +2,9 @@
 
     python -m examples.edge_camera pets.capt frames/ --watch
 
-A JSON line for each frame that is labelled:
+A JSON line for each frame:
 
-    {"frame": "0042.jpg", "label": "cat", "confidence": 0.9312, "unsure": false,
-     "latency_ms": 11.2, "dropped": 3}
+    {"frame": "7.jpg", "label": "cat", "confidence": 0.93, "unsure": false, …, "dropped": 3}
 
 `dropped` frames came since the line before and were out of date once there was time for them: an
 answer about now is worth more than all answers, late. A frame that cannot be read has an "error".
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from capt_deploy.classifier import Classifier
     from capt_deploy.images import ImageInput
 
-_POLL_SECONDS = 0.01
 _ENDING = (signal.SIGINT, signal.SIGTERM)
 _USUAL_FPS = 30.0  # of cameras that do not say
 
@@ -76,55 +74,53 @@ def watched(folder: Path, stop: Stop, settle_seconds: float) -> Iterator[Frame]:
     is a source, too. It counts once it has not changed for `settle_seconds`, so that files are not
     read half-written. Remembered is one time alone: memory does not grow with the folder.
     """
-    last = max((found for found, _ in _images(folder)), default=(0, ""))
+    last = max(_images(folder), default=(0, ""))
     return _newer(folder, last, stop, settle_seconds)
 
 
 def _newer(folder: Path, last: tuple[int, str], stop: Stop, settle: float) -> Iterator[Frame]:
     while not stop:
         settled = (time.time_ns() - int(settle * 1e9), "")
-        newest, path, arrived = last, folder, 0
-        for found, one in _images(folder):
+        newest, arrived, start = last, 0, time.monotonic()
+        for found in _images(folder):
             if last < found <= settled:
                 arrived += 1
-                if found > newest:
-                    newest, path = found, one
+                newest = max(newest, found)
         if not arrived:
-            time.sleep(_POLL_SECONDS)
+            time.sleep(max(0.01, time.monotonic() - start))  # a large folder takes long to list
             continue
         last = newest
-        yield Frame(path.name, path, arrived - 1)
+        yield Frame(last[1], folder / last[1], arrived - 1)
 
 
-def _images(folder: Path) -> Iterator[tuple[tuple[int, str], Path]]:
-    """Yield when each image of a folder came there, in ns, with its name; and its path."""
+def _images(folder: Path) -> Iterator[tuple[int, str]]:
+    """Yield when each image of a folder came there, in ns, and its name."""
     from capt_deploy.images import IMAGE_SUFFIXES
 
     with os.scandir(folder) as entries:
         for entry in entries:
-            if Path(entry.name).suffix.lower() not in IMAGE_SUFFIXES:
+            if not (entry.name.lower().endswith(tuple(IMAGE_SUFFIXES)) and entry.is_file()):
                 continue
             try:
                 found = entry.stat()
             except FileNotFoundError:  # taken away meanwhile
                 continue
-            # On POSIX the time of the last change or move, by this machine's clock; elsewhere
-            # st_ctime is the time of creation, which overwriting does not change.
+            # st_ctime: of the last change or move, by this machine's clock; elsewhere of creation.
             came = found.st_ctime_ns if os.name == "posix" else found.st_mtime_ns
-            yield (came, entry.name), Path(entry.path)
+            yield came, entry.name
 
 
 def recorded(folder: Path, stop: Stop, fps: float | None) -> Iterator[Frame]:
     """Yield a folder's images by name: all of them, or as a camera of `fps` would show them."""
-    paths = sorted(path for _, path in _images(folder))
-    if not paths:
+    names = sorted(name for _, name in _images(folder))
+    if not names:
         raise DataError(f"{folder}: expected images, found none; --watch waits for some")
     start, number, shown = time.monotonic(), 0, 0
-    while number < len(paths) and not stop:
+    while number < len(names) and not stop:
         if fps is not None:
             time.sleep(max(0.0, start + number / fps - time.monotonic()))
-            number = max(number, min(int((time.monotonic() - start) * fps), len(paths) - 1))
-        yield Frame(paths[number].name, paths[number], number - shown)
+            number = max(number, min(int((time.monotonic() - start) * fps), len(names) - 1))
+        yield Frame(names[number], folder / names[number], number - shown)
         number = shown = number + 1
 
 
@@ -181,7 +177,7 @@ def print_lines(
     classifier: "Classifier", frames: Iterable[Frame], threshold: float
 ) -> tuple[int, int]:
     """Print each frame's line; return how many frames were labelled, and how many dropped."""
-    labelled = dropped = 0
+    labelled, dropped = 0, 0
     for frame in frames:
         start = time.perf_counter()
         line: dict[str, Any] = {"frame": frame.name}
@@ -191,8 +187,8 @@ def print_lines(
             line["unsure"] = prediction.confidence < threshold
         except ImageError as error:
             line["error"] = str(error)
-        line["latency_ms"] = round((time.perf_counter() - start) * 1000, 2)
-        line["dropped"] = frame.dropped
+        spent_ms = round((time.perf_counter() - start) * 1000, 2)
+        line |= {"latency_ms": spent_ms, "dropped": frame.dropped}
         sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
         sys.stdout.flush()
         labelled, dropped = labelled + ("label" in line), dropped + frame.dropped
@@ -229,6 +225,8 @@ def main(
       python -m examples.edge_camera pets.capt frames/ --watch --threshold 0.7
       python -m examples.edge_camera pets.capt 0
     """
+    import numpy as np
+
     from capt_deploy.backends import RuntimeOptions
     from capt_deploy.classifier import Classifier
 
@@ -238,6 +236,7 @@ def main(
     options = RuntimeOptions(threads=threads)
     classifier = Classifier.load(bundle, backend, options=options, fast_decode=fast_decode)
     with classifier, Stop() as stop:
+        classifier(np.zeros((8, 8, 3), np.uint8))  # a backend's first run is its slowest
         frames = recorded(folder, stop, fps) if folder.is_dir() else filmed(source, stop)
         if watch:
             frames = watched(folder, stop, settle_ms / 1000)

@@ -83,7 +83,8 @@ def main(
         )
         say(f"{classifier.backend.name} on {classifier.backend.device}")
         listener.listen(config.backlog)
-        say(f"listening on http://{host}:{listener.getsockname()[1]}")
+        shown = f"[{host}]" if ":" in host else host
+        say(f"listening on http://{shown}:{listener.getsockname()[1]}")
         with suppress(KeyboardInterrupt):  # uvicorn repeats the signal that it has obeyed
             uvicorn.Server(config).run(sockets=[listener])
     say("ended; all that waited has been answered")

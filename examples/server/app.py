@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from capt_deploy.classifier import Classifier, Prediction
 from capt_deploy.errors import BackendError, BusyError, ImageError
 from capt_deploy.version import __version__
-from examples.server.bodies import read_images
+from examples.server.bodies import BODY, read_images
 from examples.server.limits import Limits, RefusedError, TokenBuckets
 from examples.server.metrics import MeasuredRequests, Metrics
 
@@ -39,7 +39,7 @@ def make_app(classifier: Classifier, limits: Limits = _LIMITS) -> FastAPI:
     app.add_middleware(MeasuredRequests, metrics=metrics, path="/predict")
     _explain_errors(app)
 
-    @app.post("/predict")
+    @app.post("/predict", openapi_extra=BODY)
     async def predict(request: Request, top_k: Annotated[int, Query(ge=1)] = 5) -> dict[str, Any]:
         with door.entered(request):
             images = await read_images(request, limits)
@@ -59,8 +59,9 @@ def make_app(classifier: Classifier, limits: Limits = _LIMITS) -> FastAPI:
         }
 
     @app.get("/readyz")
-    async def readyz() -> dict[str, str]:
-        await _try_out(classifier)
+    async def readyz(request: Request) -> dict[str, str]:
+        with door.entered(request):  # it costs what a request costs
+            await _try_out(classifier)
         return {"status": "ready"}
 
     @app.get("/metrics")
@@ -105,13 +106,12 @@ async def _answers(
         for future in futures:
             future.cancel()
         raise RefusedError(503, "busy: too many images wait; try again", 1) from None
-    with metrics.waiting.track_inprogress():  # once more for each further image, below
-        metrics.waiting.inc(len(images) - 1)
-        try:
-            waiting = map(asyncio.wrap_future, futures)
-            answers = await asyncio.gather(*waiting, return_exceptions=True)
-        finally:
-            metrics.waiting.dec(len(images) - 1)
+    metrics.waiting.inc(len(images))
+    try:
+        waiting = map(asyncio.wrap_future, futures)
+        answers = await asyncio.gather(*waiting, return_exceptions=True)
+    finally:
+        metrics.waiting.dec(len(images))
     predictions = []
     for number, answer in enumerate(answers):
         if isinstance(answer, ImageError):

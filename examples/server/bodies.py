@@ -27,6 +27,21 @@ _EXPECTED = (
     '{"images": ["BASE64", …]}'
 )
 
+_BASE64 = {"type": "string", "format": "byte"}
+_FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}
+_EITHER = [{"image": _BASE64}, {"images": {"type": "array", "items": _BASE64}}]
+BODY = {  # for OpenAPI
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {"schema": {"type": "object", "properties": {"image": _FILES}}},
+            "application/json": {
+                "schema": {"oneOf": [{"type": "object", "properties": one} for one in _EITHER]}
+            },
+        },
+    }
+}
+
 
 async def read_images(request: Request, limits: Limits) -> list[bytes]:
     """Return the encoded images of a request, at least one.
@@ -143,7 +158,7 @@ def _check(image: bytes, number: int, limits: Limits) -> None:
             with Image.open(io.BytesIO(image), formats=FORMATS) as header:
                 width, height = header.size
     except Image.DecompressionBombError:
-        width = height = limits.pixels
+        width = height = limits.pixels + 1
     except UnidentifiedImageError:
         raise RefusedError(
             415, f"image {number}: not an image of the types {', '.join(FORMATS)}"

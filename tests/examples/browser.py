@@ -83,8 +83,9 @@ class Page:
 
     def visit(self, url: str) -> None:
         """Load a page."""
-        self.call("Page.navigate", url=url)
-        self.wait_for("document.readyState === 'complete' && location.href !== 'about:blank'")
+        for one in ("about:blank", url):  # never take the page before for this one
+            self.call("Page.navigate", url=one)
+            self.wait_for(f"document.readyState === 'complete' && location.href === '{one}'")
 
     def drop(self, file: Path, x: int, y: int) -> None:
         """Drop a file at a place of the page, in CSS pixels."""

@@ -103,6 +103,12 @@ def test_the_health_says_what_runs(server: Server) -> None:
     assert health["classes"] == 4
 
 
+def test_its_own_description_names_both_kinds_of_body(server: Server) -> None:
+    description = json.loads(get(server, "/openapi.json")[1])
+    body = description["paths"]["/predict"]["post"]["requestBody"]
+    assert {*body["content"]} == {"multipart/form-data", "application/json"}
+
+
 def test_the_page_needs_nothing_from_elsewhere(server: Server) -> None:
     connection = server.connect()
     connection.request("GET", "/")

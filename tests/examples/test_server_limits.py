@@ -85,6 +85,23 @@ def test_a_client_that_asks_too_often_is_told_when_to_come_back(
         status, reason, retry = answer(connection)
         assert (status, reason) == (429, {"error": "too many requests; wait 10 s"})
         assert retry == "10"
+        assert asked_for(server, "192.0.2.1") == 429, "no proxy: what the client says is no proof"
+
+
+def test_behind_a_proxy_each_of_its_clients_has_its_own_rate(
+    server_extra: None, golden: Path
+) -> None:
+    options = ("--rate", 0.1, "--burst", 1, "--proxy", "127.0.0.1")
+    with running_server(golden, *options) as server:
+        clients = ("192.0.2.1", "192.0.2.1", "192.0.2.2")
+        assert [asked_for(server, client) for client in clients] == [415, 429, 415]
+
+
+def asked_for(server: Server, client: str) -> int:
+    """Return the status of a request that says that it is passed on for a client."""
+    connection = server.connect()
+    connection.request("POST", "/predict", b"", {"X-Forwarded-For": client})
+    return answer(connection)[0]
 
 
 def test_tokens_come_back_with_time_and_clients_do_not_share_them() -> None:

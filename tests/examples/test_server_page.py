@@ -41,7 +41,7 @@ def browser(server: Server) -> Iterator[Page]:
 def page(browser: Page, server: Server) -> Page:
     browser.resize(900, 800)
     browser.events.clear()
-    browser.visit(f"http://{server.host}:{server.port}/?{id(object())}")
+    browser.visit(f"http://{server.host}:{server.port}/")
     return browser
 
 
@@ -54,7 +54,7 @@ def check(page: Page, classifier: Classifier, photo: Path) -> None:
     widths = page.evaluate(WIDTHS)
     assert widths == pytest.approx([share for _, share in top], abs=0.005)
     assert page.evaluate(STATUS) == f"{top[0][0]}, {100 * top[0][1]:.1f} % sure"
-    assert page.evaluate("document.getElementById('photo').naturalWidth") > 0
+    page.wait_for("document.getElementById('photo').naturalWidth > 0")
 
 
 def complaints(page: Page) -> list[dict[str, object]]:
