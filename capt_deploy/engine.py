@@ -71,6 +71,8 @@ def build_engine(
         parser = trt.OnnxParser(network, make_logger(library))
         _parse(parser, onnx, weights_folder, library)
         config = builder.create_builder_config()
+        # float32 as the gate has seen it; who wants speed has half precision.
+        config.clear_flag(trt.BuilderFlag.TF32)
         _add_profile(builder, config, network, batches)
         if sm is not None:
             _target(trt, config, sm, library)
