@@ -1,6 +1,7 @@
 """Ask NVIDIA's driver for GPUs, with nothing but the driver itself; no CUDA library is needed."""
 
 import ctypes
+import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -45,13 +46,14 @@ def gpu_name(ordinal: int) -> str:
 
 
 def nvidia_gpu_is_here() -> bool:
-    """Tell whether there is an NVIDIA GPU, be it usable or not."""
-    return gpu_problem() is None or _is_on_the_bus()
+    """Tell whether there is an NVIDIA GPU, usable or not, that nobody has hidden from CUDA."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return gpu_problem() is None or (_is_on_the_bus() and not hidden)
 
 
-def _is_on_the_bus() -> bool:
+def _is_on_the_bus(root: Path = Path("/")) -> bool:
     """Tell whether Linux lists a display controller (PCI class 03) of NVIDIA's."""
-    for vendor in Path("/sys/bus/pci/devices").glob("*/vendor"):
+    for vendor in (root / "sys/bus/pci/devices").glob("*/vendor"):
         try:
             kind = vendor.with_name("class").read_text()
             if vendor.read_text().strip() == _NVIDIA and kind.startswith("0x03"):

@@ -98,7 +98,7 @@ def preprocess(
         config: what the model takes.
         fast_decode: let the decoder of JPEGs shrink those that are at least four times as large as
             they have to be, to no less than twice that. Pixels differ a little from open_clip's
-            then; docs/runtime.md says by how much. Other images are not changed by it.
+            then; benchmarks/fast_decode.py measures by how much. Other images keep every bit.
 
     Returns:
         uint8 array (height, width, 3), RGB, 0-255.

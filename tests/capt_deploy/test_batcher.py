@@ -171,6 +171,20 @@ def test_a_bad_image_is_an_error_in_its_own_future_alone(classifier: Classifier)
     assert [future.result(LONG).label for future in good] == [wanted] * 3
 
 
+def test_whatever_decoding_raises_is_the_answer(
+    model: Model, batcher: Callable[..., Batcher[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error in (MemoryError("full"), SystemExit("odd"), ValueError("bug")):
+
+        def decode(_: object, error: BaseException = error) -> np.ndarray:
+            raise error
+
+        monkeypatch.setattr(model, "decode", decode)
+        own = batcher(max_wait_ms=0, max_waiting=1)
+        for _ in range(3):
+            assert own.submit(image(1)).exception(LONG) is error
+
+
 def test_errors_free_their_places(batcher: Callable[..., Batcher[int]]) -> None:
     own = batcher(max_waiting=2, max_wait_ms=0)
     for number in range(10):

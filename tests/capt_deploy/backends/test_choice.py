@@ -9,6 +9,7 @@ import pytest
 from capt_deploy import BackendError, BundleError, Classifier
 from capt_deploy.backends import AUTO, NAMES, RuntimeOptions, candidates, preferred_precision
 from capt_deploy.backends.choice import cuda_provider_problem, first_that_works, why_not
+from capt_deploy.backends.onnxruntime import import_library
 from capt_deploy.driver import gpu_problem
 from capt_deploy.errors import ConfigError, UnavailableError
 
@@ -133,7 +134,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
 def test_a_package_for_the_cpu_alone_is_told_from_one_with_cuda(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
+    onnxruntime = import_library()
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     problem = str(cuda_provider_problem())
     assert "expected CUDAExecutionProvider, found CPUExecutionProvider" in problem

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from capt_deploy.backends import create
+from capt_deploy.backends.onnxruntime import import_library
 from capt_deploy.driver import gpu_problem
 from capt_deploy.errors import UnavailableError
 
@@ -14,9 +15,7 @@ pytestmark = pytest.mark.skipif(gpu_problem() is None, reason="there is a GPU he
 
 
 def with_provider() -> bool:
-    import onnxruntime
-
-    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    return "CUDAExecutionProvider" in import_library().get_available_providers()
 
 
 @pytest.mark.skipif(not with_provider(), reason="this onnxruntime is for the CPU alone")
