@@ -235,10 +235,10 @@ class Classifier:
 
 
 def running_on(classifier: Classifier) -> str:
-    """Return in words what runs a classifier, and a line for each faster backend that does not."""
-    backend = classifier.backend
-    lines = [f"{backend.name} on {backend.device}, {classifier.precision}"]
-    return "\n".join(lines + [f"  not {name}: {why}" for name, why in classifier.skipped.items()])
+    """Return in words what runs a classifier, and whether that is second choice."""
+    backend, skipped = classifier.backend, ", ".join(classifier.skipped)
+    why = f" (capt-doctor says why not {skipped})" if skipped else ""
+    return f"{backend.name} on {backend.device}, {classifier.precision}{why}"
 
 
 def _prediction(probabilities: NDArray[np.float32], class_names: tuple[str, ...]) -> Prediction:

@@ -95,7 +95,9 @@ def load_shrunk(
         return _to_eight_bits(image if turn is None else image.transpose(turn)), box
     except FileNotFoundError as cause:
         raise ImageError(f"{name}: no such file") from cause
-    except (UnidentifiedImageError, Image.DecompressionBombError) as cause:
+    except UnidentifiedImageError as cause:
+        raise ImageError(f"{name}: no image of a format that is known") from cause
+    except Image.DecompressionBombError as cause:
         raise ImageError(f"{name}: not a readable image ({cause})") from cause
     except (OSError, ValueError, SyntaxError, EOFError, RuntimeError) as cause:
         # Pillow's decoders report damaged files by any of these.

@@ -6,8 +6,8 @@ import numpy as np
 
 from capt_deploy.batches import preprocess_files
 from capt_deploy.bundle import Bundle, open_bundle
-from capt_deploy.classifier import Classifier
-from capt_deploy.console import progress
+from capt_deploy.classifier import Classifier, running_on
+from capt_deploy.console import progress, say
 from capt_deploy.datasets import read_dataset
 from capt_deploy.errors import BundleError, DataError
 from capt_deploy.evaluation import Pair, Report, Scores, evaluate
@@ -30,6 +30,7 @@ def evaluate_bundle(
         raise BundleError(f"{path}: a lone graph has no zero-shot rows; pass the whole bundle")
     bundle = open_bundle(path)
     classifier = Classifier.load(path, backend)
+    say(running_on(classifier))
     dataset = read_dataset(data, class_names, strict_names=False).aligned_to(classifier.class_names)
     items = {str(dataset.path(item)): item for item in dataset.items(split)}
     zero_shot = bundle.text_embeddings().get("zero_shot")

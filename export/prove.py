@@ -76,7 +76,7 @@ def last_look(folder: Path, proven: Mapping[str, Proven], question: Question) ->
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that it has failed was said already
-            loaded = Classifier.load(folder, "onnxruntime", precision)
+            loaded = Classifier.load(folder, "onnxruntime-cpu", precision)
         found = ask_backend(loaded.backend, loaded.manifest.preprocess, files, "last look")
         if not np.allclose(
             found.logits, own.answers.logits[: len(files)], atol=1e-3, equal_nan=True

@@ -62,7 +62,7 @@ def test_every_file_gets_its_row_in_order_and_a_broken_one_its_error(
     labels = [row.prediction.label if row.prediction else None for row in rows]
     assert labels == ["green", None, "blue", None, "red", "green"]
     assert [row.error is None for row in rows] == [label is not None for label in labels]
-    assert "text.jpg: not a readable image" in rows[1].error
+    assert "text.jpg: no image of a format" in rows[1].error
     assert "gone.png: no such file" in rows[3].error
 
 
