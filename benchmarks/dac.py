@@ -19,7 +19,6 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
@@ -29,6 +28,7 @@ from capt_deploy.console import Command, say
 from capt_deploy.datasets import read_dataset
 from capt_deploy.metrics import expected_calibration_error, softmax
 from capt_train.config import TrainConfig
+from capt_train.distance_aware import distance_aware_factors
 from capt_train.embedding_cache import EmbeddingCache
 from capt_train.features import embed
 from capt_train.pipeline import train
@@ -36,7 +36,6 @@ from capt_train.run import TunedModel, load_run
 
 NAME = "dac"
 DOCS = Path(__file__).parents[1] / "docs" / "export.md"
-_NEIGHBOURS = 5
 _SPLITS = ("val", "test")
 
 
@@ -57,23 +56,6 @@ def main(worlds: str, seeds: str, docs: bool) -> None:
     click.echo(table)
     if docs:
         write_docs(DOCS, NAME, table)
-
-
-def distance_aware_factors(
-    rows: Float[Tensor, "classes dim"],
-    zero_shot: Float[Tensor, "classes dim"],
-    tuned: Bool[Tensor, " classes"],
-    neighbours: int = _NEIGHBOURS,
-) -> Float[Tensor, " classes"]:
-    """Return γ_c of every class, 1 for the tuned ones (arXiv 2402.04655, its section on DAC)."""
-
-    def distance(texts: Tensor) -> Tensor:
-        unit = functional.normalize(texts, dim=1)
-        nearest = torch.cdist(unit, unit[tuned]).sort(dim=1).values[:, :neighbours]
-        return nearest.mean(dim=1)
-
-    factors: Tensor = (distance(zero_shot) - distance(rows)).exp()
-    return factors.masked_fill(tuned, 1.0)
 
 
 def _measure(world: str, seed: int) -> dict[str, dict[str, dict[str, float]]]:
