@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from capt_deploy.errors import BundleError
 from capt_deploy.files import expand_home, is_inside, sha256_file
-from capt_deploy.manifest import Manifest
+from capt_deploy.manifest import DISTANCE_AWARE, Manifest
 
 MANIFEST = "manifest.json"
 TEXT_EMBEDDINGS = "text_embeddings.safetensors"
@@ -86,7 +86,9 @@ class Bundle:
         """Return `text_embeddings` (classes, dim), `bias` (classes,), and maybe `zero_shot` rows.
 
         The hand-written prompt's rows are there where the graph's embeddings fit them, that is
-        where the visual side is the frozen one.
+        where the visual side is the frozen one. With distance-aware calibration there are also
+        `factors` (classes,), and in an open bundle the rows that further classes are measured to,
+        `tuned_rows` and `tuned_hand_written` (tuned, dim).
         """
         from safetensors import SafetensorError
         from safetensors.numpy import load
@@ -95,6 +97,22 @@ class Bundle:
             return dict(load(self.read(TEXT_EMBEDDINGS)))
         except SafetensorError as cause:
             raise BundleError(f"{self.path}: {TEXT_EMBEDDINGS} is damaged ({cause})") from cause
+
+    def factors(self, precision: str) -> NDArray[np.float32] | None:
+        """Return those that one of its graphs has for distance-aware calibration, (classes,).
+
+        Raises:
+            BundleError: they are not there for each class, or are no factors.
+        """
+        if DISTANCE_AWARE not in self.manifest.calibration[precision]:
+            return None
+        found = self.text_embeddings().get("factors", np.empty(0, np.float32))
+        if found.shape != (len(self.manifest.class_names),) or not (found > 0).all():
+            raise BundleError(
+                f"{self.path}: expected in {TEXT_EMBEDDINGS} a factor above 0 for each of its "
+                f"classes, for its calibration is distance-aware; export it again"
+            )
+        return found
 
 
 def open_bundle(path: str | Path) -> Bundle:

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from capt_deploy.backends import Backend, Outputs, joined
 from capt_deploy.batches import frugal_batch, preprocess_files
 from capt_deploy.bundle import Bundle, open_bundle
 from capt_deploy.classifier import Classifier
 from capt_deploy.console import progress, say
+from capt_deploy.distance_aware import undone
 from capt_deploy.errors import DataError, GateError, UnavailableError
 from capt_deploy.files import expand_home
 from capt_deploy.gate import GateResult, compare, gate_table
@@ -55,7 +57,7 @@ def check_bundle(
             report[precision] = {"not_checked": str(cause)}
             continue
         with classifier:
-            own = _check(classifier, reference, found)
+            own = _check(classifier, reference, found, bundle.factors(precision))
         results |= {f"{precision}, {kind}": result for kind, result in own.items()}
         report[precision] = {kind: result.to_dict() for kind, result in own.items()}
     if not results:
@@ -84,25 +86,31 @@ def _check_rows(bundle: Bundle, reference: Reference) -> None:
     first = next(iter(bundle.manifest.graphs))
     asked = reference.patterns
     logits = asked.embedding @ rows["text_embeddings"].T + rows["bias"]
+    factors = bundle.factors(first)
+    wanted = asked.logits if factors is None else undone(asked.logits, factors)
     # The rows have the first graph's temperature, the reference that of float32.
-    factor = float((logits * asked.logits).sum() / (logits * logits).sum())
-    if not np.abs(factor * logits - asked.logits).max() <= _ROWS:
+    factor = float((logits * wanted).sum() / (logits * logits).sum())
+    if not np.abs(factor * logits - wanted).max() <= _ROWS:
         raise GateError(f"{bundle.path}: its text embeddings are not those of its {first} graph")
 
 
 def _check(
-    classifier: Classifier, reference: Reference, found: dict[int, Path]
+    classifier: Classifier,
+    reference: Reference,
+    found: dict[int, Path],
+    factors: NDArray[np.float32] | None,
 ) -> dict[str, GateResult]:
     precision, preprocess = classifier.precision, classifier.manifest.preprocess
     drawn = classifier.backend.run(patterns(preprocess.size))
     unknown = np.full(len(drawn.logits), -1)
-    results = {"patterns": compare(precision, reference.patterns, drawn, unknown)}
+    results = {"patterns": compare(precision, reference.patterns, drawn, unknown, factors)}
     if found:
         places = list(found)
         expected = chosen(reference.images, places)
         label = f"asking the {precision} graph"
         answers = ask_backend(classifier.backend, preprocess, list(found.values()), label)
-        results["images"] = compare(precision, expected, answers, reference.labels[places])
+        labels = reference.labels[places]
+        results["images"] = compare(precision, expected, answers, labels, factors)
     return results
 
 

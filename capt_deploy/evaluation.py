@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from capt_deploy.distance_aware import applied
 from capt_deploy.errors import ConfigError
 from capt_deploy.metrics import Ints, all_metrics, softmax
 
@@ -21,12 +22,16 @@ class Scores:
     """Logits of one split over all classes, tuned beside zero-shot."""
 
     labels: Ints  # (samples,)
-    tuned: NDArray[np.floating]  # (samples, classes), scaled and calibrated
+    # (samples, classes), scaled and calibrated, but without the factors below
+    tuned: NDArray[np.floating]
     # Likewise, each model by its own temperature; None where the frozen model is not at hand, as
     # in a bundle whose visual side was tuned.
     zero_shot: NDArray[np.floating] | None
     temperature: float = 1.0  # that `tuned` has been divided by
     zero_shot_temperature: float = 1.0
+    # (classes,) of distance-aware calibration; None without it. Which one an image gets depends on
+    # the classes that it is measured among.
+    factors: NDArray[np.floating] | None = None
 
 
 def harmonic_mean(base: float, new: float) -> float:
@@ -64,7 +69,7 @@ def evaluate(
     }
     if is_tuned.all():  # nothing is new, so base and all would say the same twice
         columns["base"] = columns["new"]
-    report = _measure(scores.labels, scores.tuned, columns, scope)
+    report = _measure(scores.labels, scores.tuned, columns, scope, scores.factors)
     if scope and report[scope] is None:
         raise ConfigError(f"no images of {scope!r} classes to evaluate; was the run tuned on all?")
     raw = scores.tuned * scores.temperature
@@ -85,13 +90,17 @@ def _measure(
     logits: NDArray[np.floating],
     columns: Mapping[str, NDArray[np.int64]],
     scope: str | None,
+    factors: NDArray[np.floating] | None = None,
 ) -> Report:
     report: Report = {}
     for name in SCOPES:
         rows = np.flatnonzero(np.isin(labels, columns[name]))
         if scope in (None, name) and len(rows):
             own = np.searchsorted(columns[name], labels[rows])
-            report[name] = all_metrics(softmax(logits[rows][:, columns[name]]), own)
+            among = logits[rows][:, columns[name]]
+            if factors is not None:
+                among = applied(among, factors[columns[name]])
+            report[name] = all_metrics(softmax(among), own)
         else:
             report[name] = None
     both = report["base"] and report["new"]

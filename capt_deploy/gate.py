@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from capt_deploy.backends import Outputs
 from capt_deploy.console import table
+from capt_deploy.distance_aware import aligned
 from capt_deploy.metrics import (
     accuracy,
     expected_calibration_error,
@@ -141,7 +142,11 @@ def _may_tip(images: int, agreement: float) -> int:
 
 
 def compare(
-    precision: str, expected: Outputs, found: Outputs, labels: NDArray[np.int64]
+    precision: str,
+    expected: Outputs,
+    found: Outputs,
+    labels: NDArray[np.int64],
+    factors: NDArray[np.float32] | None = None,
 ) -> GateResult:
     """Return how far `found` is from `expected`.
 
@@ -150,8 +155,14 @@ def compare(
         expected: of the float32 torch model.
         found: of the graph, for the same images in the same order.
         labels: (images,) class of each image; -1 where it is not known.
+        factors: (classes,) those of distance-aware calibration.
     """
-    difference = np.abs(found.logits - expected.logits)
+    logits, probabilities = found.logits, found.probabilities
+    same = logits.argmax(axis=1) == expected.logits.argmax(axis=1)
+    if factors is not None:
+        logits = aligned(logits, expected.logits, factors)
+        probabilities = np.where(same[:, np.newaxis], probabilities, softmax(logits))
+    difference = np.abs(logits - expected.logits)
     cosine = (found.embedding * expected.embedding).sum(axis=1)
     known = labels >= 0
     changes: tuple[float | None, ...] = (None, None, None)
@@ -159,7 +170,6 @@ def compare(
         own, reference = (softmax(part.logits[known]) for part in (found, expected))
         measures = (accuracy, expected_calibration_error, negative_log_likelihood)
         changes = tuple(m(own, labels[known]) - m(reference, labels[known]) for m in measures)
-    same = found.logits.argmax(axis=1) == expected.logits.argmax(axis=1)
     return GateResult(
         precision,
         len(labels),
@@ -167,7 +177,7 @@ def compare(
         float(same.mean()),
         float(difference.max()),
         float(difference.mean()),
-        float(np.abs(found.probabilities - expected.probabilities).max()),
+        float(np.abs(probabilities - expected.probabilities).max()),
         float(cosine.min()),
         *changes,
     )

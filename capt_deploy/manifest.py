@@ -11,6 +11,7 @@ from capt_deploy.preprocess import PreprocessConfig
 SCHEMA_VERSION = 1
 # The second one only where the graph's embeddings are also those of the frozen model.
 _CALIBRATIONS = ({"temperature", "zero_shot_temperature"}, {"temperature"})
+DISTANCE_AWARE = "distance_aware"  # True beside them where the graph has the factors of DAC
 METADATA_KEY = "capt_manifest"  # under which an ONNX file carries its manifest
 PRECISION_KEY = "capt_precision"  # and which of the manifest's graphs it is
 
@@ -123,8 +124,13 @@ class Manifest:
                     f"{where}: the {precision} graph takes {graph.layout} {graph.dtype}, this "
                     f"reader knows NHWC uint8; upgrade capt"
                 )
-            if set(self.calibration.get(precision, {})) not in _CALIBRATIONS:
+            calibration = self.calibration.get(precision, {})
+            if set(calibration) - {DISTANCE_AWARE} not in _CALIBRATIONS:
                 raise BundleError(f"{where}: expected {sorted(_CALIBRATIONS[0])} of {precision}")
+            if calibration.get(DISTANCE_AWARE, True) is not True:
+                raise BundleError(
+                    f"{where}: {DISTANCE_AWARE} of {precision}: expected true or none"
+                )
         if not self.graphs:
             raise BundleError(f"{where}: names no graph")
 

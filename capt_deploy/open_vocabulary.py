@@ -7,7 +7,7 @@ and the tokenizer. Texts are cleaned as open_clip cleans them, by the same libra
 import html
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 from capt_deploy.backends.onnxruntime import start_session
 from capt_deploy.bundle import Bundle
 from capt_deploy.class_names import distinct_names
+from capt_deploy.distance_aware import TunedTexts, applied
 from capt_deploy.errors import BundleError, ConfigError
 from capt_deploy.manifest import OpenVocabulary
 from capt_deploy.metrics import softmax
 
+ROWS = ("rows", "hand_written")  # outputs of the graph; the second one with DAC only
 _AT_ONCE = 64  # names
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -95,7 +97,7 @@ class TextSide:
         Args:
             record: what the manifest says of it.
             tokenizer: the content of `tokenizer.json`.
-            onnx: the graph, `tokens` (classes, prompts, tokens) to `rows` (classes, dim), or its
+            onnx: the graph, `tokens` (classes, prompts, tokens) to `ROWS` (classes, dim), or its
                 file, which then must be one that nobody else can change.
             folder: where weights lie that are not in the graph's own file.
 
@@ -129,9 +131,20 @@ class TextSide:
         Raises:
             ConfigError: a name is too long for the text tower.
         """
+        return self._run(names, ROWS[:1])[0]
+
+    def both_rows(self, names: Sequence[str]) -> list[NDArray[np.float32]]:
+        """Return these and t⁰_c, (classes, dim) unit norm; of graphs made for DAC only.
+
+        Raises:
+            ConfigError: a name is too long for the text tower.
+        """
+        return self._run(names, ROWS)
+
+    def _run(self, names: Sequence[str], outputs: Sequence[str]) -> list[NDArray[np.float32]]:
         batches = [names[start : start + _AT_ONCE] for start in range(0, len(names), _AT_ONCE)]
-        parts = [self._session.run(["rows"], {"tokens": self.tokens.rows(b)})[0] for b in batches]
-        return np.concatenate(parts)
+        parts = [self._session.run([*outputs], {"tokens": self.tokens.rows(b)}) for b in batches]
+        return [np.concatenate(own) for own in zip(*parts, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +155,9 @@ class Head:
     tuned: tuple[bool, ...]
     weight: NDArray[np.float32]  # (classes, dim), over the temperature
     bias: NDArray[np.float32]  # (classes,)
+    # Of distance-aware calibration, (classes,), and what those of further classes come from
+    factors: NDArray[np.float32] | None = None
+    tuned_texts: TunedTexts | None = None
 
     @classmethod
     def of(cls, bundle: Bundle, precision: str) -> "Head":
@@ -153,7 +169,15 @@ class Head:
         weight, bias = (tensors[name] * factor for name in ("text_embeddings", "bias"))
         if len(weight) != len(manifest.class_names):
             raise BundleError(f"{bundle.path}: has {len(weight)} rows, expected one for each class")
-        return cls(manifest.class_names, manifest.tuned, weight, bias)
+        head = cls(manifest.class_names, manifest.tuned, weight, bias)
+        if (factors := bundle.factors(precision)) is None:
+            return head
+        texts = [tensors.get(name) for name in ("tuned_rows", "tuned_hand_written")]
+        if texts[0] is None or texts[1] is None:
+            raise BundleError(
+                f"{bundle.path}: knows no factors of further classes; export it again"
+            )
+        return replace(head, factors=factors, tuned_texts=TunedTexts(texts[0], texts[1]))
 
     def with_classes(self, texts: TextSide, names: Iterable[str], temperature: float) -> "Head":
         """Return the head with further classes behind its own.
@@ -164,18 +188,26 @@ class Head:
         new = distinct_names(names, self.class_names)
         if not new:
             return self
-        rows = texts.rows(new) / np.float32(temperature)
+        factors = self.factors
+        if factors is None or self.tuned_texts is None:
+            rows = texts.rows(new)
+        else:
+            rows, hand_written = texts.both_rows(new)
+            factors = np.concatenate([factors, self.tuned_texts.factors(rows, hand_written)])
         bias = np.full(len(new), texts.logit_bias / temperature, np.float32)
         return Head(
             (*self.class_names, *new),
             (*self.tuned, *[False] * len(new)),
-            np.concatenate([self.weight, rows]),
+            np.concatenate([self.weight, rows / np.float32(temperature)]),
             np.concatenate([self.bias, bias]),
+            factors,
+            self.tuned_texts,
         )
 
     def logits(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the calibrated logits, (batch, classes), of unit-norm embeddings."""
-        return np.asarray(embedding @ self.weight.T + self.bias, np.float32)
+        logits = np.asarray(embedding @ self.weight.T + self.bias, np.float32)
+        return logits if self.factors is None else applied(logits, self.factors)
 
     def probabilities(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return their softmax."""

@@ -9,6 +9,7 @@ from capt_deploy.bundle import Bundle, open_bundle
 from capt_deploy.classifier import Classifier, running_on
 from capt_deploy.console import progress, say
 from capt_deploy.datasets import read_dataset
+from capt_deploy.distance_aware import undone
 from capt_deploy.errors import BundleError, DataError
 from capt_deploy.evaluation import Pair, Report, Scores, evaluate
 
@@ -49,12 +50,14 @@ def evaluate_bundle(
         raise DataError(f"{data}: none of the {len(items)} images in split {split!r} is readable")
     manifest = bundle.manifest
     calibration = manifest.calibration[classifier.precision]
+    factors, tuned = bundle.factors(classifier.precision), np.concatenate(logits)
     scores = Scores(
         np.asarray(labels),
-        np.concatenate(logits),
+        tuned if factors is None else undone(tuned, factors),
         None if zero_shot is None else np.concatenate(embeddings) @ zero_shot.T,
         calibration["temperature"],
         calibration.get("zero_shot_temperature", 1.0),
+        factors,
     )
     report = evaluate(scores, manifest.class_names, manifest.tuned, _pairs(bundle), scope)
     report["skipped"] = skipped

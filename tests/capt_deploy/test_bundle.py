@@ -202,3 +202,35 @@ def test_damage_inside_the_compressed_data_is_a_bundle_error(folder: Path) -> No
     path.write_bytes(data)
     with pytest.raises(BundleError, match=r"cannot read model\.onnx"):
         open_bundle(path).graph()
+
+
+AWARE = {"fp32": {**CALIBRATION, "distance_aware": True}, "fp16": CALIBRATION}
+
+
+def write_factors(folder: Path, **tensors: np.ndarray) -> Bundle:
+    rows = save({**ROWS, **tensors})
+    files = {**FILES, TEXT_EMBEDDINGS: rows}
+    records = {name: record(data) for name, data in files.items()}
+    bundle = write_folder(folder, calibration=AWARE, files=records)
+    (bundle / TEXT_EMBEDDINGS).write_bytes(rows)
+    return open_bundle(bundle)
+
+
+def test_factors_are_there_where_a_graph_has_them(tmp_path: Path) -> None:
+    bundle = write_factors(tmp_path / "a", factors=np.array([1, 0.9], np.float32))
+    factors = bundle.factors("fp32")
+    assert factors is not None
+    np.testing.assert_array_equal(factors, np.array([1, 0.9], np.float32))
+    assert bundle.factors("fp16") is None
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {},
+        *({"factors": np.array(own, np.float32)} for own in ([1.0], [1, 0], [1, np.nan], [[1, 1]])),
+    ],
+)
+def test_factors_that_cannot_be_are_refused(tmp_path: Path, tensors: dict[str, Any]) -> None:
+    with pytest.raises(BundleError, match="a factor above 0 for each of its classes"):
+        write_factors(tmp_path / "a", **tensors).factors("fp32")

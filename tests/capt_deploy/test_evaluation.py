@@ -1,5 +1,7 @@
 """The report: whose columns count in which scope, what tuning repaired and what it broke."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -118,6 +120,22 @@ def test_uncalibrated_figures_are_those_of_temperature_1() -> None:
     for scope in ("base", "new", "all"):
         assert before[scope] == pytest.approx(wanted[scope])
         assert before["zero_shot"][scope] == pytest.approx(wanted["zero_shot"][scope])
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 1000))
+def test_factors_are_those_of_the_most_probable_class_in_each_scope(seed: int) -> None:
+    plain = scores(seed)
+    factors = [1.0, 0.5, 1.0, 1.0, 1.4]
+    given = replace(plain, temperature=2.0, factors=np.array(factors))
+    report, without = (evaluate(own, NAMES, TUNED, PAIRS) for own in (given, plain))
+    for scope, own in (("base", [0, 2, 3]), ("new", [1, 4]), ("all", [0, 1, 2, 3, 4])):
+        scaled = np.array([[factors[top(row, own)] * z for z in row] for row in given.tuned])
+        assert report[scope] == pytest.approx(by_hand(given, scaled, own))
+        assert report["uncalibrated"][scope] == pytest.approx(by_hand(given, 2 * given.tuned, own))
+    assert report["base"] == without["base"]
+    assert report["confusion"] == without["confusion"]
+    assert report["zero_shot"] == without["zero_shot"]
 
 
 def test_a_run_tuned_on_all_classes_has_only_the_scope_all() -> None:

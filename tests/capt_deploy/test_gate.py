@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from capt_deploy.backends import Outputs
+from capt_deploy.distance_aware import applied
 from capt_deploy.gate import LIMITS, GateResult, compare, gate_table
 from capt_deploy.metrics import accuracy, expected_calibration_error, softmax
 
@@ -34,6 +35,21 @@ def test_differences_are_the_ones_by_hand() -> None:
     assert result.nll_difference == pytest.approx(nll[0] - nll[1])
     top = abs(1 / (1 + np.exp(-1.0)) - 1 / (1 + np.exp(1.0)))
     assert result.max_probability_difference == pytest.approx(top, abs=1e-6)
+
+
+def test_the_jump_of_a_factor_with_the_class_is_no_difference_beside_that_of_the_class() -> None:
+    factors = np.array([1.0, 0.8], np.float32)
+    expected = answers(applied(np.array([[5.0, 4.99], [0.0, 3.0]], np.float32), factors))
+    found = answers(applied(np.array([[4.99, 5.0], [0.0, 3.1]], np.float32), factors))
+    result = compare("fp16", expected, found, np.array([-1, -1]), factors)
+    assert result.top1_agreement == 0.5
+    assert result.max_logit_difference == pytest.approx(0.08, abs=1e-4)  # 0.8 · 0.1
+    assert result.max_probability_difference < 0.01
+    assert compare("fp16", expected, found, np.array([-1, -1])).max_logit_difference > 0.9
+    # without another class a wrong factor is one
+    wrong = answers(found.logits * np.array([[1.0], [1.1]], np.float32))
+    result = compare("fp16", expected, wrong, np.array([-1, -1]), factors)
+    assert result.max_logit_difference == pytest.approx(0.8 * (3.1 * 1.1 - 3), abs=1e-4)
 
 
 def test_without_labels_accuracy_is_not_judged() -> None:

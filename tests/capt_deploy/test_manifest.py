@@ -73,6 +73,16 @@ def test_every_graph_needs_its_calibration() -> None:
         Manifest.from_dict(as_json(calibration={"fp32": CALIBRATION}), "here")
 
 
+def test_a_graph_may_say_that_it_is_distance_aware() -> None:
+    own = {**CALIBRATION, "distance_aware": True}
+    read = Manifest.from_dict(as_json(calibration={"fp32": own, "fp16": CALIBRATION}), "here")
+    assert read.calibration["fp32"]["distance_aware"] is True
+    for wrong in (False, 1, 0.5, "yes", None):
+        own["distance_aware"] = wrong
+        with pytest.raises(BundleError, match="distance_aware of fp32: expected true or none"):
+            Manifest.from_dict(as_json(calibration={"fp32": own, "fp16": CALIBRATION}), "here")
+
+
 def test_confused_pairs_must_name_the_bundles_own_classes() -> None:
     values = as_json(confusion_pairs=[{"true": "dragon", "predicted": "dragon", "count": 1}])
     with pytest.raises(BundleError, match="unknown classes"):
