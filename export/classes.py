@@ -60,9 +60,6 @@ def with_classes(source: Source, models: Sequence[TunedModel], names: Sequence[s
     _refuse_spellings(new, source.class_names)
     known |= {name: len(source.class_names) + place for place, name in enumerate(new)}
     chosen = [known[name] for name in names]
-    zero_shot = source.zero_shot
-    if zero_shot is not None:
-        zero_shot = torch.cat([zero_shot, hand_written_rows(models, new)])[chosen]
     tuned = (*source.tuned, *[False] * len(new))
     places = {row: place for place, row in enumerate(chosen)}
     listed = set(names)
@@ -71,7 +68,7 @@ def with_classes(source: Source, models: Sequence[TunedModel], names: Sequence[s
         class_names=names,
         tuned=tuple(tuned[row] for row in chosen),
         rows=torch.cat([source.rows, untuned_rows(models, new)])[chosen],
-        zero_shot=zero_shot,
+        hand_written=torch.cat([source.hand_written, hand_written_rows(models, new)])[chosen],
         pairs=tuple(p for p in source.pairs if {p["true"], p["predicted"]} <= listed),
         gate_images=_relabelled(source.gate_images, places),
         training_images=_relabelled(source.training_images, places),

@@ -20,6 +20,7 @@ from capt_deploy.version import __version__
 @click.option("--int8", is_flag=True, help="Products in int8 where the logits bear it.")
 @click.option("--classes", type=PathInHome(), help="Names, one a line: a row for each of these.")
 @click.option("--open-vocab", "open_vocabulary", is_flag=True, help="Add the text side; see below.")
+@click.option("--dac", "distance_aware", is_flag=True, help="Calibrate new classes by distance.")
 @click.option("--triton", type=PathInHome(), help="Write a model repository for Triton as well.")
 @click.option("--opset", default=20, show_default=True, help="23 has an Attention operator.")
 @click.option("--gate-data", type=PathInHome(), help="Check on these images; see below.")
@@ -49,7 +50,9 @@ def main(
     gets a graph in the same bundle, and the runtime picks.
 
     --classes may also name classes that the run does not know: they get the learned prompts. With
-    --open-vocab, classes can be added to the bundle where it is used, without torch.
+    --open-vocab, classes can be added to the bundle where it is used, without torch. With --dac,
+    images that are taken for a class outside training get another confidence: less, the further
+    tuning has moved that class from those tuned on. docs/export.md says what this gains.
 
     --check asks the graphs of a bundle again, on this machine; --gate-data is then where the
     images lie, which may be left out. It needs no torch.

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from capt_deploy.backends import Outputs, joined
 from capt_deploy.batches import frugal_batch, preprocess_files
@@ -77,6 +78,9 @@ def _torch_answers(source: Source, pixels: NDArray[np.uint8]) -> Outputs:
     embedding = source.learner.image_embeddings(torch.from_numpy(pixels)).cpu()
     head = source.head
     logits = embedding @ head.weight.T + head.bias
+    if source.factors is not None:  # not as the graph looks them up
+        most_probable = functional.one_hot(logits.argmax(dim=1), len(source.factors))
+        logits = logits * (most_probable * source.factors).sum(dim=1, keepdim=True)
     return Outputs(logits.numpy(), logits.softmax(dim=1).numpy(), embedding.numpy())
 
 

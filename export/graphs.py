@@ -72,13 +72,18 @@ def trace_precision(source: Source, precision: str, opset: int, expected: Output
     # TensorRT has no float32 kernel for the operator.
     fused = opset >= _FUSED_OPSET and precision != FP32
     network = VisualClassifier(
-        backbone, source.head, source.learner.visual, fused_attention=fused
+        *(backbone, source.head, source.learner.visual),
+        factors=source.factors,
+        fused_attention=fused,
     ).eval()
-    quantisation = None
+    quantisation, factors = None, network.factors
     with torch.no_grad():
         _compare_network(network, backbone.preprocess.size, expected)
         if precision == INT8:
+            # What rounding does to logits must not jump with the class whose factor they get.
+            network.factors = None
             quantisation = quantize(network, _training_pixels(source))
+            network.factors = factors
             say(f"int8: {100 * quantisation.work:.0f} % of the products")
         network.lower(DTYPES[precision])
     graph = trace(network, *backbone.preprocess.size, precision, opset)

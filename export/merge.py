@@ -63,7 +63,7 @@ def merged(models: Sequence[TunedModel], gate_data: str | Path | None = None) ->
         raise ConfigError(f"merging: {cause}, for all runs alike, with --class-names") from cause
     own = {n for m in models for n, flag in zip(m.class_names, m.tuned, strict=True) if flag}
     tuned = tuple(name in own for name in names)
-    rows, zero_shot = _rows(models, names), _zero_shot(models, names)
+    rows, hand_written = _rows(models, names), _hand_written(models, names)
     given = None if gate_data is None else expand_home(gate_data)
     moved = given is not None and all(is_the_data_set(m.split, root_of(given)) for m in models)
     train, val = (
@@ -74,15 +74,16 @@ def merged(models: Sequence[TunedModel], gate_data: str | Path | None = None) ->
         shown = tuple(other_photos(given, names))
         if not any(photo.path.is_file() for photo in val):
             val = shown
-    temperatures = _temperatures(models, val, names, tuned, (rows, zero_shot))
+    temperatures = _temperatures(models, val, names, tuned, (rows, hand_written))
     return Source(
         learner=models[0].learner,
         class_names=names,
         tuned=tuned,
         rows=rows,
         temperature=temperatures[0],
-        zero_shot=zero_shot,
+        hand_written=hand_written,
         zero_shot_temperature=temperatures[1],
+        moves_images=False,
         pairs=mined_pairs(models),
         training=_provenance(models),
         gate_images=shown,
@@ -121,7 +122,9 @@ def _rows(models: Sequence[TunedModel], names: Sequence[str]) -> Float[Tensor, "
     return torch.stack([rows[name] for name in names])
 
 
-def _zero_shot(models: Sequence[TunedModel], names: Sequence[str]) -> Float[Tensor, "classes dim"]:
+def _hand_written(
+    models: Sequence[TunedModel], names: Sequence[str]
+) -> Float[Tensor, "classes dim"]:
     if len({model.config.templates for model in models}) > 1:
         return hand_written_rows(models, names)
     known = {n: row for m in models for n, row in zip(m.class_names, m.zero_shot, strict=True)}

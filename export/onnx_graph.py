@@ -158,6 +158,7 @@ def to_onnx(
     if program is None:
         raise ModelError("the exporter returned no graph")
     _strip(program.model)
+    _rename_doubles(program.model)
     return program.model
 
 
@@ -174,3 +175,15 @@ def _strip(model: Any) -> None:
         part.metadata_props.clear()
     for function in [*model.functions]:
         del model.functions[function]
+
+
+def _rename_doubles(model: Any) -> None:
+    """Give a name of their own to values which the exporter named after an operator.
+
+    Outputs get their names last, and one may be an operator's, such as `embedding`.
+    """
+    outputs = {value.name: value for value in model.graph.outputs}
+    for node in model.graph:
+        for value in node.outputs:
+            if outputs.get(value.name, value) is not value:
+                value.name = f"{value.name}.inner"

@@ -1,7 +1,8 @@
 """What is exported: a row for each class over one visual side, and real images to prove it on."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from capt_deploy.console import say
 from capt_deploy.datasets import SPLITS, Item, read_dataset
+from capt_deploy.distance_aware import TunedTexts
 from capt_deploy.errors import DataError
 from capt_deploy.files import expand_home, sha256_file, visible_files
 from capt_deploy.version import __version__
+from capt_train.distance_aware import distance_aware_factors, tuned_texts
 from capt_train.fewshot import FewShotSplit
 from capt_train.learner import Learner
 from capt_train.run import TunedModel
@@ -44,13 +47,15 @@ class Source:
     tuned: tuple[bool, ...]
     rows: Float[Tensor, "classes dim"]  # Ŵ_c, never renormalised
     temperature: float
-    # Hand-written t⁰ and its temperature; None where the images' embeddings are not the frozen ones
-    zero_shot: Float[Tensor, "classes dim"] | None
-    zero_shot_temperature: float
+    hand_written: Float[Tensor, "classes dim"]  # t⁰, unit norm
+    zero_shot_temperature: float  # of the frozen model
+    moves_images: bool  # whether the images' embeddings are not the frozen model's
     pairs: tuple[Mapping[str, Any], ...]  # who is mistaken for whom, worst first
     training: Mapping[str, Any]  # provenance
     gate_images: tuple[Photo, ...]
     training_images: tuple[Photo, ...]  # for the ranges of int8
+    # With DAC: the classes tuned on, also those that are not exported
+    tuned_texts: TunedTexts | None = None
 
     @property
     def head(self) -> Head:
@@ -60,9 +65,17 @@ class Source:
     @property
     def zero_shot_head(self) -> Head | None:
         """The same of the frozen model with the hand-written prompt."""
-        if self.zero_shot is None:
+        if self.moves_images:
             return None
-        return folded(self.learner.backbone, self.zero_shot, self.zero_shot_temperature)
+        return folded(self.learner.backbone, self.hand_written, self.zero_shot_temperature)
+
+    @cached_property
+    def factors(self) -> Float[Tensor, " classes"] | None:
+        """γ_c of distance-aware calibration (METHOD 8); None without it."""
+        if self.tuned_texts is None:
+            return None
+        tuned = torch.tensor(self.tuned)
+        return distance_aware_factors(self.rows, self.hand_written, tuned, self.tuned_texts)
 
 
 def source_of(model: TunedModel, gate_data: str | Path | None = None) -> Source:
@@ -95,13 +108,20 @@ def source_of(model: TunedModel, gate_data: str | Path | None = None) -> Source:
         tuned=model.tuned,
         rows=model.text_embeddings,
         temperature=model.fitted.temperature,
-        zero_shot=None if model.moves_images else model.zero_shot,
+        hand_written=model.zero_shot,
         zero_shot_temperature=model.fitted.zero_shot_temperature,
+        moves_images=model.moves_images,
         pairs=mined_pairs([model]),
         training=provenance(model),
         gate_images=tuple(chosen),
         training_images=tuple(train),
     )
+
+
+def distance_aware(source: Source) -> Source:
+    """Return the source with DAC: other classes are measured to its tuned ones, listed or not."""
+    texts = tuned_texts(source.rows, source.hand_written, torch.tensor(source.tuned))
+    return replace(source, tuned_texts=texts)
 
 
 def root_of(data: Path) -> Path:

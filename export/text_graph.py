@@ -15,12 +15,12 @@ from capt_deploy.console import say
 from capt_deploy.errors import GateError
 from capt_deploy.files import write_bytes
 from capt_deploy.manifest import OpenVocabulary
-from capt_deploy.open_vocabulary import TextSide
+from capt_deploy.open_vocabulary import ROWS, TextSide
 from capt_train.backbone import Backbone
 from capt_train.prompt import PromptLearner
 from capt_train.run import TunedModel
 from capt_train.semantic_experts import SemanticExperts
-from export.classes import untuned_rows
+from export.classes import hand_written_rows, untuned_rows
 from export.onnx_graph import OPSET, OnnxGraph, external_name, to_onnx
 from export.precision import FP32
 from export.tokenizer import cleaning_of, prove_tokens, tokenizer_json
@@ -40,9 +40,12 @@ class _Share:
 
 
 class TextRows(nn.Module):
-    """Token ids to scale·Ŵ_c of classes that no run was tuned on; see `untuned_rows`."""
+    """Token ids to scale·Ŵ_c of classes that no run was tuned on; see `untuned_rows`.
 
-    def __init__(self, models: Sequence[TunedModel]) -> None:
+    With `hand_written` also to t⁰_c by all templates of the runs; see `hand_written_rows`.
+    """
+
+    def __init__(self, models: Sequence[TunedModel], *, hand_written: bool = False) -> None:
         """Take the text tower of the first run, and of each what was learned for it."""
         super().__init__()
         self._backbone = models[0].backbone
@@ -53,7 +56,9 @@ class TextRows(nn.Module):
             m.config.templates if m.fitted.mixture.outside[0] or not m.learner.prompts else ()
             for m in models
         ]
-        self._templates = [*dict.fromkeys(template for own in written for template in own)]
+        self.hand_written = hand_written
+        needed = [m.config.templates for m in models] if hand_written else written
+        self._templates = [*dict.fromkeys(template for own in needed for template in own)]
         self._learned = [own for model in models for own in _learned(model)]
         places = iter(range(len(self._templates), len(self._templates) + len(self._learned)))
         self._shares = [
@@ -81,15 +86,18 @@ class TextRows(nn.Module):
 
     def forward(
         self, tokens: Int[Tensor, "classes prompts tokens"]
-    ) -> Float[Tensor, "classes dim"]:
-        """Return the rows, never renormalised."""
+    ) -> tuple[Float[Tensor, "classes dim"], ...]:
+        """Return the rows, never renormalised; and those of the hand-written prompt, unit norm."""
         count = len(self._templates)
         by_template = None
         if count:
             flat = self._backbone.encode(tokens[:, :count].flatten(0, 1))
             by_template = flat.unflatten(0, (-1, count))
         rows = [self._rows(share, tokens, by_template) for share in self._shares]
-        return self._backbone.scale * torch.stack(rows).mean(dim=0)
+        mixed = self._backbone.scale * torch.stack(rows).mean(dim=0)
+        if not self.hand_written or by_template is None:
+            return (mixed,)
+        return mixed, functional.normalize(by_template.mean(dim=1), dim=-1)
 
     def _rows(
         self, share: _Share, tokens: Tensor, by_template: Tensor | None
@@ -115,7 +123,11 @@ def _learned(model: TunedModel) -> list[PromptLearner]:
 
 @torch.no_grad()
 def write_open_vocabulary(
-    models: Sequence[TunedModel], folder: Path, names: Sequence[str]
+    models: Sequence[TunedModel],
+    folder: Path,
+    names: Sequence[str],
+    *,
+    hand_written: bool = False,
 ) -> OpenVocabulary:
     """Write `text.onnx` and `tokenizer.json`, and make sure that they say what the training says.
 
@@ -123,6 +135,7 @@ def write_open_vocabulary(
         models: the run, or the runs that were merged.
         folder: of the bundle.
         names: of its classes, to try it on.
+        hand_written: let the graph give hand-written rows too, as factors of DAC need them.
 
     Returns:
         What the manifest says of them.
@@ -132,7 +145,7 @@ def write_open_vocabulary(
         GateError: the graph gives other rows.
     """
     say("tracing the text graph")
-    backbone, network = models[0].backbone, TextRows(models).eval()
+    backbone, network = models[0].backbone, TextRows(models, hand_written=hand_written).eval()
     tokens = network.tokens(names)
     graph = _traced(network, tokens, backbone)
     record = _record(network, backbone)
@@ -143,7 +156,7 @@ def write_open_vocabulary(
     graph.write(folder / record.file)
     texts = TextSide(record, tokenizer, folder / record.file, folder if graph.external else None)
     prove_tokens(texts.tokens, backbone.tokens, tokens.cpu(), names)
-    prove_rows(texts, models, names[:_PROBED])
+    prove_rows(texts, models, names[:_PROBED], hand_written=hand_written)
     return record
 
 
@@ -156,7 +169,8 @@ def _traced(
         axes[2] = torch.export.Dim("tokens", max=tokens.shape[2])
         example = example[:, :, :-1]
     network(example)  # what the tower finds out about itself must not be traced
-    model = to_onnx(network, ("tokens", example, axes), ["rows"], OPSET, "the text tower")
+    outputs = ROWS if network.hand_written else ROWS[:1]
+    model = to_onnx(network, ("tokens", example, axes), outputs, OPSET, "the text tower")
     return OnnxGraph(model, OPSET, FP32)
 
 
@@ -171,7 +185,13 @@ def _record(network: TextRows, backbone: Backbone) -> OpenVocabulary:
     )
 
 
-def prove_rows(texts: TextSide, models: Sequence[TunedModel], names: Sequence[str]) -> None:
+def prove_rows(
+    texts: TextSide,
+    models: Sequence[TunedModel],
+    names: Sequence[str],
+    *,
+    hand_written: bool = False,
+) -> None:
     """Make sure that a written graph gives the rows that the training gives.
 
     Raises:
@@ -182,6 +202,9 @@ def prove_rows(texts: TextSide, models: Sequence[TunedModel], names: Sequence[st
     # There are no images here; texts' embeddings show as well by how much logits may differ.
     shown = backbone.class_embeddings(names, models[0].config.templates).cpu().numpy()
     difference = float(np.abs((texts.rows(names) - expected) @ shown.T).max())
+    if hand_written:
+        written = hand_written_rows(models, names).cpu().numpy()
+        difference = max(difference, float(np.abs(texts.both_rows(names)[1] - written).max()))
     if not difference <= _LIMIT:  # nor if it is no number
         raise GateError(
             f"the text graph gives rows whose logits differ by {difference:.2g} from those of the "

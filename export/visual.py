@@ -27,6 +27,7 @@ class VisualClassifier(nn.Module):
     offset: Tensor
     weight: Tensor
     bias: Tensor
+    factors: Tensor | None
 
     def __init__(
         self,
@@ -34,6 +35,7 @@ class VisualClassifier(nn.Module):
         head: Head,
         tuner: VisualTuner | None = None,
         *,
+        factors: Float[Tensor, " classes"] | None = None,
         fused_attention: bool = False,
     ) -> None:
         """Copy the visual tower; fold normalisation and colour map into its first convolution.
@@ -48,6 +50,7 @@ class VisualClassifier(nn.Module):
             backbone: whose tower is copied.
             head: the folded text side.
             tuner: what was trained inside the tower.
+            factors: γ_c of distance-aware calibration.
             fused_attention: write ONNX's Attention operator, which needs opset 23 and, for
                 TensorRT, half precision.
         """
@@ -68,6 +71,7 @@ class VisualClassifier(nn.Module):
         self.register_buffer("offset", offset.float())
         self.register_buffer("weight", head.weight.float()[:, :, None, None])
         self.register_buffer("bias", head.bias.float())
+        self.register_buffer("factors", None if factors is None else factors[:, None])
 
     def layers_read(self) -> tuple[nn.Module, ...]:
         """Return the tower's layers whose weights its tuning reads, so that they must stay."""
@@ -114,6 +118,8 @@ class VisualClassifier(nn.Module):
         # A convolution of one pixel: for Turing there are no float32 matrix products.
         logits = functional.conv2d(embedding[:, :, None, None], self.weight, self.bias)
         logits = logits.flatten(1)
+        if self.factors is not None:
+            logits = logits * functional.embedding(logits.argmax(dim=1), self.factors)
         return logits, logits.softmax(dim=-1), embedding
 
 

@@ -5,7 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from safetensors.torch import save
+from torch import Tensor
 
 from capt_deploy.bundle import MANIFEST, REFERENCE, REPORT, TEXT_EMBEDDINGS
 from capt_deploy.console import say
@@ -19,16 +21,17 @@ from capt_deploy.files import (
     write_json,
 )
 from capt_deploy.gate import GateResult, gate_table
-from capt_deploy.manifest import FileRecord, Manifest, OpenVocabulary
+from capt_deploy.manifest import DISTANCE_AWARE, FileRecord, Manifest, OpenVocabulary
 from capt_train.run import load_run
 from export.classes import with_classes
+from export.fold import Head
 from export.gate import Question, ask_torch
 from export.graphs import trace_precision
 from export.merge import merged
 from export.onnx_graph import OPSET, OPSETS
 from export.precision import FP32, PRECISIONS
 from export.prove import Proven, last_look, prove
-from export.source import Source, source_of
+from export.source import Source, distance_aware, source_of
 from export.text_graph import write_open_vocabulary
 
 
@@ -41,6 +44,7 @@ class ExportOptions:
     gate_images: int = 256  # at most
     force: bool = False  # write it, marked, although the gate has failed
     open_vocabulary: bool = False  # with the text side, for classes to be added later
+    distance_aware: bool = False  # with the factors of DAC for classes outside training
 
     def __post_init__(self) -> None:
         if unknown := set(self.precisions) - set(PRECISIONS):
@@ -77,18 +81,23 @@ def export_run(
         CaptError: the run cannot be loaded or exported, or `out` exists.
     """
     refuse_existing(expand_home(out), BundleError)
+    options = options or ExportOptions()
     runs = [run] if isinstance(run, str | Path) else run
     models = [load_run(own) for own in runs]
     model = models[0]
     source = source_of(model, gate_data) if len(models) == 1 else merged(models, gate_data)
+    if options.distance_aware:
+        source = distance_aware(source)
     if class_names is not None:
         source = with_classes(source, models, class_names)
-    options = options or ExportOptions()
+    if source.factors is not None and bool((source.factors == 1).all()):
+        say("note: --dac changes nothing here: the factors of all classes are 1")
 
     def begin(folder: Path) -> OpenVocabulary | None:
-        names = source.class_names
-        wanted = options.open_vocabulary
-        record = write_open_vocabulary(models, folder, names) if wanted else None
+        record = None
+        if options.open_vocabulary:
+            names, dac = source.class_names, options.distance_aware
+            record = write_open_vocabulary(models, folder, names, hand_written=dac)
         for other in models:  # their text sides are folded, and may outweigh the visual one
             other.backbone.free(text_only=other is model)
         return record
@@ -161,9 +170,11 @@ def _manifest(
     verified: bool,
 ) -> Manifest:
     """Return the manifest, without the hashes of its files and the names of second ones."""
-    zero_shot = (
-        {} if source.zero_shot is None else {"zero_shot_temperature": source.zero_shot_temperature}
-    )
+    others: dict[str, float] = {}
+    if not source.moves_images:
+        others["zero_shot_temperature"] = source.zero_shot_temperature
+    if source.factors is not None:
+        others[DISTANCE_AWARE] = True
     return Manifest(
         class_names=source.class_names,
         tuned=source.tuned,
@@ -172,7 +183,7 @@ def _manifest(
             precision: own.traced.graph.record(own.path.name) for precision, own in proven.items()
         },
         calibration={
-            precision: {"temperature": own.temperature, **zero_shot}
+            precision: {"temperature": own.temperature, **others}
             for precision, own in proven.items()
         },
         confusion_pairs=source.pairs,
@@ -195,10 +206,7 @@ def _write_files(
     for own in proven.values():
         own.traced.graph.write(own.path, described)
     head = source.head.cooled(first.temperature / source.temperature)
-    rows = {"text_embeddings": head.weight.contiguous(), "bias": head.bias}
-    if source.zero_shot_head is not None:
-        rows["zero_shot"] = source.zero_shot_head.weight.contiguous()
-    write_bytes(folder / TEXT_EMBEDDINGS, save(rows))
+    write_bytes(folder / TEXT_EMBEDDINGS, save(_texts(source, head, manifest)))
     write_bytes(folder / REFERENCE, question.reference.save())
     write_json(
         folder / REPORT,
@@ -212,3 +220,16 @@ def _write_files(
     for file in sorted(folder.iterdir()):
         records[file.name] = FileRecord(sha256_file(file), file.stat().st_size)
     write_json(folder / MANIFEST, replace(manifest, files=records).to_dict())
+
+
+def _texts(source: Source, head: Head, manifest: Manifest) -> dict[str, Tensor]:
+    """Return what `Bundle.text_embeddings` lists, of the first graph's head."""
+    texts = {"text_embeddings": head.weight.contiguous(), "bias": head.bias}
+    if source.zero_shot_head is not None:
+        texts["zero_shot"] = source.zero_shot_head.weight.contiguous()
+    if source.factors is not None:
+        texts["factors"] = source.factors
+    if source.tuned_texts is not None and manifest.open_vocabulary is not None:
+        texts["tuned_rows"] = torch.from_numpy(source.tuned_texts.rows)
+        texts["tuned_hand_written"] = torch.from_numpy(source.tuned_texts.hand_written)
+    return texts

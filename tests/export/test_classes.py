@@ -42,8 +42,8 @@ def test_new_classes_get_the_learned_prompts_and_the_weights_outside(
 def test_zero_shot_rows_are_the_hand_written_ones(text_model: TunedModel) -> None:
     other = with_classes(source_of(text_model), [text_model], ["red ball", *NEW])
     expected = text_model.backbone.class_embeddings(other.class_names, text_model.config.templates)
-    assert other.zero_shot is not None
-    torch.testing.assert_close(other.zero_shot, expected, atol=1e-6, rtol=0)
+    assert other.zero_shot_head is not None
+    torch.testing.assert_close(other.hand_written, expected, atol=1e-6, rtol=0)
 
 
 def test_images_and_pairs_follow_their_classes(text_model: TunedModel) -> None:
@@ -64,7 +64,7 @@ def test_images_and_pairs_follow_their_classes(text_model: TunedModel) -> None:
 def test_a_run_that_tunes_its_images_too_has_no_zero_shot_rows(tuned_run: Path) -> None:
     model = load_run(tuned_run)
     other = with_classes(source_of(model), [model], ["red ball", *NEW])
-    assert other.zero_shot is None
+    assert other.zero_shot_head is None
     assert other.learner.visual is not None
     assert other.rows.shape == (3, 32)
 

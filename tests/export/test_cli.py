@@ -4,6 +4,8 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 
+from capt_deploy.bundle import open_bundle
+from capt_deploy.classifier import Classifier
 from capt_deploy.gate import LIMITS
 from export.cli import main
 
@@ -58,6 +60,29 @@ def test_precisions_classes_and_triton_in_one_go(tuned_run, tmp_path):
     assert list(manifest["graphs"]) == ["fp16", "int8"]
     assert manifest["class_names"] == ["red ball", "zebra", "blue sky"]
     assert (tmp_path / "triton" / "x_onnx" / "config.pbtxt").is_file()
+
+
+def test_new_classes_can_be_calibrated_by_distance_where_all_else_is_asked_for(tuned_run, tmp_path):
+    (tmp_path / "names.txt").write_text("zebra\nred ball\n")
+    options = ("--dac", "--open-vocab", "--classes", tmp_path / "names.txt")
+    result = run(tuned_run, "--out", tmp_path / "x.capt", *options)
+    assert result.exit_code == 0, result.stderr
+    bundle = open_bundle(tmp_path / "x.capt")
+    assert bundle.manifest.calibration["fp32"]["distance_aware"] is True
+    factors = bundle.factors("fp32")
+    assert (factors != 1).all() and "changes nothing" not in result.stderr
+    classifier = Classifier.load(tmp_path / "x.capt")
+    classifier.add_classes(["old tractor"])
+    assert classifier.class_names == ("zebra", "red ball", "old tractor")
+
+
+def test_distances_that_change_nothing_are_said_to(tuned_run, tmp_path):
+    (tmp_path / "names.txt").write_text("blue sky\ngreen leaf\n")  # both were tuned on
+    result = run(
+        *(tuned_run, "--out", tmp_path / "x.capt", "--dac", "--classes", tmp_path / "names.txt")
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "--dac changes nothing" in result.stderr
 
 
 @pytest.mark.parametrize("triton", ["x.capt", "x.capt/triton", "."])

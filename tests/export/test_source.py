@@ -20,7 +20,7 @@ def test_its_head_gives_the_tuned_models_logits(model):
     images = torch.nn.functional.normalize(torch.randn(5, 32), dim=1)
     logits = images @ source.head.weight.T + source.head.bias
     torch.testing.assert_close(logits, model.logits(images), atol=1e-4, rtol=0)
-    assert source.zero_shot is None and source.zero_shot_head is None  # its images have moved
+    assert source.moves_images and source.zero_shot_head is None  # its images have moved
 
 
 def test_the_gates_images_are_the_runs_validation_images(model, photos):
