@@ -149,8 +149,9 @@ def start_session(
     options.enable_cpu_mem_arena = not frugal
     # Its own default is all cores of the machine, also where a container may use two of them.
     options.intra_op_num_threads = threads or usable_cores()
-    # Threads that wait by spinning take the cores away from those that decode the next images.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Threads that spin on after a run take the cores away from those that decode the next images;
+    # within a run spinning shortens the wait between its operators.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
     try:
         session = onnxruntime.InferenceSession(
