@@ -76,4 +76,4 @@ def test_the_file_tree_names_every_module():
 
 
 def test_it_fits_on_two_screens():
-    assert len(README.splitlines()) <= 165
+    assert len(README.splitlines()) <= 170

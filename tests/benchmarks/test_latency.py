@@ -10,6 +10,7 @@ import torch
 from benchmarks import latency
 from benchmarks.exported import Exported
 from benchmarks.plain_open_clip import PlainOpenClip
+from benchmarks.record import load_cells
 from capt_deploy.bench import BenchOptions
 from capt_deploy.bench_cases import Wanted
 from capt_deploy.bench_compare import compare_rows
@@ -94,3 +95,19 @@ def test_the_verdict_is_about_images_to_labels(
 ) -> None:
     line = latency.verdict(found)
     assert all(part in line for part in said)
+
+
+def test_the_readme_shows_what_was_measured() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    for name, measured in load_cells(latency.NAME).items():
+        own = {(one["backend"], one["precision"], one["batch"]): one for one in measured["rows"]}
+        factors = {
+            (one["backend"], one["precision"], one["batch"]): one["ratio"]
+            for one in measured["ratios"]
+        }
+        figures = []
+        for batch in (1, 32):
+            key = ("onnxruntime", "fp32", batch)
+            figures += [f"{own[key]['throughput_per_s']:.1f}", f"{factors[key]:.2f}"]
+        (line,) = [line for line in readme.splitlines() if line.startswith(f"| {name}, ")]
+        assert [text.strip() for text in line.strip("|").split("|")][1:] == figures

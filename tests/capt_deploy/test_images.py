@@ -137,7 +137,9 @@ BROKEN = {
 def test_a_broken_file_is_named_and_told_what_is_wrong(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(BROKEN[name])
-    with pytest.raises(ImageError, match=r"damaged or unreadable|no image of a format|not a readable image") as caught:
+    with pytest.raises(
+        ImageError, match=r"damaged or unreadable|no image of a format|not a readable image"
+    ) as caught:
         load_image(path)
     assert str(path) in str(caught.value)
 
