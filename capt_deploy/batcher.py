@@ -26,6 +26,10 @@ T = TypeVar("T")
 _own = threading.local()  # `queue` in the threads of a batcher
 
 
+def _nothing() -> None:
+    pass
+
+
 class Batcher(Generic[T]):
     """Answers single images in batches. Thread-safe.
 
@@ -85,11 +89,17 @@ class Batcher(Generic[T]):
             raise
         return request.future
 
-    def close(self, *, drain: bool = True) -> None:
-        """Answer what waits, or cancel it without `drain`; take nothing more. Idempotent."""
+    def close(self, *, drain: bool = True, after: Callable[[], None] = _nothing) -> None:
+        """Answer what waits, or cancel it without `drain`; take nothing more. Idempotent.
+
+        Args:
+            drain: answer what waits.
+            after: called when the last answer is given. In a callback of an answer, which cannot
+                wait for itself, that is after this returns.
+        """
         if not drain and self._process.is_this:
             self._queue.refuse(drain=False)
-        self._end()
+        self._end(after)
         self._at_end.detach()
 
 
@@ -156,19 +166,30 @@ def _answer(batch: list[Request[T]]) -> None:
 
 
 def _close(
-    queue: RequestQueue[T], pool: ThreadPoolExecutor, worker: threading.Thread, process: Process
+    queue: RequestQueue[T],
+    pool: ThreadPoolExecutor,
+    worker: threading.Thread,
+    process: Process,
+    after: Callable[[], None] = _nothing,
 ) -> None:
     """End a batcher when what waits has been answered."""
     if not process.is_this:  # a forked copy has none of these threads
         return
     queue.refuse(drain=True)
     if getattr(_own, "queue", None) is queue:  # called back by an answer: cannot wait for itself
-        threading.Thread(target=_end, args=(queue, pool, worker), name="capt-close").start()
+        last = (queue, pool, worker, after)
+        threading.Thread(target=_end, args=last, name="capt-close").start()
     else:
-        _end(queue, pool, worker)
+        _end(queue, pool, worker, after)
 
 
-def _end(queue: RequestQueue[T], pool: ThreadPoolExecutor, worker: threading.Thread) -> None:
+def _end(
+    queue: RequestQueue[T],
+    pool: ThreadPoolExecutor,
+    worker: threading.Thread,
+    after: Callable[[], None],
+) -> None:
     pool.shutdown()
     queue.finish("the classifier is closed; load it again")
     worker.join()
+    after()

@@ -211,8 +211,12 @@ class Classifier:
         with self._changing:
             self._closed = True
         if self._batcher is not None:
-            self._batcher.close(drain=drain)
-        self.backend.close()
+            self._batcher.close(drain=drain, after=self.backend.close)
+        else:
+            self.backend.close()
+
+    def __repr__(self) -> str:
+        return f"Classifier({len(self.class_names)} classes, {running_on(self)})"
 
     def __enter__(self) -> "Classifier":
         return self

@@ -84,10 +84,7 @@ def load_shrunk(
         if enough is not None and image is not source and image.format in ("JPEG", "MPO"):
             shrunk = _shrink_when_decoded(image, enough)
         image.load()
-        if image.mode == "F":
-            raise ImageError(
-                f"{name}: expected 8 or 16 bits a channel, came 32-bit floats; convert it first"
-            )
+        image = _usable(image, name)
         turn = _turn(image)
         box = None if shrunk is None else _turned(shrunk, image.size, turn)
         # Not ImageOps.exif_transpose: it writes all of EXIF anew and fails on a harmless broken
@@ -102,6 +99,17 @@ def load_shrunk(
     except (OSError, ValueError, SyntaxError, EOFError, RuntimeError) as cause:
         # Pillow's decoders report damaged files by any of these.
         raise ImageError(f"{name}: damaged or unreadable image ({cause})") from cause
+
+
+def _usable(image: Image.Image, name: str) -> Image.Image:
+    """Return an image that can be resized and converted, or say why this one cannot be."""
+    if 0 in image.size:
+        raise ImageError(f"{name}: expected at least one pixel, came {image.size}")
+    if image.mode == "F":
+        raise ImageError(
+            f"{name}: expected 8 or 16 bits a channel, came 32-bit floats; convert it first"
+        )
+    return image.convert("LA") if image.mode == "La" else image  # that is all Pillow can make of it
 
 
 def _describe(source: ImageInput) -> str:

@@ -26,10 +26,11 @@ class BatcherOptions:
     max_waiting: int = 256  # requests that are being decoded or wait for a batch
 
     def __post_init__(self) -> None:
-        if min(self.max_batch, self.max_waiting) < 1 or not self.max_wait_ms >= 0:
+        longest = 1000 * threading.TIMEOUT_MAX
+        if min(self.max_batch, self.max_waiting) < 1 or not 0 <= self.max_wait_ms <= longest:
             raise ConfigError(
-                f"batcher: expected max_batch and max_waiting of at least 1 and a max_wait_ms of "
-                f"at least 0, came {self}"
+                f"batcher: expected max_batch and max_waiting of at least 1 and a max_wait_ms from "
+                f"0 to {longest:.0f}, came {self}"
             )
 
 

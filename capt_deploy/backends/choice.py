@@ -18,7 +18,8 @@ def first_that_works(
     """Start the first of some backends that can be started here.
 
     A single name is started or its error raised. Among several, whatever keeps one from starting
-    is the reason why it is skipped: libraries for GPUs fail in many ways.
+    is the reason why it is skipped: libraries for GPUs fail in many ways. One that is installed and
+    still fails is warned of.
 
     Args:
         names: of `capt_deploy.backends.AUTO`, the fastest first.
@@ -32,17 +33,22 @@ def first_that_works(
         CaptError: the bundle itself cannot be used.
     """
     skipped: dict[str, str] = {}
+    failed: dict[str, str] = {}  # those that should have worked
     for name in names[:-1]:
         reason = why_not(name)
         if reason is None:
             try:
-                return start(name), skipped
+                started = start(name)
             except BackendError as error:
-                reason = str(error)
+                reason = failed[name] = str(error)
             except CaptError:
                 raise
             except Exception as error:
-                reason = f"{type(error).__name__}: {error}"
+                reason = failed[name] = f"{type(error).__name__}: {error}"
+            else:
+                if failed:
+                    warnings.warn(f"{name} is used, as {_listed(failed)}", stacklevel=4)
+                return started, skipped
         skipped[name] = reason
     started = _last(names[-1], start, skipped)
     if skipped and nvidia_gpu_is_here():

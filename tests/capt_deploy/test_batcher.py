@@ -343,7 +343,14 @@ def test_what_waits_at_the_interpreters_exit_is_answered() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_batch": 0}, {"max_waiting": 0}, {"max_wait_ms": -1}, {"max_wait_ms": "nan"}]
+    "options",
+    [
+        {"max_batch": 0},
+        {"max_waiting": 0},
+        {"max_wait_ms": -1},
+        {"max_wait_ms": "nan"},
+        {"max_wait_ms": "inf"},
+    ],
 )
 def test_options_that_cannot_be_are_refused(options: dict) -> None:
     with pytest.raises(ConfigError, match="batcher: expected"):

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from capt_deploy import BackendError, BundleError, Classifier, ImageError
+from capt_deploy.batcher import BatcherOptions
 from capt_deploy.batches import in_batches
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -195,3 +196,17 @@ def test_a_closed_classifier_says_so_and_answers_nothing_more():
     ):
         with pytest.raises(BackendError, match="the classifier is closed; load it again"):
             call()
+
+
+def test_closing_in_an_answers_callback_still_answers_what_was_submitted():
+    own = Classifier.load(GOLDEN / "tiny.capt", batcher=BatcherOptions(max_batch=1))
+    image = np.zeros((20, 20, 3), np.uint8)
+    futures = [own.submit(image) for _ in range(9)]
+    futures[0].add_done_callback(lambda _: own.close())
+    assert len({future.result(60).label for future in futures}) == 1
+    with pytest.raises(BackendError, match="closed"):
+        own.submit(image)
+
+
+def test_it_says_what_runs_it(classifier):
+    assert repr(classifier).startswith(f"Classifier({len(classifier.class_names)} classes, onnx")

@@ -221,3 +221,14 @@ def test_a_damaged_avif_is_an_image_error() -> None:
 def test_suffixes_are_lower_case_and_hold_the_common_ones() -> None:
     assert {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"} <= IMAGE_SUFFIXES
     assert all(suffix == suffix.lower() and suffix[0] == "." for suffix in IMAGE_SUFFIXES)
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 0)])
+def test_a_pillow_image_without_pixels_is_refused(size):
+    with pytest.raises(ImageError, match="at least one pixel"):
+        load_image(Image.new("RGB", size))
+
+
+def test_premultiplied_grey_is_read():
+    grey = Image.new("LA", (4, 4), (100, 255))
+    assert load_image(grey.convert("La")).convert("RGB").getpixel((0, 0)) == (100, 100, 100)

@@ -176,3 +176,12 @@ def test_the_cpu_asked_for_by_name_skips_nothing() -> None:
 def test_options_that_cannot_be_are_refused(options: dict) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(options))}: expected"):
         RuntimeOptions(**options)
+
+
+def test_a_gpu_backend_that_fails_is_warned_of_where_another_one_works(
+    all_seem_usable: None,
+) -> None:
+    start, _ = starting(tensorrt=BackendError("the build ran out of memory"))
+    with pytest.warns(UserWarning, match="tensorrt-rtx is used, as tensorrt: the build ran out"):
+        _, skipped = first_that_works(AUTO, start)
+    assert skipped == {"tensorrt": "the build ran out of memory"}
