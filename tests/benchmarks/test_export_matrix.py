@@ -52,7 +52,9 @@ def test_the_docs_show_it(text: str) -> None:
     assert text in DOCS
 
 
-def test_all_that_is_measured_passed_its_gate() -> None:
+def test_what_failed_its_gate_is_said_to_be_refused() -> None:
     rows = export_matrix.load()
     assert rows and {row["family"] for row in rows.values()} <= set(export_matrix.FAMILIES)
-    assert all(row["gate"]["passed"] for row in rows.values())
+    for row in rows.values():
+        said = f"{row['precision']} of {row['family']}" in DOCS
+        assert row["gate"]["passed"] != said
