@@ -7,7 +7,6 @@ from typing import Any
 from capt_deploy.device import Device
 from capt_deploy.engine_cache import EngineCache
 from capt_deploy.engine_entry import EngineKey
-from capt_deploy.errors import BackendError
 from capt_deploy.process import Process
 
 
@@ -25,12 +24,13 @@ class Kernels:
     ) -> None:
         self._engine, self._device, self._cache, self._process = engine, device, cache, Process()
         self._key = replace(key, kind="runtime", gpu=device.name, driver=device.driver)
-        self._config = engine.create_runtime_config()
-        self._kernels = self._config.create_runtime_cache()
-        self._saved = cache.read(self._key)
-        if self._saved is not None:
-            self._kernels.deserialize(self._saved)  # does nothing if the machine is another one
-        self._config.set_runtime_cache(self._kernels)
+        with device.active():
+            self._config = engine.create_runtime_config()
+            self._kernels = self._config.create_runtime_cache()
+            self._saved = cache.read(self._key)
+            if self._saved is not None:
+                self._kernels.deserialize(self._saved)  # does nothing if the machine is another one
+            self._config.set_runtime_cache(self._kernels)
         # It makes CUDA graphs by itself, for it replaces kernels by better ones while it runs.
         if graphs and hasattr(self._config, "cuda_graph_strategy"):  # from 1.2 on
             self._config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
@@ -40,10 +40,11 @@ class Kernels:
         return self._engine.create_execution_context(self._config)
 
     def save(self) -> None:
-        """Keep them for the next time."""
+        """Keep them for the next time, where that is possible; nothing may run meanwhile."""
         if not self._process.is_this:
             return
-        with suppress(BackendError), self._device.active():
-            kernels = bytes(self._kernels.serialize())
-            if kernels and kernels != self._saved:
-                self._cache.write(self._key, kernels)
+        with suppress(Exception), self._device.active():  # without them the next load is slower
+            kernels = self._kernels.serialize()  # None where the library cannot say
+            if kernels is not None and (data := bytes(kernels)) and data != self._saved:
+                self._cache.write(self._key, data)
+                self._saved = data
