@@ -17,6 +17,7 @@ from capt_deploy.backends import DEFAULT_OPTIONS, Outputs, RuntimeOptions
 from capt_deploy.backends.bound import BoundSession, Place
 from capt_deploy.backends.choice import require
 from capt_deploy.backends.onnxruntime import import_library, in_parts, start_session
+from capt_deploy.backends.probe import probe
 from capt_deploy.device import Device, open_device
 from capt_deploy.driver import gpu_name
 from capt_deploy.errors import BackendError, UnavailableError
@@ -66,7 +67,7 @@ class OnnxRuntimeCuda:
             try:
                 session = self._start(onnx, level, weights_folder, graphs=graphs)
                 self._bound: BoundSession | None = self._gpu.bind(session, options, graphs=graphs)
-                _probe(self._bound, options.batches)
+                probe("onnxruntime-cuda", self._bound.run, self._bound.pixels, options.batches)
                 break
             except UnavailableError:
                 raise
@@ -207,18 +208,6 @@ class _Gpu:
             raise UnavailableError(self._problem)
         with self._device.active():
             yield self._device
-
-
-def _probe(bound: BoundSession, batches: tuple[int, int, int]) -> None:
-    """Run the smallest and the largest batch, which need least and most of the GPU.
-
-    Raises:
-        BackendError: it does not work.
-    """
-    for size in {batches[0], batches[-1]}:
-        outputs = bound.run(np.zeros((size, *bound.pixels), np.uint8))
-        if not all(np.isfinite(column).all() for column in outputs):
-            raise BackendError(f"backend onnxruntime-cuda: a probe of {size} images gave no number")
 
 
 def _load_cuda_libraries() -> None:

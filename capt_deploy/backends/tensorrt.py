@@ -1,6 +1,6 @@
 """TensorRT and TensorRT-RTX, which have one interface, but for when kernels are compiled."""
 
-import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capt_deploy.backends import DEFAULT_OPTIONS, Outputs, RuntimeOptions, joined
+from capt_deploy.backends.pool import Pool
+from capt_deploy.backends.probe import probe
 from capt_deploy.backends.tensorrt_execution import Execution, Layout, read_layout
 from capt_deploy.backends.tensorrt_kernels import Kernels
 from capt_deploy.console import say
@@ -21,8 +23,6 @@ from capt_deploy.engine_cache import EngineCache
 from capt_deploy.engine_store import Graph, Target, key_of, obtain
 from capt_deploy.errors import BackendError
 from capt_deploy.process import Process
-
-_MOST_AT_ONCE = 4  # executions, each with its own memory; more threads wait, as the GPU is busy
 
 
 class TensorRT:
@@ -38,6 +38,8 @@ class TensorRT:
         library: str = "tensorrt",
     ) -> None:
         """Load the engine from the cache; build it where it is missing, which takes a while.
+
+        Then try it, with CUDA graphs if that works; else a warning says why.
 
         Args:
             onnx: the graph.
@@ -58,23 +60,43 @@ class TensorRT:
         cache, graph = EngineCache(options.cache_folder), Graph(onnx, precision, weights_folder)
         target = Target(device.sm, device.name, device.driver, device.active)
         key = key_of(graph, library, target, options.batches)
-        self._at_the_end: list[Callable[[], object]] = []
         with device.active():
             load = partial(_deserialise, start_runtime(library), library)
             engine = obtain(cache, key, graph, target, load)
             self._layout = read_layout(trt, engine, options.batches)
-            if library == "tensorrt_rtx":
-                kernels = Kernels(trt, engine, device, cache, key, options.cuda_graphs)
-                self._at_the_end.append(weakref.finalize(self, kernels.save))
-                make: Callable[[], Execution] = partial(
-                    Execution, device, self._layout, kernels.context, 0, capture=False
-                )
-            else:
-                make = _maker(trt, engine, device, self._layout, options.cuda_graphs)
-        self._pool = Pool(device, make)
-        free = weakref.finalize(self, self._pool.close)
-        free.atexit = False  # the end of the process frees everything, and threads may still run
-        self._at_the_end.append(free)
+        rtx = library == "tensorrt_rtx"
+        first: str | None = None
+        for graphs in _tries(options.cuda_graphs, rtx or device.graphs):
+            kernels = Kernels(trt, engine, device, cache, key, graphs) if rtx else None
+            make = _maker(trt, engine, device, self._layout, kernels, graphs)
+            try:
+                self._start(Pool(device, make), kernels, options.batches)
+                break
+            except BackendError as error:
+                if not graphs:
+                    raise
+                first = str(error)
+        if first is not None:
+            reason = f"{self.name} on {self.device} runs without CUDA graphs: {first}"
+            warnings.warn(reason, stacklevel=6)
+
+    def _start(self, pool: Pool, kernels: Kernels | None, batches: tuple[int, int, int]) -> None:
+        """Try the executions of a pool.
+
+        Raises:
+            BackendError: they do not work; nothing of them is left.
+        """
+        self._pool = pool
+        try:
+            probe(self.name, self.run, self._layout.pixels, batches)
+        except BaseException:
+            pool.close()
+            raise
+        if kernels is not None:
+            kernels.save()  # at once: a process that is killed says no goodbye
+        self._finish = weakref.finalize(self, _finish, pool, kernels)
+        # The end of the process frees everything, and threads may still run.
+        self._finish.atexit = False
 
     def run(self, images: NDArray[np.uint8]) -> Outputs:
         """Run (batch, height, width, 3) pixels, RGB, 0-255; any batch size; thread-safe.
@@ -111,8 +133,7 @@ class TensorRT:
 
     def close(self) -> None:
         """Free the GPU's memory once what is running has ended; a second call does nothing."""
-        for finish in self._at_the_end:
-            finish()
+        self._finish()
 
     @contextmanager
     def _execution(self) -> Iterator[Execution]:
@@ -134,67 +155,33 @@ class TensorRT:
             )
 
 
-class Pool:
-    """Executions, made when threads need them and used again by others."""
+def _tries(wanted: bool, possible: bool) -> tuple[bool, ...]:
+    """Return whether to use CUDA graphs, first and then."""
+    if wanted and not possible:
+        say("tensorrt: pycuda has no CUDA graphs, which cuda-python has; doing without")
+    return (True, False) if wanted and possible else (False,)
 
-    def __init__(self, device: Device, make: Callable[[], Execution]) -> None:
-        self._device = device
-        self._make: Callable[[], Execution] | None = make  # None: closed
-        self._free: list[Execution] = []
-        self._lock = threading.Lock()
-        self._places = threading.Semaphore(_MOST_AT_ONCE)
-        self._process = Process()
 
-    @contextmanager
-    def execution(self) -> Iterator[Execution]:
-        """Yield an execution that no other thread uses meanwhile.
-
-        Raises:
-            BackendError: the pool is closed, or the GPU cannot hold another one.
-        """
-        with self._places, self._device.active():
-            own = self._take()
-            try:
-                yield own
-            except BaseException:  # its stream may hold half a run
-                with suppress(Exception):  # what it was called for failed first
-                    own.close()
-                raise
-            with self._lock:
-                self._free.append(own)
-
-    def close(self) -> None:
-        """Free all of them once they are idle."""
-        if not self._process.is_this:  # a forked copy holds nothing of the GPU's
-            return
-        self._make = None
-        for _ in range(_MOST_AT_ONCE):
-            self._places.acquire()
-        try:
-            with self._device.active():
-                while self._free:
-                    self._free.pop().close()
-        finally:
-            self._places.release(_MOST_AT_ONCE)
-
-    def _take(self) -> Execution:
-        make = self._make
-        if make is None:
-            raise BackendError("the backend is closed; load the classifier again")
-        with self._lock:
-            if self._free:
-                return self._free.pop()
-        return make()
+def _finish(pool: Pool, kernels: Kernels | None) -> None:
+    pool.close()  # first, for nothing may run while kernels are saved
+    if kernels is not None:
+        kernels.save()
 
 
 def _maker(
-    trt: Any, engine: Any, device: Device, layout: Layout, graphs: bool
+    trt: Any,
+    engine: Any,
+    device: Device,
+    layout: Layout,
+    kernels: Kernels | None,
+    graphs: bool,
 ) -> Callable[[], Execution]:
-    """Return what makes executions of TensorRT's; the contexts of one share its memory."""
-    if graphs and not device.graphs:
-        say("tensorrt: pycuda has no CUDA graphs, which cuda-python has; doing without")
+    """Return what makes executions."""
+    if kernels is not None:
+        return partial(Execution, device, layout, kernels.context, 0, capture=False)
+    # The contexts of one execution share its memory.
     context, scratch = partial(_context, trt, engine), engine.device_memory_size_v2
-    return partial(Execution, device, layout, context, scratch, capture=graphs and device.graphs)
+    return partial(Execution, device, layout, context, scratch, capture=graphs)
 
 
 def _context(trt: Any, engine: Any, scratch: int) -> Any:

@@ -106,6 +106,8 @@ class Execution:
                 size = layout.largest * self._row_bytes(name)
                 self._addresses[name] = device.allocate(size)
                 self._staging[name] = device.pinned(size)
+            if not capture:  # now, for TensorRT-RTX's has memory of its own, which may be missing
+                self._make_context(0)
         except BaseException:
             self.close()
             raise
@@ -169,7 +171,7 @@ class Execution:
 
     def _enqueue(self, batch: int) -> None:
         if not self._capture:
-            context = self._contexts.get(0) or self._make_context(0)
+            context = self._contexts[0]
             self._shape(context, batch)
             self._execute(context)
             return

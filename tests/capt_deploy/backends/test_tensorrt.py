@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
-from capt_deploy.backends import Backend, DeviceTimed, RuntimeOptions
+from capt_deploy.backends import Backend, DeviceTimed, Outputs, RuntimeOptions
 from capt_deploy.backends.onnxruntime import OnnxRuntime
 from capt_deploy.backends.tensorrt import TensorRT
 from capt_deploy.driver import gpu_problem
@@ -17,9 +17,10 @@ from capt_deploy.engine import make_logger
 from capt_deploy.engine_cache import EngineCache
 from capt_deploy.engine_store import Graph, Target, key_of
 from capt_deploy.errors import BackendError, UnavailableError
-from tests.capt_deploy.backends.host_device import PIXELS, HostDevice, answer, library
+from tests.capt_deploy.backends.host_device import PIXELS, Engine, HostDevice, answer, library
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
+STAND_INS = "tests.capt_deploy.backends.host_device"
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +111,9 @@ def test_a_failed_run_is_said_with_the_librarys_own_reason(on_host, monkeypatch)
         return False
 
     backend = on_host()
-    monkeypatch.setattr("tests.capt_deploy.backends.host_device.Context.execute_async_v3", fail)
+    monkeypatch.setattr(f"{STAND_INS}.Context.execute_async_v3", fail)
     with pytest.raises(BackendError, match=rf"{backend.name}: .*failed to run; out of registers"):
-        backend.run(small(1))
+        backend.run(small(3))  # the probe left graphs of the smallest and the largest batch
     monkeypatch.undo()
     assert on_host.device.leaks == []
 
@@ -146,6 +147,75 @@ def test_kernels_that_rtx_compiled_are_kept_for_the_next_time(on_host):
     for entry in kept:
         assert entry.key["gpu"] == "the host"
         assert entry.path.read_bytes().endswith(b"kernel " * 3)
+
+
+def test_kernels_are_kept_at_once_for_a_process_may_be_killed(on_host):
+    backend = on_host()
+    kept = [entry for entry in on_host.cache.entries() if entry.key["kind"] == "runtime"]
+    assert len(kept) == (on_host.library == "tensorrt_rtx")
+    backend.close()
+
+
+def test_nothing_runs_any_more_when_closing_keeps_the_kernels(on_host, monkeypatch):
+    backend, seen = on_host(), []
+    monkeypatch.setattr(
+        f"{STAND_INS}.RuntimeCache.serialize", lambda own: seen.append(on_host.device.leaks)
+    )
+    backend.close()
+    assert seen == ([[]] if on_host.library == "tensorrt_rtx" else [])
+
+
+@pytest.mark.parametrize("problem", [TypeError("the library's own"), None])
+def test_kernels_that_cannot_be_had_keep_nothing_from_closing(on_host, problem, monkeypatch):
+    def serialize(own):
+        if problem is not None:
+            raise problem
+
+    monkeypatch.setattr(f"{STAND_INS}.RuntimeCache.serialize", serialize)
+    backend = on_host()
+    backend.close()
+    assert on_host.device.leaks == []
+    assert [entry.key["kind"] for entry in on_host.cache.entries()] == ["engine"]
+
+
+def test_where_cuda_graphs_fail_it_does_without_and_says_why(on_host):
+    if on_host.library == "tensorrt_rtx":
+        pytest.skip("it makes its graphs by itself")
+    on_host.device.captures = False
+    with pytest.warns(UserWarning, match=r"runs without CUDA graphs: .*cudaStreamEndCapture"):
+        backend = on_host()
+    asked = small(8)
+    assert np.array_equal(backend.run(asked).logits, answer(asked).logits)
+    backend.close()
+    assert on_host.device.leaks == []
+
+
+def test_graphs_of_rtx_that_fail_are_switched_off(on_host, monkeypatch):
+    if on_host.library == "tensorrt":
+        pytest.skip("its graphs are made here")
+    create = Engine.create_execution_context
+
+    def create_or_fail(engine, config):
+        return None if config.cuda_graph_strategy else create(engine, config)
+
+    monkeypatch.setattr(Engine, "create_execution_context", create_or_fail)
+    with pytest.warns(UserWarning, match="runs without CUDA graphs: .*no execution context"):
+        assert len(on_host().run(small(3)).logits) == 3
+
+
+@pytest.mark.filterwarnings("error")  # no word of graphs: they are not what failed
+@pytest.mark.parametrize("problem", ["runs", "memory", "numbers"])
+def test_what_loads_but_does_not_run_is_an_error_at_once(on_host, problem, monkeypatch):
+    if problem == "runs":
+        monkeypatch.setattr(f"{STAND_INS}.Context.execute_async_v3", lambda own, stream: False)
+    elif problem == "memory":
+        on_host.device.left = 100
+    else:
+        nothing = Outputs(*(values * np.nan for values in answer(small(1))))
+        monkeypatch.setattr(f"{STAND_INS}.answer", lambda images: nothing)
+    with pytest.raises(BackendError, match=r"failed to run|out of memory|gave no number"):
+        on_host()
+    assert on_host.device.leaks == []
 
 
 @pytest.mark.parametrize("entry", [b"refused", b"raises"])

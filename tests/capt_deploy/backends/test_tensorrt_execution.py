@@ -1,11 +1,8 @@
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from capt_deploy.backends.tensorrt import Pool
 from capt_deploy.backends.tensorrt_execution import (
     INPUT,
     Execution,
@@ -143,44 +140,3 @@ def test_a_layout_is_read_from_the_engine():
 def test_an_engine_of_something_else_is_refused(changes):
     with pytest.raises(BackendError, match="expected"):
         read_layout(TRT, engine(**changes), (1, 4, 8))
-
-
-@pytest.fixture
-def pool(device):
-    return Pool(device, partial(execution, device))
-
-
-def ask(pool, seed):
-    asked = images(1 + seed % 8, seed)
-    with pool.execution() as own:
-        return same(own.run(asked), answer(asked))
-
-
-def test_threads_get_their_own_answers_from_few_executions(pool, device):
-    with ThreadPoolExecutor(12) as threads:
-        assert all(threads.map(partial(ask, pool), range(300)))
-    assert device.held["stream", id(device)] <= 4
-    pool.close()
-    assert device.leaks == []
-
-
-def test_one_thread_uses_one_execution(pool, device):
-    assert all(ask(pool, seed) for seed in range(20))
-    assert device.held["stream", id(device)] == 1
-
-
-def test_a_failed_execution_is_not_used_again(pool, device):
-    with pytest.raises(ValueError, match="of the caller"), pool.execution():
-        raise ValueError("of the caller")
-    assert device.leaks == []
-    assert ask(pool, 3)
-
-
-def test_a_closed_pool_says_so_every_time(pool, device):
-    ask(pool, 1)
-    pool.close()
-    pool.close()
-    for _ in range(6):
-        with pytest.raises(BackendError, match="closed"), pool.execution():
-            pass
-    assert device.leaks == []
