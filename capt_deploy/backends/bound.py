@@ -4,15 +4,17 @@ CUDA graphs need that: they read and write the very addresses at which they were
 is run in the smallest bucket that holds it; what the rest of the bucket says is dropped.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.backends import Outputs
-from capt_deploy.errors import BackendError
+from capt_deploy.backends import Outputs, RuntimeOptions
+from capt_deploy.device import Device, open_device
+from capt_deploy.errors import BackendError, UnavailableError
 
 Pixels = NDArray[np.uint8]
 
@@ -137,3 +139,78 @@ class BoundSession:
         staging = self._place.staging(shape)
         staging[...] = 0
         return _Buffers(staging, images, outputs, binding, options)
+
+
+class Gpu:
+    """A session and its stream, where a Python package for CUDA is installed; else its own one."""
+
+    def __init__(self, ordinal: int) -> None:
+        self.ordinal = ordinal
+        self.bound: BoundSession | None = None
+        self.settings: dict[str, str] = {}
+        self._device: Device | None = None
+        self._pinned: list[NDArray[np.uint8]] = []
+        try:
+            self._device = open_device(ordinal)
+        except UnavailableError as error:  # good for timing and pinned memory alone
+            self._problem = str(error)
+            return
+        with self._device.active():
+            self._stream = self._device.stream()
+        self.settings = {"user_compute_stream": str(int(self._stream))}
+
+    def bind(self, session: Any, options: RuntimeOptions, *, graphs: bool) -> BoundSession:
+        """Return the session with buffers on this GPU, and keep it."""
+        place = Place("cuda", self.ordinal, self._staging)
+        self.bound = BoundSession(session, place, options.batches, graphs=graphs)
+        return self.bound
+
+    def time(self, work: Any) -> float:
+        """Return how long the stream takes for what `work` puts on it, in milliseconds."""
+        with self._opened() as device:
+            first = device.record(self._stream)
+            work()
+            second = device.record(self._stream)
+            device.synchronize(self._stream)
+            try:
+                return device.elapsed_ms(first, second)
+            finally:
+                device.free_event(first)
+                device.free_event(second)
+
+    def release(self) -> None:
+        """Free the session and the pinned memory, which no thread may use any more."""
+        pinned, self._pinned = self._pinned, []
+        if self._device is None:
+            self.bound = None
+            return
+        with self._device.active():
+            with suppress(BackendError):  # what failed may not even wait
+                self._device.synchronize(self._stream)  # it may still read and write there
+            self.bound = None
+            for memory in pinned:
+                with suppress(BackendError):
+                    self._device.free_pinned(memory)
+
+    def close(self) -> None:
+        """Free everything: the stream last, for the session ends on it."""
+        self.release()
+        if self._device is not None:
+            with self._device.active(), suppress(BackendError):
+                self._device.free_stream(self._stream)
+
+    def _staging(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        """Return host memory that the GPU reads by itself, where that can be had."""
+        if self._device is None:
+            return np.empty(shape, np.uint8)
+        with self._opened() as device:
+            memory = device.pinned(int(np.prod(shape)))
+        self._pinned.append(memory)
+        return memory.reshape(shape)
+
+    @contextmanager
+    def _opened(self) -> Iterator[Device]:
+        if self._device is None:
+            raise UnavailableError(self._problem)
+        with self._device.active():
+            yield self._device

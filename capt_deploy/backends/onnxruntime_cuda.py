@@ -3,8 +3,8 @@
 import ctypes
 import io
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+import weakref
+from contextlib import redirect_stdout
 from itertools import product
 from pathlib import Path
 from threading import Lock
@@ -14,11 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capt_deploy.backends import DEFAULT_OPTIONS, Outputs, RuntimeOptions
-from capt_deploy.backends.bound import BoundSession, Place
+from capt_deploy.backends.bound import BoundSession, Gpu
 from capt_deploy.backends.choice import require
 from capt_deploy.backends.onnxruntime import import_library, in_parts, start_session
 from capt_deploy.backends.probe import probe
-from capt_deploy.device import Device, open_device
 from capt_deploy.driver import gpu_name
 from capt_deploy.errors import BackendError, UnavailableError
 from capt_deploy.process import Process
@@ -30,6 +29,7 @@ _LEVELS = {
     "fp32": ("ORT_ENABLE_EXTENDED", "ORT_ENABLE_BASIC"),
     "fp16": ("ORT_ENABLE_EXTENDED", "ORT_ENABLE_BASIC"),
 }
+_GRAPHS = {True: (True, False), False: (False,)}  # tried, by whether they are wanted
 _ONLY_BASIC = ("ORT_ENABLE_BASIC",)
 
 
@@ -60,24 +60,42 @@ class OnnxRuntimeCuda:
         require("onnxruntime-cuda")
         self.device = f"cuda:{options.device} ({gpu_name(options.device)})"
         self._process, self._one_run = Process(), Lock()
-        self._gpu = _Gpu(options.device)
+        self._gpu = Gpu(options.device)
+        self._free = weakref.finalize(self, _free, self._gpu, self._process)
+        self._free.atexit = False  # the end of the process frees everything
         levels = _LEVELS.get(precision, _ONLY_BASIC)
-        first: BackendError | None = None
-        for graphs, level in product((True, False) if options.cuda_graphs else (False,), levels):
-            try:
-                session = self._start(onnx, level, weights_folder, graphs=graphs)
-                self._bound: BoundSession | None = self._gpu.bind(session, options, graphs=graphs)
-                probe("onnxruntime-cuda", self._bound.run, self._bound.pixels, options.batches)
-                break
-            except UnavailableError:
-                raise
-            except BackendError as error:
-                first = first or error
-        else:
-            raise first or BackendError("backend onnxruntime: nothing was tried")
-        if first is not None:
+        first = ""
+        try:
+            for graphs, level in product(_GRAPHS[options.cuda_graphs], levels):
+                try:
+                    self._try(onnx, level, weights_folder, options, graphs=graphs)
+                    break
+                except UnavailableError:
+                    raise
+                except BackendError as error:
+                    first = first or str(error)
+                self._gpu.release()  # only here: the error held on to the session
+            else:
+                raise BackendError(first)
+        except BaseException:
+            self._free()
+            raise
+        if first:
             how = f"{'with' if graphs else 'without'} CUDA graphs, {level}"
             warnings.warn(f"onnxruntime on {self.device} runs {how}: {first}", stacklevel=6)
+
+    def _try(
+        self,
+        onnx: bytes,
+        level: str,
+        weights_folder: Path | None,
+        options: RuntimeOptions,
+        *,
+        graphs: bool,
+    ) -> None:
+        session = self._start(onnx, level, weights_folder, graphs=graphs)
+        bound = self._gpu.bind(session, options, graphs=graphs)
+        probe("onnxruntime-cuda", bound.run, bound.pixels, options.batches)
 
     def _start(self, onnx: bytes, level: str, weights_folder: Path | None, *, graphs: bool) -> Any:
         settings = {
@@ -138,76 +156,17 @@ class OnnxRuntimeCuda:
         if not self._process.is_this:
             return
         with self._one_run:
-            if self._bound is not None:
-                self._bound = None
-                self._gpu.close()
+            self._free()
 
     def _open(self) -> BoundSession:
-        if self._bound is None:
+        if self._gpu.bound is None:
             raise BackendError("backend onnxruntime is closed; load the classifier again")
-        return self._bound
+        return self._gpu.bound
 
 
-class _Gpu:
-    """The stream of a session, where a Python package for CUDA is installed; else its own one."""
-
-    def __init__(self, ordinal: int) -> None:
-        self.ordinal = ordinal
-        self.settings: dict[str, str] = {}
-        self._device: Device | None = None
-        self._pinned: list[NDArray[np.uint8]] = []
-        try:
-            self._device = open_device(ordinal)
-        except UnavailableError as error:  # good for timing and pinned memory alone
-            self._problem = str(error)
-            return
-        with self._device.active():
-            self._stream = self._device.stream()
-        self.settings = {"user_compute_stream": str(int(self._stream))}
-
-    def bind(self, session: Any, options: RuntimeOptions, *, graphs: bool) -> BoundSession:
-        """Return the session with buffers on this GPU."""
-        place = Place("cuda", self.ordinal, self._staging)
-        return BoundSession(session, place, options.batches, graphs=graphs)
-
-    def time(self, work: Any) -> float:
-        """Return how long the stream takes for what `work` puts on it, in milliseconds."""
-        with self._opened() as device:
-            first = device.record(self._stream)
-            work()
-            second = device.record(self._stream)
-            device.synchronize(self._stream)
-            try:
-                return device.elapsed_ms(first, second)
-            finally:
-                device.free_event(first)
-                device.free_event(second)
-
-    def close(self) -> None:
-        """Free the stream and the pinned memory, which nothing may use any more."""
-        if self._device is None:
-            return
-        with self._opened() as device:
-            for memory in self._pinned:
-                device.free_pinned(memory)
-            self._pinned.clear()
-            device.free_stream(self._stream)
-
-    def _staging(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-        """Return host memory that the GPU reads by itself, where that can be had."""
-        if self._device is None:
-            return np.empty(shape, np.uint8)
-        with self._opened() as device:
-            memory = device.pinned(int(np.prod(shape)))
-        self._pinned.append(memory)
-        return memory.reshape(shape)
-
-    @contextmanager
-    def _opened(self) -> Iterator[Device]:
-        if self._device is None:
-            raise UnavailableError(self._problem)
-        with self._device.active():
-            yield self._device
+def _free(gpu: Gpu, process: Process) -> None:
+    if process.is_this:  # a forked copy holds nothing of the GPU's
+        gpu.close()
 
 
 def _load_cuda_libraries() -> None:

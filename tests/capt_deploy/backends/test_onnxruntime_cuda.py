@@ -1,14 +1,22 @@
 """The CUDA provider, as far as a machine without a GPU can tell; tests/gpu has the rest."""
 
+import gc
+import os
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from capt_deploy.backends import create
-from capt_deploy.backends.onnxruntime import import_library
+from capt_deploy.backends import bound, create
+from capt_deploy.backends import onnxruntime_cuda as own
+from capt_deploy.backends.bound import BoundSession, Place
+from capt_deploy.backends.onnxruntime import import_library, start_session
 from capt_deploy.driver import gpu_problem
-from capt_deploy.errors import UnavailableError
+from capt_deploy.errors import BackendError, UnavailableError
+from tests.capt_deploy.backends.host_device import HostDevice
 
 ONNX = (Path(__file__).parents[2] / "golden" / "tiny.capt" / "model.onnx").read_bytes()
 pytestmark = pytest.mark.skipif(gpu_problem() is None, reason="there is a GPU here")
@@ -38,3 +46,89 @@ def test_a_provider_that_silently_gives_way_to_the_cpu_is_an_error_that_says_why
     assert ".so" in message or "does not start" in message
     assert "pip install 'onnxruntime-gpu[cuda,cudnn]'" in message
     assert capfd.readouterr().out == ""  # the library itself would print there
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> HostDevice:
+    """The host's memory as the GPU's, and sessions that compute on the CPU."""
+    device = HostDevice()
+
+    def on_cpu(onnx: bytes, level: str, folder: Path | None, *, providers: Any) -> Any:
+        return start_session(onnx, level, folder, threads=1)
+
+    monkeypatch.setattr(own, "require", lambda name: None)
+    monkeypatch.setattr(own, "gpu_name", lambda ordinal: "the host")
+    monkeypatch.setattr(bound, "open_device", lambda ordinal: device)
+    monkeypatch.setattr(own, "start_session", on_cpu)
+    monkeypatch.setattr(own, "_PROVIDER", "CPUExecutionProvider")
+    monkeypatch.setattr(bound, "Place", lambda kind, ordinal, staging: Place("cpu", 0, staging))
+    return device
+
+
+def pixels(count: int) -> np.ndarray:
+    return np.random.default_rng(count).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+
+
+def test_what_nobody_closes_is_freed_when_nobody_holds_it(device: HostDevice) -> None:
+    backend = own.OnnxRuntimeCuda(ONNX, "fp32")
+    assert len(backend.run(pixels(40)).logits) == 40
+    assert device.leaks
+    del backend
+    gc.collect()
+    assert device.leaks == []
+
+
+def test_closing_is_final_and_may_be_repeated(device: HostDevice) -> None:
+    backend = own.OnnxRuntimeCuda(ONNX, "fp32")
+    backend.close()
+    backend.close()
+    assert device.leaks == []
+    with pytest.raises(BackendError, match="closed"):
+        backend.run(pixels(1))
+
+
+def test_a_failed_try_leaves_nothing_to_the_next_one(
+    device: HostDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, left = BoundSession.start, []
+
+    def start_without_graphs(session: Any, buffers: Any) -> None:
+        if session._graphs:
+            left.append(sum(str(name).startswith("pinned") for name in device.leaks))
+            raise BackendError("no capture")
+        start(session, buffers)
+
+    monkeypatch.setattr(BoundSession, "start", start_without_graphs)
+    with pytest.warns(UserWarning, match="runs without CUDA graphs, .*: no capture"):
+        backend = own.OnnxRuntimeCuda(ONNX, "fp32")
+    assert left == [1, 1]
+    backend.close()
+    assert device.leaks == []
+
+
+def test_where_every_try_fails_nothing_is_left(
+    device: HostDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(session: Any, buffers: Any) -> None:
+        raise BackendError("out of memory")
+
+    monkeypatch.setattr(BoundSession, "start", fail)
+    with pytest.raises(BackendError, match="out of memory"):
+        own.OnnxRuntimeCuda(ONNX, "fp32")
+    assert device.leaks == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_copy_frees_nothing(device: HostDevice) -> None:
+    backend = own.OnnxRuntimeCuda(ONNX, "fp32")
+    held = len(device.leaks)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of threads
+        child = os.fork()
+    if child == 0:  # only `_exit` may follow: this is still the test run
+        backend.close()
+        backend.__dict__.clear()
+        del backend
+        os._exit(0 if len(device.leaks) == held else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    backend.close()
