@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 _SECONDS_BETWEEN_TRIES = 0.05
+_open: set[IO[bytes]] = set()  # files of locks, held or tried for
 _TAKEN = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 
 
@@ -25,16 +27,16 @@ def file_lock(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterato
     Raises:
         OSError: the file cannot be made or locked.
     """
-    descriptor = _try(path)
-    if descriptor is None:
+    file = _try(path)
+    if file is None:
         waiting()
-    while descriptor is None:
+    while file is None:
         time.sleep(_SECONDS_BETWEEN_TRIES)  # waiting inside the system call is deaf to Ctrl-C
-        descriptor = _try(path)
+        file = _try(path)
     try:
         yield
     finally:
-        os.close(descriptor)
+        _release(file)
 
 
 @contextmanager
@@ -44,28 +46,54 @@ def file_lock_if_free(path: Path) -> Iterator[bool]:
     Raises:
         OSError: the file cannot be made or locked.
     """
-    descriptor = _try(path)
+    file = _try(path)
     try:
-        yield descriptor is not None
+        yield file is not None
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
+        if file is not None:
+            _release(file)
 
 
-def _try(path: Path) -> int | None:
-    """Return the descriptor that holds the lock until it is closed; None if it is taken."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+def _try(path: Path) -> IO[bytes] | None:
+    """Return the file that holds the lock until it is released; None if it is taken."""
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+    _open.add(file)
     held = False
     try:
         # Whoever held it may have removed the file: then this lock is on a file without a name,
         # and the next one to come would make another.
-        held = _lock(descriptor) and os.path.samestat(os.fstat(descriptor), path.stat())
+        held = _lock(file.fileno()) and os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         pass
     finally:
         if not held:
-            os.close(descriptor)
-    return descriptor if held else None
+            _close(file)
+    return file if held else None
+
+
+def _release(file: IO[bytes]) -> None:
+    if file.closed:  # this is a forked copy, and the lock is not its own
+        return
+    try:
+        # Closing alone would not: a forked copy has the file open, too, until it closes it.
+        _unlock(file.fileno())
+    finally:
+        _close(file)
+
+
+def _close(file: IO[bytes]) -> None:
+    _open.discard(file)
+    file.close()
+
+
+def _close_in_copy() -> None:
+    """Close what a forked copy has open of its parent's locks, or they outlive the parent."""
+    while _open:
+        _open.pop().close()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_close_in_copy)
 
 
 def _lock(descriptor: int) -> bool:
@@ -83,3 +111,14 @@ def _lock(descriptor: int) -> bool:
             return False
         raise
     return True
+
+
+def _unlock(descriptor: int) -> None:
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_UN)

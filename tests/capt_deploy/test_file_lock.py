@@ -5,6 +5,8 @@ import sys
 import threading
 import time
 
+import pytest
+
 from capt_deploy.file_lock import file_lock, file_lock_if_free
 
 HOLD = """
@@ -93,3 +95,71 @@ def test_what_is_written_in_the_file_does_not_matter(tmp_path):
     with file_lock_if_free(path) as free:
         assert free
     assert path.read_text() == str(os.getpid())
+
+
+FORK = """
+import os, sys, time
+from pathlib import Path
+from capt_deploy.file_lock import file_lock
+with file_lock(Path(sys.argv[1])):
+    if os.fork() == 0:
+        if sys.argv[2] == "leave":
+            os.close(1)
+            time.sleep(60)
+        sys.exit()  # ends the block, but the lock is its parent's
+    if sys.argv[2] == "leave":
+        print(os.getpid(), flush=True)
+    else:
+        os.wait()
+        print("held", flush=True)
+    if sys.argv[3] == "stay":
+        sys.stdin.read()
+print("released", flush=True)
+sys.stdin.read()
+"""
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+
+
+def start_fork(path, *arguments):
+    command = [sys.executable, "-c", FORK, path, *arguments]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen(command, **pipes, start_new_session=True)
+    return process, process.stdout.readline()
+
+
+def becomes_free(path):
+    """Tell whether a lock is free soon: a copy needs a moment to close what it has open."""
+    for _ in range(100):
+        with file_lock_if_free(path) as free:
+            if free:
+                return True
+        time.sleep(0.05)
+    return False
+
+
+@forks
+@pytest.mark.parametrize("ends", ["leave", "killed"])
+def test_a_forked_copy_that_lives_on_holds_no_lock(tmp_path, ends):
+    path = tmp_path / "lock"
+    process, _ = start_fork(path, "leave", "stay" if ends == "killed" else "go")
+    try:
+        if ends == "killed":
+            process.kill()
+            process.wait()
+        else:
+            assert process.stdout.readline() == b"released\n"
+        assert becomes_free(path)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@forks
+def test_a_forked_copy_that_ends_leaves_its_parent_the_lock(tmp_path):
+    path = tmp_path / "lock"
+    process, line = start_fork(path, "end", "stay")
+    assert line == b"held\n"
+    with file_lock_if_free(path) as free:
+        assert not free
+    process.communicate(b"")
+    assert becomes_free(path)
