@@ -95,6 +95,11 @@ def with_header(**changes):
     return damage
 
 
+def with_size_of_another_type(path, data):
+    size = len(data) - body_of(data)
+    with_header(bytes=float(size))(path, data)
+
+
 def another(**changes):
     """Put there a whole entry that is for something else."""
 
@@ -154,6 +159,7 @@ DAMAGES = {
     "timings in its place": another(kind="timing"),
     "another format": with_header(format=2),
     "header with another size": with_header(bytes=10),
+    "header with a size that is no whole number": with_size_of_another_type,
     "header with another hash": with_header(sha256="0" * 64),
     "header without a key": with_header(key=None),
     "header with more in the key": with_header(key={"more": 1}),
