@@ -51,7 +51,7 @@ class EngineCache:
         """Choose a folder; it is made when something is written.
 
         Raises:
-            ConfigError: the environment sets a limit that is no size.
+            ConfigError: the environment sets a limit that is no size; or see `cache_folder`.
         """
         self.folder = folder or cache_folder() / "engines"
         self._limit = _limit()

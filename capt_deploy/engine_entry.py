@@ -65,9 +65,12 @@ def read_body(path: Path, key: EngineKey) -> bytes:
     Raises:
         FileNotFoundError: there is none.
         OSError: it cannot be read.
-        DamagedError: it is not the entry of this key, or not as it was written.
+        DamagedError: it is not the entry of this key, not as it was written, or of a user who is
+            neither this one nor root: its hash cannot tell who has made it, and engines are code.
     """
     with _open(path) as file:
+        if hasattr(os, "geteuid") and os.fstat(file.fileno()).st_uid not in (os.geteuid(), 0):
+            raise DamagedError("it belongs to another user")
         header = _read_header(file)
         if header["key"] != key.to_json():
             raise DamagedError("it is for something else")

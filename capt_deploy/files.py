@@ -5,13 +5,14 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from capt_deploy.errors import CaptError
+from capt_deploy.errors import CaptError, ConfigError
 
 
 def _sync(path: Path) -> None:
@@ -103,7 +104,11 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def cache_folder() -> Path:
-    """Return `$CAPT_CACHE`, else `capt` in the user's cache folder, else among temporary files."""
+    """Return `$CAPT_CACHE`, else `capt` in the user's cache folder, else among temporary files.
+
+    Raises:
+        ConfigError: that last one is not this user's alone.
+    """
     if chosen := os.environ.get("CAPT_CACHE"):
         return Path(chosen)
     if shared := os.environ.get("XDG_CACHE_HOME"):
@@ -111,7 +116,27 @@ def cache_folder() -> Path:
     try:
         return Path.home() / ".cache" / "capt"
     except RuntimeError:  # a user without a home, as in many containers
+        return _temporary_folder()
+
+
+def _temporary_folder() -> Path:
+    """Return a folder where other users of the machine can neither read nor plant anything."""
+    if os.name != "posix":  # elsewhere each user has temporary files of their own
         return Path(tempfile.gettempdir()) / "capt"
+    path = Path(tempfile.gettempdir()) / f"capt-{os.geteuid()}"
+    with suppress(OSError):  # there already; or nothing can be written, as whoever writes will say
+        path.mkdir(mode=0o700)
+    try:
+        status = path.lstat()
+    except OSError:
+        return path
+    open_to_others = status.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or open_to_others:
+        raise ConfigError(
+            f"{path}: expected a folder of this user's alone, came {stat.filemode(status.st_mode)} "
+            f"of user {status.st_uid}; remove it, or set $CAPT_CACHE to a folder of your own"
+        )
+    return path
 
 
 def expand_home(path: str | Path) -> Path:

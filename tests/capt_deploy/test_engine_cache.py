@@ -195,6 +195,27 @@ def test_an_unreadable_entry_is_built_again(cache, builder, engine):
     assert builder.built == 2
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="files have no such owner here")
+def test_an_entry_of_another_user_is_not_trusted(cache, builder, engine, monkeypatch, capsys):
+    get(cache, builder)
+    owner = cache.path_of(KEY).stat().st_uid
+    with monkeypatch.context() as patch:
+        status = os.fstat
+
+        def foreign(descriptor):
+            return os.stat_result((*status(descriptor)[:4], 4321, *status(descriptor)[5:10]))
+
+        patch.setattr(os, "fstat", foreign)
+        patch.setattr(os, "geteuid", lambda: 4320)
+        assert cache.read(KEY) is None
+        assert "belongs to another user" in capsys.readouterr().err
+        patch.setattr(os, "geteuid", lambda: 4321)
+        assert cache.read(KEY) == engine
+    monkeypatch.setattr(os, "geteuid", lambda: owner)
+    assert cache.read(KEY) == engine
+    assert cache.entries()[0].key == KEY.to_json()  # it is not damaged, and others may need it
+
+
 def test_an_entry_is_built_once_and_read_then(cache, builder, engine):
     assert [get(cache, builder) == engine for _ in range(3)] == [True] * 3
     assert get(EngineCache(cache.folder), builder) == engine

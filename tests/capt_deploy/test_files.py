@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capt_deploy.errors import BundleError, DataError
+from capt_deploy.errors import BundleError, ConfigError, DataError
 from capt_deploy.files import (
     cache_folder,
     expand_home,
@@ -219,13 +219,48 @@ def test_the_folder_is_chosen_by_the_environment(
     assert cache_folder() == tmp_path / "home" / ".cache" / "capt"
 
 
-def test_a_user_without_a_home_has_the_cache_among_temporary_files(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def no_home() -> Path:
+@pytest.fixture
+def no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the folder of temporary files of a user without a home."""
+
+    def fail() -> Path:
         raise RuntimeError("could not determine home directory")
 
     for name in ("CAPT_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(Path, "home", no_home)
-    assert cache_folder() == Path(tempfile.gettempdir()) / "capt"
+    monkeypatch.setattr(Path, "home", fail)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.skipif(os.name != "posix", reason="users have temporary files of their own here")
+def test_a_user_without_a_home_has_a_cache_of_their_own_among_temporary_files(
+    no_home: Path,
+) -> None:
+    for _ in range(2):
+        folder = cache_folder()
+        assert folder == no_home / f"capt-{os.geteuid()}"
+        assert folder.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.skipif(os.name != "posix", reason="users have temporary files of their own here")
+@pytest.mark.parametrize("planted", ["open", "link", "file", "foreign"])
+def test_a_temporary_cache_that_others_can_write_to_is_refused(
+    no_home: Path, planted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = no_home / f"capt-{os.geteuid()}"
+    if planted == "link":
+        (no_home / "elsewhere").mkdir(mode=0o700)
+        folder.symlink_to(no_home / "elsewhere")
+    elif planted == "file":
+        folder.touch(0o600)
+    else:
+        folder.mkdir(mode=0o700)
+    if planted == "open":
+        folder.chmod(0o770)
+    if planted == "foreign":  # the same folder, seen by somebody else
+        me = os.geteuid()
+        monkeypatch.setattr(os, "geteuid", lambda: me + 1)
+        folder.rename(no_home / f"capt-{me + 1}")
+    with pytest.raises(ConfigError, match=r"of this user's alone, came .*set \$CAPT_CACHE"):
+        cache_folder()
