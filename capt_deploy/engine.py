@@ -8,10 +8,11 @@ generation of GPUs and needs none itself; TensorRT builds for the GPU it runs on
 import importlib
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ BATCHES = (1, 8, 32)  # smallest, usual and largest number of images that an eng
 _OLDEST = {"tensorrt": (10, 12), "tensorrt_rtx": (1, 0)}  # from which on networks have types
 _MOST_ERRORS = 8  # shown of a graph with many unsupported nodes
 _MOST_KEPT = 64  # errors of a process that runs for long
-_one_build = threading.Lock()  # the libraries keep one logger for the whole process
+_one_build = threading.Lock()  # one logger serves the whole process: whose error is it?
 
 
 @dataclass
@@ -64,7 +65,8 @@ def build_engine(
     """
     check_batches(batches)
     trt = load_library(library)
-    with _one_build, _errors_of(library) as errors:
+    with _one_build:
+        errors = make_logger(library).listen()
         builder = _start("Builder", library)
         network = builder.create_network(_strongly_typed(trt))
         # The parser owns the weights: it has to live until the engine is built.
@@ -79,7 +81,7 @@ def build_engine(
         engine = _run(trt, builder, network, config, timings, cancelled)
         if engine is None:
             gpu = "" if sm is None else f" for SM{sm}"
-            raise BackendError(f"{library} cannot build the graph{gpu}: {_join(errors)}")
+            raise BackendError(f"{library} cannot build the graph{gpu}: {_join(errors())}")
         return bytes(engine)
 
 
@@ -120,7 +122,7 @@ def load_library(library: str) -> Any:
 
 @cache
 def make_logger(library: str) -> Any:
-    """Return the one logger of a library: it prints nothing and keeps errors in `errors`."""
+    """Return the one logger of a library: it prints nothing and keeps errors; see `listen`."""
     trt = load_library(library)
     base: Any = trt.ILogger
     worth_keeping = (base.ERROR, base.INTERNAL_ERROR)
@@ -128,12 +130,17 @@ def make_logger(library: str) -> Any:
     class Errors(base):  # type: ignore[misc]
         def __init__(self) -> None:
             base.__init__(self)  # its bindings know no super()
-            self.errors: list[str] = []
+            self._numbers = count()
+            self._last: deque[tuple[int, str]] = deque(maxlen=_MOST_KEPT)
 
         def log(self, severity: Any, message: str) -> None:
             if severity in worth_keeping:
-                self.errors.append(" ".join(message.split()))
-                del self.errors[:-_MOST_KEPT]
+                self._last.append((next(self._numbers), " ".join(message.split())))
+
+        def listen(self) -> Callable[[], list[str]]:
+            """Return a function that returns the errors that came since now."""
+            start = next(self._numbers)
+            return lambda: [text for number, text in list(self._last) if number > start]
 
     return Errors()
 
@@ -147,24 +154,14 @@ def start_runtime(library: str) -> Any:
     return _start("Runtime", library)
 
 
-@contextmanager
-def _errors_of(library: str) -> Iterator[list[str]]:
-    """Yield the list into which the library's errors go meanwhile."""
-    errors: list[str] = make_logger(library).errors
-    errors.clear()
-    try:
-        yield errors
-    finally:
-        errors.clear()
-
-
 def _start(kind: str, library: str) -> Any:
     """Make a `Builder` or a `Runtime`."""
     logger = make_logger(library)
+    errors = logger.listen()
     try:
         return getattr(load_library(library), kind)(logger)
     except Exception as cause:  # TensorRT's own way to say that there is no GPU or driver
-        reasons = _join([*logger.errors, str(cause)])
+        reasons = _join([*errors(), str(cause)])
         raise UnavailableError(f"{library} cannot start: {reasons}") from cause
 
 

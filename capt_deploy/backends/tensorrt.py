@@ -138,12 +138,12 @@ class TensorRT:
     @contextmanager
     def _execution(self) -> Iterator[Execution]:
         """Lend an execution; errors are said with the library's own reasons."""
+        errors = make_logger(self._library).listen()
         try:
             with self._pool.execution() as own:
                 yield own
         except BackendError as cause:
-            reasons = make_logger(self._library).errors[-2:]
-            text = "; ".join([str(cause), *reasons])
+            text = "; ".join([str(cause), *errors()[-2:]])
             raise BackendError(f"backend {self.name}: {text}") from cause
 
     def _check(self, images: NDArray[np.uint8]) -> None:
@@ -195,11 +195,10 @@ def _context(trt: Any, engine: Any, scratch: int) -> Any:
 
 def _deserialise(runtime: Any, library: str, data: bytes) -> Any:
     """Return an engine; None, and a line with the reason, if it is not one for this machine."""
-    reasons: list[str] = make_logger(library).errors
-    reasons.clear()
+    errors = make_logger(library).listen()
     engine = None
     with suppress(Exception):  # a foreign engine, in whichever way the library takes it
         engine = runtime.deserialize_cuda_engine(data)
-    if engine is None and reasons:
+    if engine is None and (reasons := errors()):
         say(f"{library}: {reasons[-1]}")
     return engine

@@ -118,6 +118,34 @@ def test_a_failed_run_is_said_with_the_librarys_own_reason(on_host, monkeypatch)
     assert on_host.device.leaks == []
 
 
+def test_old_errors_are_no_reason_of_new_ones(on_host, capsys):
+    backend = on_host()
+    make_logger(on_host.library).log(0, "long ago")
+    backend.close()
+    with pytest.raises(BackendError, match="closed") as caught:
+        backend.run(small(1))
+    assert "long ago" not in str(caught.value)
+
+
+def test_loading_leaves_others_their_errors(on_host):
+    logger = make_logger(on_host.library)
+    heard = logger.listen()
+    logger.log(0, "of a build in another thread")
+    on_host()
+    assert heard() == ["of a build in another thread"]
+
+
+def test_of_many_errors_the_last_are_kept(on_host):
+    logger = make_logger(on_host.library)
+    heard = logger.listen()
+    for number in range(1000):
+        logger.log(0, str(number))
+        logger.log(4, "of no interest")
+    assert heard()[-2:] == ["998", "999"]
+    assert len(heard()) < 1000
+    assert logger.listen()() == []
+
+
 def test_closing_is_final_and_may_be_repeated(on_host):
     backend = on_host()
     backend.run(small(3))
