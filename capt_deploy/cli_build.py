@@ -76,8 +76,9 @@ def main(
 ) -> None:
     """Build the engine of a BUNDLE ahead of time, or look after the cache of engines.
 
-    The engine lies in the cache, where Classifier.load finds it. One for another machine can be
-    carried there: copy the file that is printed into the cache folder of that machine.
+    BUNDLE may also be a lone model.onnx. The engine lies in the cache, where Classifier.load finds
+    it. One for another machine can be carried there: copy the file that is printed into the cache
+    folder of that machine.
 
     \b
     Example:
@@ -151,12 +152,12 @@ def _print_table(store: "EngineCache", rows: list[dict[str, Any]]) -> None:
 def _open(path: Path, backend: str, precision: str | None) -> "Graph":
     """Return a graph of a bundle, or a lone graph, as `Classifier.load` does."""
     from capt_deploy.backends import preferred_precision
-    from capt_deploy.bundle import open_bundle
     from capt_deploy.engine_store import Graph
+    from capt_deploy.graphs import open_graphs
 
-    bundle = open_bundle(path)
-    chosen, onnx = bundle.graph(precision or preferred_precision(backend, bundle.manifest.graphs))
-    return Graph(onnx, chosen, bundle.weights_folder(chosen))
+    graphs = open_graphs(path)
+    graph = graphs.read(precision or preferred_precision(backend, graphs.precisions))
+    return Graph(graph.onnx, graph.precision, graph.weights_folder)
 
 
 def _build(

@@ -132,6 +132,37 @@ def test_a_changed_bundle_is_refused(golden, cache, tmp_path):
     assert (result.exit_code, "is not the file that was exported" in result.stderr) == (2, True)
 
 
+@builds
+def test_a_lone_graph_has_the_engine_of_its_bundle(golden, cache):
+    options = ("--backend", "tensorrt-rtx", "--sm", "89", "--cache", cache, "--json")
+    alone = run(golden / "model.onnx", *options)
+    assert alone.exit_code == 0, alone.stderr
+    again = json.loads(run(golden, *options).stdout)
+    assert again["cached"]
+    assert again["path"] == json.loads(alone.stdout)["path"]
+
+
+def change_manifest(golden, folder, **changes):
+    bundle = folder / "changed.capt"
+    shutil.copytree(golden, bundle)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps(manifest | changes))
+    return bundle
+
+
+def test_a_changed_manifest_is_refused(golden, cache, tmp_path):
+    classes = json.loads((golden / "manifest.json").read_text())["class_names"][::-1]
+    bundle = change_manifest(golden, tmp_path, class_names=classes)
+    result = run(bundle, "--backend", "tensorrt-rtx", "--sm", "89", "--cache", cache)
+    assert (result.exit_code, "its manifest was changed" in result.stderr) == (2, True)
+
+
+def test_a_bundle_whose_check_had_failed_is_warned_of(golden, cache, tmp_path):
+    bundle = change_manifest(golden, tmp_path, verified=False)
+    with pytest.warns(UserWarning, match="although its check had failed"):
+        run(bundle, "--backend", "tensorrt-rtx", "--sm", "89", "--cache", cache)
+
+
 def test_help_needs_no_library():
     code = "import sys\nfrom capt_deploy.cli_build import main\n"
     code += "main(['--help'], standalone_mode=False)\n"
