@@ -30,8 +30,8 @@ class Process:
         if not self.is_this:
             raise BackendError(
                 f"expected the process {self._id} that loaded the classifier, came its forked copy "
-                f"{os.getpid()}; load it after the fork, or start processes with "
-                f'multiprocessing.get_context("spawn")'
+                f"{os.getpid()}; load it only after the fork, never before it, or start processes "
+                f'with multiprocessing.get_context("spawn")'
             )
 
 

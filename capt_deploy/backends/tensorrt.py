@@ -22,7 +22,7 @@ from capt_deploy.engine import LIBRARIES, load_library, make_logger, start_runti
 from capt_deploy.engine_cache import EngineCache
 from capt_deploy.engine_store import Graph, Target, key_of, obtain
 from capt_deploy.errors import BackendError
-from capt_deploy.process import Process
+from capt_deploy.process import Process, never_free_in_copies
 
 
 class TensorRT:
@@ -199,6 +199,9 @@ def _deserialise(runtime: Any, library: str, data: bytes) -> Any:
     engine = None
     with suppress(Exception):  # a foreign engine, in whichever way the library takes it
         engine = runtime.deserialize_cuda_engine(data)
-    if engine is None and (reasons := errors()):
+    if engine is not None:
+        never_free_in_copies(runtime)
+        never_free_in_copies(engine)
+    elif reasons := errors():
         say(f"{library}: {reasons[-1]}")
     return engine

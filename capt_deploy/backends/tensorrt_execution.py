@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from capt_deploy.backends import Outputs
 from capt_deploy.device import Device
 from capt_deploy.errors import BackendError
+from capt_deploy.process import never_free_in_copies
 
 INPUT = "images"
 _SCRATCH = "scratch"  # beside the names of tensors
@@ -194,6 +195,7 @@ class Execution:
         context = self._new_context(self._addresses[_SCRATCH])
         if context is None:
             raise BackendError("the engine makes no execution context; is the GPU's memory full?")
+        never_free_in_copies(context)
         for name in (INPUT, *self._layout.columns):
             if not context.set_tensor_address(name, self._addresses[name]):
                 raise BackendError(f"the engine does not take memory for {name}")

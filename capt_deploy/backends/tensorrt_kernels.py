@@ -7,7 +7,7 @@ from typing import Any
 from capt_deploy.device import Device
 from capt_deploy.engine_cache import EngineCache
 from capt_deploy.engine_entry import EngineKey
-from capt_deploy.process import Process
+from capt_deploy.process import Process, never_free_in_copies
 
 
 class Kernels:
@@ -27,6 +27,8 @@ class Kernels:
         with device.active():
             self._config = engine.create_runtime_config()
             self._kernels = self._config.create_runtime_cache()
+            for value in (self._config, self._kernels):
+                never_free_in_copies(value)
             self._saved = cache.read(self._key)
             if self._saved is not None:
                 self._kernels.deserialize(self._saved)  # does nothing if the machine is another one

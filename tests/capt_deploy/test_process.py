@@ -35,7 +35,7 @@ if os.fork() == 0:
             call()
             print(name, "answered", flush=True)
         except BackendError as error:
-            print(name, "load it after the fork" in str(error), flush=True)
+            print(name, "load it only after the fork, never before it" in str(error), flush=True)
     classifier.close()
     with Classifier.load(bundle, "onnxruntime-cpu") as own:
         print("own", own(photo).label == own.submit(photo).result().label == wanted, flush=True)
@@ -72,5 +72,5 @@ def test_the_error_names_both_processes(monkeypatch: pytest.MonkeyPatch) -> None
     own = Process()
     own.check()
     monkeypatch.setattr(os, "getpid", lambda: 4)
-    with pytest.raises(BackendError, match=r"expected the process \d+ .* copy 4; load it after"):
+    with pytest.raises(BackendError, match=r"expected the process \d+ .* copy 4; load it only"):
         own.check()

@@ -277,6 +277,29 @@ def test_a_forked_copy_says_so_and_frees_nothing(on_host):
     os.wait()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_the_librarys_objects_end_in_their_own_process_alone(on_host, monkeypatch):
+    ended, kinds = [], ["Context", "Engine"]
+    if on_host.library == "tensorrt_rtx":
+        kinds += ["RuntimeCache", "RuntimeConfig"]
+    for kind in kinds:
+        monkeypatch.setattr(
+            f"{STAND_INS}.{kind}.__del__",
+            lambda own: ended.append(type(own).__name__),
+            raising=False,
+        )
+    backend = on_host()
+    child = os.fork()
+    if child == 0:  # only `_exit` may follow: this is still the test run
+        del backend
+        gc.collect()
+        os._exit(len(ended))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    del backend
+    gc.collect()
+    assert sorted(set(ended)) == kinds
+
+
 @pytest.fixture(scope="module", params=LIBRARIES)
 def backend(request, onnx, tmp_path_factory):
     if (problem := gpu_problem()) is not None:
