@@ -5,6 +5,7 @@ import base64
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -73,10 +74,11 @@ def make_app(classifier: Classifier, limits: Limits = _LIMITS) -> FastAPI:
 
 
 class _Door:
-    """Lets in as many requests as may be inside, and of each client as often as it may."""
+    """Lets in as many requests as may be inside, of all and of each client, and as often."""
 
     def __init__(self, limits: Limits) -> None:
-        self._most, self._inside = limits.requests, 0
+        self._limits = limits
+        self._inside: Counter[str] = Counter()  # requests of each client that has any
         self._buckets = TokenBuckets(limits.rate, limits.burst)
 
     @contextmanager
@@ -85,13 +87,17 @@ class _Door:
         if seconds := self._buckets.seconds_to_wait(client):
             whole = math.ceil(seconds)
             raise RefusedError(429, f"too many requests; wait {whole} s", whole)
-        if self._inside >= self._most:
+        if self._inside.total() >= self._limits.requests:
             raise RefusedError(503, "busy: too many requests at once; try again", 1)
-        self._inside += 1
+        if self._inside[client] >= self._limits.requests_of_a_client:
+            raise RefusedError(429, "too many requests of yours at once; try again", 1)
+        self._inside[client] += 1
         try:
             yield
         finally:
-            self._inside -= 1
+            self._inside[client] -= 1
+            if not self._inside[client]:
+                del self._inside[client]  # memory does not grow with clients
 
 
 async def _answers(

@@ -27,7 +27,7 @@ class Limits:
     pixels: int = 50_000_000  # of an image; decoded, each takes 3 bytes or more
     images: int = 16  # of a request
     requests: int = 256  # at once, of all clients
-    rate: float = 20.0  # requests per second and client; 0: as many as come
+    rate: float = 20.0  # requests per second and client; 0: clients are not told apart
     burst: int = 40  # requests that a client may send at once after a pause
 
     def __post_init__(self) -> None:
@@ -37,6 +37,11 @@ class Limits:
                 f"limits: expected counts from 1 on, body_seconds above 0 and a rate from 0 on, "
                 f"came {self}"
             )
+
+    @property
+    def requests_of_a_client(self) -> int:
+        """Return how many places one client may hold, so that slow bodies leave room for others."""
+        return max(1, self.requests // 8) if self.rate else self.requests
 
 
 class TokenBuckets:

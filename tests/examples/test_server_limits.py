@@ -32,12 +32,14 @@ def strict(server_extra: None, golden: Path) -> Iterator[Server]:
         assert "Traceback" not in running.log.read_text()
 
 
-def begin(server: Server, length: int = 999) -> HTTPConnection:
-    """Send the head of a request whose body does not come."""
+def begin(server: Server, client: str = "") -> HTTPConnection:
+    """Send the head of a request whose body does not come, of a client that a proxy names."""
     connection = server.connect()
     connection.putrequest("POST", "/predict")
     connection.putheader("Content-Type", "application/json")
-    connection.putheader("Content-Length", str(length))
+    connection.putheader("Content-Length", "999")
+    if client:
+        connection.putheader("X-Forwarded-For", client)
     connection.endheaders(b'{"image":')
     return connection
 
@@ -60,6 +62,22 @@ def test_one_request_too_many_is_sent_away_and_a_slow_one_ended(strict: Server) 
     status, reason, _ = answer(slow)
     assert (status, reason["error"]) == (408, "the body was not here within 2 s")
     assert post_file(strict.connect(), PHOTO.read_bytes())[0] == 200
+
+
+def test_slow_bodies_of_one_client_leave_room_for_others(server_extra: None, golden: Path) -> None:
+    options = ("--rate", 100, "--max-requests", 16, "--max-seconds", 3, "--proxy", "127.0.0.1")
+    with running_server(golden, *options) as server:
+        slow = [begin(server, client="192.0.2.1") for _ in range(18)]
+        assert asked_for(server, "192.0.2.2") == 415, "another client is let in"
+        answers = sorted(((status, retry) for status, _, retry in map(answer, slow)), key=str)
+        assert answers == [(408, None)] * 2 + [(429, "1")] * 16, "of 16 places an eighth"
+        assert asked_for(server, "192.0.2.1") == 415, "places are given back"
+
+
+def test_places_of_a_client() -> None:
+    assert Limits().requests_of_a_client == 32
+    assert Limits(requests=1).requests_of_a_client == 1
+    assert Limits(rate=0.0).requests_of_a_client == 256
 
 
 def test_images_that_find_no_room_in_the_queue_are_sent_away(strict: Server) -> None:
