@@ -24,12 +24,7 @@ _STOP_SECONDS = 60  # for requests under way, once the server has been told to e
 @click.option("--max-pixels", default=50_000_000, show_default=True, help="Of an image.")
 @click.option("--max-images", default=16, show_default=True, help="Of a request.")
 @click.option("--max-requests", default=256, show_default=True, help="At once; of a client 1/8.")
-@click.option(
-    "--rate",
-    default=20.0,
-    show_default=True,
-    help="Requests/s and client; 0: any.",
-)
+@click.option("--rate", default=20.0, show_default=True, help="Requests/s and client; 0: any.")
 @click.option("--burst", default=40, show_default=True, help="Requests of a client at once.")
 @click.option("--max-batch", default=32, show_default=True, help="Images run at once.")
 @click.option("--max-wait-ms", default=2.0, show_default=True, help="Of a batch for more images.")

@@ -36,14 +36,14 @@ def make_app(classifier: Classifier, limits: Limits = _LIMITS) -> FastAPI:
     # FastAPI's own pages of documentation fetch scripts from elsewhere.
     app = FastAPI(title="capt", version=__version__, docs_url=None, redoc_url=None)
     metrics = Metrics(classifier)
-    door = _Door(limits)
+    door, parsing = _Door(limits), asyncio.Semaphore(1)
     app.add_middleware(MeasuredRequests, metrics=metrics, path="/predict")
     _explain_errors(app)
 
     @app.post("/predict", openapi_extra=BODY)
     async def predict(request: Request, top_k: Annotated[int, Query(ge=1)] = 5) -> dict[str, Any]:
         with door.entered(request):
-            images = await read_images(request, limits)
+            images = await read_images(request, limits, parsing)
             predictions = await _answers(classifier, images, metrics)
         return {"predictions": [_to_dict(prediction, top_k) for prediction in predictions]}
 

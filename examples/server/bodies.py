@@ -27,6 +27,9 @@ _EXPECTED = (
     '{"images": ["BASE64", …]}'
 )
 
+_BRACKETS = 8  # of JSON; the right form has two at most, and base64 none
+_PIECE = 2**16  # bytes, of a form
+
 _BASE64 = {"type": "string", "format": "byte"}
 _FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}
 _EITHER = [{"image": _BASE64}, {"images": {"type": "array", "items": _BASE64}}]
@@ -43,8 +46,10 @@ BODY = {  # for OpenAPI
 }
 
 
-async def read_images(request: Request, limits: Limits) -> list[bytes]:
+async def read_images(request: Request, limits: Limits, parsing: asyncio.Semaphore) -> list[bytes]:
     """Return the encoded images of a request, at least one.
+
+    `parsing` is common to all requests: a body takes several times its size while it is parsed.
 
     Raises:
         RefusedError: see above.
@@ -59,10 +64,11 @@ async def read_images(request: Request, limits: Limits) -> list[bytes]:
     boundary = options.get(b"boundary") if kind == b"multipart/form-data" else None
     if kind == b"multipart/form-data" and not boundary:
         raise RefusedError(400, "the content type multipart/form-data names no boundary")
-    return await asyncio.to_thread(_parse, body, boundary, limits)
+    async with parsing:
+        return await asyncio.to_thread(_parse, body, boundary, limits)
 
 
-async def _read(request: Request, limits: Limits) -> bytes:
+async def _read(request: Request, limits: Limits) -> bytearray:
     """Return the body. What the client says of its length is no proof: count what comes."""
     body = bytearray()
     try:
@@ -75,20 +81,25 @@ async def _read(request: Request, limits: Limits) -> bytes:
         raise RefusedError(408, f"the body was not here within {limits.body_seconds:g} s") from None
     except ClientDisconnect:
         raise RefusedError(400, "the connection ended before the body did") from None
-    return bytes(body)
+    return body
 
 
-def _parse(body: bytes, boundary: bytes | None, limits: Limits) -> list[bytes]:
+def _parse(body: bytearray, boundary: bytes | None, limits: Limits) -> list[bytes]:
     images = _from_json(body, limits) if boundary is None else _from_form(body, boundary, limits)
     for number, image in enumerate(images):
         _check(image, number, limits)
     return images
 
 
-def _from_json(body: bytes, limits: Limits) -> list[bytes]:
+def _from_json(body: bytearray, limits: Limits) -> list[bytes]:
+    # Each part becomes an object, more than 20 times as large as in the body.
+    if body.count(b"{") + body.count(b"[") > _BRACKETS:
+        raise RefusedError(422, f"expected {_EXPECTED}; came JSON of more parts")
+    if body.count(b",") > limits.images:
+        raise _too_many(limits)
     try:
-        value = json.loads(body)
-    except (ValueError, RecursionError) as cause:  # RecursionError: brackets, very deep
+        value = json.loads(body.decode("ascii"))  # which takes a byte a letter, others up to four
+    except ValueError as cause:
         raise RefusedError(400, f"not valid JSON: {cause}") from None
     match value:
         case {"image": str(text), **others} if not others:
@@ -111,7 +122,7 @@ def _from_base64(text: object, number: int) -> bytes:
         raise RefusedError(400, f"image {number}: not valid base64: {cause}") from None
 
 
-def _from_form(body: bytes, boundary: bytes, limits: Limits) -> list[bytes]:
+def _from_form(body: bytearray, boundary: bytes, limits: Limits) -> list[bytes]:
     images: list[bytes] = []
     parts = 0
     whole = False
@@ -135,7 +146,9 @@ def _from_form(body: bytes, boundary: bytes, limits: Limits) -> list[bytes]:
         parser = FormParser(
             "multipart/form-data", on_part, on_part, on_end, boundary, config=in_memory
         )
-        parser.write(body)
+        with memoryview(body) as view:
+            for start in range(0, len(body), _PIECE):
+                parser.write(bytes(view[start : start + _PIECE]))
         parser.finalize()
     except FormParserError as cause:
         raise RefusedError(400, f"not valid multipart/form-data: {cause}") from None

@@ -20,7 +20,11 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """Bodies take at most `body_bytes` times `requests` of memory; pixels come on top."""
+    """What a server takes.
+
+    Bodies wait in at most `body_bytes` times `requests` of memory, and an eighth more. The one that
+    is being parsed takes up to 8 times its size on top, and so do the pixels of decoded images.
+    """
 
     body_bytes: int = 10 * 2**20
     body_seconds: float = 30.0  # until the whole body is here

@@ -1,13 +1,19 @@
 """Bodies that cannot be answered get a reason, and harm nobody."""
 
+import asyncio
 import json
 import struct
+import time
+import tracemalloc
 import zlib
+from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import pytest
 
 from benchmarks.server_load import Server
+from examples.server.limits import Limits, RefusedError
 from tests.examples.clients import FORM, JSON, encoded, form, get, picture, read, send
 
 
@@ -32,7 +38,10 @@ BAD_BODIES: dict[str, tuple[int, str, bytes | str, str | None]] = {
     "malformed JSON": (400, "not valid JSON", '{"image": ', JSON),
     "empty JSON": (400, "not valid JSON", "", JSON),
     "no UTF-8": (400, "not valid JSON", b'"\xff\xfe\x80"', JSON),
-    "deep JSON": (400, "not valid JSON", "[" * 100_000, JSON),
+    "deep JSON": (422, "JSON of more parts", "[" * 100_000, JSON),
+    "many objects": (422, "JSON of more parts", json.dumps({"images": [{}] * 60_000}), JSON),
+    "many strings": (413, "at most 16", json.dumps({"images": [""] * 60_000}), JSON),
+    "many keys": (413, "at most 16", json.dumps({str(key): 1 for key in range(20_000)}), JSON),
     "a long number": (400, "not valid JSON", "9" * 9999, JSON),
     "JSON of another form": (422, '{"image": "BASE64"}', '{"picture": ""}', JSON),
     "both keys": (422, "other JSON", '{"image": "", "images": [""]}', JSON),
@@ -44,7 +53,8 @@ BAD_BODIES: dict[str, tuple[int, str, bytes | str, str | None]] = {
         JSON,
     ),
     "bad base64": (400, "image 0: not valid base64", '{"image": "A_-="}', JSON),
-    "no ASCII": (400, "image 0: not valid base64", '{"image": "\\ud800é"}', JSON),
+    "no ASCII": (400, "not valid JSON", '{"image": "é"}', JSON),
+    "escaped, no ASCII": (400, "image 0: not valid base64", '{"image": "\\ud800"}', JSON),
     "base64 of text": (415, "image 0: not an image", json.dumps({"image": encoded(b"hi")}), JSON),
     "empty base64": (415, "image 0: not an image", '{"image": ""}', JSON),
     "17 images": (413, "at most 16", json.dumps({"images": ["aaaa"] * 17}), JSON),
@@ -94,6 +104,65 @@ def test_what_else_is_wrong_with_a_request(server: Server) -> None:
     assert send(server, form(GOOD), FORM, "/predict?top_k=many")[0] == 422
     assert send(server, form(GOOD), FORM, "/nothing")[0] == 404
     assert get(server, "/predict")[0] == 405
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"images":[' + b"{}," * 300_000 + b"{}]}",
+        b'{"images":[' + b'"",' * 300_000 + b'""]}',
+        b'{"image":"' + b"A" * 900_000 + b'\\ud83d\\ude00"}',
+        '{"image":"é\U0001f600'.encode() + b"A" * 900_000 + b'"}',
+        b'{"image":"' + b"A" * 900_000 + b'"}',
+    ],
+    ids=["objects", "strings", "four bytes a letter", "no ASCII", "right"],
+)
+def test_json_is_parsed_in_8_times_its_size(server_extra: None, body: bytes) -> None:
+    from examples.server import bodies
+
+    came = bytearray(body)
+    tracemalloc.start()
+    with suppress(RefusedError):
+        bodies._from_json(came, Limits())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * len(body)
+
+
+def test_bodies_are_parsed_one_at_a_time(
+    server_extra: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from starlette.requests import Request
+
+    from examples.server import bodies
+
+    inside, most = [], 0
+
+    def parse(body: bytearray, *_: object) -> list[bytes]:
+        nonlocal most
+        inside.append(body)
+        most = max(most, len(inside))
+        time.sleep(0.02)
+        inside.remove(body)
+        return [bytes(body)]
+
+    async def read_all() -> list[list[bytes]]:
+        parsing = asyncio.Semaphore(1)
+        requests = [Request(scope, receive(str(number))) for number in range(6)]
+        return await asyncio.gather(
+            *(bodies.read_images(one, Limits(), parsing) for one in requests)
+        )
+
+    def receive(body: str) -> Any:
+        async def message() -> dict[str, Any]:
+            return {"type": "http.request", "body": body.encode(), "more_body": False}
+
+        return message
+
+    scope = {"type": "http", "headers": [(b"content-type", b"application/json")]}
+    monkeypatch.setattr(bodies, "_parse", parse)
+    assert asyncio.run(read_all()) == [[str(number).encode()] for number in range(6)]
+    assert most == 1
 
 
 def damaged(random: np.random.Generator) -> tuple[bytes, str]:
