@@ -13,7 +13,6 @@ answer about now is worth more than all answers, late. A frame that cannot be re
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
@@ -71,25 +70,30 @@ def watched(folder: Path, stop: Stop, settle_seconds: float) -> Iterator[Frame]:
     """Return the newest image of a folder, again whenever there is one newer than the last.
 
     New is what was written or moved there since; a single file that is overwritten again and again
-    is a source, too. It counts once it has not changed for `settle_seconds`, so that files are not
-    read half-written. Remembered is one time alone: memory does not grow with the folder.
+    is a source, too. It counts once it has not changed for `settle_seconds`, as it may be half
+    written; or if all that is new has kept changing for that long: it may never rest. What was
+    overwritten is not counted. Remembered is one time alone: memory does not grow with the folder.
     """
     last = max(_images(folder), default=(0, ""))
     return _newer(folder, last, stop, settle_seconds)
 
 
 def _newer(folder: Path, last: tuple[int, str], stop: Stop, settle: float) -> Iterator[Frame]:
+    restless: float | None = None  # since when there is news, and none of it settles
     while not stop:
         settled = (time.time_ns() - int(settle * 1e9), "")
-        newest, arrived, start = last, 0, time.monotonic()
+        newest, changing, arrived, start = last, last, 0, time.monotonic()
         for found in _images(folder):
+            changing = max(changing, found)
             if last < found <= settled:
-                arrived += 1
-                newest = max(newest, found)
+                arrived, newest = arrived + 1, max(newest, found)
+        if not arrived and last < changing <= (time.time_ns(), ""):  # no time to come: clocks jump
+            restless, newest = restless or time.monotonic(), changing
+            arrived = int(start - restless > settle)
         if not arrived:
             time.sleep(max(0.01, time.monotonic() - start))  # a large folder takes long to list
             continue
-        last = newest
+        last, restless = newest, None
         yield Frame(last[1], folder / last[1], arrived - 1)
 
 
@@ -130,10 +134,7 @@ def filmed(source: str, stop: Stop) -> Iterator[Frame]:
     Raises ConfigError where OpenCV is not installed, DataError where it cannot open the source.
     """
     if find_spec("cv2") is None:
-        raise ConfigError(
-            f"{source}: expected a folder, for videos and cameras need OpenCV: "
-            f"pip install opencv-python-headless"
-        )
+        raise ConfigError(f"{source}: no folder; films need pip install opencv-python-headless")
     import cv2  # type: ignore[import-not-found, unused-ignore]
 
     capture = cv2.VideoCapture(int(source) if source.isdigit() else source)
@@ -189,8 +190,7 @@ def print_lines(
             line["error"] = str(error)
         spent_ms = round((time.perf_counter() - start) * 1000, 2)
         line |= {"latency_ms": spent_ms, "dropped": frame.dropped}
-        sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
-        sys.stdout.flush()
+        click.echo(json.dumps(line, ensure_ascii=False))  # which also flushes
         labelled, dropped = labelled + ("label" in line), dropped + frame.dropped
     return labelled, dropped
 

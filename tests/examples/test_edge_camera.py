@@ -1,12 +1,15 @@
 """The edge camera as a process, over a folder that is filled while it runs."""
 
+import itertools
 import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +69,17 @@ def running(golden: Path, source: Path, *options: str) -> Iterator[Camera]:
     finally:
         process.kill()
         process.communicate()
+
+
+@contextmanager
+def lasting(camera: Camera) -> Iterator[None]:
+    """End the process after a while, so that waiting for its lines fails instead of hanging."""
+    timer = threading.Timer(SECONDS, camera.process.kill)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def picture(number: int) -> Image.Image:
@@ -137,6 +151,58 @@ def test_a_file_that_is_overwritten_is_a_source_too(
             line = camera.line()
             assert (line["frame"], line["label"]) == ("latest.png", classifier(path).label)
         camera.end()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_file_that_is_overwritten_faster_than_it_settles_is_seen(
+    golden: Path, folder: Path, in_place: bool
+) -> None:
+    pictures = [put(folder.parent, f"{number}.png", number).read_bytes() for number in range(4)]
+    ended = threading.Event()
+
+    def film() -> None:
+        for number in itertools.count():
+            if ended.wait(0.01):
+                return
+            if in_place:
+                (folder / "latest.png").write_bytes(pictures[number % 4])
+            else:
+                put(folder, "latest.png", number)
+
+    with running(golden, folder, "--watch", "--settle-ms", "200") as camera:
+        with lasting(camera), ThreadPoolExecutor(1) as pool:
+            filming = pool.submit(film)
+            try:
+                lines = [camera.line() for _ in range(5)]
+            finally:
+                ended.set()
+            filming.result()
+        lines += camera.end()
+    assert {line["frame"] for line in lines} == {"latest.png"}
+    assert in_place or all("label" in line for line in lines)
+    assert any("label" in line for line in lines)
+
+
+def test_new_files_that_each_settle_are_not_taken_before(tmp_path: Path) -> None:
+    frames = watched(tmp_path, stop=False, settle_seconds=0.15)  # type: ignore[arg-type]
+    ended = threading.Event()
+
+    def fill() -> None:
+        for number in itertools.count():
+            (tmp_path / f"{number:05}.png").touch()
+            if ended.wait(0.02):
+                return
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(fill)
+        try:
+            ages = []
+            for _ in range(10):
+                name = next(frames).name
+                ages.append(time.time() - (tmp_path / name).stat().st_ctime)
+        finally:
+            ended.set()
+    assert min(ages) >= 0.15
 
 
 def test_a_file_is_not_read_half_written_and_a_broken_one_harms_nobody(
