@@ -72,8 +72,9 @@ def main(
     listener = _bind(host, port)  # before an engine is built, which can take minutes
     with listener, Classifier.load(bundle, backend, batcher=batcher) as classifier:
         classifier(np.zeros((8, 8, 3), np.uint8))  # a backend's first run is its slowest
+        app = make_app(classifier, limits)
         config = uvicorn.Config(
-            make_app(classifier, limits),
+            app,
             log_level="warning",
             access_log=False,
             server_header=False,
@@ -87,7 +88,9 @@ def main(
         say(f"listening on http://{shown}:{listener.getsockname()[1]}")
         with suppress(KeyboardInterrupt):  # uvicorn repeats the signal that it has obeyed
             uvicorn.Server(config).run(sockets=[listener])
-    say("ended; all that waited has been answered")
+    cut_off = app.state.door.cut_off  # by a second Ctrl-C, or after _STOP_SECONDS
+    left = f"left without an answer: {cut_off}" if cut_off else "all that waited has been answered"
+    say(f"ended; {left}")
 
 
 def _check_installed() -> None:

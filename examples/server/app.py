@@ -36,7 +36,8 @@ def make_app(classifier: Classifier, limits: Limits = _LIMITS) -> FastAPI:
     # FastAPI's own pages of documentation fetch scripts from elsewhere.
     app = FastAPI(title="capt", version=__version__, docs_url=None, redoc_url=None)
     metrics = Metrics(classifier)
-    door, parsing = _Door(limits), asyncio.Semaphore(1)
+    door, parsing = Door(limits), asyncio.Semaphore(1)
+    app.state.door = door
     app.add_middleware(MeasuredRequests, metrics=metrics, path="/predict")
     _explain_errors(app)
 
@@ -73,16 +74,20 @@ def make_app(classifier: Classifier, limits: Limits = _LIMITS) -> FastAPI:
     return app
 
 
-class _Door:
-    """Lets in as many requests as may be inside, of all and of each client, and as often."""
+class Door:
+    """Lets in as many requests as may be inside, of all and of each client, and as often.
+
+    `cut_off` counts those that were inside when the server was made to end without their answers.
+    """
 
     def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+        self._limits, self.cut_off = limits, 0
         self._inside: Counter[str] = Counter()  # requests of each client that has any
         self._buckets = TokenBuckets(limits.rate, limits.burst)
 
     @contextmanager
     def entered(self, request: Request) -> Iterator[None]:
+        """Hold a place for a request, or raise RefusedError: 429 for the client's sake, 503."""
         client = request.client.host if request.client else ""
         if seconds := self._buckets.seconds_to_wait(client):
             whole = math.ceil(seconds)
@@ -94,6 +99,9 @@ class _Door:
         self._inside[client] += 1
         try:
             yield
+        except asyncio.CancelledError:
+            self.cut_off += 1
+            raise
         finally:
             self._inside[client] -= 1
             if not self._inside[client]:

@@ -171,6 +171,21 @@ def test_what_waits_is_answered_before_the_server_ends(
         assert "Traceback" not in log
 
 
+def test_a_second_ctrl_c_cuts_off_what_waits_and_says_so(server_extra: None, golden: Path) -> None:
+    with running_server(golden, "--max-seconds", 30) as server:
+        slow = begin(server)
+        deadline = time.monotonic() + 10
+        time.sleep(0.3)  # until it is inside
+        while server.process.poll() is None:
+            assert time.monotonic() < deadline
+            server.process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+        slow.close()
+        log = server.log.read_text()
+        assert "all that waited has been answered" not in log
+        assert log.endswith("ended; left without an answer: 1\n")
+
+
 def metrics(server: Server) -> str:
     connection = server.connect()
     connection.request("GET", "/metrics")
