@@ -30,6 +30,7 @@ from capt_deploy.errors import BackendError
 NAME = "latency"
 GOAL = 1.5  # times the throughput of plain open_clip, of one image at a time on the CPU
 _PHOTOS = 32
+_KEYS = ("backend", "device", "precision", "scope", "batch")  # of what a ratio belongs to
 # Threads of torch wait for each other while spinning: where others want the cores, too, they take
 # many times as long, and a comparison says nothing.
 _QUIET = 0.5
@@ -171,21 +172,26 @@ def same_labels(exported: Exported, comparison: Comparison, photos: Photos) -> d
 
 
 def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return how many times the throughput of plain open_clip in float32 each other row has."""
+    """Return how many times the throughput of plain open_clip each row has.
+
+    Plain is eager open_clip in the row's own precision, or in float32 where it was not measured in
+    that one, as it never is in int8: `eager_precision` says which.
+    """
     eager = {
-        (row["scope"], row["batch"]): row["throughput_per_s"]
+        (row["scope"], row["batch"], row["precision"]): row["throughput_per_s"]
         for row in rows
-        if (row["backend"], row["precision"]) == ("open_clip eager", "fp32")
+        if row["backend"] == "open_clip eager"
     }
-    keys = ("backend", "device", "precision", "scope", "batch")
-    return [
-        {
-            **{key: row[key] for key in keys},
-            "ratio": row["throughput_per_s"] / eager[row["scope"], row["batch"]],
-        }
-        for row in rows
-        if not row["backend"].startswith("open_clip eager")
-    ]
+    found = []
+    for row in rows:
+        for precision in (row["precision"], "fp32"):
+            plain = eager.get((row["scope"], row["batch"], precision))
+            if plain is not None:
+                ratio = row["throughput_per_s"] / plain
+                own = {key: row[key] for key in _KEYS}
+                found.append({**own, "ratio": ratio, "eager_precision": precision})
+                break
+    return found
 
 
 def text_of(name: str, cell: Mapping[str, Any]) -> str:
@@ -196,7 +202,7 @@ def text_of(name: str, cell: Mapping[str, Any]) -> str:
         (
             *(row["backend"], row["device"], row["precision"], str(row["batch"])),
             *(f"{row['p50_ms']:.2f}", f"{row['p99_ms']:.2f}", f"{row['throughput_per_s']:.2f}"),
-            f"{found[_key(row)]:.2f}" if _key(row) in found else "1",
+            f"{found[_key(row)]:.2f}" if _key(row) in found else "",
         )
         for row in cell["rows"]
     ]
@@ -204,7 +210,7 @@ def text_of(name: str, cell: Mapping[str, Any]) -> str:
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[key] for key in ("backend", "device", "precision", "scope", "batch"))
+    return tuple(row[key] for key in _KEYS)
 
 
 def verdict(found: Sequence[Mapping[str, Any]]) -> str:

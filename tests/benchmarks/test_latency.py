@@ -65,14 +65,34 @@ def test_rows_of_both_stand_in_one_table(exported: Exported) -> None:
     assert rows[-1]["versions"]["torch"] == torch.__version__.split("+")[0]
     assert not compare_rows(rows, rows).regressed  # they have the form of capt-bench's
     by_key = {(row["backend"], row["scope"], row["batch"]): row for row in rows}
-    assert len(cell["ratios"]) == 4
+    assert len(cell["ratios"]) == len(rows)
     for one in cell["ratios"]:
         place = (one["scope"], one["batch"])
-        own, plain = by_key["onnxruntime", *place], by_key["open_clip eager", *place]
+        own, plain = by_key[one["backend"], *place], by_key["open_clip eager", *place]
         assert one["ratio"] == pytest.approx(own["throughput_per_s"] / plain["throughput_per_s"])
     assert cell["same_labels"] == {"fp32": 1.0}
     text = latency.text_of("tiny", cell)
     assert len(text.splitlines()) == 2 + len(rows) + 1
+
+
+def test_a_row_is_divided_by_open_clip_in_its_own_precision() -> None:
+    def row(backend: str, precision: str, speed: float, batch: int = 1) -> dict[str, Any]:
+        own = {"scope": "host", "device": "d", "batch": batch, "throughput_per_s": speed}
+        times = {"p50_ms": 1.0, "p99_ms": 1.0, "iterations": 100}
+        return {"backend": backend, "precision": precision, **own, **times}
+
+    rows = [
+        row("tensorrt", "fp16", 60.0),
+        row("tensorrt", "int8", 90.0),
+        row("open_clip eager", "fp32", 10.0),
+        row("open_clip eager", "fp16", 40.0),
+        row("open_clip compiled", "fp16", 50.0),
+        row("tensorrt", "fp16", 1.0, batch=8),
+    ]
+    found = [(one["ratio"], one["eager_precision"]) for one in latency.ratios(rows)]
+    assert found == [(1.5, "fp16"), (9.0, "fp32"), (1.0, "fp32"), (1.0, "fp16"), (1.25, "fp16")]
+    lines = latency.text_of("x", {"rows": rows, "ratios": latency.ratios(rows)}).splitlines()
+    assert lines[2].endswith("1.50") and lines[-2].endswith("1.00")  # nothing to divide by
 
 
 def ratio(precision: str, batch: int, value: float, **own: Any) -> dict[str, Any]:
