@@ -27,7 +27,7 @@ class BenchOptions:
     seconds: float = 2.0  # of measuring, for each case
     rounds: int = 10
     least: int = 5  # runs of a case, however slow it is
-    warm_up_seconds: float = 3.0  # at most; a case may take two runs all the same
+    warm_up_seconds: float = 3.0  # at most, after the first run; one more is always taken
     window: int = 5  # runs whose medians are compared while warming up
     tolerance: float = 0.05  # share by which these may differ
 
@@ -151,8 +151,10 @@ class _Started:
         self, case: Case, options: BenchOptions, warm_up: list[float], settled: bool
     ) -> None:
         self.case, self._options, self._settled = case, options, settled
-        self._warm_up = len(warm_up)
-        self._typical_ms = median(warm_up[-options.window * case.concurrency :])
+        self._warm_up = len(warm_up) + case.concurrency  # and the first runs
+        # The last runs as well: where there are few, those before may still have been slow.
+        last = (median(warm_up[-count * case.concurrency :]) for count in (options.window, 1))
+        self._typical_ms = min(last)
         self._memory = Memory.now()
         turns = round(1000 * options.seconds / max(self._typical_ms, 1e-3))
         self._wanted = max(options.least, turns)  # by every thread
@@ -161,7 +163,11 @@ class _Started:
 
     @classmethod
     def warmed_up(cls, case: Case, options: BenchOptions) -> "_Started":
-        """Run a case until it has settled, or its time is over."""
+        """Run a case until it has settled, or its time is over.
+
+        The first run may compile, build or load: it says nothing of the others, whatever it took.
+        """
+        case.run(1)
         start = time.monotonic()
         series: list[float] = []
         settled = False
@@ -169,8 +175,7 @@ class _Started:
         while not (settled and time.monotonic() - start >= options.warm_up_seconds / 10):
             series += case.run(1).latencies_ms
             settled = has_settled(series, options.window * case.concurrency, options.tolerance)
-            enough = len(series) > case.concurrency
-            if enough and time.monotonic() - start >= options.warm_up_seconds:
+            if time.monotonic() - start >= options.warm_up_seconds:
                 break
         return cls(case, options, series, settled)
 

@@ -74,6 +74,32 @@ def test_warming_up_ends_when_stable_or_when_its_time_is_over():
     assert time.monotonic() - begun < 5
 
 
+def test_a_slow_first_run_costs_no_measured_ones():
+    def compiled_first(times):
+        first = not compiled_first.calls
+        compiled_first.calls += 1
+        latency = 60_000.0 if first else 1.0
+        time.sleep(0.05 if first else 0.001)  # longer than all the warming up
+        return Turn([latency] * times, times * latency / 1000)
+
+    compiled_first.calls = 0
+    (row,) = measure([Case("c", "cpu", "fp32", 1, "host", compiled_first, {}, NOW)], QUICK)
+    assert (row["iterations"], row["p50_ms"]) == (20, 1.0)
+
+
+def test_of_a_few_slow_warm_up_runs_the_last_says_how_long_one_takes():
+    def slow_twice(times):
+        slow_twice.calls += 1
+        time.sleep(0.03)
+        latency = 1000.0 if slow_twice.calls <= 2 else 1.0
+        return Turn([latency] * times, times * latency / 1000)
+
+    slow_twice.calls = 0
+    options = BenchOptions(seconds=0.02, rounds=1, warm_up_seconds=0.05)
+    (row,) = measure([Case("c", "cpu", "fp32", 1, "host", slow_twice, {}, NOW)], options)
+    assert row["iterations"] == 20
+
+
 def test_a_generator_loads_each_case_after_the_one_before_is_warm():
     log = Log()
 
