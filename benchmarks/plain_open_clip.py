@@ -97,7 +97,10 @@ def plain_cases(
                 run=_runs(plain, scope, in_batches(photos.encoded, batch)),
                 versions={**versions(), **installed(("torch", "torchvision", "open_clip_torch"))},
                 memory_before=before,
-                details={"images": photos.source},
+                details={
+                    "images": photos.source,
+                    "threads": None if cuda else torch.get_num_threads(),
+                },
             )
 
 

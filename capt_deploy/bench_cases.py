@@ -13,6 +13,7 @@ from capt_deploy.backends import AUTO, DeviceTimed, RuntimeOptions
 from capt_deploy.backends.choice import why_not
 from capt_deploy.bench import SCOPES, BenchOptions, Case, Memory, Threads, Turn, measure
 from capt_deploy.classifier import Classifier
+from capt_deploy.cores import usable_cores
 from capt_deploy.errors import BackendError, ConfigError, UnavailableError
 from capt_deploy.files import expand_home, sha256_file
 from capt_deploy.graphs import open_graphs
@@ -133,7 +134,11 @@ def _cases_of(
     tell: Tell,
 ) -> Iterator[Case]:
     backend, largest = classifier.backend, RuntimeOptions().batches[-1]
-    details = {"graph": _graph_hash(classifier, bundle), "images": photos.source}
+    details = {
+        "graph": _graph_hash(classifier, bundle),
+        "images": photos.source,
+        "threads": (wanted.threads or usable_cores()) if backend.device == "cpu" else None,
+    }
     for scope in wanted.scopes:
         if scope == "device" and (reason := _untimed(classifier)) is not None:
             tell(f"left out device times of {backend.name} on {backend.device}: {reason}")

@@ -2,7 +2,8 @@
 
 Rows belong together if backend, kind of device, precision, batch, scope and concurrency are the
 same. The figure is the median. It became slower if new / old > 1 + tolerance, faster if
-old / new > 1 + tolerance, and the tolerance of a pair is
+old / new > 1 + tolerance. A row of the old run that the new one was asked for, but lacks, fails the
+comparison as one that became slower does: its backend no longer runs. And the tolerance of a pair is
 
     max(0.05, 3·√(cv_old² / n_old + cv_new² / n_new)),
 
@@ -11,11 +12,12 @@ between two runs of the same program.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from capt_deploy.bench_cases import EVERY, ON_GPU, Wanted
 from capt_deploy.console import table
 from capt_deploy.errors import ConfigError
 from capt_deploy.files import read_json
@@ -58,7 +60,8 @@ class Comparison:
     """What came of it."""
 
     pairs: tuple[Pair, ...]
-    only_old: tuple[str, ...]  # rows without a partner
+    missing: tuple[str, ...]  # rows of the old run that the new one should have as well
+    only_old: tuple[str, ...]  # those that it was not asked for
     only_new: tuple[str, ...]
     differences: tuple[str, ...]  # of the conditions; they may explain a verdict
 
@@ -66,6 +69,11 @@ class Comparison:
     def regressed(self) -> bool:
         """Whether a row became slower."""
         return any(pair.verdict == "slower" for pair in self.pairs)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a row became slower or is missing."""
+        return self.regressed or bool(self.missing)
 
     def __str__(self) -> str:
         header = ("row", "old p50 ms", "new p50 ms", "new / old", "tolerance", "verdict")
@@ -81,11 +89,12 @@ class Comparison:
         return "\n".join(
             [
                 table(header, cells),
+                *(f"missing in this run: {name}" for name in self.missing),
                 *(f"only in the old file: {name}" for name in self.only_old),
                 *(f"not in the old file: {name}" for name in self.only_new),
                 *(f"note: {text}" for text in self.differences),
                 *([f"note: {unsteady} rows were too unsteady{_ADVICE}"] if unsteady else []),
-                f"{slower} of {len(self.pairs)} rows became slower",
+                f"{slower} of {len(self.pairs)} rows became slower, {len(self.missing)} are missing",
             ]
         )
 
@@ -116,8 +125,15 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def compare_rows(old: Sequence[Row], new: Sequence[Row]) -> Comparison:
+def compare_rows(
+    old: Sequence[Row], new: Sequence[Row], wanted: Wanted | None = None
+) -> Comparison:
     """Compare row by row.
+
+    Args:
+        old: of the earlier run.
+        new: of this run.
+        wanted: what this run was asked for; None: all that the old one has.
 
     Raises:
         ConfigError: no row has a partner, so nothing could be said.
@@ -126,9 +142,12 @@ def compare_rows(old: Sequence[Row], new: Sequence[Row]) -> Comparison:
     common = [key for key in after if key in before]
     if not common:
         raise ConfigError("the two runs have no row in common: there is nothing to compare")
+    gone = [key for key in before if key not in after]
+    missing = [key for key in gone if wanted is None or _is_asked_for(key, wanted, after)]
     return Comparison(
         tuple(_pair(key, before[key], after[key]) for key in common),
-        tuple(_name(key) for key in before if key not in after),
+        tuple(map(_name, missing)),
+        tuple(_name(key) for key in gone if key not in missing),
         tuple(_name(key) for key in after if key not in before),
         tuple(_differences([before[key] for key in common], [after[key] for key in common])),
     )
@@ -139,6 +158,26 @@ def _key(row: Row) -> Key:
     kind = row["device"].split(":")[0]
     own = (row["backend"], kind, row["precision"], row["scope"])
     return (*own, row["batch"], row.get("concurrency", 1))
+
+
+def _is_asked_for(key: Key, wanted: Wanted, measured: Iterable[Key]) -> bool:
+    """Tell whether a run should have a row; backends named one by one are there, or it ends."""
+    backend, kind, precision, scope, batch, callers = key
+    names = {*wanted.backends}
+    if names & {"auto", "onnxruntime", EVERY}:  # that may have become others
+        asked = True
+    elif ON_GPU in names:
+        asked = kind != "cpu"
+    else:
+        asked = (backend, kind) in {own[:2] for own in measured}
+    precisions = {*wanted.precisions} - {EVERY}
+    return (
+        asked
+        and (not precisions or EVERY in wanted.precisions or precision in precisions)
+        and scope in wanted.scopes
+        and batch in wanted.batches
+        and callers == (1 if scope == "device" else wanted.concurrency)
+    )
 
 
 def _name(key: Key) -> str:
@@ -158,6 +197,7 @@ def _differences(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
         "device": lambda row: row["device"],
         "graph": lambda row: row.get("graph"),
         "images": lambda row: row.get("images"),
+        "number of threads": lambda row: row.get("threads"),
         "processor": lambda row: _machine(row).get("cpu"),
         "cores": lambda row: _machine(row).get("cores"),
         "GPUs": lambda row: [_of(gpu, "name") for gpu in _machine(row).get("gpus") or []],

@@ -97,7 +97,7 @@ def _numbers(ctx: click.Context, option: click.Parameter, value: str) -> tuple[i
 @click.option(
     "--compare",
     type=PathInHome(),
-    help="JSON of an earlier run: exit with 1 if one of its rows became slower.",
+    help="JSON of an earlier run: exit with 1 if one of its rows became slower, or is missing.",
 )
 @click.version_option(__version__, prog_name="capt")
 def main(
@@ -146,9 +146,9 @@ def main(
         plot_rows(plot, rows)
         say(f"drew {plot}")
     if old is not None:
-        comparison = compare_rows(old, rows)
+        comparison = compare_rows(old, rows, wanted)
         click.echo(f"\n{comparison}" if not as_json else str(comparison), err=as_json)
-        if comparison.regressed:
+        if comparison.failed:
             sys.exit(1)
 
 

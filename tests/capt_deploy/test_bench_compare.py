@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from capt_deploy.bench_cases import Wanted
 from capt_deploy.bench_compare import compare_rows, load_rows
 from capt_deploy.errors import ConfigError
 
@@ -49,10 +50,36 @@ def test_one_slower_row_is_a_regression_whatever_the_others_are():
     assert "1 of 2 rows became slower" in str(comparison)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "missing"),
+    [
+        (None, 4),
+        (Wanted(("all",), (), (1, 8)), 4),
+        (Wanted(("all",), (), (1,)), 3),
+        (Wanted(("all",), (), (1,), ("host",)), 2),
+        (Wanted(("all",), ("fp16", "fp32"), (1,), ("host",)), 2),
+        (Wanted(("all",), ("fp32",), (1,), ("host",)), 0),
+        (Wanted(("gpu",), (), (1,), ("host",)), 1),
+        (Wanted(("auto",), (), (1,), ("host",)), 2),
+        (Wanted(("onnxruntime-cpu",), (), (1,), ("host",)), 1),  # of its other graph
+        (Wanted(("all",), (), (1,), ("device",), concurrency=4), 1),
+    ],
+)
+def test_a_row_that_should_be_there_is_missed(wanted, missing):
+    gpu = {"backend": "tensorrt", "device": "cuda:0 (L4)", "precision": "fp16"}
+    old = [row(), row(**gpu), row(precision="fp16"), row(batch=8), row(**gpu, scope="device")]
+    comparison = compare_rows(old, [row()], wanted)
+    assert (len(comparison.missing), len(comparison.only_old)) == (missing, 4 - missing)
+    assert (comparison.failed, comparison.regressed) == (missing > 0, False)
+    assert f"{missing} are missing" in str(comparison)
+    assert str(comparison).count("missing in this run") == missing
+    assert all(name in str(comparison) for name in comparison.missing)
+
+
 def test_rows_without_a_partner_are_listed():
     old = [row(), row(batch=8), row(scope="image_to_label")]
     new = [row(), row(concurrency=4), row(precision="int8")]
-    comparison = compare_rows(old, new)
+    comparison = compare_rows(old, new, Wanted(("all",), (), (1,), ("host",)))
     assert len(comparison.pairs) == 1
     assert comparison.only_old == (
         "onnxruntime cpu fp32 host, batch 8",
@@ -85,6 +112,7 @@ def test_another_gpu_is_compared_and_said():
     ("key", "value", "said"),
     [
         ("versions", {"capt": "2"}, "other version: was capt 1, is capt 2"),
+        ("threads", 2, "other number of threads: was unknown, is 2"),
         ("images", "5 of photos", "other images: was unknown, is 5 of photos"),
         ("graph", "a" * 64, "other graph: was unknown, is aaaaaaaaaaaa…"),
         ("machine", {"cpu": "two", "cores": 2, "gpus": []}, "other processor: was one, is two"),

@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from capt_deploy.cli_bench import main
+from capt_deploy.cores import usable_cores
 from capt_deploy.driver import gpu_problem
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -36,6 +37,7 @@ def test_json_is_a_list_with_a_row_for_every_batch_and_scope(measured):
         assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p95_ms"] <= row["p99_ms"]
         assert row["throughput_per_s"] > 0 and row["cv"] >= 0 and row["iterations"] >= 5
         assert row["versions"]["numpy"] and row["machine"]["cores"] >= 1
+        assert row["threads"] == usable_cores()
         assert row["images"] == "synthetic 500x375" and len(row["graph"]) == 64
 
 
@@ -65,6 +67,18 @@ def test_a_run_is_compared_with_an_earlier_one(measured, tmp_path):
         result = run(*arguments, old)
         assert (result.exit_code, said in result.stdout) == (code, True), result.output
         assert "only in the old file: onnxruntime cpu fp32 image_to_label" in result.stdout
+
+
+def test_a_backend_that_is_gone_is_no_success(measured, tmp_path):
+    rows = [{**row, "p50_ms": row["p50_ms"] * 1e6} for row in json.loads(measured.stdout)]
+    gone = {"backend": "tensorrt", "device": "cuda:0 (NVIDIA L4)"}
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps([*rows, {**rows[0], **gone}]))
+    options = ("--batch", 1, "--scope", "host", "--compare", old, "--backend")
+    result = run(BUNDLE, *options, "all", *QUICK)
+    assert result.exit_code == 1, result.output
+    assert "missing in this run: tensorrt cuda fp32 host, batch 1" in result.stdout
+    assert run(BUNDLE, *options, "onnxruntime-cpu", *QUICK).exit_code == 0
 
 
 def test_json_stays_json_when_runs_are_compared(measured, tmp_path):
