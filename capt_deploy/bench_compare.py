@@ -118,6 +118,7 @@ def _is_row(row: Any) -> bool:
         and all(_is_number(row.get(key)) and row[key] >= 1 for key in _WHOLE)
         and all(_is_number(row.get(key)) and row[key] >= 0 for key in _MEASURED)
         and row["p50_ms"] > 0
+        and _is_number(row.get("concurrency", 1))
     )
 
 

@@ -1,5 +1,6 @@
 """`capt-bench`."""
 
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,12 @@ def _numbers(ctx: click.Context, option: click.Parameter, value: str) -> tuple[i
     if wrong := [word for word in words if not word.isdecimal() or int(word) < 1]:
         raise click.BadParameter(f"expected whole numbers from 1 on, came {wrong[0]}")
     return tuple(map(int, words))
+
+
+def _finite(ctx: click.Context, option: click.Parameter, value: float) -> float:
+    if not math.isfinite(value):
+        raise click.BadParameter(f"expected a number of seconds, came {value}")
+    return value
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
@@ -85,6 +92,7 @@ def _numbers(ctx: click.Context, option: click.Parameter, value: str) -> tuple[i
     default=2.0,
     show_default=True,
     type=click.FloatRange(0, min_open=True),
+    callback=_finite,  # the range lets nan and inf through
     help="Of measuring, for each row.",
 )
 @click.option(

@@ -136,6 +136,8 @@ def test_other_conditions_are_said_once(key, value, said):
         json.dumps([{**row(), "p50_ms": "fast"}]),
         json.dumps([{**row(), "iterations": 0}]),
         json.dumps([{**row(), "device": None}]),
+        json.dumps([{**row(), "concurrency": [1]}]),
+        json.dumps([{**row(), "concurrency": None}]),
         json.dumps([{key: value for key, value in row().items() if key != "cv"}]),
         json.dumps([{**row(), "cv": float("nan")}]),
     ],

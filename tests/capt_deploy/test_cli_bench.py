@@ -124,6 +124,8 @@ main({[str(BUNDLE), "--plot", str(tmp_path / "x.png")]})
         ((BUNDLE, "--scope", "device", "--backend", "onnxruntime"), "no row is left"),
         ((BUNDLE, "--precision", "fp64"), "no 'fp64' graph"),
         ((BUNDLE, "--seconds", "0"), "--seconds"),
+        ((BUNDLE, "--seconds", "nan"), "expected a number of seconds, came nan"),
+        ((BUNDLE, "--seconds", "inf"), "expected a number of seconds, came inf"),
         ((BUNDLE, "--concurrency", "0"), "--concurrency"),
         ((BUNDLE, "--images", "nowhere"), "nowhere"),
         ((BUNDLE, "--images", GOLDEN / "tiny.capt"), "holds no image"),
