@@ -159,6 +159,7 @@ class _Started:
         turns = round(1000 * options.seconds / max(self._typical_ms, 1e-3))
         self._wanted = max(options.least, turns)  # by every thread
         self._latencies: list[float] = []
+        self._turn_p50_ms: list[float] = []
         self._seconds = 0.0
 
     @classmethod
@@ -189,6 +190,7 @@ class _Started:
             self.case.run(1)
         turn = self.case.run(share)
         self._latencies += turn.latencies_ms
+        self._turn_p50_ms.append(median(turn.latencies_ms))
         self._seconds += turn.seconds
 
     def row(self) -> dict[str, Any]:
@@ -202,6 +204,7 @@ class _Started:
             "scope": case.scope,
             "concurrency": case.concurrency,
             **asdict(summarize(self._latencies)),
+            "turn_p50_ms": self._turn_p50_ms,
             "throughput_per_s": case.batch * len(self._latencies) / self._seconds,
             "warm_up_iterations": self._warm_up,
             "settled": self._settled,

@@ -3,18 +3,22 @@
 Rows belong together if backend, kind of device, precision, batch, scope and concurrency are the
 same. The figure is the median. It became slower if new / old > 1 + tolerance, faster if
 old / new > 1 + tolerance. A row of the old run that the new one was asked for, but lacks, fails the
-comparison as one that became slower does: its backend no longer runs. And the tolerance of a pair is
+comparison as one that became slower does: its backend no longer runs. The tolerance of a pair is
 
-    max(0.05, 3·√(cv_old² / n_old + cv_new² / n_new)),
+    max(0.1, 3·√(error_old² + error_new²)),  error = 1.25·s / √turns / p50,
 
-three standard errors of the ratio of two means, but never less than 5 %: less than that differs
-between two runs of the same program.
+where s is the standard deviation of the medians of a run's turns (`turn_p50_ms`), and 1.25·s / √n
+the standard error of a median of n normal figures. Latencies of neighbouring runs resemble each
+other, so the spread of single runs says nothing of that error; turns lie apart. Where a run has
+fewer than two turns, as in older files, its error is unknown and counts as 0. A pair with a
+tolerance above 50 % that is neither slower nor faster is `unclear`.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 from capt_deploy.bench_cases import EVERY, ON_GPU, Wanted
@@ -22,10 +26,11 @@ from capt_deploy.console import table
 from capt_deploy.errors import ConfigError
 from capt_deploy.files import read_json
 
-_LEAST_TOLERANCE = 0.05
+_LEAST_TOLERANCE = 0.1  # less than that differs between two runs of the same program
 _ERRORS = 3.0  # standard errors
-_UNSTEADY = 0.2  # a tolerance above this hides what one would like to know
-_ADVICE = " to tell small differences; measure longer (--seconds), on a quieter machine"
+_OF_MEDIAN = 1.25  # √(π/2): how much less certain than a mean the median of normal figures is
+_UNSTEADY = 0.5  # a tolerance above this hides what one would like to know
+_ADVICE = " to be judged; measure longer (--seconds), on a quieter machine"
 _TEXTS, _WHOLE = ("backend", "device", "precision", "scope"), ("batch", "iterations")
 _MEASURED = ("p50_ms", "cv")
 
@@ -49,10 +54,12 @@ class Pair:
 
     @property
     def verdict(self) -> str:
-        """`slower`, `faster` or `same`."""
+        """`slower`, `faster`, `same`, or `unclear` where even much would not show."""
         if self.ratio > 1 + self.tolerance:
             return "slower"
-        return "faster" if 1 / self.ratio > 1 + self.tolerance else "same"
+        if 1 / self.ratio > 1 + self.tolerance:
+            return "faster"
+        return "unclear" if self.tolerance > _UNSTEADY else "same"
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,8 @@ class Comparison:
             for pair in self.pairs
         ]
         slower = sum(pair.verdict == "slower" for pair in self.pairs)
-        unsteady = sum(pair.tolerance > _UNSTEADY for pair in self.pairs)
+        missing = len(self.missing)
+        unclear = sum(pair.verdict == "unclear" for pair in self.pairs)
         return "\n".join(
             [
                 table(header, cells),
@@ -93,8 +101,8 @@ class Comparison:
                 *(f"only in the old file: {name}" for name in self.only_old),
                 *(f"not in the old file: {name}" for name in self.only_new),
                 *(f"note: {text}" for text in self.differences),
-                *([f"note: {unsteady} rows were too unsteady{_ADVICE}"] if unsteady else []),
-                f"{slower} of {len(self.pairs)} rows became slower, {len(self.missing)} are missing",
+                *([f"note: {unclear} rows were too unsteady{_ADVICE}"] if unclear else []),
+                f"{slower} of {len(self.pairs)} rows became slower, {missing} are missing",
             ]
         )
 
@@ -119,6 +127,8 @@ def _is_row(row: Any) -> bool:
         and all(_is_number(row.get(key)) and row[key] >= 0 for key in _MEASURED)
         and row["p50_ms"] > 0
         and _is_number(row.get("concurrency", 1))
+        and isinstance(row.get("turn_p50_ms", []), list)
+        and all(map(_is_number, row.get("turn_p50_ms", [])))
     )
 
 
@@ -129,12 +139,7 @@ def _is_number(value: Any) -> bool:
 def compare_rows(
     old: Sequence[Row], new: Sequence[Row], wanted: Wanted | None = None
 ) -> Comparison:
-    """Compare row by row.
-
-    Args:
-        old: of the earlier run.
-        new: of this run.
-        wanted: what this run was asked for; None: all that the old one has.
+    """Compare row by row; `wanted` is what the new run was asked for, None all that the old has.
 
     Raises:
         ConfigError: no row has a partner, so nothing could be said.
@@ -187,9 +192,16 @@ def _name(key: Key) -> str:
 
 
 def _pair(key: Key, old: Row, new: Row) -> Pair:
-    error = math.hypot(*(row["cv"] / math.sqrt(row["iterations"]) for row in (old, new)))
-    tolerance = max(_LEAST_TOLERANCE, _ERRORS * error)
+    tolerance = max(_LEAST_TOLERANCE, _ERRORS * math.hypot(_error(old), _error(new)))
     return Pair(_name(key), old["p50_ms"], new["p50_ms"], tolerance)
+
+
+def _error(row: Row) -> float:
+    """Return the standard error of a row's median as a share of it; 0 where nothing tells."""
+    turns = row.get("turn_p50_ms", [])
+    if len(turns) < 2:
+        return 0.0
+    return _OF_MEDIAN * stdev(turns) / math.sqrt(len(turns)) / float(row["p50_ms"])
 
 
 def _differences(old: Sequence[Row], new: Sequence[Row]) -> list[str]:

@@ -127,6 +127,11 @@ def main(
     Everything is warmed up until stable and measured in turns, so that what changes meanwhile
     changes all rows alike. Latencies are of one call with a whole batch.
 
+    --compare: a row became slower if its median grew by more than 10 %, and by more than three
+    standard errors, found from how the medians of its turns differ in both runs. Where three of
+    them are more than 50 %, "unclear" is said of a row that did not. A row that this run was asked
+    for and does not have is missing. Both end with exit code 1.
+
     \b
     Example:
       capt-bench pets.capt --backend all --batch 1,32

@@ -55,6 +55,7 @@ def test_a_row_has_every_key_of_the_contract_and_its_own():
 def test_only_measured_runs_count():
     log = Log()
     (row,) = measure([log.case("a")], QUICK)
+    assert row["turn_p50_ms"] == [1.0] * QUICK.rounds
     assert row["iterations"] == 20  # 20 ms of 1 ms each
     assert sum(times for _, times in log.turns) > 20 + row["warm_up_iterations"]
 
