@@ -26,12 +26,13 @@ import numpy as np
 from benchmarks.record import describe, load_cells, write_docs, write_result
 from capt_deploy.classifier import Classifier, Prediction
 from capt_deploy.console import Command, PathInHome, print_json, say
-from capt_deploy.errors import BackendError, DataError
+from capt_deploy.errors import BackendError, ConfigError, DataError
 from capt_deploy.images import IMAGE_SUFFIXES
 
 _ROOT = Path(__file__).parents[1]
 _START_SECONDS = 120  # for a backend that has to build an engine
 _ANSWER_SECONDS = 60
+_QUIET = 0.5  # load above which figures say more of what else runs
 DOCS = _ROOT / "docs" / "embedding.md"
 
 
@@ -107,10 +108,8 @@ def is_right(status: int, answer: Any, expected: Prediction, most: float) -> boo
     if status != 200 or len(answer["predictions"]) != 1:
         return False
     (came,) = answer["predictions"]
-    own, shares = (
-        dict(expected.top(1000)),
-        {one["label"]: one["probability"] for one in came["top"]},
-    )
+    shares = {one["label"]: one["probability"] for one in came["top"]}
+    own = dict(expected.top(1000))
     close = own.keys() == shares.keys() and all(
         abs(own[label] - share) <= most for label, share in shares.items()
     )
@@ -186,10 +185,8 @@ def _row(tallies: Sequence[_Tally], requests: int, clients: int, seconds: float)
 
 def markdown(cells: Mapping[str, Any]) -> str:
     """Return the table of the docs."""
-    lines = [
-        "| model, backend | clients | requests | lost | wrong | p50 ms | p99 ms | images/s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    head = "| model, backend | clients | requests | lost | wrong | p50 ms | p99 ms | images/s |"
+    lines = [head, "|---|---|---|---|---|---|---|---|"]
     for name, cell in cells.items():
         for row in cell["rows"]:
             figures = ("clients", "requests", "lost", "wrong", "p50_ms", "p99_ms")
@@ -215,12 +212,17 @@ def main(
     Example:
       python -m benchmarks.server_load demo/pictograms.capt demo/pictograms/test --name demo
     """
+    others, rows = os.getloadavg()[0], []
+    if docs and others > _QUIET:
+        raise ConfigError(
+            f"--docs expects a quiet machine, a load of at most {_QUIET}; came {others:.2f}: wait "
+            f"until nothing else runs, or leave --docs out"
+        )
     encoded = _read(photos, most_photos)
     with Classifier.load(bundle) as classifier:
         task = Task.of(encoded, classifier)
         engine = classifier.backend
         backend = f"{engine.name} on {engine.device}, {classifier.precision}"
-    others, rows = os.getloadavg()[0], []
     with running_server(bundle) as server:
         load(server, task, 8, 10)  # until everything is warm
         for number in map(int, clients.split(",")):

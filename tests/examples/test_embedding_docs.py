@@ -46,7 +46,8 @@ def form(line: str) -> str:
 
 
 def test_the_shown_answers_and_options_are_the_programs_own() -> None:
-    options = {*re.findall(r"--[a-z][a-z-]+", DOCS)} - {"--preload", "--name", "--docs"}
+    others = {"--preload", "--name", "--docs", "--without", "--classes"}  # of other programs
+    options = {*re.findall(r"--[a-z][a-z-]+", DOCS)} - others
     programs = (server, edge_camera)
     helped = "".join(CliRunner().invoke(one.main, ["--help"]).output for one in programs)
     assert sorted(option for option in options if f"{option} " not in helped) == []
