@@ -7,8 +7,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,9 @@ def export_model(name: str, folder: Path, precisions: Sequence[str]) -> Exported
     own = bundle.parent
     photos, run = own / "photos", own / "run"
     model = source if isinstance(source, Path) else own / "model"
-    if not photos.exists():
-        copy_photos(photos, _IMAGES)
-    if isinstance(source, str) and not model.exists():
-        write_random_model(source, model, photos)
+    make_whole(photos, lambda folder: copy_photos(folder, _IMAGES))
+    if isinstance(source, str):
+        make_whole(model, partial(write_random_model, source, photos=photos))
     if not (run / "result.json").exists():
         _command(
             "capt_train.cli",
@@ -75,6 +75,16 @@ def export_model(name: str, folder: Path, precisions: Sequence[str]) -> Exported
         # Random weights are no model that a graph must be faithful to: forced.
         _command("export.cli", run, "--out", bundle, *flags, "--gate-images", _IMAGES, "--force")
     return Exported(model, bundle)
+
+
+def make_whole(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder that is not there yet under another name, which it has until it is whole."""
+    if folder.exists():
+        return
+    unfinished = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+    write(unfinished)
+    unfinished.rename(folder)
 
 
 def bundle_of(name: str, folder: Path, precisions: Sequence[str]) -> Path:

@@ -11,13 +11,15 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from xml.etree import ElementTree
 
 import click
 
-from benchmarks.exported import bundle_of
+from benchmarks.gpu_steps import ENGINES, Step, chosen, steps
 from benchmarks.record import RESULTS, describe
 from capt_deploy.console import Command, say, table
 from capt_deploy.files import write_json
@@ -27,19 +29,7 @@ from capt_deploy.nvidia import find_driver
 _ROOT = Path(__file__).parents[1]
 _SHARED = _ROOT.parent / "shared" / "data" / "cifar100"
 ALL_SECONDS = 470.0  # of 8 minutes
-_MODEL, _PRECISIONS = "ViT-B/16", ("fp16",)
-_SCOPES = "device,host,image_to_label"
 _TAIL = 2000  # characters kept of what a step said
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command."""
-
-    name: str
-    words: tuple[str, ...]
-    seconds: float  # at most
-    as_json: bool = True  # what it prints on stdout
 
 
 @dataclass(frozen=True)
@@ -47,7 +37,7 @@ class Done:
     """How a step went."""
 
     name: str
-    state: str  # "ok", "exit code 1", "stopped after 60 s", "no time left"
+    state: str  # "ok", "exit code 1", "stopped after 60 s", "no time left", "needs torch"
     seconds: float
     result: Any = None  # its JSON
     said: str = ""  # the end of its output, where it failed or prints no JSON
@@ -77,6 +67,14 @@ class Report:
 @click.option("--only", help="Run only the steps whose names hold this.")
 def main(out: Path, only: str | None) -> None:
     """Run all that needs an NVIDIA GPU."""
+    with TemporaryDirectory() as work:
+        engines = [name for name in ENGINES if find_spec(name.replace("-", "_")) is not None]
+        known = steps(Path(work), photos=_SHARED.is_dir(), engines=engines)
+        own = chosen(known, only or "")
+        _run(own, out)
+
+
+def _run(own: Sequence[Step], out: Path) -> None:
     driver = find_driver()
     if driver.problem is not None:
         say(f"not run on a GPU: {driver.problem}")
@@ -90,81 +88,36 @@ def main(out: Path, only: str | None) -> None:
             "cuda": driver.cuda,
         },
     )
-    with TemporaryDirectory() as work:
-        own = [
-            one for one in steps(Path(work), photos=_SHARED.is_dir()) if (only or "") in one.name
-        ]
-        run_steps(own, report, ALL_SECONDS)
+    run_steps(own, report, ALL_SECONDS)
     click.echo(text_of(report.steps))
     say(f"wrote {out}")
     if any(one.state != "ok" for one in report.steps):
         sys.exit(1)
 
 
-def steps(work: Path, *, photos: bool) -> list[Step]:
-    """Return what is run, the most important first; limits add up to less than all seconds.
-
-    Args:
-        work: where bundles lie meanwhile.
-        photos: whether there are those of the ablation.
-    """
-    bundle = bundle_of(_MODEL, work, _PRECISIONS)
-    model, precisions = ("--models", _MODEL), ("--precisions", ",".join(_PRECISIONS))
-    worlds = ("pictograms", "cifar100") if photos else ("pictograms",)
-    tests = ("-m", "pytest", "tests/gpu", "-m", "gpu", "-p", "no:cacheprovider")
-    batches, quick = ("--batch", "1,32"), ("--seconds", "1")
-    return [
-        Step("doctor", _command("capt_deploy.cli_doctor", "--json"), 40),
-        Step("tests", (sys.executable, *tests), 80, as_json=False),
-        Step(
-            "export",
-            _module("exported", str(work), "--model", _MODEL, *precisions),
-            70,
-            as_json=False,
-        ),
-        Step(
-            "bench",
-            _command(
-                "capt_deploy.cli_bench",
-                *(str(bundle), "--backend", "gpu", "--json"),
-                *("--scope", _SCOPES, "--batch", "1,8,32", "--seconds", "1"),
-            ),
-            70,
-        ),
-        Step(
-            "open_clip",
-            _module(
-                "latency",
-                *("--device", "cuda", *model, *precisions),
-                *("--scopes", _SCOPES, *batches, *quick, "--work", str(work), "--json"),
-            ),
-            100,
-        ),
-        *(
-            Step(f"train {world}", _module("training", "--device", "cuda", "--world", world), 55)
-            for world in worlds
-        ),
-    ]
-
-
-def _command(module: str, *arguments: str) -> tuple[str, ...]:
-    return (sys.executable, "-c", f"from {module} import main; main()", *arguments)
-
-
-def _module(name: str, *arguments: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", f"benchmarks.{name}", *arguments)
-
-
 def run_steps(own: Sequence[Step], report: Report, seconds: float) -> None:
     """Run steps one after the other, and none for longer than what is left of all `seconds`."""
-    end = time.monotonic() + seconds
+    end, gone_well = time.monotonic() + seconds, set()
+    for step in own:
+        if missing := _missing(step):
+            say(f"{step.name} will be missing: {missing} is not installed")
     for step in own:
         limit = min(step.seconds, end - time.monotonic())
         say(f"{step.name} (at most {max(0.0, limit):.0f} s)")
-        done = run_step(step, limit) if limit > 1 else Done(step.name, "no time left", 0.0)
+        lacks = _missing(step)
+        if not lacks and step.needs and step.needs not in gone_well:
+            lacks = step.needs
+        problem = f"needs {lacks}" if lacks else "no time left" if limit <= 1 else None
+        done = run_step(step, limit) if problem is None else Done(step.name, problem, 0.0)
         report.add(done)
-        if done.state != "ok":
+        if done.state == "ok":
+            gone_well.add(step.name)
+        else:
             say(f"{step.name}: {done.state}\n{done.said}")
+
+
+def _missing(step: Step) -> str:
+    return ", ".join(name for name in step.modules if find_spec(name) is None)
 
 
 def run_step(step: Step, limit: float) -> Done:
@@ -196,8 +149,24 @@ def run_step(step: Step, limit: float) -> Done:
             result = json.loads(out)
         except json.JSONDecodeError as cause:
             state = f"printed no JSON ({cause})"
+    if step.junit is not None and step.junit.exists():
+        result = count_tests(step.junit)
+        if state == "ok" and not result["passed"]:
+            state = "nothing ran"
     said = "" if state == "ok" and step.as_json else f"{out}\n{err}".strip()[-_TAIL:]
     return Done(step.name, state, seconds, result, said)
+
+
+def count_tests(path: Path) -> dict[str, int]:
+    """Return how many tests passed, failed and were skipped, from pytest's XML."""
+    suites = list(ElementTree.parse(path).getroot().iter("testsuite"))
+    counts = {
+        key: sum(int(suite.get(key, 0)) for suite in suites)
+        for key in ("tests", "failures", "errors", "skipped")
+    }
+    failed = counts["failures"] + counts["errors"]
+    passed = counts["tests"] - failed - counts["skipped"]
+    return {"passed": passed, "failed": failed, "skipped": counts["skipped"]}
 
 
 def _kill(process: subprocess.Popen[str]) -> None:

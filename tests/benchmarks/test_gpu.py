@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_steps
+from benchmarks.exported import make_whole
 from capt_deploy.driver import gpu_problem
 
 ROOT = Path(__file__).parents[2]
 
 
-def step(name: str, code: str, seconds: float = 20, **own: Any) -> gpu.Step:
-    return gpu.Step(name, (sys.executable, "-c", code), seconds, **own)
+def step(name: str, code: str, seconds: float = 20, **own: Any) -> gpu_steps.Step:
+    return gpu_steps.Step(name, (sys.executable, "-c", code), seconds, **own)
 
 
 @pytest.fixture
@@ -79,11 +81,86 @@ def test_no_step_begins_when_the_time_is_over(report: gpu.Report) -> None:
 
 @pytest.mark.parametrize("photos", [False, True])
 def test_all_steps_together_take_less_than_eight_minutes(tmp_path: Path, photos: bool) -> None:
-    own = gpu.steps(tmp_path, photos=photos)
+    own = gpu_steps.steps(tmp_path, photos=photos, engines=[*gpu_steps.ENGINES])
     assert sum(one.seconds for one in own) <= gpu.ALL_SECONDS < 480
     names = [one.name for one in own]
     assert ("train cifar100" in names) == photos
     assert {"doctor", "tests", "export", "bench", "open_clip", "train pictograms"} <= {*names}
+
+
+def test_steps_without_what_they_need_do_not_run(report: gpu.Report) -> None:
+    own = [
+        step("export", "raise SystemExit(3)"),
+        step("bench", "print(1)", needs="export"),
+        step("torch", "print(1)", modules=("no_such_module",)),
+        step("first", "print(1)"),
+        step("second", "print(1)", needs="first"),
+    ]
+    gpu.run_steps(own, report, 100)
+    states = [one.state for one in report.steps]
+    assert states == ["exit code 3", "needs export", "needs no_such_module", "ok", "ok"]
+
+
+@pytest.mark.parametrize(
+    ("only", "names"),
+    [
+        ("bench", ["export", "bench engine tensorrt", "bench"]),
+        ("open_clip", ["export", "open_clip"]),
+        ("tests", ["tests"]),
+        ("train", ["train pictograms"]),
+    ],
+)
+def test_a_chosen_step_brings_what_it_needs(tmp_path: Path, only: str, names: list[str]) -> None:
+    own = gpu_steps.chosen(gpu_steps.steps(tmp_path, photos=False, engines=["tensorrt"]), only)
+    assert [one.name for one in own] == names
+
+
+def test_an_unknown_step_is_refused(tmp_path: Path) -> None:
+    result = CliRunner().invoke(gpu.main, ["--only", "typo", "--out", str(tmp_path / "x.json")])
+    assert result.exit_code == 2
+    assert "expected a part of doctor, tests, export" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("tests", "state", "counts"),
+    [
+        ("skip('x')", "nothing ran", (0, 0, 1)),
+        ("pass\ndef test_b(): skip('x')", "ok", (1, 0, 1)),
+        ("assert 0\ndef test_b(): pass", "exit code 1", (1, 1, 0)),
+    ],
+)
+def test_skipped_tests_are_no_success(
+    report: gpu.Report, tmp_path: Path, tests: str, state: str, counts: tuple[int, int, int]
+) -> None:
+    source, junit = tmp_path / "test_own.py", tmp_path / "junit.xml"
+    source.write_text(f"from pytest import skip\ndef test_a(): {tests}\n")
+    words = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={junit}")
+    own = gpu_steps.Step("tests", (*words, str(source)), 60, as_json=False, junit=junit)
+    gpu.run_steps([own], report, 100)
+    (done,) = report.steps
+    assert done.state == state
+    assert done.result == dict(zip(("passed", "failed", "skipped"), counts, strict=True))
+
+
+def test_what_was_half_written_is_written_anew(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "weights").write_text("all")
+
+    def be_killed(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_whole(model, be_killed)
+    assert not model.exists()
+    make_whole(model, write)
+    make_whole(model, be_killed)  # not again
+    assert [path.name for path in model.iterdir()] == ["weights"]
+    assert list(tmp_path.iterdir()) == [model]
 
 
 def test_the_tables_show_steps_latencies_and_training() -> None:

@@ -1,0 +1,120 @@
+"""The steps of benchmarks/gpu.sh: which commands, and how long each may take."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from benchmarks.exported import bundle_of
+
+ENGINES = {"tensorrt": 55.0, "tensorrt-rtx": 25.0}  # seconds that building one may take
+_MODEL, _PRECISIONS = "ViT-B/16", ("fp16",)
+_TORCH = ("torch", "open_clip")
+_SCOPES = "device,host,image_to_label"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command."""
+
+    name: str
+    words: tuple[str, ...]
+    seconds: float  # at most
+    needs: str = ""  # the step that must have gone well before
+    as_json: bool = True  # what it prints on stdout
+    modules: tuple[str, ...] = ()  # that must be installed
+    junit: Path | None = None  # where pytest says how many tests passed
+
+
+def steps(work: Path, *, photos: bool, engines: Sequence[str]) -> list[Step]:
+    """Return what is run, the most important first; limits add up to less than all seconds.
+
+    Args:
+        work: where bundles lie meanwhile.
+        photos: whether there are those of the ablation.
+        engines: the backends whose engines are built, of ENGINES.
+    """
+    bundle, junit = bundle_of(_MODEL, work, _PRECISIONS), work / "tests.xml"
+    words = (*("-m", "pytest", "tests/gpu", "-m", "gpu"), "-p", "no:cacheprovider")
+    of_model = ("--models", _MODEL, "--precisions", ",".join(_PRECISIONS), "--work", str(work))
+    # No torch.compile: it takes a minute for each batch.
+    quick = ("--scopes", "device,image_to_label", "--seconds", "0.5", "--no-compile", "--json")
+    worlds = ("pictograms", "cifar100") if photos else ("pictograms",)
+    return [
+        Step("doctor", _command("capt_deploy.cli_doctor", "--json"), 40),
+        Step(
+            "tests",
+            (sys.executable, *words, f"--junitxml={junit}"),
+            70,
+            as_json=False,
+            modules=("pytest",),
+            junit=junit,
+        ),
+        Step(
+            "export",
+            _module("exported", str(work), "--model", _MODEL, "--precisions", of_model[3]),
+            85,
+            as_json=False,
+            modules=_TORCH,
+        ),
+        # Building is no measuring. These names come along with --only bench.
+        *(
+            Step(
+                f"bench engine {name}",
+                _command("capt_deploy.cli_build", str(bundle), "--backend", name, "--json"),
+                ENGINES[name],
+                "export",
+            )
+            for name in engines
+        ),
+        Step(
+            "bench",
+            _command(
+                "capt_deploy.cli_bench",
+                *(str(bundle), "--backend", "gpu", "--json"),
+                *("--scope", _SCOPES, "--batch", "1,8,32", "--seconds", "1"),
+            ),
+            50,
+            "export",
+        ),
+        Step(
+            "open_clip",
+            _module("latency", "--device", "cuda", *of_model, "--batch", "1,32", *quick),
+            50,
+            "export",
+            modules=_TORCH,
+        ),
+        *(
+            Step(
+                f"train {world}",
+                _module("training", "--device", "cuda", "--world", world),
+                45,
+                modules=_TORCH,
+            )
+            for world in worlds
+        ),
+    ]
+
+
+def chosen(own: Sequence[Step], only: str) -> list[Step]:
+    """Return the steps whose names hold `only`, and those that these need.
+
+    Raises:
+        click.BadParameter: there is none.
+    """
+    names = {step.name for step in own if only in step.name}
+    if not names:
+        known = ", ".join(step.name for step in own)
+        raise click.BadParameter(f"--only: expected a part of {known}; came {only}")
+    names |= {step.needs for step in own if step.name in names}
+    return [step for step in own if step.name in names]
+
+
+def _command(module: str, *arguments: str) -> tuple[str, ...]:
+    return (sys.executable, "-c", f"from {module} import main; main()", *arguments)
+
+
+def _module(name: str, *arguments: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", f"benchmarks.{name}", *arguments)
