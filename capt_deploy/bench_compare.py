@@ -201,7 +201,8 @@ def _error(row: Row) -> float:
     turns = row.get("turn_p50_ms", [])
     if len(turns) < 2:
         return 0.0
-    return _OF_MEDIAN * stdev(turns) / math.sqrt(len(turns)) / float(row["p50_ms"])
+    error: float = _OF_MEDIAN * stdev(turns) / math.sqrt(len(turns)) / row["p50_ms"]
+    return error
 
 
 def _differences(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
