@@ -30,6 +30,7 @@ from capt_deploy.errors import BackendError
 NAME = "latency"
 GOAL = 1.5  # times the throughput of plain open_clip, of one image at a time on the CPU
 _PHOTOS = 32
+_ENOUGH = 20  # runs, for a median that one may quote
 _KEYS = ("backend", "device", "precision", "scope", "batch")  # of what a ratio belongs to
 # Threads of torch wait for each other while spinning: where others want the cores, too, they take
 # many times as long, and a comparison says nothing.
@@ -84,11 +85,14 @@ def main(
     comparison = Comparison(wanted, device, plain, compiled)
     cells: dict[str, Any] = {}
     with TemporaryDirectory() as scratch:
+        load = _load()  # before exporting, which is a load itself
+        if load is not None and load > _QUIET:
+            say(f"the machine is busy (load {load:.1f}): no figure of this run is worth keeping")
         for name in names:
             say(f"exporting {name}")
             exported = export_model(name, work or Path(scratch), wanted.precisions)
             say(f"measuring {name} with {wanted.threads} threads")
-            cells[name] = compare(exported, comparison, BenchOptions(seconds=seconds))
+            cells[name] = compare(exported, comparison, BenchOptions(seconds=seconds), load)
             if not as_json:
                 write_result(NAME, {"cells": {**load_cells(NAME), **cells}})
     if as_json:
@@ -97,16 +101,24 @@ def main(
         click.echo("\n\n".join(text_of(name, cell) for name, cell in cells.items()))
 
 
-def compare(exported: Exported, comparison: Comparison, options: BenchOptions) -> dict[str, Any]:
-    """Measure a bundle and the model that it was made from, in turns."""
+def compare(
+    exported: Exported, comparison: Comparison, options: BenchOptions, load: float | None = None
+) -> dict[str, Any]:
+    """Measure a bundle and the model that it was made from, in turns.
+
+    Args:
+        exported: both.
+        comparison: what of them.
+        options: how long.
+        load: of the machine before this program began to compute; None where unknown.
+    """
     import torch
+
+    from benchmarks.plain_open_clip import same_labels
 
     wanted = comparison.wanted
     torch.set_num_threads(wanted.threads or usable_cores())
     photos = Photos(synthetic_photos(_PHOTOS), "synthetic 500x375")
-    load = _load()
-    if load is not None and load > _QUIET:
-        say(f"the machine is busy (load {load:.1f}): no figure of this run is worth keeping")
     with ExitStack() as stack, Threads(1) as threads:
         cases = [
             *_own(exported, comparison, photos, threads, stack),
@@ -116,7 +128,9 @@ def compare(exported: Exported, comparison: Comparison, options: BenchOptions) -
     return {
         "rows": rows,
         "ratios": ratios(rows),
-        "same_labels": same_labels(exported, comparison, photos),
+        "same_labels": same_labels(
+            exported.model, exported.bundle, comparison.device, photos, rows
+        ),
         "threads": wanted.threads,
         "load_before": load,
         "measured": describe(),
@@ -157,20 +171,6 @@ def _plain(exported: Exported, comparison: Comparison, photos: Photos) -> Iterat
             )
 
 
-def same_labels(exported: Exported, comparison: Comparison, photos: Photos) -> dict[str, float]:
-    """Return by precision for which share of the photos both name the same label, 0-1."""
-    from benchmarks.plain_open_clip import PlainOpenClip
-    from capt_deploy.classifier import Classifier
-
-    plain = PlainOpenClip(exported.model, exported.bundle, "cpu").label(photos.encoded)
-    shares = {}
-    for precision in comparison.wanted.precisions:
-        with Classifier.load(exported.bundle, "onnxruntime-cpu", precision) as classifier:
-            own = [prediction.label for prediction in classifier.predict(photos.encoded)]
-        shares[precision] = sum(a == b for a, b in zip(own, plain, strict=True)) / len(own)
-    return shares
-
-
 def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return how many times the throughput of plain open_clip each row has.
 
@@ -206,7 +206,13 @@ def text_of(name: str, cell: Mapping[str, Any]) -> str:
         )
         for row in cell["rows"]
     ]
-    return f"{table(header, lines)}\n{verdict(cell['ratios'])}"
+    text = f"{table(header, lines)}\n{verdict(cell['ratios'])}"
+    few = [" ".join(line[:4]) for line, row in zip(lines, cell["rows"], strict=True) if _few(row)]
+    return f"{text}; fewer than {_ENOUGH} runs: {', '.join(few)}" if few else text
+
+
+def _few(row: Mapping[str, Any]) -> bool:
+    return bool(row["iterations"] < _ENOUGH)
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ Text features are there already, nothing is switched off, and nothing else is tu
 """
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch.nn import functional
 from capt_deploy.bench import Case, Memory, Threads, Turn
 from capt_deploy.bench_cases import Photos, Tell, in_batches
 from capt_deploy.bundle import open_bundle
+from capt_deploy.classifier import Classifier
 from capt_deploy.machine import installed, versions
 
 _ROW_NAMES = {False: "open_clip eager", True: "open_clip compiled"}
@@ -60,6 +61,30 @@ class PlainOpenClip:
         """Return the label of each image."""
         best = self.probabilities(self.load(encoded)).argmax(dim=-1).tolist()
         return [self.class_names[index] for index in best]
+
+
+def same_labels(
+    model: Path, bundle: Path, device: str, photos: Photos, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
+    """Return for which share of the photos, 0-1, what was measured names open_clip's label.
+
+    By precision; on a GPU, where several backends were measured, by `backend precision`.
+    """
+    plain = PlainOpenClip(model, bundle, device).label(photos.encoded)
+    shares: dict[str, float] = {}
+    for row in rows:
+        backend, precision = row["backend"], row["precision"]
+        if backend.startswith("open_clip"):
+            continue
+        if backend == "onnxruntime":  # one name for two
+            backend += "-cpu" if row["device"] == "cpu" else "-cuda"
+        key = precision if device == "cpu" else f"{backend} {precision}"
+        if key in shares:
+            continue
+        with Classifier.load(bundle, backend, precision) as classifier:
+            own = [prediction.label for prediction in classifier.predict(photos.encoded)]
+        shares[key] = sum(a == b for a, b in zip(own, plain, strict=True)) / len(own)
+    return shares
 
 
 def plain_cases(

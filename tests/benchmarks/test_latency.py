@@ -9,10 +9,10 @@ import torch
 
 from benchmarks import latency
 from benchmarks.exported import Exported
-from benchmarks.plain_open_clip import PlainOpenClip
+from benchmarks.plain_open_clip import PlainOpenClip, same_labels
 from benchmarks.record import load_cells
 from capt_deploy.bench import BenchOptions
-from capt_deploy.bench_cases import Wanted
+from capt_deploy.bench_cases import Photos, Wanted
 from capt_deploy.bench_compare import compare_rows
 from capt_deploy.bench_images import synthetic_photos
 from capt_deploy.classifier import Classifier
@@ -71,6 +71,9 @@ def test_rows_of_both_stand_in_one_table(exported: Exported) -> None:
         own, plain = by_key[one["backend"], *place], by_key["open_clip eager", *place]
         assert one["ratio"] == pytest.approx(own["throughput_per_s"] / plain["throughput_per_s"])
     assert cell["same_labels"] == {"fp32": 1.0}
+    assert cell["load_before"] is None  # only who began it knows
+    loaded = latency.compare(exported, latency.Comparison(wanted, compiled=False), QUICK, 0.25)
+    assert loaded["load_before"] == 0.25
     text = latency.text_of("tiny", cell)
     assert len(text.splitlines()) == 2 + len(rows) + 1
 
@@ -93,6 +96,24 @@ def test_a_row_is_divided_by_open_clip_in_its_own_precision() -> None:
     assert found == [(1.5, "fp16"), (9.0, "fp32"), (1.0, "fp32"), (1.0, "fp16"), (1.25, "fp16")]
     lines = latency.text_of("x", {"rows": rows, "ratios": latency.ratios(rows)}).splitlines()
     assert lines[2].endswith("1.50") and lines[-2].endswith("1.00")  # nothing to divide by
+
+
+def test_labels_are_compared_of_what_was_measured(exported: Exported) -> None:
+    photos = Photos(synthetic_photos(4), "x")
+    both = (exported.model, exported.bundle, "cpu", photos)
+    row = {"backend": "onnxruntime", "device": "cpu", "precision": "fp32"}
+    rows = [row, row, {**row, "backend": "open_clip eager"}]
+    assert same_labels(*both, rows) == {"fp32": 1.0}
+    assert same_labels(*both, rows[2:]) == {}
+
+
+def test_rows_of_few_runs_are_named() -> None:
+    row = {"backend": "onnxruntime", "device": "cpu", "scope": "image_to_label", "p99_ms": 2.0}
+    own = {"precision": "fp32", "p50_ms": 1.0, "throughput_per_s": 9.0}
+    rows = [{**row, **own, "batch": n, "iterations": m} for n, m in ((1, 20), (32, 19))]
+    text = latency.text_of("x", {"rows": rows, "ratios": []})
+    assert text.endswith("; fewer than 20 runs: onnxruntime cpu fp32 32")
+    assert "fewer" not in latency.text_of("x", {"rows": rows[:1], "ratios": []})
 
 
 def ratio(precision: str, batch: int, value: float, **own: Any) -> dict[str, Any]:
