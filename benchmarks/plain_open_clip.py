@@ -124,6 +124,7 @@ def plain_cases(
                 memory_before=before,
                 details={
                     "images": photos.source,
+                    "queued": True if scope == "device" else None,
                     "threads": None if cuda else torch.get_num_threads(),
                 },
             )

@@ -157,7 +157,11 @@ def _cases_of(
                 versions=versions(),
                 memory_before=before,
                 concurrency=1 if scope == "device" else threads.count,
-                details=details,
+                # ONNX Runtime waits for every run; TensorRT's stand in a queue.
+                details={
+                    **details,
+                    "queued": backend.name != "onnxruntime" if scope == "device" else None,
+                },
             )
 
 

@@ -72,8 +72,8 @@ def _finite(ctx: click.Context, option: click.Parameter, value: float) -> float:
     metavar="A,B",
     default="device,host,image_to_label",
     show_default=True,
-    help="device: by the GPU's own clock; host: pixels in, outputs out; image_to_label: encoded "
-    "image to prediction.",
+    help="device: by the GPU's own clock (ONNX Runtime's with each launch); host: pixels in, "
+    "outputs out; image_to_label: encoded image to prediction.",
 )
 @click.option(
     "--concurrency",
@@ -187,6 +187,11 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         say(
             f"*: fewer than {ENOUGH_FOR_P99} runs, so p99 lies beside the slowest of them; "
             "--seconds gives more"
+        )
+    if len({row["queued"] for row in rows} - {None}) > 1:
+        say(
+            "device: TensorRT's runs are queued, ONNX Runtime's are launched one by one, and their "
+            "launch is in the time"
         )
     if restless := sum(not row["settled"] for row in rows):
         say(f"!: did not settle while warming up ({restless} rows); is the machine busy?")

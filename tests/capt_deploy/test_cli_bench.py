@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from capt_deploy.cli_bench import main
+from capt_deploy.cli_bench import _print_table, main
 from capt_deploy.cores import usable_cores
 from capt_deploy.driver import gpu_problem
 
@@ -37,7 +37,7 @@ def test_json_is_a_list_with_a_row_for_every_batch_and_scope(measured):
         assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p95_ms"] <= row["p99_ms"]
         assert row["throughput_per_s"] > 0 and row["cv"] >= 0 and row["iterations"] >= 5
         assert row["versions"]["numpy"] and row["machine"]["cores"] >= 1
-        assert row["threads"] == usable_cores()
+        assert row["threads"] == usable_cores() and row["queued"] is None
         assert row["images"] == "synthetic 500x375" and len(row["graph"]) == 64
 
 
@@ -55,6 +55,13 @@ def test_the_table_marks_what_was_measured_too_seldom():
     assert cells[:6] == ["onnxruntime", "cpu", "fp32", "image_to_label", "2", "2"]
     assert cells[9].endswith("*")
     assert "fewer than 100 runs" in result.stderr
+
+
+def test_device_times_of_two_kinds_are_told_apart(measured, capsys):
+    row = json.loads(measured.stdout)[0]
+    for others, said in (((True, None), False), ((True, False), True)):
+        _print_table([{**row, "queued": queued} for queued in others])
+        assert ("runs are queued" in capsys.readouterr().err) is said
 
 
 def test_a_run_is_compared_with_an_earlier_one(measured, tmp_path):
