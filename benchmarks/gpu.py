@@ -28,7 +28,7 @@ from capt_deploy.nvidia import find_driver
 
 _ROOT = Path(__file__).parents[1]
 _SHARED = _ROOT.parent / "shared" / "data" / "cifar100"
-ALL_SECONDS = 470.0  # of 8 minutes
+ALL_SECONDS = 475.0  # of 8 minutes
 _TAIL = 2000  # characters kept of what a step said
 
 

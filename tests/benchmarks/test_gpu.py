@@ -105,7 +105,7 @@ def test_steps_without_what_they_need_do_not_run(report: gpu.Report) -> None:
     ("only", "names"),
     [
         ("bench", ["export", "bench engine tensorrt", "bench"]),
-        ("open_clip", ["export", "open_clip"]),
+        ("open_clip", ["export", "open_clip", "open_clip compiled"]),
         ("tests", ["tests"]),
         ("train", ["train pictograms"]),
     ],
