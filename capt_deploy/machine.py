@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from capt_deploy.cores import usable_cores
-from capt_deploy.nvidia import query_gpus
+from capt_deploy.nvidia import find_driver, query_gpus
 from capt_deploy.version import __version__
 
 # Names of distributions; several may bring the same module.
@@ -42,7 +42,7 @@ def describe_machine() -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": usable_cores(),
         "memory_bytes": total_memory(),
-        "gpus": [asdict(gpu) for gpu in query_gpus()],
+        "gpus": [asdict(gpu) for gpu in find_driver().gpus],
     }
 
 
