@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -24,6 +25,11 @@ if all(find_spec(name) for name in ("torch", "jaxtyping", "beartype")):
     from jaxtyping import install_import_hook
 
     install_import_hook(["capt_train", "export"], "beartype.beartype")
+
+# Shells start background jobs with SIGINT ignored, and children inherit that: tests that press
+# Ctrl-C would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY_CLIP: Mapping[str, Any] = {
     "embed_dim": 32,

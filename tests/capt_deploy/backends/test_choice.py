@@ -43,7 +43,8 @@ def starting(**errors: Exception):  # type: ignore[no-untyped-def]
 
 def test_the_first_that_starts_is_taken_and_no_other_is_tried(all_seem_usable: None) -> None:
     start, tried = starting(tensorrt=BackendError("no such GPU"))
-    started, skipped = first_that_works(AUTO, start)
+    with pytest.warns(UserWarning, match="no such GPU"):
+        started, skipped = first_that_works(AUTO, start)
     assert started == "running tensorrt-rtx"
     assert tried == ["tensorrt", "tensorrt-rtx"]
     assert skipped == {"tensorrt": "no such GPU"}
