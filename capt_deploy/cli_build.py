@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from capt_deploy.batch_sizes import BATCHES, check_batches
 from capt_deploy.console import Command, PathInHome, print_json, say
+from capt_deploy.errors import BackendError
 from capt_deploy.version import __version__
 
 if TYPE_CHECKING:
@@ -20,11 +22,10 @@ def _batches(context: Any, option: Any, text: str) -> tuple[int, int, int]:
     try:
         sizes = [int(part) for part in text.split(",")]
         smallest, usual, largest = sizes * 3 if len(sizes) == 1 else sizes
-    except ValueError:
-        smallest = usual = largest = 0
-    if not 1 <= smallest <= usual <= largest:
+        check_batches((smallest, usual, largest))
+    except (ValueError, BackendError) as cause:
         reason = "expected smallest ≤ usual ≤ largest from 1 on, such as 1,8,32"
-        raise click.BadParameter(f"{text!r}: {reason}")
+        raise click.BadParameter(f"{text!r}: {reason}") from cause
     return smallest, usual, largest
 
 
@@ -45,7 +46,7 @@ def _batches(context: Any, option: Any, text: str) -> tuple[int, int, int]:
     "batches",
     metavar="SMALLEST,USUAL,LARGEST",
     callback=_batches,
-    default="1,8,32",
+    default=",".join(map(str, BATCHES)),
     show_default=True,
     help="Images at once; Classifier.load needs the same RuntimeOptions(batches=…).",
 )
@@ -172,7 +173,6 @@ def _build(
     import time
 
     from capt_deploy.engine_store import key_of, obtain
-    from capt_deploy.errors import BackendError
 
     start = time.perf_counter()
     target = _target(library, sm, device)
@@ -203,7 +203,7 @@ def _target(library: str, sm: int | None, device: int) -> "Target":
     from capt_deploy.device import open_device
     from capt_deploy.engine import load_library
     from capt_deploy.engine_store import Target
-    from capt_deploy.errors import BackendError, UnavailableError
+    from capt_deploy.errors import UnavailableError
 
     load_library(library)
     if sm is not None:

@@ -16,11 +16,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from capt_deploy.batch_sizes import BATCHES, check_batches
 from capt_deploy.engine_progress import make_monitor
 from capt_deploy.errors import BackendError, UnavailableError
 
 LIBRARIES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}  # module: extra to install
-BATCHES = (1, 8, 32)  # smallest, usual and largest number of images that an engine takes
 
 _OLDEST = {"tensorrt": (10, 12), "tensorrt_rtx": (1, 0)}  # from which on networks have types
 _MOST_ERRORS = 8  # shown of a graph with many unsupported nodes
@@ -83,16 +83,6 @@ def build_engine(
             gpu = "" if sm is None else f" for SM{sm}"
             raise BackendError(f"{library} cannot build the graph{gpu}: {_join(errors())}")
         return bytes(engine)
-
-
-def check_batches(batches: tuple[int, ...]) -> None:
-    """Check what an engine is asked to take.
-
-    Raises:
-        BackendError: it is not a smallest, a usual and a largest batch.
-    """
-    if len(batches) != 3 or not 1 <= batches[0] <= batches[1] <= batches[2]:
-        raise BackendError(f"expected smallest ≤ usual ≤ largest batch from 1 on, came {batches}")
 
 
 def load_library(library: str) -> Any:

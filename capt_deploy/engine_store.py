@@ -10,8 +10,9 @@ from pathlib import Path
 from threading import Event
 from typing import TypeVar
 
+from capt_deploy.batch_sizes import BATCHES, check_batches
 from capt_deploy.console import say
-from capt_deploy.engine import BATCHES, Timings, build_engine, check_batches, load_library
+from capt_deploy.engine import Timings, build_engine, load_library
 from capt_deploy.engine_cache import EngineCache
 from capt_deploy.engine_entry import EngineKey
 from capt_deploy.engine_progress import cancellable

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from capt_deploy.batch_sizes import BATCHES, check_batches
 from capt_deploy.bundle import Bundle
-from capt_deploy.engine import BATCHES, check_batches
 from capt_deploy.errors import BundleError, ConfigError
 from capt_deploy.files import expand_home, new_folder, refuse_existing
 from export.pbtxt import to_pbtxt

@@ -1,6 +1,6 @@
 """Engines that run a bundle's graph. Each lives in its own file and imports its own library."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from capt_deploy.batch_sizes import BATCHES, check_batches
 from capt_deploy.errors import BackendError, ConfigError
 
 # From the fastest on: what `auto` tries, and `onnxruntime` its own two of them.
@@ -37,13 +38,49 @@ def joined(parts: Iterable[Outputs]) -> Outputs:
     return Outputs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
+def in_parts(
+    run: Callable[[NDArray[np.uint8]], Outputs], images: NDArray[np.uint8], largest: int
+) -> Outputs:
+    """Return what `run` says of images, of which it takes up to `largest` at once."""
+    if len(images) <= largest:
+        return run(images)
+    return joined(run(images[at : at + largest]) for at in range(0, len(images), largest))
+
+
+def check_pixels(images: NDArray[np.uint8], pixels: tuple[int, ...]) -> None:
+    """Check what a backend with fixed buffers is given.
+
+    Args:
+        images: (batch, height, width, 3).
+        pixels: the height, width, 3 that it takes.
+
+    Raises:
+        BackendError: they have another shape or type.
+    """
+    if images.dtype != np.uint8 or images.shape[1:] != pixels:
+        raise BackendError(
+            f"expected uint8 pixels (batch, {', '.join(map(str, pixels))}), came "
+            f"{images.dtype} {images.shape}"
+        )
+
+
+def check_timed(images: NDArray[np.uint8], largest: int) -> None:
+    """Check what is to be timed.
+
+    Raises:
+        BackendError: there are no images, or more than run at once.
+    """
+    if not 1 <= len(images) <= largest:
+        raise BackendError(f"expected 1 to {largest} images to time at once, came {len(images)}")
+
+
 @dataclass(frozen=True)
 class RuntimeOptions:
     """How a backend uses the machine; each takes what concerns it."""
 
     device: int = 0  # CUDA ordinal
     threads: int | None = None  # of the CPU backend; None: the cores that this process may use
-    batches: tuple[int, int, int] = (1, 8, 32)  # smallest, usual, largest batch run at once
+    batches: tuple[int, int, int] = BATCHES  # smallest, usual, largest batch run at once
     cuda_graphs: bool = True  # one per batch bucket
     cache_folder: Path | None = None  # of engines; None: the user's cache folder
 
@@ -52,10 +89,7 @@ class RuntimeOptions:
             raise ConfigError(f"device: expected the number of a GPU from 0 on, came {self.device}")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads: expected at least 1, came {self.threads}")
-        if len(self.batches) != 3 or not 1 <= self.batches[0] <= self.batches[1] <= self.batches[2]:
-            raise ConfigError(
-                f"batches: expected smallest ≤ usual ≤ largest from 1 on, came {self.batches}"
-            )
+        check_batches(self.batches, ConfigError)
 
 
 DEFAULT_OPTIONS = RuntimeOptions()

@@ -12,20 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.backends import Outputs, RuntimeOptions
+from capt_deploy.backends import Outputs, RuntimeOptions, check_pixels
+from capt_deploy.batch_sizes import buckets
 from capt_deploy.device import Device, open_device
 from capt_deploy.errors import BackendError, UnavailableError
 
 Pixels = NDArray[np.uint8]
-
-
-def buckets(batches: tuple[int, int, int]) -> tuple[int, ...]:
-    """Return the batches that buffers are made for: doubling from the smallest to the largest."""
-    sizes, size = set(batches), batches[0]
-    while size < batches[-1]:
-        sizes.add(size)
-        size *= 2
-    return tuple(sorted(sizes))
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,7 @@ class BoundSession:
         graphs: bool,
     ) -> None:
         self._session, self._place, self._graphs = session, place, graphs
-        self._sizes = buckets(batches)
+        self._sizes = buckets(*batches)
         self._buffers: dict[int, _Buffers] = {}
         (images,) = session.get_inputs()
         self.pixels = tuple(images.shape[1:])  # height, width, 3
@@ -90,11 +82,7 @@ class BoundSession:
         Raises:
             BackendError: they have another shape.
         """
-        if images.dtype != np.uint8 or images.shape[1:] != self.pixels:
-            raise BackendError(
-                f"expected uint8 pixels (batch, {', '.join(map(str, self.pixels))}), came "
-                f"{images.dtype} {images.shape}"
-            )
+        check_pixels(images, self.pixels)
         size = next(size for size in self._sizes if size >= len(images))
         try:
             if size not in self._buffers:

@@ -1,14 +1,14 @@
 """ONNX Runtime on the CPU."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.backends import DEFAULT_OPTIONS, Outputs, RuntimeOptions, joined
+from capt_deploy.backends import DEFAULT_OPTIONS, Outputs, RuntimeOptions, in_parts
 from capt_deploy.cores import usable_cores
 from capt_deploy.errors import BackendError, UnavailableError
 from capt_deploy.process import Process, never_free_in_copies
@@ -97,15 +97,6 @@ def import_library() -> Any:
             f"pip install onnxruntime"
         ) from cause
     return onnxruntime
-
-
-def in_parts(
-    run: Callable[[NDArray[np.uint8]], Outputs], images: NDArray[np.uint8], largest: int
-) -> Outputs:
-    """Return what `run` says of images, of which it takes up to `largest` at once."""
-    if len(images) <= largest:
-        return run(images)
-    return joined(run(images[at : at + largest]) for at in range(0, len(images), largest))
 
 
 def _run(session: Any, images: NDArray[np.uint8]) -> Outputs:

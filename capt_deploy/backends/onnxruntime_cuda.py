@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.backends import DEFAULT_OPTIONS, Outputs, RuntimeOptions
+from capt_deploy.backends import DEFAULT_OPTIONS, Outputs, RuntimeOptions, check_timed, in_parts
 from capt_deploy.backends.bound import BoundSession, Gpu
 from capt_deploy.backends.choice import require
-from capt_deploy.backends.onnxruntime import import_library, in_parts, start_session
+from capt_deploy.backends.onnxruntime import import_library, start_session
 from capt_deploy.backends.probe import probe
 from capt_deploy.driver import gpu_name
 from capt_deploy.errors import BackendError, UnavailableError
@@ -143,10 +143,7 @@ class OnnxRuntimeCuda:
         self._process.check()
         with self._one_run:
             bound = self._open()
-            if not 1 <= len(images) <= bound.largest:
-                raise BackendError(
-                    f"expected 1 to {bound.largest} images to time at once, came {len(images)}"
-                )
+            check_timed(images, bound.largest)
             buffers = bound.fill(images)
             bound.start(buffers)  # captures the graph of a batch that was not run yet
             return [self._gpu.time(lambda: bound.start(buffers)) for _ in range(iterations)]

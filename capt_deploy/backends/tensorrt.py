@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.backends import DEFAULT_OPTIONS, Outputs, RuntimeOptions, joined
+from capt_deploy.backends import (
+    DEFAULT_OPTIONS,
+    Outputs,
+    RuntimeOptions,
+    check_pixels,
+    check_timed,
+    in_parts,
+)
 from capt_deploy.backends.pool import Pool
 from capt_deploy.backends.probe import probe
 from capt_deploy.backends.tensorrt_execution import Execution, Layout, read_layout
@@ -105,13 +112,12 @@ class TensorRT:
             BackendError: it is closed, the pixels have another shape, or the GPU failed.
         """
         self._process.check()
-        self._check(images)
+        check_pixels(images, self._layout.pixels)
         if not len(images):
             empty = (np.zeros((0, size), np.float32) for size in self._layout.columns.values())
             return Outputs(*empty)
-        starts = range(0, len(images), self._layout.largest)
         with self._execution() as execution:
-            return joined(execution.run(images[s : s + self._layout.largest]) for s in starts)
+            return in_parts(execution.run, images, self._layout.largest)
 
     def time_on_device(self, images: NDArray[np.uint8], iterations: int) -> list[float]:
         """Return milliseconds of each run between events on the GPU, copies not included.
@@ -124,10 +130,8 @@ class TensorRT:
             BackendError: like `run`, or the engine takes no such batch.
         """
         self._process.check()
-        self._check(images)
-        if not 1 <= len(images) <= self._layout.largest:
-            most = self._layout.largest
-            raise BackendError(f"expected 1 to {most} images to time at once, came {len(images)}")
+        check_pixels(images, self._layout.pixels)
+        check_timed(images, self._layout.largest)
         with self._execution() as execution:
             return execution.time(images, iterations)
 
@@ -145,14 +149,6 @@ class TensorRT:
         except BackendError as cause:
             text = "; ".join([str(cause), *errors()[-2:]])
             raise BackendError(f"backend {self.name}: {text}") from cause
-
-    def _check(self, images: NDArray[np.uint8]) -> None:
-        if images.dtype != np.uint8 or images.shape[1:] != self._layout.pixels:
-            wanted = ("batch", *self._layout.pixels)
-            came = f"{images.dtype} {images.shape}"
-            raise BackendError(
-                f"expected uint8 pixels ({', '.join(map(str, wanted))}), came {came}"
-            )
 
 
 def _tries(wanted: bool, possible: bool) -> tuple[bool, ...]:

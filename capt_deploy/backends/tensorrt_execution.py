@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capt_deploy.backends import Outputs
+from capt_deploy.batch_sizes import buckets
 from capt_deploy.device import Device
 from capt_deploy.errors import BackendError
 from capt_deploy.process import never_free_in_copies
@@ -37,13 +38,6 @@ class Layout:
         return next(batch for batch in self.batches if batch >= images)
 
 
-def batches_between(smallest: int, usual: int, largest: int) -> tuple[int, ...]:
-    """Return the batch sizes to run: the three, and powers of two, so that little is wasted."""
-    sizes = {smallest, usual, largest}
-    sizes |= {2**power for power in range(largest.bit_length()) if smallest < 2**power < largest}
-    return tuple(sorted(sizes))
-
-
 def read_layout(trt: Any, engine: Any, batches: tuple[int, int, int]) -> Layout:
     """Return the layout of a deserialised engine.
 
@@ -68,7 +62,7 @@ def read_layout(trt: Any, engine: Any, batches: tuple[int, int, int]) -> Layout:
     return Layout(
         tuple(pixels),
         {name: int(shape[0]) for name, shape in columns.items()},
-        batches_between(*batches),
+        buckets(*batches),
     )
 
 

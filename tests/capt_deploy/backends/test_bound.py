@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from capt_deploy.backends.bound import BoundSession, Place, buckets
-from capt_deploy.backends.onnxruntime import OnnxRuntime, in_parts, start_session
+from capt_deploy.backends import in_parts
+from capt_deploy.backends.bound import BoundSession, Place
+from capt_deploy.backends.onnxruntime import OnnxRuntime, start_session
 from capt_deploy.errors import BackendError
 
 ONNX = (Path(__file__).parents[2] / "golden" / "tiny.capt" / "model.onnx").read_bytes()
@@ -18,19 +19,6 @@ def on_cpu(batches: tuple[int, int, int] = (1, 4, 8)) -> BoundSession:
     place = Place("cpu", 0, lambda shape: np.empty(shape, np.uint8))
     session = start_session(ONNX, "ORT_ENABLE_ALL", threads=1)
     return BoundSession(session, place, batches, graphs=False)
-
-
-@pytest.mark.parametrize(
-    ("batches", "expected"),
-    [
-        ((1, 8, 32), (1, 2, 4, 8, 16, 32)),
-        ((1, 1, 1), (1,)),
-        ((2, 5, 9), (2, 4, 5, 8, 9)),
-        ((16, 16, 16), (16,)),
-    ],
-)
-def test_buckets_double_up_to_the_largest(batches: tuple, expected: tuple[int, ...]) -> None:
-    assert buckets(batches) == expected
 
 
 def test_every_batch_says_the_same_as_without_buffers() -> None:

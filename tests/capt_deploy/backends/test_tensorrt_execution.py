@@ -6,7 +6,6 @@ import pytest
 from capt_deploy.backends.tensorrt_execution import (
     INPUT,
     Execution,
-    batches_between,
     read_layout,
 )
 from capt_deploy.errors import BackendError
@@ -94,19 +93,6 @@ def test_times_are_of_each_run_alone(device):
     with device.active():
         # This device's clock counts launches: the one that makes the graph is not among them.
         assert execution(device).time(images(5), 3) == [1.0, 1.0, 1.0]
-
-
-@pytest.mark.parametrize(
-    ("three", "sizes"),
-    [
-        ((1, 8, 32), (1, 2, 4, 8, 16, 32)),
-        ((1, 1, 1), (1,)),
-        ((2, 6, 20), (2, 4, 6, 8, 16, 20)),
-        ((8, 8, 64), (8, 16, 32, 64)),
-    ],
-)
-def test_batch_sizes_waste_little(three, sizes):
-    assert batches_between(*three) == sizes
 
 
 def engine(shapes=None, types=None):
