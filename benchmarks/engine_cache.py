@@ -30,7 +30,8 @@ from capt_deploy.bundle import Bundle, open_bundle
 from capt_deploy.console import Command, PathInHome, say, table
 from capt_deploy.engine import load_library
 from capt_deploy.engine_cache import EngineCache
-from capt_deploy.engine_store import Graph, Target, key_of, obtain
+from capt_deploy.engine_store import Target, key_of, obtain
+from capt_deploy.graphs import StoredGraph
 
 _SHOWN = ("bundle", "key", "engine", "all", "cpu", "slowest")
 LIBRARY, TARGET = "tensorrt_rtx", Target(89)
@@ -112,8 +113,8 @@ def _summary(samples: list[dict[str, float]]) -> dict[str, Any]:
     return {**parts, "slowest": max(sample["all"] for sample in samples), "samples": len(samples)}
 
 
-def _graph(bundle: Bundle, precision: str) -> Graph:
-    return Graph(bundle.graph(precision)[1], precision, bundle.weights_folder(precision))
+def _graph(bundle: Bundle, precision: str) -> StoredGraph:
+    return StoredGraph(bundle.graph(precision)[1], precision, bundle.weights_folder(precision))
 
 
 def _drop(files: list[Path]) -> None:

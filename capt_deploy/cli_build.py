@@ -12,7 +12,8 @@ from capt_deploy.version import __version__
 
 if TYPE_CHECKING:
     from capt_deploy.engine_cache import EngineCache, Entry
-    from capt_deploy.engine_store import Graph, Target
+    from capt_deploy.engine_store import Target
+    from capt_deploy.graphs import StoredGraph
 
 _LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
@@ -150,20 +151,18 @@ def _print_table(store: "EngineCache", rows: list[dict[str, Any]]) -> None:
     click.echo(table(header, lines) if lines else f"{store.folder}: holds no engine")
 
 
-def _open(path: Path, backend: str, precision: str | None) -> "Graph":
+def _open(path: Path, backend: str, precision: str | None) -> "StoredGraph":
     """Return a graph of a bundle, or a lone graph, as `Classifier.load` does."""
     from capt_deploy.backends import preferred_precision
-    from capt_deploy.engine_store import Graph
     from capt_deploy.graphs import open_graphs
 
     graphs = open_graphs(path)
-    graph = graphs.read(precision or preferred_precision(backend, graphs.precisions))
-    return Graph(graph.onnx, graph.precision, graph.weights_folder)
+    return graphs.read(precision or preferred_precision(backend, graphs.precisions))
 
 
 def _build(
     store: "EngineCache",
-    graph: "Graph",
+    graph: "StoredGraph",
     library: str,
     sm: int | None,
     device: int,

@@ -8,7 +8,7 @@ whatever is wrong with it, it is built again: losing the cache costs time, never
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -153,18 +153,13 @@ class EngineCache:
             self.folder / f"{key.name}{_LOCK}",
             waiting=lambda: say("engine cache: another process builds this engine; waiting for it"),
         )
-        held = False
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock.__enter__()
-            held = True
-        except OSError as cause:
-            say(f"engine cache: {self.folder} cannot be used ({cause}); building without it")
-        try:
+        with ExitStack() as stack:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock)
+            except OSError as cause:
+                say(f"engine cache: {self.folder} cannot be used ({cause}); building without it")
             yield
-        finally:
-            if held:
-                lock.__exit__(None, None, None)
 
     def _remove_leftovers(self) -> None:
         """Remove locks without an entry, and halves of entries that nobody is writing any more."""

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from threading import Event
 from typing import TypeVar
 
@@ -18,6 +17,7 @@ from capt_deploy.engine_entry import EngineKey
 from capt_deploy.engine_progress import cancellable
 from capt_deploy.errors import BackendError
 from capt_deploy.files import sha256_file, visible_files
+from capt_deploy.graphs import StoredGraph
 from capt_deploy.manifest import Manifest
 from capt_deploy.onnx_metadata import read_metadata
 
@@ -34,17 +34,8 @@ class Target:
     active: Callable[[], AbstractContextManager[None]] = nullcontext  # makes it a thread's GPU
 
 
-@dataclass(frozen=True)
-class Graph:
-    """What to build from."""
-
-    onnx: bytes
-    precision: str
-    weights_folder: Path | None = None  # where weights lie that are not in the graph's own file
-
-
 def key_of(
-    graph: Graph, library: str, target: Target, batches: tuple[int, int, int] = BATCHES
+    graph: StoredGraph, library: str, target: Target, batches: tuple[int, int, int] = BATCHES
 ) -> EngineKey:
     """Return the key of an engine; the graph is hashed, and its weights in other files.
 
@@ -73,7 +64,7 @@ def key_of(
 def obtain(
     cache: EngineCache,
     key: EngineKey,
-    graph: Graph,
+    graph: StoredGraph,
     target: Target,
     load: Callable[[bytes], T | None],
 ) -> T:
@@ -86,7 +77,7 @@ def obtain(
     return cache.obtain(key, lambda: _build(cache, key, graph, target), load)
 
 
-def _build(cache: EngineCache, key: EngineKey, graph: Graph, target: Target) -> bytes:
+def _build(cache: EngineCache, key: EngineKey, graph: StoredGraph, target: Target) -> bytes:
     of_rtx = key.library == "tensorrt_rtx"
     say(f"{key.library} {key.version}: building an engine for SM {key.sm}, once; {cache.folder}")
     # What is measured for one graph also serves others on the same GPU.
@@ -112,7 +103,7 @@ def _build(cache: EngineCache, key: EngineKey, graph: Graph, target: Target) -> 
     return engine
 
 
-def _hash_weights(graph: Graph) -> str:
+def _hash_weights(graph: StoredGraph) -> str:
     """Return a SHA-256 of the weights that are not in the graph's own file, if there are some."""
     if graph.weights_folder is None:
         return ""

@@ -15,11 +15,11 @@ from capt_deploy.onnx_metadata import read_metadata
 
 @dataclass(frozen=True)
 class StoredGraph:
-    """A graph as a backend wants it."""
+    """A graph as backends want it."""
 
-    precision: str
     onnx: bytes
-    weights_folder: Path | None = None
+    precision: str
+    weights_folder: Path | None = None  # where weights lie that are not in the graph's own file
 
 
 class Graphs(Protocol):
@@ -88,7 +88,7 @@ class BundleGraphs:
         inside = Manifest.from_json(read_metadata(onnx) or "", f"{path}, inside the graph")
         if replace(self.manifest, files={}) != inside:
             raise BundleError(f"{path}: its manifest was changed after the export; export it again")
-        return StoredGraph(precision, onnx, self.bundle.weights_folder(precision))
+        return StoredGraph(onnx, precision, self.bundle.weights_folder(precision))
 
 
 class LoneGraph:
@@ -112,7 +112,7 @@ class LoneGraph:
         if graphs[precision].weights:
             raise BundleError(f"{path}: its weights are in a second file; load the whole bundle")
         self.precisions = (precision,)
-        self._graph = StoredGraph(precision, onnx)
+        self._graph = StoredGraph(onnx, precision)
 
     def read(self, precision: str) -> StoredGraph:
         """Return the graph.

@@ -27,8 +27,9 @@ from capt_deploy.console import say
 from capt_deploy.device import Device, open_device
 from capt_deploy.engine import LIBRARIES, load_library, make_logger, start_runtime
 from capt_deploy.engine_cache import EngineCache
-from capt_deploy.engine_store import Graph, Target, key_of, obtain
+from capt_deploy.engine_store import Target, key_of, obtain
 from capt_deploy.errors import BackendError
+from capt_deploy.graphs import StoredGraph
 from capt_deploy.process import Process, never_free_in_copies
 
 
@@ -64,7 +65,8 @@ class TensorRT:
         self._library, self.name = library, LIBRARIES[library]
         self.device = f"cuda:{device.ordinal} ({device.name})"
         self._process = Process()
-        cache, graph = EngineCache(options.cache_folder), Graph(onnx, precision, weights_folder)
+        cache = EngineCache(options.cache_folder)
+        graph = StoredGraph(onnx, precision, weights_folder)
         target = Target(device.sm, device.name, device.driver, device.active)
         key = key_of(graph, library, target, options.batches)
         with device.active():

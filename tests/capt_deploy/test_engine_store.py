@@ -11,8 +11,9 @@ from importlib.util import find_spec
 import pytest
 
 from capt_deploy.engine_cache import EngineCache
-from capt_deploy.engine_store import Graph, Target, key_of, obtain
+from capt_deploy.engine_store import Target, key_of, obtain
 from capt_deploy.errors import BackendError
+from capt_deploy.graphs import StoredGraph
 from capt_deploy.manifest import METADATA_KEY
 from capt_deploy.onnx_metadata import read_metadata
 
@@ -24,8 +25,9 @@ BUILD = """
 import sys
 from pathlib import Path
 from capt_deploy.engine_cache import EngineCache
-from capt_deploy.engine_store import Graph, Target, key_of, obtain
-graph = Graph(Path(sys.argv[1]).read_bytes(), "fp32")
+from capt_deploy.engine_store import Target, key_of, obtain
+from capt_deploy.graphs import StoredGraph
+graph = StoredGraph(Path(sys.argv[1]).read_bytes(), "fp32")
 key = key_of(graph, "tensorrt_rtx", Target(89))
 print("starting", flush=True)
 engine = obtain(EngineCache(Path(sys.argv[2])), key, graph, Target(89), lambda data: data)
@@ -40,7 +42,7 @@ def cache(tmp_path):
 
 @pytest.fixture
 def graph(golden):
-    return Graph((golden / "model.onnx").read_bytes(), "fp32")
+    return StoredGraph((golden / "model.onnx").read_bytes(), "fp32")
 
 
 def get(cache, graph, sm=89):
@@ -129,7 +131,7 @@ def test_other_graphs_and_weights_have_other_keys(graph, golden, tmp_path):
     # A bundle whose graph has its weights in its own file is read no further.
     assert key_of(replace(graph, weights_folder=golden), "tensorrt_rtx", Target(89)) == base
     # Of a graph that says nothing of itself, every file beside it may hold weights.
-    foreign = Graph(b"no manifest", "fp32", tmp_path)
+    foreign = StoredGraph(b"no manifest", "fp32", tmp_path)
     (tmp_path / "weights.bin").write_bytes(b"1")
     first = key_of(foreign, "tensorrt_rtx", Target(89))
     (tmp_path / "weights.bin").write_bytes(b"2")

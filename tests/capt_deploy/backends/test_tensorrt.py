@@ -15,8 +15,9 @@ from capt_deploy.backends.tensorrt import TensorRT
 from capt_deploy.driver import gpu_problem
 from capt_deploy.engine import make_logger
 from capt_deploy.engine_cache import EngineCache
-from capt_deploy.engine_store import Graph, Target, key_of
+from capt_deploy.engine_store import Target, key_of
 from capt_deploy.errors import BackendError, UnavailableError
+from capt_deploy.graphs import StoredGraph
 from tests.capt_deploy.backends.host_device import PIXELS, Engine, HostDevice, answer, library
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
@@ -64,7 +65,7 @@ def on_host(request, monkeypatch, tmp_path):
     def start(entry=b"an engine", **options):
         options = RuntimeOptions(batches=(1, 4, 8), cache_folder=tmp_path, **options)
         target = Target(device.sm, device.name, device.driver)
-        graph = Graph(b"a graph", "fp32")
+        graph = StoredGraph(b"a graph", "fp32")
         cache.write(key_of(graph, request.param, target, options.batches), entry)
         return TensorRT(b"a graph", "fp32", None, options, library=request.param)
 
