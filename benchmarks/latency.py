@@ -7,7 +7,6 @@ sizes and random weights: what they cost does not depend on their values. Cells 
 benchmarks/results/latency.json, one for each model.
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 import click
 
 from benchmarks.exported import MODELS, Exported, export_model
-from benchmarks.record import describe, load_cells, write_result
+from benchmarks.record import QUIET, describe, load_average, load_cells, write_result
 from capt_deploy.bench import BenchOptions, Case, Threads, measure
 from capt_deploy.bench_cases import Photos, Wanted, open_cases
 from capt_deploy.bench_images import synthetic_photos
@@ -32,9 +31,6 @@ GOAL = 1.5  # times the throughput of plain open_clip, of one image at a time on
 _PHOTOS = 32
 _ENOUGH = 20  # runs, for a median that one may quote
 _KEYS = ("backend", "device", "precision", "scope", "batch")  # of what a ratio belongs to
-# Threads of torch wait for each other while spinning: where others want the cores, too, they take
-# many times as long, and a comparison says nothing.
-_QUIET = 0.5
 
 
 @dataclass(frozen=True)
@@ -85,8 +81,10 @@ def main(
     comparison = Comparison(wanted, device, plain, compiled)
     cells: dict[str, Any] = {}
     with TemporaryDirectory() as scratch:
-        load = _load()  # before exporting, which is a load itself
-        if load is not None and load > _QUIET:
+        load = load_average()  # before exporting, which is a load itself
+        # Threads of torch wait for each other while spinning: where others want the cores, too,
+        # they take many times as long, and a comparison says nothing.
+        if load is not None and load > QUIET:
             say(f"the machine is busy (load {load:.1f}): no figure of this run is worth keeping")
         for name in names:
             say(f"exporting {name}")
@@ -150,11 +148,6 @@ def _own(
         if comparison.device == "cpu":
             raise
         say(f"only open_clip is measured: {cause}")
-
-
-def _load() -> float | None:
-    """Return how many programs wanted to compute, on average over the last minute."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def _plain(exported: Exported, comparison: Comparison, photos: Photos) -> Iterator[Case]:

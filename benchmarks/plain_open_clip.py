@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from capt_deploy.bench import Case, Memory, Threads, Turn
-from capt_deploy.bench_cases import Photos, Tell, in_batches
+from capt_deploy.bench_cases import Photos, Tell, full_batches
 from capt_deploy.bundle import open_bundle
 from capt_deploy.classifier import Classifier
 from capt_deploy.machine import installed, versions
@@ -119,7 +119,7 @@ def plain_cases(
                 precision=precision,
                 batch=batch,
                 scope=scope,
-                run=_runs(plain, scope, in_batches(photos.encoded, batch)),
+                run=_runs(plain, scope, full_batches(photos.encoded, batch)),
                 versions={**versions(), **installed(("torch", "torchvision", "open_clip_torch"))},
                 memory_before=before,
                 details={

@@ -3,34 +3,34 @@
 import os
 import platform
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from capt_deploy.errors import DataError
 from capt_deploy.files import read_json, write_bytes, write_json
+from capt_deploy.machine import installed
 
 _ROOT = Path(__file__).parents[1]
 RESULTS = _ROOT / "benchmarks" / "results"
 _MEASURED = ("capt_deploy", "capt_train", "export", "benchmarks/*.py", "examples")
+QUIET = 0.5  # load above which times say more of what else runs
 _VERSIONED = ("torch", "open_clip_torch", "onnxruntime-gpu", "onnxruntime", "numpy", "pillow")
 
 
 def describe() -> dict[str, Any]:
     """Return commit, versions and machine."""
-    versions = {}
-    for name in _VERSIONED:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return {
         "commit": _git("rev-parse", "HEAD"),
         "changed": bool(_git("status", "--porcelain", "--untracked-files=no", "--", *_MEASURED)),
         "python": platform.python_version(),
         "machine": {"arch": platform.machine(), "cores": os.cpu_count(), "gpu": _gpu()},
-        "versions": versions,
+        "versions": installed(_VERSIONED),
     }
+
+
+def load_average() -> float | None:
+    """Return how many programs wanted to compute, on average over the last minute."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def write_result(name: str, result: dict[str, Any]) -> Path:

@@ -8,7 +8,6 @@ server alone does better. Rows stay in benchmarks/results/server_load.json.
 
 import http.client
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.record import describe, load_cells, write_docs, write_result
+from benchmarks.record import QUIET, describe, load_average, load_cells, write_docs, write_result
 from capt_deploy.classifier import Classifier, Prediction
 from capt_deploy.console import Command, PathInHome, print_json, say
 from capt_deploy.errors import BackendError, ConfigError, DataError
@@ -32,7 +31,6 @@ from capt_deploy.images import IMAGE_SUFFIXES
 _ROOT = Path(__file__).parents[1]
 _START_SECONDS = 120  # for a backend that has to build an engine
 _ANSWER_SECONDS = 60
-_QUIET = 0.5  # load above which figures say more of what else runs
 DOCS = _ROOT / "docs" / "embedding.md"
 
 
@@ -212,10 +210,10 @@ def main(
     Example:
       python -m benchmarks.server_load demo/pictograms.capt demo/pictograms/test --name demo
     """
-    others, rows = os.getloadavg()[0], []
-    if docs and others > _QUIET:
+    others, rows = load_average() or 0.0, []
+    if docs and others > QUIET:
         raise ConfigError(
-            f"--docs expects a quiet machine, a load of at most {_QUIET}; came {others:.2f}: wait "
+            f"--docs expects a quiet machine, a load of at most {QUIET}; came {others:.2f}: wait "
             f"until nothing else runs, or leave --docs out"
         )
     encoded = _read(photos, most_photos)

@@ -181,7 +181,7 @@ def _runs(
     classifier: Classifier, scope: str, batch: int, encoded: Sequence[bytes], threads: Threads
 ) -> Callable[[int], Turn]:
     """Return what runs one case so many times."""
-    batches = in_batches(encoded, batch)
+    batches = full_batches(encoded, batch)
     backend = classifier.backend
     if scope == "image_to_label":
         number = count()
@@ -194,16 +194,17 @@ def _runs(
     pixels = np.stack([classifier.preprocess(photo) for photo in batches[0]])
     if scope == "host":
         return lambda times: threads.run(lambda: backend.run(pixels), times)
+    if not isinstance(backend, DeviceTimed):  # left out before this; see `_untimed`
+        raise BackendError(f"backend {backend.name}: has no device times; ask for scope host")
 
     def on_device(times: int) -> Turn:
-        assert isinstance(backend, DeviceTimed)
         latencies = backend.time_on_device(pixels, times)
         return Turn(latencies, sum(latencies) / 1000)
 
     return on_device
 
 
-def in_batches(encoded: Sequence[bytes], batch: int) -> list[list[bytes]]:
+def full_batches(encoded: Sequence[bytes], batch: int) -> list[list[bytes]]:
     """Return batches that hold every image at least once; the last begins anew where it must."""
     starts = range(0, len(encoded), batch)
     return [[encoded[(start + i) % len(encoded)] for i in range(batch)] for start in starts]

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from capt_deploy.backends import AUTO
-from capt_deploy.cores import usable_cores
 from capt_deploy.doctor_probe import Trial, try_backend
 from capt_deploy.graphs import open_graphs
-from capt_deploy.machine import RUNTIME, cpu_name, installed, total_memory
+from capt_deploy.machine import RUNTIME, describe_host, installed
 from capt_deploy.nvidia import Driver, find_driver
 from capt_deploy.version import __version__
 
@@ -87,13 +86,7 @@ def diagnose(bundle: Path | None = None, attempt: Try = try_backend) -> Diagnosi
     findings = tuple(_examine(name, facts, bundle, attempt) for name in AUTO)
     return Diagnosis(
         {"capt": __version__, "python": platform.python_version(), **facts.packages},
-        {
-            "system": platform.platform(),
-            "cpu": cpu_name(),
-            "cores": usable_cores(),
-            "cores_of_machine": os.cpu_count(),
-            "memory_bytes": total_memory(),
-        },
+        {**describe_host(), "cores_of_machine": os.cpu_count()},
         facts.driver,
         tuple(problems(facts, findings)),
         findings,

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capt_deploy.backends import Outputs
+from capt_deploy.metrics import softmax
 
 SIDE = 8  # pixels, height and width
 _IR_VERSION, _OPSET = 8, 17  # the last opset in which the axes of a mean are attributes
@@ -24,8 +25,7 @@ def expected_outputs(images: NDArray[np.uint8]) -> Outputs:
     """Return what the graph says of (batch, 8, 8, 3) images, computed by numpy."""
     means = images.astype(np.float32).mean(axis=(1, 2))
     logits = means @ _TO_LOGITS
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return Outputs(logits, powers / powers.sum(axis=1, keepdims=True), means @ _TO_EMBEDDING)
+    return Outputs(logits, softmax(logits).astype(np.float32), means @ _TO_EMBEDDING)
 
 
 def make_graph() -> bytes:

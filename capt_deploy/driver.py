@@ -6,7 +6,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _NVIDIA = "0x10de"  # PCI vendor
 _LONGEST_NAME = 256
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE, CUDA driver API
@@ -20,10 +20,10 @@ def gpu_problem() -> str | None:
     """
     there = "; an NVIDIA GPU is on the bus" if _is_on_the_bus() else ""
     try:
-        driver = ctypes.CDLL(_LIBRARY)
+        driver = ctypes.CDLL(LIBRARY)
     except OSError:
         return (
-            f"expected NVIDIA's driver, found no {_LIBRARY}{there}; install the driver, and give "
+            f"expected NVIDIA's driver, found no {LIBRARY}{there}; install the driver, and give "
             f"containers the GPU (--gpus all)"
         )
     count = ctypes.c_int(0)
@@ -38,7 +38,7 @@ def gpu_name(ordinal: int) -> str:
 
     To be asked only where `gpu_problem` finds none.
     """
-    driver = ctypes.CDLL(_LIBRARY)
+    driver = ctypes.CDLL(LIBRARY)
     device, name = ctypes.c_int(0), ctypes.create_string_buffer(_LONGEST_NAME)
     if driver.cuDeviceGet(ctypes.byref(device), ordinal):
         return ""

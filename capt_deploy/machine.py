@@ -35,15 +35,19 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "capt": __version__, **installed(RUNTIME)}
 
 
-def describe_machine() -> dict[str, Any]:
-    """Return operating system, processor, memory, and GPUs with their clocks at this moment."""
+def describe_host() -> dict[str, Any]:
+    """Return operating system, processor and memory."""
     return {
         "system": platform.platform(),
         "cpu": cpu_name(),
         "cores": usable_cores(),
         "memory_bytes": total_memory(),
-        "gpus": [asdict(gpu) for gpu in find_driver().gpus],
     }
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return these, and GPUs with their clocks at this moment."""
+    return {**describe_host(), "gpus": [asdict(gpu) for gpu in find_driver().gpus]}
 
 
 def cpu_name() -> str:

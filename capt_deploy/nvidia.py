@@ -7,10 +7,9 @@ import csv
 import ctypes
 import io
 import subprocess
-import sys
 from dataclasses import dataclass
 
-from capt_deploy.driver import gpu_problem
+from capt_deploy.driver import LIBRARY, gpu_problem
 
 _SECONDS = 20  # a driver that starts up for the first time is slow; a broken one hangs
 _FIELDS = (
@@ -18,7 +17,6 @@ _FIELDS = (
     *("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit"),
 )
 _MEBIBYTE = 2**20
-_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _MAJOR, _MINOR = 75, 76  # CUDA's own numbers of a device's attributes
 
 
@@ -109,7 +107,7 @@ def _number(text: str) -> float | None:
 
 def _ask_libcuda() -> tuple[Gpu, ...]:
     """Ask libcuda, which works, for what `nvidia-smi` does not say, as in slim containers."""
-    cuda, count = ctypes.CDLL(_LIBRARY), ctypes.c_int()
+    cuda, count = ctypes.CDLL(LIBRARY), ctypes.c_int()
     cuda.cuDeviceGetCount(ctypes.byref(count))
     return tuple(_gpu_of(cuda, ordinal) for ordinal in range(count.value))
 
@@ -117,7 +115,7 @@ def _ask_libcuda() -> tuple[Gpu, ...]:
 def _newest_cuda() -> str | None:
     version = ctypes.c_int()
     try:
-        ctypes.CDLL(_LIBRARY).cuDriverGetVersion(ctypes.byref(version))
+        ctypes.CDLL(LIBRARY).cuDriverGetVersion(ctypes.byref(version))
     except OSError:
         return None
     return f"{version.value // 1000}.{version.value % 1000 // 10}" if version.value else None

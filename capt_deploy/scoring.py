@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from capt_deploy.backends import Outputs, joined
 from capt_deploy.batches import preprocess_files
 from capt_deploy.bundle import Bundle, open_bundle
 from capt_deploy.classifier import Classifier, running_on
@@ -35,7 +36,8 @@ def evaluate_bundle(
     dataset = read_dataset(data, class_names, strict_names=False).aligned_to(classifier.class_names)
     items = {str(dataset.path(item)): item for item in dataset.items(split)}
     zero_shot = bundle.text_embeddings().get("zero_shot")
-    labels, logits, embeddings = [], [], []
+    labels: list[int] = []
+    parts: list[Outputs] = []
     skipped = []
     with progress(f"predicting {split} images", len(items), "images") as counter:
         for batch in preprocess_files(list(items), classifier.manifest.preprocess, 32):
@@ -43,18 +45,16 @@ def evaluate_bundle(
             labels += [items[file].label for file in batch.files if file not in batch.errors]
             skipped += [[items[file].path, reason] for file, reason in batch.errors.items()]
             if batch.pixels is not None:
-                outputs = classifier.backend.run(batch.pixels)
-                logits.append(outputs.logits)
-                embeddings.append(outputs.embedding)
+                parts.append(classifier.backend.run(batch.pixels))
     if not labels:
         raise DataError(f"{data}: none of the {len(items)} images in split {split!r} is readable")
     manifest = bundle.manifest
     calibration = manifest.calibration[classifier.precision]
-    factors, tuned = bundle.factors(classifier.precision), np.concatenate(logits)
+    factors, found = bundle.factors(classifier.precision), joined(parts)
     scores = Scores(
         np.asarray(labels),
-        tuned if factors is None else undone(tuned, factors),
-        None if zero_shot is None else np.concatenate(embeddings) @ zero_shot.T,
+        found.logits if factors is None else undone(found.logits, factors),
+        None if zero_shot is None else found.embedding @ zero_shot.T,
         calibration["temperature"],
         calibration.get("zero_shot_temperature", 1.0),
         factors,

@@ -39,7 +39,7 @@ def test_a_gpu_without_a_driver_is_there_unless_it_is_hidden(
 
 
 def test_a_missing_driver_is_named_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "_LIBRARY", "libnothing.so.1")
+    monkeypatch.setattr(driver, "LIBRARY", "libnothing.so.1")
     gpu_problem.cache_clear()
     try:
         problem = gpu_problem()
