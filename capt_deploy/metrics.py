@@ -1,118 +1,173 @@
-"""Accuracy and calibration of predicted probabilities (numpy, no loops over samples).
+"""Accuracy and calibration of predicted probabilities (numpy, no loops over images).
 
-Everywhere `probabilities` is (samples, classes) with rows that sum to 1, `labels` is (samples,)
-of row indices; shares are in 0-1. Sources: ECE with equal-width bins, Guo et al. 2017
-(arXiv 1706.04599); adaptive ECE with equal-mass bins, Nguyen & O'Connor 2015 (1508.05154);
-classwise ECE, Kull et al. 2019 (1910.12656); AURC, Geifman et al. 2018 (1805.08206).
+Everywhere `probabilities` is (images, classes) with rows that sum to 1, of any float precision and
+never copied as a whole; `labels` is (images,) of column indices; shares are in 0-1. All raise
+ValueError for labels that do not fit; only `all_metrics` checks the probabilities as well. Nothing
+depends on the order of the images, not even where confidences are tied (see `top_labels`).
+
+Sources: ECE with equal-width bins, Guo et al. 2017 (arXiv 1706.04599); adaptive ECE with equal-mass
+bins, Nguyen & O'Connor 2015 (1508.05154); classwise ECE, Kull et al. 2019 (1910.12656); AURC,
+Geifman et al. 2018 (1805.08206).
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from capt_deploy.bins import class_sums
+from capt_deploy.probabilities import Floats as Floats  # noqa: PLC0414 - known by this name
+from capt_deploy.probabilities import Ints as Ints  # noqa: PLC0414
+from capt_deploy.probabilities import Probabilities, require_both, require_columns, require_labels
+from capt_deploy.top_labels import TopLabels, top_labels
 
 
 def softmax(logits: NDArray[np.floating]) -> Floats:
-    """Return row-wise probabilities of (samples, classes) logits, in float64."""
+    """Return row-wise probabilities of (images, classes) logits, in float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     exponentials = np.exp(shifted)
     return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True))
 
 
-def accuracy(probabilities: Floats, labels: Ints) -> float:
-    """Return the share of samples whose most probable class is their label."""
-    return float(np.mean(probabilities.argmax(axis=1) == labels))
+def accuracy(probabilities: Probabilities, labels: Ints) -> float:
+    """Return the share of images whose most probable class is their label."""
+    return top_labels(probabilities, labels).accuracy()
 
 
-def _gap(confidence: Floats, correct: Floats, bins: Ints, count: int) -> float:
-    """Sum over bins of |sum(correct) - sum(confidence)|, as a share of the samples."""
-    gaps = np.bincount(bins, weights=correct - confidence, minlength=count)
-    return float(np.abs(gaps).sum() / len(confidence))
-
-
-def _equal_width_bins(confidence: Floats, count: int) -> Ints:
-    # Bins are [low, high) but for the last, which holds confidence 1 as well.
-    edges = np.linspace(0.0, 1.0, count + 1)[1:-1]
-    return np.searchsorted(edges, confidence, side="right").astype(np.int64)
-
-
-def _top(probabilities: Floats, labels: Ints) -> tuple[Floats, Floats]:
-    correct = (probabilities.argmax(axis=1) == labels).astype(np.float64)
-    return probabilities.max(axis=1), correct
-
-
-def expected_calibration_error(probabilities: Floats, labels: Ints, bins: int = 15) -> float:
+def expected_calibration_error(probabilities: Probabilities, labels: Ints, bins: int = 15) -> float:
     """Return the mean |accuracy - confidence| over equal-width bins of the top confidence."""
-    confidence, correct = _top(probabilities, labels)
-    return _gap(confidence, correct, _equal_width_bins(confidence, bins), bins)
+    return top_labels(probabilities, labels).ece(bins)
 
 
-def adaptive_calibration_error(probabilities: Floats, labels: Ints, bins: int = 15) -> float:
-    """Return the same over bins that hold equally many samples."""
-    confidence, correct = _top(probabilities, labels)
-    order = np.argsort(confidence, kind="stable")
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    return _gap(confidence, correct, rank * bins // len(order), bins)
+def adaptive_calibration_error(probabilities: Probabilities, labels: Ints, bins: int = 15) -> float:
+    """Return the same over bins that hold equally many images."""
+    return top_labels(probabilities, labels).adaptive_ece(bins)
 
 
-def classwise_calibration_error(probabilities: Floats, labels: Ints, bins: int = 15) -> float:
+def classwise_calibration_error(
+    probabilities: Probabilities, labels: Ints, bins: int = 15
+) -> float:
     """Return the calibration error of every class's probability, averaged over classes."""
-    gaps = [
-        _gap(column, (labels == index).astype(np.float64), _equal_width_bins(column, bins), bins)
-        for index, column in enumerate(probabilities.T)
-    ]
-    return float(np.mean(gaps))
+    require_labels(probabilities, labels)
+    return float(class_sums(probabilities, labels, bins).gaps().sum() / probabilities.size)
 
 
-def brier(probabilities: Floats, labels: Ints) -> float:
+def brier(probabilities: Probabilities, labels: Ints) -> float:
     """Return the mean squared distance to the one-hot label, summed over classes (0-2)."""
-    own = probabilities[np.arange(len(labels)), labels]
-    return float(np.mean((probabilities**2).sum(axis=1) - 2 * own + 1))
+    return float(brier_terms(probabilities, labels).mean())
 
 
-def negative_log_likelihood(probabilities: Floats, labels: Ints) -> float:
+def brier_terms(probabilities: Probabilities, labels: Ints) -> Floats:
+    """Return that distance of each image, (images,)."""
+    squares = np.einsum("ij,ij->i", probabilities, probabilities, dtype=np.float64)
+    rounded = squares - 2 * _own(probabilities, labels) + 1
+    return np.asarray(np.maximum(rounded, 0))  # which it may miss by a few 1e-16
+
+
+def negative_log_likelihood(probabilities: Probabilities, labels: Ints) -> float:
     """Return the mean of -log p(label), in nats; probability 0 counts as the smallest float."""
-    own = probabilities[np.arange(len(labels)), labels]
-    return float(-np.log(np.maximum(own, np.finfo(np.float64).tiny)).mean())
+    return float(nll_terms(probabilities, labels).mean())
 
 
-def area_under_risk_coverage(probabilities: Floats, labels: Ints) -> float:
-    """Return the error rate among the most confident samples, averaged over all coverages."""
-    confidence, correct = _top(probabilities, labels)
-    order = np.argsort(-confidence, kind="stable")
-    wrong = np.cumsum(1.0 - correct[order])
-    return float(np.mean(wrong / np.arange(1, len(wrong) + 1)))
+def nll_terms(probabilities: Probabilities, labels: Ints) -> Floats:
+    """Return -log p(label) of each image, (images,)."""
+    return -np.log(np.maximum(_own(probabilities, labels), np.finfo(np.float64).tiny))
 
 
-def all_metrics(probabilities: Floats, labels: Ints) -> dict[str, float | int]:
+def _own(probabilities: Probabilities, labels: Ints) -> Floats:
+    """Return the probability of each image's label."""
+    require_labels(probabilities, labels)
+    return probabilities[np.arange(len(labels)), labels].astype(np.float64)
+
+
+def area_under_risk_coverage(probabilities: Probabilities, labels: Ints) -> float:
+    """Return the error rate among the most confident images, averaged over all coverages."""
+    return top_labels(probabilities, labels).aurc()
+
+
+def all_metrics(probabilities: Probabilities, labels: Ints) -> dict[str, float | int]:
     """Return every metric under the keys of `capt-eval --json`.
 
     Raises:
-        ValueError: no samples, shapes that do not match, a label that is no column, or
-            probabilities that are not finite.
+        ValueError: no images, shapes that do not match, a label that is no column, probabilities
+            that are not finite or not in 0-1, or rows that do not sum to 1.
     """
-    if probabilities.ndim != 2 or len(probabilities) != len(labels) or len(labels) == 0:
-        raise ValueError(
-            f"expected (samples, classes) probabilities and as many labels, at least one; "
-            f"came {probabilities.shape} and {labels.shape}"
-        )
-    if labels.min() < 0 or labels.max() >= probabilities.shape[1]:
-        raise ValueError(
-            f"expected labels of {probabilities.shape[1]} classes, "
-            f"came {labels.min()} to {labels.max()}"
-        )
-    if not np.isfinite(probabilities).all():
-        raise ValueError("expected finite probabilities, came NaN or infinity")
+    require_both(probabilities, labels)
+    figures = combined(
+        top_labels(probabilities, labels),
+        classwise_calibration_error(probabilities, labels),
+        brier_terms(probabilities, labels),
+        nll_terms(probabilities, labels),
+    )
+    return {**figures, "n": len(labels)}
+
+
+def combined(top: TopLabels, classwise: float, briers: Floats, nlls: Floats) -> dict[str, float]:
+    """Return every metric of images that are already reduced to this."""
     return {
-        "accuracy": accuracy(probabilities, labels),
-        "ece_10": expected_calibration_error(probabilities, labels, bins=10),
-        "ece_15": expected_calibration_error(probabilities, labels, bins=15),
-        "adaptive_ece": adaptive_calibration_error(probabilities, labels),
-        "classwise_ece": classwise_calibration_error(probabilities, labels),
-        "brier": brier(probabilities, labels),
-        "nll": negative_log_likelihood(probabilities, labels),
-        "aurc": area_under_risk_coverage(probabilities, labels),
-        "n": len(labels),
+        "accuracy": top.accuracy(),
+        "ece_10": top.ece(10),
+        "ece_15": top.ece(15),
+        "adaptive_ece": top.adaptive_ece(15),
+        "classwise_ece": classwise,
+        "brier": float(briers.mean()),
+        "nll": float(nlls.mean()),
+        "aurc": top.aurc(),
     }
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What tuning repaired among the mined confusions and what it broke, in images.
+
+    The shares are of different numbers, so that neither says much without the counts.
+    """
+
+    errors: int  # before, of a class for one that it was mined with
+    recovered: int  # of these, right after
+    right: int  # before
+    broken: int  # of these, wrong after, whatever for
+
+    @property
+    def recovered_share(self) -> float | None:
+        """Of the errors in mined pairs; None where there was none."""
+        return self.recovered / self.errors if self.errors else None
+
+    @property
+    def broken_share(self) -> float | None:
+        """Of what was right; None where nothing was."""
+        return self.broken / self.right if self.right else None
+
+
+def confusion_recovery(
+    labels: Ints, before: Ints, after: Ints, mined: NDArray[np.bool_]
+) -> Recovery:
+    """Compare the predictions of two models for the same images (METHOD 10).
+
+    Args:
+        labels: (images,) true classes.
+        before: (images,) predicted classes, of the zero-shot model.
+        after: likewise, of the tuned one.
+        mined: (classes, classes) whether a true class, the row, is known to be mistaken for a
+            predicted one. The diagonal says nothing.
+
+    Raises:
+        ValueError: shapes that do not match, or a class that is none.
+    """
+    if mined.ndim != 2 or mined.shape[0] != mined.shape[1] or mined.dtype != np.bool_:
+        raise ValueError(
+            f"expected a boolean (classes, classes) matrix of pairs, "
+            f"came {mined.shape} of {mined.dtype}"
+        )
+    if labels.ndim != 1 or not labels.shape == before.shape == after.shape:
+        raise ValueError(
+            f"expected one label and two predictions per image, "
+            f"came {labels.shape}, {before.shape} and {after.shape}"
+        )
+    for classes in (labels, before, after):
+        if len(labels):
+            require_columns(classes, len(mined))
+    right, right_after = before == labels, after == labels
+    errors = mined[labels, before] & ~right
+    counts = (errors, errors & right_after, right, right & ~right_after)
+    return Recovery(*(int(part.sum()) for part in counts))

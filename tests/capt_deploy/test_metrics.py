@@ -1,6 +1,7 @@
 """Every metric against its definition written out again, scikit-learn, and cases done by hand."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -119,6 +120,24 @@ def test_accuracy_brier_and_log_loss_equal_scikit_learn(seed: int) -> None:
     assert metrics.brier(probabilities, labels) == pytest.approx(sum(per_class))
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("bins", [10, 15])
+def test_ece_equals_torchmetrics(seed: int, bins: int) -> None:
+    torch = pytest.importorskip("torch", reason="torchmetrics takes its tensors")
+    oracle = pytest.importorskip("torchmetrics.functional.classification", reason="the oracle")
+    probabilities, labels = sample(seed)
+    given = torch.from_numpy(probabilities), torch.from_numpy(labels)
+    wanted = oracle.multiclass_calibration_error(*given, num_classes=5, n_bins=bins)
+    got = metrics.expected_calibration_error(probabilities, labels, bins)
+    assert got == pytest.approx(float(wanted), abs=1e-6)
+    per_class = [
+        float(oracle.binary_calibration_error(column, given[1] == index, n_bins=bins))
+        for index, column in enumerate(given[0].T.contiguous())
+    ]
+    got = metrics.classwise_calibration_error(probabilities, labels, bins)
+    assert got == pytest.approx(sum(per_class) / 5, abs=1e-6)
+
+
 @settings(deadline=None, max_examples=60)
 @given(cases)
 def test_every_share_stays_in_its_range_and_order_of_samples_is_nothing(case: tuple) -> None:
@@ -130,6 +149,48 @@ def test_every_share_stays_in_its_range_and_order_of_samples_is_nothing(case: tu
     assert values["nll"] >= 0
     order = np.random.default_rng(1).permutation(len(labels))
     assert metrics.all_metrics(probabilities[order], labels[order]) == pytest.approx(values)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10_000), st.integers(1, 40), st.integers(1, 4))
+def test_order_of_samples_is_nothing_where_most_are_tied(seed: int, n: int, classes: int) -> None:
+    random = np.random.default_rng(seed)
+    parts = random.multinomial(4, np.full(classes, 1 / classes), size=n) / 4
+    labels = random.integers(0, classes, n)
+    order = random.permutation(n)
+    values = metrics.all_metrics(parts, labels)
+    assert metrics.all_metrics(parts[order], labels[order]) == pytest.approx(values, abs=1e-12)
+
+
+@pytest.mark.parametrize(("precision", "near"), [(np.float32, 1e-6), (np.float16, 3e-3)])
+def test_fewer_digits_give_nearly_the_same(precision: type, near: float) -> None:
+    probabilities, labels = sample(7, n=2000, sharpness=4.0)
+    # a rounded probability may fall into the next bin, and an image's own one under float16's least
+    own = probabilities[np.arange(2000), labels]
+    probabilities, labels = probabilities[own > 1e-4], labels[own > 1e-4]
+    values = metrics.all_metrics(probabilities, labels)
+    rounded = metrics.all_metrics(probabilities.astype(precision), labels)
+    assert rounded == pytest.approx(values, abs=near)
+
+
+def test_probability_zero_of_the_label_is_finite_in_any_precision() -> None:
+    for precision in (np.float16, np.float32, np.float64):
+        values = metrics.all_metrics(np.array([[1, 0]], precision), np.array([1]))
+        assert values["nll"] == pytest.approx(-math.log(np.finfo(np.float64).tiny))
+
+
+def test_float32_is_measured_without_a_copy() -> None:
+    random = np.random.default_rng(0)
+    probabilities = random.random((100_000, 100), np.float32)
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    labels = random.integers(0, 100, len(probabilities))
+    tracemalloc.start()
+    try:
+        metrics.all_metrics(probabilities, labels)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < probabilities.nbytes / 2
 
 
 def test_all_metrics_has_the_keys_of_the_contract_and_the_stated_bins() -> None:
@@ -230,6 +291,8 @@ def test_softmax_is_exact_shift_invariant_and_safe_for_huge_logits() -> None:
         (np.zeros((0, 2)), np.zeros(0, np.int64), "at least one"),
         (np.full((2, 2), 0.5), np.array([0]), "as many labels"),
         (np.array([0.5, 0.5]), np.array([0, 1]), "samples, classes"),
+        (np.array([[1.5, -0.5]]), np.array([0]), "from 0 to 1"),
+        (np.array([[0.5, 0.6]]), np.array([0]), "sum to 1"),
         (np.array([[0.5, 0.5]]), np.array([2]), "labels of 2 classes"),
         (np.array([[0.5, 0.5]]), np.array([-1]), "labels of 2 classes"),
     ],
@@ -239,3 +302,48 @@ def test_what_has_no_metrics_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=named):
         metrics.all_metrics(probabilities, labels)
+
+
+MINED = np.zeros((3, 3), bool)
+MINED[0, 1] = MINED[2, 0] = True
+
+
+def test_recovery_and_breakage_by_hand() -> None:
+    labels = np.array([0, 0, 0, 2, 1, 1, 2, 2])
+    before = np.array([1, 1, 2, 0, 1, 1, 2, 2])
+    after = np.array([0, 2, 0, 2, 1, 0, 0, 2])
+    # errors in pairs: images 0, 1 and 3; image 2 is an error that was not mined
+    found = metrics.confusion_recovery(labels, before, after, MINED)
+    assert found == metrics.Recovery(errors=3, recovered=2, right=4, broken=2)
+    assert found.recovered_share == pytest.approx(2 / 3)
+    assert found.broken_share == pytest.approx(2 / 4)
+
+
+def test_shares_of_nothing_are_none() -> None:
+    none = np.zeros(0, np.int64)
+    found = metrics.confusion_recovery(none, none, none, MINED)
+    assert found == metrics.Recovery(0, 0, 0, 0)
+    assert found.recovered_share is found.broken_share is None
+
+
+def test_what_is_right_is_no_error_even_if_the_diagonal_is_marked() -> None:
+    labels = np.array([0, 1])
+    found = metrics.confusion_recovery(labels, labels, labels, np.ones((2, 2), bool))
+    assert found == metrics.Recovery(0, 0, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"mined": np.zeros((2, 3), bool)}, r"came \(2, 3\) of bool"),
+        ({"mined": np.zeros((3, 3))}, "of float64"),
+        ({"before": np.array([0])}, "two predictions per image"),
+        ({"labels": np.array([[0, 1]])}, "two predictions per image"),
+        ({"after": np.array([0, 3])}, "labels of 3 classes"),
+        ({"labels": np.array([-1, 0])}, "labels of 3 classes"),
+    ],
+)
+def test_predictions_that_do_not_match_are_refused(changed: dict, named: str) -> None:
+    same = {name: np.array([0, 1]) for name in ("labels", "before", "after")}
+    with pytest.raises(ValueError, match=named):
+        metrics.confusion_recovery(**{**same, "mined": MINED, **changed})
