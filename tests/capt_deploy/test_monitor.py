@@ -1,0 +1,240 @@
+"""What a monitor counts, from one thread and many, in how much memory, and what it says."""
+
+import json
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from capt_deploy.monitor import CONFIDENCE_EDGES, Monitor, Reference, confidence_counts
+
+NAMES = ("cat", "dog", "owl")
+
+
+def stream(seed: int, n: int, sharpness: float = 4.0, classes: int = 3) -> tuple:
+    random = np.random.default_rng(seed)
+    confidence = random.beta(sharpness, 0.8, n).astype(np.float32)
+    predicted = random.integers(0, classes, n)
+    return confidence, predicted, confidence < 0.5
+
+
+def reference(n: int = 2000) -> Reference:
+    confidence, predicted, rejected = stream(0, n)
+    return Reference.of(confidence, predicted, 3, float(rejected.mean()))
+
+
+def test_bins_hold_their_lower_edge_and_the_last_one_both() -> None:
+    confidence = np.array([0.0, 0.05, 0.1, 0.9, 0.9499, 0.95, 0.99, 1.0])
+    got = dict(zip(CONFIDENCE_EDGES, confidence_counts(confidence), strict=False))
+    assert {edge: count for edge, count in got.items() if count} == {
+        0.0: 2,
+        0.1: 1,
+        0.9: 2,
+        0.95: 1,
+        0.99: 2,
+    }
+    random = np.random.default_rng(0).random(5000)
+    np.testing.assert_array_equal(
+        confidence_counts(random), np.histogram(random, CONFIDENCE_EDGES)[0]
+    )
+
+
+def test_images_of_the_same_world_are_steady_and_all_is_counted() -> None:
+    monitor = Monitor(reference(), NAMES)
+    confidence, predicted, rejected = stream(1, 3000)
+    for start in range(0, 3000, 7):
+        part = slice(start, start + 7)
+        monitor.observe(confidence[part], predicted[part], rejected[part])
+    summary = monitor.summary()
+    assert summary.images == sum(summary.confidence_counts) == 3000
+    assert summary.class_counts == {
+        name: int((predicted == index).sum()) for index, name in enumerate(NAMES)
+    }
+    assert summary.rejection_rate == pytest.approx(rejected.mean())
+    assert summary.expected_rejection_rate == pytest.approx(0.03, abs=0.03)
+    assert summary.confidence_psi is not None
+    assert summary.class_psi is not None
+    assert max(summary.confidence_psi, summary.class_psi) < 0.03
+    assert summary.verdict == "steady"
+    assert str(summary).startswith("steady (3000 images so far); confidence PSI 0.0")
+
+
+def test_the_index_is_that_of_the_counts() -> None:
+    monitor = Monitor(Reference.of(np.full(4, 0.5), np.array([0, 0, 1, 1]), 2), ("a", "b"))
+    monitor.observe(np.full(4, 0.5), np.array([0, 0, 0, 1]))
+    summary = monitor.summary()
+    assert summary.confidence_psi == 0
+    assert summary.class_psi == pytest.approx(0.2 * np.log(0.7 / 0.5) - 0.2 * np.log(0.3 / 0.5))
+
+
+def test_a_darker_world_is_shifted_and_reset_forgets_it() -> None:
+    monitor = Monitor(reference(), NAMES)
+    monitor.observe(*stream(2, 400, sharpness=1.0))
+    summary = monitor.summary()
+    assert summary.verdict == "shifted"
+    assert summary.rejection_rate is not None
+    assert summary.expected_rejection_rate is not None
+    assert summary.rejection_rate > 3 * summary.expected_rejection_rate
+    monitor.reset()
+    assert monitor.summary().images == 0
+    assert monitor.summary().verdict == "too few images"
+    monitor.observe(*stream(3, 3000))
+    assert monitor.summary().verdict == "steady"
+
+
+def test_one_class_for_all_is_shifted_though_confidences_are_as_ever() -> None:
+    monitor = Monitor(reference(), NAMES)
+    confidence, predicted, _ = stream(4, 1000)
+    monitor.observe(confidence, predicted * 0)
+    summary = monitor.summary()
+    assert summary.confidence is not None
+    assert summary.confidence.verdict == "steady"
+    assert summary.verdict == "shifted"
+
+
+def test_few_images_are_not_called_steady_and_rarely_shifted() -> None:
+    own, alarms, early = reference(), 0, 0
+    for seed in range(300):
+        monitor = Monitor(own, NAMES)
+        monitor.observe(*stream(seed + 10, 20))
+        early += monitor.summary().verdict == "too few images"
+        monitor.observe(*stream(seed + 1000, 500))
+        alarms += monitor.summary().verdict != "steady"
+    assert early >= 297
+    assert alarms <= 3
+
+
+def test_a_reference_too_small_to_tell_a_shift_is_never_called_steady() -> None:
+    monitor = Monitor(reference(60), NAMES)
+    monitor.observe(*stream(5, 5000))
+    assert monitor.summary().verdict == "too few images"
+
+
+def test_classes_added_later_are_counted_and_change_nothing_else() -> None:
+    monitor, plain = Monitor(reference(), NAMES), Monitor(reference(), NAMES)
+    confidence, predicted, _ = stream(6, 900)
+    for each in (monitor, plain):
+        each.observe(confidence, predicted)
+    monitor.observe(confidence[:100], np.full(100, 4))
+    summary = monitor.summary()
+    assert summary.class_counts["class 3"] == 0
+    assert summary.class_counts["class 4"] == 100
+    assert summary.class_psi == plain.summary().class_psi
+    monitor.extend((*NAMES, "fox", "newt"))
+    assert monitor.summary().class_counts["newt"] == 100
+    monitor.extend((*NAMES, "fox", "newt", "boar"))
+    assert monitor.summary().class_counts["boar"] == 0
+    monitor.observe(confidence[:1], np.array([5]))
+    assert monitor.summary().class_counts["boar"] == 1
+
+
+def test_only_added_classes_leave_the_classes_without_a_comparison() -> None:
+    monitor = Monitor(reference(), NAMES)
+    monitor.observe(np.full(10, 0.9), np.full(10, 3))
+    assert monitor.summary().class_psi is None
+    assert json.loads(json.dumps(monitor.summary().to_dict()))["classes"] is None
+
+
+def test_without_a_reference_it_still_counts() -> None:
+    monitor = Monitor(None, NAMES)
+    confidence, predicted, _ = stream(7, 50)
+    monitor.observe(confidence, predicted)
+    summary = monitor.summary()
+    assert summary.images == 50
+    assert summary.verdict == "no reference"
+    assert summary.confidence_psi is summary.class_psi is summary.rejection_rate is None
+    assert str(summary) == "no reference (50 images so far)"
+
+
+def test_a_summary_is_json() -> None:
+    monitor = Monitor(reference(), NAMES)
+    monitor.observe(*stream(8, 100))
+    again = json.loads(json.dumps(monitor.summary().to_dict(), allow_nan=False))
+    assert again["images"] == 100
+    assert again["class_counts"].keys() == set(NAMES)
+    assert len(again["confidence_edges"]) == len(again["confidence_counts"]) + 1
+    assert again["confidence"].keys() == {"psi", "chance"}
+
+
+def test_threads_lose_no_image() -> None:
+    monitor = Monitor(reference(), NAMES)
+    confidence, predicted, rejected = stream(9, 40)
+
+    def hammer(index: int) -> None:
+        for _ in range(300):
+            monitor.observe(confidence, predicted + (index % 2) * 5, rejected)
+            if index == 0:
+                summary = monitor.summary()
+                assert sum(summary.class_counts.values()) == summary.images
+
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(hammer, index) for index in range(8)]:
+            done.result()
+    summary = monitor.summary()
+    assert summary.images == sum(summary.class_counts.values()) == 8 * 300 * 40
+    assert summary.rejection_rate == pytest.approx(rejected.mean())
+
+
+def test_memory_does_not_grow_with_the_images() -> None:
+    monitor = Monitor(reference(), NAMES)
+    confidence, predicted, rejected = stream(10, 64)
+    monitor.observe(confidence, predicted, rejected)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(3000):
+            monitor.observe(confidence, predicted, rejected)
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert grown < 2000  # bytes, after 192,000 images
+
+
+def test_bad_observations_are_refused_and_leave_no_trace() -> None:
+    monitor = Monitor(reference(), NAMES)
+    good = np.array([0.5, 0.6])
+    for confidence, predicted, rejected in (
+        (good, np.array([0]), None),
+        (good, np.array([0, -1]), None),
+        (np.array([0.5, np.nan]), np.array([0, 1]), None),
+        (good, np.array([0, 1]), np.array([True])),
+        (np.ones((1, 2)), np.ones((1, 2), np.int64), None),
+    ):
+        with pytest.raises(ValueError):
+            monitor.observe(confidence, predicted, rejected)
+    assert monitor.summary().images == 0
+    assert sum(monitor.summary().class_counts.values()) == 0
+    monitor.observe(np.empty(0), np.empty(0, np.int64))
+    assert monitor.summary().images == 0
+
+
+@pytest.mark.parametrize("rate", [None, 0.25])
+def test_a_reference_survives_its_arrays(rate: float | None) -> None:
+    confidence, predicted, _ = stream(11, 500)
+    own = Reference.of(confidence, predicted, 5, rate)
+    again = Reference.from_arrays(own.arrays())
+    assert (again.images, again.rejection_rate) == (500, rate)
+    np.testing.assert_array_equal(again.confidence_histogram, own.confidence_histogram)
+    np.testing.assert_array_equal(again.class_shares, own.class_shares)
+    assert own.class_shares[3:].tolist() == [0, 0]
+
+
+def test_damaged_references_are_refused() -> None:
+    good = reference().arrays()
+    for name, value in (
+        ("confidence_histogram", np.full(5, 0.2)),
+        ("class_shares", np.array([0.5, 0.6])),
+        ("class_shares", np.array([1.5, -0.5])),
+        ("images", np.array([0])),
+        ("rejection_rate", np.array([1.5])),
+        ("rejection_rate", np.array([np.nan])),
+    ):
+        with pytest.raises(ValueError):
+            Reference.from_arrays(good | {name: value})
+    with pytest.raises(ValueError, match="'images'"):
+        Reference.from_arrays({name: good[name] for name in good if name != "images"})
+    with pytest.raises(ValueError, match="2 classes"):
+        Reference.of(np.array([0.5]), np.array([2]), 2)
+    with pytest.raises(ValueError, match="came 0"):
+        Reference.of(np.empty(0), np.empty(0, np.int64), 2)
