@@ -85,6 +85,7 @@ def _measure(world: str, rows: list[str], shots: list[int], seeds: list[int], ag
                 classes="base",
                 shots=count,
                 seed=seed,
+                calibrator="temperature",  # for all rows alike
                 **ROWS[row],
             )
             own = {"row": row, "shots": count, "seed": seed}

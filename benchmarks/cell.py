@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +13,9 @@ from capt_deploy.console import say
 from capt_deploy.errors import ConfigError, RunError
 from capt_deploy.evaluation import Report
 from capt_deploy.files import read_json
-from capt_train.config import GROUPS, TrainConfig
+from capt_train.config import TrainConfig
 from capt_train.evaluate import evaluate_run
+from capt_train.parts import GROUPS
 from capt_train.pipeline import train
 from capt_train.run import RESULT
 from examples.demo.world import write_world
@@ -29,8 +30,10 @@ _OF_VISUAL_SIDE = {
     *("far_epochs", "far_patience", "far_consistency", "strength"),
 }
 
-
 _OF_COLOURS = {"colour_steps", "colour_learning_rate"}
+# Settings that came after cells had been measured, with what leaves their runs as they were: it is
+# left out, so that these cells stay. (On right labels there is no label noise.)
+_LATER = {"calibrator": "temperature", "label_noise": "auto"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
     idle = _PLACES
     idle = idle if config.parts & {*GROUPS["visual"]} else idle | _OF_VISUAL_SIDE
     idle = idle if "colours" in config.parts else idle | _OF_COLOURS
-    own = {name: value for name, value in config.to_dict().items() if name not in idle}
+    values = config.to_dict().items()
+    own = {name: value for name, value in values if name not in idle and _LATER.get(name) != value}
     return {**own, "parts": sorted(config.parts)}  # a method may get others
 
 
@@ -76,6 +80,7 @@ def fill(
     config: TrainConfig,
     split: str,
     again: bool = False,
+    measured: Callable[[TrainConfig, str], dict[str, Any]] | None = None,
 ) -> None:
     """Measure one cell of `results/NAME.json`, unless it is there with the same settings.
 
@@ -86,19 +91,28 @@ def fill(
         config: of the run.
         split: which images it is measured on.
         again: measure even if it is there.
+        measured: how, instead of by `measure`.
     """
     cells, settings = load_cells(name), settings_of(config)
     if not again and key in cells and cells[key]["settings"] == settings:
         return
     say(f"{name}: {key}")
-    figures = measure(config, split)
+    figures = (measured or measure)(config, split)
     cells = load_cells(name)  # another process may have added some
     cells[key] = {**figures, **own, "settings": settings, "measured": describe()}
     write_result(name, {"cells": cells})
 
 
-def measure(config: TrainConfig, split: str) -> dict[str, Any]:
-    """Tune and evaluate; embeddings of the frozen model are made before the clock starts."""
+def measure(
+    config: TrainConfig, split: str, also: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Tune and evaluate; embeddings of the frozen model are made before the clock starts.
+
+    Args:
+        config: of the run.
+        split: which images it is measured on.
+        also: further data sets, of whose tuned classes the accuracy is returned under their names.
+    """
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         train(replace(config, method="zeroshot", added=(), without=()), Path(folder) / "first")
@@ -108,7 +122,11 @@ def measure(config: TrainConfig, split: str) -> dict[str, Any]:
         if split != report["split"]:
             report = {**report, **evaluate_run(run, config.data, split)}
         result = read_json(run / RESULT, RunError)
-    return {**_figures(report), "seconds": seconds, **_fitted(report, result)}
+        others = {
+            name: evaluate_run(run, data, split, "base")["base"]["accuracy"]
+            for name, data in (also or {}).items()
+        }
+    return {**_figures(report), **others, "seconds": seconds, **_fitted(report, result)}
 
 
 def _figures(report: Report) -> dict[str, Any]:
@@ -116,6 +134,7 @@ def _figures(report: Report) -> dict[str, Any]:
     for scope in ("base", "new", "all"):
         figures[scope] = report[scope]["accuracy"]
     for scope in ("base", "new"):
+        figures[f"nll_{scope}"] = report[scope]["nll"]
         for bins in ("ece_10", "ece_15"):
             figures[f"{bins}_{scope}"] = report[scope][bins]
             figures[f"{bins}_{scope}_uncalibrated"] = report["uncalibrated"][scope][bins]

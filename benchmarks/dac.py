@@ -60,7 +60,13 @@ def main(worlds: str, seeds: str, docs: bool) -> None:
 
 def _measure(world: str, seed: int) -> dict[str, dict[str, dict[str, float]]]:
     with open_world(world) as place, tempfile.TemporaryDirectory() as folder:
-        config = TrainConfig(place.data, place.model, method="coop", classes="base", seed=seed)
+        config = TrainConfig(
+            *(place.data, place.model),
+            method="coop",
+            classes="base",
+            seed=seed,
+            calibrator="temperature",
+        )
         train(config, Path(folder) / "run")
         model = load_run(Path(folder) / "run")
         return {split: _figures(model, place, split) for split in _SPLITS}

@@ -7,7 +7,8 @@ import click
 
 from capt_deploy.console import Command, PathInHome, print_json, say
 from capt_deploy.version import __version__
-from capt_train.config import GROUPS, METHODS, PARTS, TrainConfig
+from capt_train.config import TrainConfig
+from capt_train.parts import GROUPS, METHODS, PARTS
 
 _DEFAULT = TrainConfig(data="", model="")
 _HELP = {"help_option_names": ["-h", "--help"]}
@@ -123,7 +124,8 @@ def main(
     from capt_deploy.summary import confused_pairs_table, summary
 
     say(f"\n{summary(report)}\n\n{confused_pairs_table(report)}")
-    say(f"\ntemperature {report['temperature']:.3f}; run written to {out}")
+    say(f"\ncalibrator {report['calibrator']}, temperature {report['temperature']:.3f}")
+    say(f"run written to {out}")
 
 
 def _config(out: Path, resume: bool, given: dict[str, Any]) -> TrainConfig:

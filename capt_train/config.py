@@ -1,11 +1,12 @@
 """All settings of a run, with their defaults, in one place; JSON on disk."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_args, get_type_hints
 
 from capt_deploy.errors import CaptError, ConfigError
+from capt_train.parts import CALIBRATORS, GROUPS, METHODS, PARTS, members
 
 
 @dataclass(frozen=True)
@@ -18,43 +19,6 @@ class LossWeights:
     margin: float = 1.0  # TCPT (arXiv 2602.19024)
     moments: float = 5.0  # TCPT
     balance: float = 0.01  # importance loss of the routers, wherever there are experts
-
-
-# What can be switched on and off alone, in the order of METHOD.md.
-PARTS: Mapping[str, str] = {
-    "colours": "a map of the input's colours (ours), where other images gain by it",
-    "prompt": "learned context vectors instead of the hand-written prompt",
-    "text-prompts": "new context vectors in deeper blocks of the text tower",
-    "visual-prompts": "free tokens in the blocks of the visual tower",
-    "retrieval": "the bank's most similar confused samples join the minibatch (SAM)",
-    "adapter": "Diff-Manner Adapter in the visual tower",
-    "semantic-experts": "experts on what confused classes share and what tells them apart",
-    "sample-experts": "experts in the visual tower's last FFN",
-    "coa": "confusion-aware loss of CoCoA-Mix",
-    "infonce": "contrast restricted to the classes that the bank says are confused",
-    "margin": "margin term of TCPT",
-    "moments": "moment term of TCPT",
-    "mixture": "weights of hand-written and learned prompt, inside and outside the training domain",
-}
-# Short names for parts that belong together.
-GROUPS: Mapping[str, tuple[str, ...]] = {
-    "tcpt": ("margin", "moments"),
-    "bank": ("infonce", "retrieval"),
-    "experts": ("semantic-experts", "sample-experts"),
-    "visual": ("adapter", "sample-experts", "visual-prompts"),
-    "deep-prompts": ("text-prompts", "visual-prompts"),
-}
-# What each --method trains; `capt` has the parts that earn their place (docs/ablation.md).
-METHODS: Mapping[str, tuple[str, ...]] = {
-    "zeroshot": (),
-    "coop": ("prompt",),
-    "coa": ("prompt", "coa"),
-    "tcpt": ("prompt", "margin", "moments"),
-    "cocoa": ("prompt", "coa", "mixture"),
-    "prompt": ("prompt", "coa", "margin", "moments"),
-    "capt": ("colours", "prompt", "infonce", "adapter", "sample-experts"),
-    "full": tuple(PARTS),
-}
 
 
 @dataclass(frozen=True)
@@ -113,6 +77,8 @@ class TrainConfig:
     views: int = 5  # of each image; the first is the image itself, the last is never tuned on
     view_area: float = 0.6  # smallest share of the image that a view shows
     mixture_margin: float = 0.1  # d, nats; ours
+    # auto: the simplest that other images agree with; or temperature, line, isotonic, vector
+    calibrator: str = "auto"
 
     # tuning: first the text side on cached embeddings, then both sides on cached tokens
     optimizer: str = "adamw"  # or "sgd"
@@ -132,6 +98,9 @@ class TrainConfig:
     warmup_epochs: int = 1  # all but one where there are no more
     patience: int = 10  # epochs without a better validation NLL; 0 trains all epochs
     autocast: str = "auto"  # or "off", "bf16", "fp16"; auto: bf16 on GPUs that have it
+    # ε, the share of labels that are wrong by chance, 0 to 0.5; auto: as the frozen model sees it,
+    # 0 unless that is sure (capt_train.label_noise)
+    label_noise: str = "auto"
     weights: LossWeights = LossWeights()
 
     def __post_init__(self) -> None:
@@ -162,7 +131,18 @@ class TrainConfig:
             (0 <= self.clip_norm < math.inf, "clip_norm", "a number, 0 or more"),
             (self.autocast in ("auto", "off", "bf16", "fp16"), "autocast", "auto, off, bf16, fp16"),
             (bool(self.llm_url) == bool(self.llm_model), "llm_url", "both llm_url and llm_model"),
-            (_is_strength(self.strength), "strength", "auto, or a number from 0 to 1"),
+            (_is_share(self.strength, 1.0), "strength", "auto, or a number from 0 to 1"),
+            (_is_share(self.label_noise, 0.5), "label_noise", "auto, or a number from 0 to 0.5"),
+            (
+                self.calibrator in ("auto", *CALIBRATORS),
+                "calibrator",
+                f"one of auto, {', '.join(CALIBRATORS)}",
+            ),
+            (
+                self.calibrator != "vector" or self.classes == "all",
+                "calibrator",
+                "another one with classes base, for vector leaves the others no factor",
+            ),
             (self.views >= 2, "views", "at least 2, for one of them is not tuned on"),
             (bool(self.templates), "templates", "at least one"),
             (all("{}" in text for text in self.templates), "templates", "{} where the name goes"),
@@ -199,13 +179,18 @@ class TrainConfig:
     @property
     def parts(self) -> frozenset[str]:
         """What is switched on. The method `zeroshot` has nothing."""
-        on = {*METHODS[self.method], *_members(self.added)} - {*_members(self.without)}
+        on = {*METHODS[self.method], *members(self.added)} - {*members(self.without)}
         return frozenset(on)
 
     @property
     def fixed_strength(self) -> float | None:
         """κ where it is given, None where it is to be found."""
         return None if self.strength == "auto" else float(self.strength)
+
+    @property
+    def fixed_label_noise(self) -> float | None:
+        """ε where it is given, None where it is to be found."""
+        return None if self.label_noise == "auto" else float(self.label_noise)
 
     @property
     def loss_weights(self) -> LossWeights:
@@ -259,19 +244,14 @@ class TrainConfig:
         return replace(changed, weights=replace(changed.weights, **weights))
 
 
-def _is_strength(text: str) -> bool:
+def _is_share(text: str, most: float) -> bool:
     try:
-        return text == "auto" or 0 <= float(text) <= 1
+        return text == "auto" or 0 <= float(text) <= most
     except (TypeError, ValueError):
         return False
 
 
 _TUPLES = ("templates", "added", "without")
-
-
-def _members(names: Iterable[str]) -> list[str]:
-    """Return the parts behind names of parts and groups."""
-    return [part for name in names for part in GROUPS.get(name, (name,))]
 
 
 def _parse(name: str, text: str, kind: Any) -> Any:

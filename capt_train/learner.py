@@ -8,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from capt_train.backbone import Backbone
-from capt_train.config import GROUPS, TrainConfig
+from capt_train.config import TrainConfig
 from capt_train.fewshot import FewShotSplit
+from capt_train.parts import GROUPS
 from capt_train.prompt import PromptLearner
 from capt_train.semantic_experts import SemanticExperts
 from capt_train.sentences import KINDS

@@ -22,6 +22,7 @@ class Step:
     images: Float[Tensor, "batch dim"] | None = None  # f, where the visual side is tuned
     frozen: Float[Tensor, "batch dim"] | None = None  # f⁰ of the same views
     gates: tuple[Tensor, ...] = ()  # (rows, experts) of each router
+    label_noise: float = 0.0  # ε, the share of wrong labels
 
 
 def _per_prompt(term: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Step], Tensor]:
@@ -29,11 +30,22 @@ def _per_prompt(term: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Step], Te
     return lambda step: torch.stack([term(own, step.labels) for own in step.logits]).mean()
 
 
+def _cross_entropy(step: Step) -> Tensor:
+    share = step.label_noise
+    return _per_prompt(lambda own, labels: losses.noisy_cross_entropy(own, labels, share))(step)
+
+
 def _infonce(step: Step) -> Tensor | None:
     if step.mined is None:
         return None
-    mined = step.mined
-    return _per_prompt(lambda own, labels: losses.confusion_infonce(own, labels, mined))(step)
+    mined, share = step.mined, step.label_noise
+
+    def term(own: Tensor, labels: Tensor) -> Tensor:
+        # as in the cross-entropy of such labels, but there it is a part of the gradient
+        right = losses.right_probabilities(own.detach(), labels, share) if share else None
+        return losses.confusion_infonce(own, labels, mined, right)
+
+    return _per_prompt(term)(step)
 
 
 def _moments(step: Step) -> Tensor:
@@ -53,7 +65,7 @@ def _balance(step: Step) -> Tensor | None:
 
 
 _TERMS: dict[str, Callable[[Step], Tensor | None]] = {
-    "cross_entropy": _per_prompt(losses.cross_entropy),
+    "cross_entropy": _cross_entropy,
     "coa": _per_prompt(losses.confusion_aware),
     "infonce": _infonce,
     "margin": _per_prompt(losses.margin),

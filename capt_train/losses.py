@@ -18,6 +18,39 @@ def cross_entropy(
     return functional.cross_entropy(_wide(logits), labels)
 
 
+def noisy_likelihood(
+    logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"], share: float
+) -> Float[Tensor, " batch"]:
+    """Return (1−ε)·p(y) + ε·(1−p(y))/(C−1), how probable each label is where a share ε is wrong.
+
+    A wrong label is any other class, all equally often: the forward correction of Patrini et al.
+    (arXiv 1609.03683) for symmetric noise.
+    """
+    own = _wide(logits).softmax(dim=1).gather(1, labels[:, None]).squeeze(1)
+    return own + share * ((1 - own) / max(1, logits.shape[1] - 1) - own)
+
+
+def right_probabilities(
+    logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"], share: float
+) -> Float[Tensor, " batch"]:
+    """Return how probably each label is right, where a share ε of all is wrong."""
+    own = _wide(logits).softmax(dim=1).gather(1, labels[:, None]).squeeze(1)
+    return (1 - share) * own / noisy_likelihood(logits, labels, share)
+
+
+def noisy_cross_entropy(
+    logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"], share: float
+) -> Float[Tensor, ""]:
+    """Return the mean of −log of that likelihood; the cross-entropy where no label is wrong.
+
+    Its gradient is nearly that of the cross-entropy times how probably the label is right: a label
+    that the model finds as improbable as any other class is not learned.
+    """
+    if not share:
+        return cross_entropy(logits, labels)
+    return -noisy_likelihood(logits, labels, share).log().mean()
+
+
 def confusion_aware(
     logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]
 ) -> Float[Tensor, ""]:
@@ -52,24 +85,31 @@ def confusion_infonce(
     logits: Float[Tensor, "batch classes"],
     labels: Int[Tensor, " batch"],
     mined: Int[Tensor, "batch pairs"],
+    weights: Float[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, ""]:
     """Return the symmetric InfoNCE of CAPT (arXiv 2603.02557), restricted to confused classes.
 
     `M_b = {y_b} ∪ mined_b`. From image to prompts: `−log softmax(z_b over M_b)[y_b]`. From prompt
     to images *(ours)*: the prompt of `y_b` shall find image b among those of the minibatch whose
     class is mined for b; other images of `y_b` are neither wanted nor to be pushed away, so they
-    are left out. The two are averaged.
+    are left out. The two are averaged, and where there are weights, each image is weighted.
     """
+    reduction = "mean" if weights is None else "none"
     wide = _wide(logits)
     rows = torch.arange(len(labels), device=labels.device)
     allowed = torch.zeros_like(wide, dtype=torch.bool).scatter(1, mined, True)
     allowed[rows, labels] = True
-    to_text = functional.cross_entropy(wide.masked_fill(~allowed, float("-inf")), labels)
+    to_text = functional.cross_entropy(
+        wide.masked_fill(~allowed, float("-inf")), labels, reduction=reduction
+    )
     by_prompt = wide[:, labels].T  # row b: how well each image of the minibatch fits prompt y_b
     rivals = allowed[:, labels] & (labels[:, None] != labels)
     rivals[rows, rows] = True
-    to_images = functional.cross_entropy(by_prompt.masked_fill(~rivals, float("-inf")), rows)
-    return (to_text + to_images) / 2
+    to_images = functional.cross_entropy(
+        by_prompt.masked_fill(~rivals, float("-inf")), rows, reduction=reduction
+    )
+    both = (to_text + to_images) / 2
+    return both if weights is None else (weights * both).mean()
 
 
 def consistency(

@@ -14,6 +14,7 @@ from capt_train.bank import ConfusionBank, mined_classes, retrieve
 from capt_train.calibration import calibrated_nll
 from capt_train.checkpoint import TuningState, load_checkpoint, part_of, save_checkpoint
 from capt_train.config import TrainConfig
+from capt_train.label_noise import fit_label_noise
 from capt_train.learner import Learner
 from capt_train.loss_terms import Step, loss_terms, weighted_sum
 from capt_train.precision import Precision
@@ -93,6 +94,7 @@ class _Loop:
         self._parameters = [one for own, _ in groups for one in own]
         self._precision = Precision(config.autocast, self._device)
         self._labels = task.train.labels_among(task.tuned).to(self._device)
+        self._label_noise = _label_noise(task)
         self.bank = task.bank
 
     def epoch(self, number: int) -> dict[str, float]:
@@ -148,6 +150,7 @@ class _Loop:
             images,
             frozen,
             tuple(g for g in own if g is not None),
+            self._label_noise,
         )
 
     def _images(self, rows: Tensor, views: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -237,6 +240,16 @@ class _Loop:
             if not all(torch.isfinite(g).all() for g in own if g is not None):
                 return f"the {name} term"
         return "the weighted sum"
+
+
+def _label_noise(task: TuningTask) -> float:
+    """Return the share of wrong labels among the training images, as the frozen model sees it."""
+    fixed = task.config.fixed_label_noise
+    if fixed is not None:
+        return fixed
+    images = task.train.embeddings.to(task.reference.device)
+    labels = task.train.labels_among(task.tuned).to(task.reference.device)
+    return fit_label_noise(task.scale * images @ task.reference.T, labels).share
 
 
 def _one_each(partners: Int[Tensor, "batch mined"], draw: torch.Generator) -> Int[Tensor, " some"]:

@@ -12,7 +12,8 @@ from click.testing import CliRunner
 
 from benchmarks import ablation, cell, record, search
 from capt_deploy.errors import ConfigError
-from capt_train.config import GROUPS, PARTS, TrainConfig
+from capt_train.config import TrainConfig
+from capt_train.parts import GROUPS, PARTS
 
 ROOT = Path(__file__).parents[2]
 FIGURES = {key: 0.5 for _, key, share in ablation.COLUMNS if share}
@@ -111,6 +112,8 @@ def test_settings_of_a_cell_leave_out_places_and_what_is_idle() -> None:
     assert "visual_epochs" not in cell.settings_of(text)
     assert "visual_epochs" in cell.settings_of(both)
     assert {"shots", "seed", "weights"} <= {*cell.settings_of(text)}
+    assert "label_noise" not in cell.settings_of(text)  # cells were measured before
+    assert cell.settings_of(text.with_settings({"label_noise": "0.2"}))["label_noise"] == "0.2"
 
 
 def test_an_unknown_world_is_refused() -> None:

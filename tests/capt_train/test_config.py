@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from capt_deploy.errors import ConfigError, RunError
-from capt_train.config import GROUPS, METHODS, PARTS, LossWeights, TrainConfig
+from capt_train.config import LossWeights, TrainConfig
+from capt_train.parts import GROUPS, METHODS, PARTS
 
 CONFIG = TrainConfig(data="photos", model="ViT-B-16")
 
@@ -44,6 +45,17 @@ def test_json_gives_the_same_configuration_back() -> None:
 def test_json_that_does_not_fit_raises_the_error_asked_for(change: dict[str, Any]) -> None:
     with pytest.raises(RunError, match="configuration"):
         TrainConfig.from_dict({**CONFIG.to_dict(), **change}, RunError)
+
+
+def test_json_of_before_there_was_label_noise_is_read() -> None:
+    stored = CONFIG.to_dict()
+    del stored["label_noise"]
+    assert TrainConfig.from_dict(stored, RunError) == CONFIG
+
+
+def test_label_noise_is_found_or_given() -> None:
+    assert CONFIG.fixed_label_noise is None
+    assert CONFIG.with_settings({"label_noise": "0.25"}).fixed_label_noise == 0.25
 
 
 def test_json_without_weights_is_refused() -> None:
@@ -110,6 +122,10 @@ def test_json_without_weights_is_refused() -> None:
         ("far_consistency", float("inf")),
         ("far_epochs", -1),
         ("far_patience", -1),
+        ("label_noise", "0.6"),
+        ("label_noise", "-0.1"),
+        ("label_noise", "nan"),
+        ("label_noise", "some"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_named_with_what_is_expected(name: str, value: Any) -> None:

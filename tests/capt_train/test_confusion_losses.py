@@ -24,18 +24,24 @@ def integers(classes: int, *shape: int, seed: int = 0) -> Tensor:
     return torch.randint(classes, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def infonce_by_hand(z: list[list[float]], labels: list[int], mined: list[list[int]]) -> float:
+def infonce_by_hand(
+    z: list[list[float]],
+    labels: list[int],
+    mined: list[list[int]],
+    weights: list[float] | None = None,
+) -> float:
     """Both directions for each image: its confused classes, and the images confused with it."""
     total = 0.0
     for b, y in enumerate(labels):
+        weight = 1.0 if weights is None else weights[b]
         confused = {y, *mined[b]}
         among_classes = sum(math.exp(z[b][c]) for c in confused)
         among_images = math.exp(z[b][y])
         for a, other in enumerate(labels):
             if other != y and other in confused:
                 among_images += math.exp(z[a][y])
-        total -= math.log(math.exp(z[b][y]) / among_classes)
-        total -= math.log(math.exp(z[b][y]) / among_images)
+        total -= weight * math.log(math.exp(z[b][y]) / among_classes)
+        total -= weight * math.log(math.exp(z[b][y]) / among_images)
     return total / (2 * len(labels))
 
 
@@ -56,6 +62,10 @@ def test_infonce_equals_its_equation(batch: int, classes: int, pairs: int) -> No
         expected = infonce_by_hand(logits.tolist(), labels.tolist(), mined.tolist())
         found = losses.confusion_infonce(logits, labels, mined)
         assert found.item() == pytest.approx(expected, rel=1e-12)
+        weights = random(batch, seed=seed).sigmoid()
+        args = (logits.tolist(), labels.tolist(), mined.tolist(), weights.tolist())
+        found = losses.confusion_infonce(logits, labels, mined, weights)
+        assert found.item() == pytest.approx(infonce_by_hand(*args), rel=1e-12)
 
 
 def test_infonce_of_one_image_and_all_classes_is_half_its_cross_entropy() -> None:

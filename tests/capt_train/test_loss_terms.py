@@ -95,3 +95,20 @@ def test_the_sum_is_weighted_by_name() -> None:
     own = {name: terms[name] for name in ("margin", "coa")}
     expected = weights["margin"] * float(terms["margin"]) + weights["coa"] * float(terms["coa"])
     assert float(weighted_sum(own, weights)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_cross_entropy_and_infonce_mind_wrong_labels() -> None:
+    step = whole()
+    assert step.mined is not None
+    right = loss_terms.loss_terms(step, ALL)
+    noisy = loss_terms.loss_terms(replace(step, label_noise=0.2), ALL)
+    minding = {"cross_entropy", "infonce"}
+    for name in ALL:
+        assert torch.equal(right[name], noisy[name]) == (name not in minding)
+    own = [losses.noisy_cross_entropy(z, step.labels, 0.2) for z in step.logits]
+    torch.testing.assert_close(noisy["cross_entropy"], torch.stack(own).mean())
+    own = []
+    for z in step.logits:
+        weights = losses.right_probabilities(z, step.labels, 0.2)
+        own.append(losses.confusion_infonce(z, step.labels, step.mined, weights))
+    torch.testing.assert_close(noisy["infonce"], torch.stack(own).mean())

@@ -16,7 +16,14 @@ from torch.autograd import gradcheck
 from capt_train import losses
 
 Floats = NDArray[np.float64]
-BATCH_TERMS = [losses.cross_entropy, losses.confusion_aware, losses.margin]
+
+
+def noisy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy of labels of which 30 % are wrong."""
+    return losses.noisy_cross_entropy(logits, labels, 0.3)
+
+
+BATCH_TERMS = [losses.cross_entropy, noisy, losses.confusion_aware, losses.margin]
 
 
 def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -35,6 +42,18 @@ def probability(row: Floats, label: int) -> float:
 def cross_entropy_by_hand(logits: Floats, labels: list[int]) -> float:
     pairs = zip(logits, labels, strict=True)
     return sum(-math.log(probability(row, own)) for row, own in pairs) / len(labels)
+
+
+def noisy_by_hand(logits: Floats, labels: list[int]) -> float:
+    """A label is drawn from the model's classes, and 30 % of them become any other one."""
+    total, classes = 0.0, logits.shape[1]
+    for row, own in zip(logits, labels, strict=True):
+        chance = 0.0
+        for drawn in range(classes):
+            becomes = 0.7 if drawn == own else 0.3 / (classes - 1)
+            chance += probability(row, drawn) * becomes
+        total -= math.log(chance)
+    return total / len(labels)
 
 
 def confusion_aware_by_hand(logits: Floats, labels: list[int]) -> float:
@@ -65,6 +84,7 @@ def moments_by_hand(embeddings: Floats, reference: Floats) -> float:
     ("term", "by_hand"),
     [
         (losses.cross_entropy, cross_entropy_by_hand),
+        (noisy, noisy_by_hand),
         (losses.confusion_aware, confusion_aware_by_hand),
         (losses.margin, margin_by_hand),
     ],
@@ -117,6 +137,42 @@ def test_confusion_aware_gradient_is_largest_at_undecided_samples() -> None:
     hopeless, confused, certain = logits.grad[:, 0].abs().tolist()
     assert confused > 100 * hopeless
     assert confused > 100 * certain
+
+
+def test_labels_that_are_never_wrong_give_the_cross_entropy() -> None:
+    logits, labels = random(5, 4, scale=3), labels_for(5, 4)
+    assert torch.equal(
+        losses.noisy_cross_entropy(logits, labels, 0.0), losses.cross_entropy(logits, labels)
+    )
+    # of the smallest share only hopeless labels would tell
+    close = losses.noisy_cross_entropy(logits, labels, 1e-9)
+    torch.testing.assert_close(close, losses.cross_entropy(logits, labels))
+
+
+def test_likelihoods_of_all_labels_add_up_to_one() -> None:
+    logits = random(3, 5, scale=3)
+    columns = [losses.noisy_likelihood(logits, torch.full((3,), c), 0.3) for c in range(5)]
+    assert torch.stack(columns).sum(dim=0).tolist() == pytest.approx([1.0] * 3)
+
+
+def test_a_label_is_as_probably_right_as_bayes_says() -> None:
+    logits, label = torch.tensor([[0.9, 0.05, 0.05]]).log(), torch.tensor([1])
+    right = losses.right_probabilities(logits, label, share=0.2)
+    # drawn and kept, 0.05·0.8; one of the others drawn and changed to it, 0.95·0.1
+    assert right.item() == pytest.approx(0.04 / (0.04 + 0.095))
+    assert losses.right_probabilities(logits, label, share=0.0).item() == pytest.approx(1.0)
+
+
+def test_hopeless_labels_pull_less_the_more_labels_are_wrong() -> None:
+    logits = torch.tensor([[-8.0, 0, 0], [0.0, 0, 0]], dtype=torch.float64).requires_grad_()
+    pulls = []
+    for share in (0.0, 0.01, 0.3):
+        value = losses.noisy_cross_entropy(logits, torch.zeros(2, dtype=torch.long), share)
+        (slope,) = torch.autograd.grad(value, logits)
+        pulls.append((-slope[:, 0]).tolist())
+    (hopeless, undecided), (less, _), (least, still) = pulls
+    assert hopeless > 10 * less > 100 * least > 0
+    assert undecided > still > undecided / 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

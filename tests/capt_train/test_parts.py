@@ -16,7 +16,8 @@ from click.testing import CliRunner
 from capt_deploy.errors import CaptError, ConfigError
 from capt_train import pipeline
 from capt_train.cli import main
-from capt_train.config import GROUPS, METHODS, PARTS, LossWeights, TrainConfig
+from capt_train.config import LossWeights, TrainConfig
+from capt_train.parts import GROUPS, METHODS, PARTS
 from capt_train.run import TunedModel, load_run
 from export.writer import export_run
 

@@ -272,3 +272,59 @@ def test_a_term_that_is_not_finite_is_named_and_the_last_checkpoint_stays(
     with pytest.raises(RunError, match=rf"in epoch 3 the {term} term became .* is in {LAST}"):
         run(learner(tiny_backbone), broken, tmp_path)
     assert files(tmp_path) == before
+
+
+def mislabelled(backbone: Backbone, **settings: Any) -> TuningTask:
+    """A task whose frozen prompt knows the images, and a fifth of whose labels are wrong."""
+    texts = backbone.class_embeddings(NAMES, ["a photo of a {}."])[list(TUNED)]
+    own = task(backbone, **settings)
+    labels = torch.arange(len(TUNED)).repeat(20)
+    wrong = torch.arange(len(labels)) % 5 == 0
+    shown = torch.where(wrong, (labels + 1 + torch.arange(len(labels)) // 5 % 2) % 3, labels)
+    return replace(
+        own,
+        # far enough apart for the model to be sure of all
+        scale=30 / float(1 - (texts @ texts.T).fill_diagonal_(-1).max()),
+        train=Features(texts[labels], torch.tensor(TUNED)[shown]),
+    )
+
+
+def noise_in(steps: list[Step]) -> set[float]:
+    return {step.label_noise for step in steps}
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
+    """Return the list into which the steps of a tuning go."""
+    seen: list[Step] = []
+
+    def record(step: Step, weights: dict[str, float]) -> dict[str, Tensor]:
+        seen.append(step)
+        return loss_terms(step, weights)
+
+    monkeypatch.setattr(tuning, "loss_terms", record)
+    return seen
+
+
+def test_wrong_labels_are_found_and_minded(
+    tiny_backbone: Backbone, tmp_path: Path, steps: list[Step]
+) -> None:
+    run(learner(tiny_backbone), mislabelled(tiny_backbone, epochs=1), tmp_path)
+    [share] = noise_in(steps)
+    assert share == pytest.approx(0.2, abs=0.02)
+
+
+@pytest.mark.parametrize("share", ["0", "0.1"])
+def test_a_share_of_wrong_labels_that_is_given_is_taken(
+    tiny_backbone: Backbone, tmp_path: Path, steps: list[Step], share: str
+) -> None:
+    own = mislabelled(tiny_backbone, epochs=1, label_noise=share)
+    run(learner(tiny_backbone), own, tmp_path)
+    assert noise_in(steps) == {float(share)}
+
+
+def test_right_labels_are_tuned_on_as_without_looking_for_wrong_ones(
+    tiny_backbone: Backbone, tmp_path: Path, steps: list[Step]
+) -> None:
+    run(learner(tiny_backbone), task(tiny_backbone, epochs=1), tmp_path)
+    assert noise_in(steps) == {0.0}

@@ -1,0 +1,46 @@
+"""The parts of the method, and which of them each `--method` trains."""
+
+from collections.abc import Iterable, Mapping
+
+# What can be switched on and off alone, in the order of METHOD.md.
+PARTS: Mapping[str, str] = {
+    "colours": "a map of the input's colours (ours), where other images gain by it",
+    "prompt": "learned context vectors instead of the hand-written prompt",
+    "text-prompts": "new context vectors in deeper blocks of the text tower",
+    "visual-prompts": "free tokens in the blocks of the visual tower",
+    "retrieval": "the bank's most similar confused samples join the minibatch (SAM)",
+    "adapter": "Diff-Manner Adapter in the visual tower",
+    "semantic-experts": "experts on what confused classes share and what tells them apart",
+    "sample-experts": "experts in the visual tower's last FFN",
+    "coa": "confusion-aware loss of CoCoA-Mix",
+    "infonce": "contrast restricted to the classes that the bank says are confused",
+    "margin": "margin term of TCPT",
+    "moments": "moment term of TCPT",
+    "mixture": "weights of hand-written and learned prompt, inside and outside the training domain",
+}
+# Short names for parts that belong together.
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "tcpt": ("margin", "moments"),
+    "bank": ("infonce", "retrieval"),
+    "experts": ("semantic-experts", "sample-experts"),
+    "visual": ("adapter", "sample-experts", "visual-prompts"),
+    "deep-prompts": ("text-prompts", "visual-prompts"),
+}
+# How confidences can be calibrated (METHOD 8), from simple to complex; see `calibrators`
+CALIBRATORS = ("temperature", "line", "isotonic", "vector")
+# What each --method trains; `capt` has the parts that earn their place (docs/ablation.md).
+METHODS: Mapping[str, tuple[str, ...]] = {
+    "zeroshot": (),
+    "coop": ("prompt",),
+    "coa": ("prompt", "coa"),
+    "tcpt": ("prompt", "margin", "moments"),
+    "cocoa": ("prompt", "coa", "mixture"),
+    "prompt": ("prompt", "coa", "margin", "moments"),
+    "capt": ("colours", "prompt", "infonce", "adapter", "sample-experts"),
+    "full": tuple(PARTS),
+}
+
+
+def members(names: Iterable[str]) -> list[str]:
+    """Return the parts behind names of parts and groups."""
+    return [part for name in names for part in GROUPS.get(name, (name,))]
