@@ -5,10 +5,12 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from capt_deploy.decisions import Decisions
 from capt_deploy.errors import BundleError
 from capt_deploy.files import expand_home, is_inside, sha256_file
 from capt_deploy.manifest import DISTANCE_AWARE, Manifest
@@ -17,6 +19,7 @@ MANIFEST = "manifest.json"
 TEXT_EMBEDDINGS = "text_embeddings.safetensors"
 REPORT = "report.json"
 REFERENCE = "reference.safetensors"
+CALIBRATION = "calibration.safetensors"
 
 _LARGEST_MANIFEST = 64 * 2**20  # bytes; a zip of nothing but zeros must not fill the memory
 # A damaged zip shows up as any of these.
@@ -90,13 +93,29 @@ class Bundle:
         `factors` (classes,), and in an open bundle the rows that further classes are measured to,
         `tuned_rows` and `tuned_hand_written` (tuned, dim).
         """
+        return self._arrays(TEXT_EMBEDDINGS)
+
+    def decisions(self) -> Decisions | None:
+        """Return what decides about predictions; None in a bundle without it.
+
+        Raises:
+            BundleError: the file is damaged, or is not of these classes.
+        """
+        if CALIBRATION not in self.manifest.files:
+            return None
+        try:
+            return Decisions.from_arrays(self._arrays(CALIBRATION), len(self.manifest.class_names))
+        except BundleError as cause:
+            raise BundleError(f"{self.path}, {CALIBRATION}: {cause}; export it again") from cause
+
+    def _arrays(self, name: str) -> dict[str, NDArray[Any]]:
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
         try:
-            return dict(load(self.read(TEXT_EMBEDDINGS)))
+            return dict(load(self.read(name)))
         except SafetensorError as cause:
-            raise BundleError(f"{self.path}: {TEXT_EMBEDDINGS} is damaged ({cause})") from cause
+            raise BundleError(f"{self.path}: {name} is damaged ({cause})") from cause
 
     def factors(self, precision: str) -> NDArray[np.float32] | None:
         """Return those that one of its graphs has for distance-aware calibration, (classes,).

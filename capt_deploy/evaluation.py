@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 
 from capt_deploy.distance_aware import applied
 from capt_deploy.errors import ConfigError
-from capt_deploy.metrics import Ints, all_metrics, softmax
+from capt_deploy.metrics import Floats, Ints, all_metrics, confusion_recovery
+from capt_deploy.top_label_map import TopLabelMap, probabilities_of
+from capt_deploy.vector_scaling import VectorScaling
 
 Report = dict[str, Any]
 Pair = tuple[int, int]  # true class, class it is mistaken for
@@ -22,7 +24,7 @@ class Scores:
     """Logits of one split over all classes, tuned beside zero-shot."""
 
     labels: Ints  # (samples,)
-    # (samples, classes), scaled and calibrated, but without the factors below
+    # (samples, classes), scaled and calibrated, but without the factors and the map below
     tuned: NDArray[np.floating]
     # Likewise, each model by its own temperature; None where the frozen model is not at hand, as
     # in a bundle whose visual side was tuned.
@@ -32,6 +34,14 @@ class Scores:
     # (classes,) of distance-aware calibration; None without it. Which one an image gets depends on
     # the classes that it is measured among.
     factors: NDArray[np.floating] | None = None
+    top_label: TopLabelMap | None = None  # what else calibrates `tuned`
+    vector: VectorScaling | None = None  # that `tuned` was scaled with before the temperature
+
+    @property
+    def uncalibrated(self) -> NDArray[np.floating]:
+        """What `tuned` was before anything was fitted to validation images."""
+        raw = self.tuned * self.temperature
+        return raw if self.vector is None else self.vector.undone(raw)
 
 
 def harmonic_mean(base: float, new: float) -> float:
@@ -69,11 +79,10 @@ def evaluate(
     }
     if is_tuned.all():  # nothing is new, so base and all would say the same twice
         columns["base"] = columns["new"]
-    report = _measure(scores.labels, scores.tuned, columns, scope, scores.factors)
+    report = _measure(scores.labels, scores.tuned, columns, scope, scores.factors, scores.top_label)
     if scope and report[scope] is None:
         raise ConfigError(f"no images of {scope!r} classes to evaluate; was the run tuned on all?")
-    raw = scores.tuned * scores.temperature
-    report["uncalibrated"] = _measure(scores.labels, raw, columns, scope)
+    report["uncalibrated"] = _measure(scores.labels, scores.uncalibrated, columns, scope)
     if scores.zero_shot is None:
         report["confusion"] = _confusion_alone(scores, class_names, columns)
         report["zero_shot"] = report["uncalibrated"]["zero_shot"] = None
@@ -91,16 +100,13 @@ def _measure(
     columns: Mapping[str, NDArray[np.int64]],
     scope: str | None,
     factors: NDArray[np.floating] | None = None,
+    top_label: TopLabelMap | None = None,
 ) -> Report:
     report: Report = {}
     for name in SCOPES:
-        rows = np.flatnonzero(np.isin(labels, columns[name]))
-        if scope in (None, name) and len(rows):
-            own = np.searchsorted(columns[name], labels[rows])
-            among = logits[rows][:, columns[name]]
-            if factors is not None:
-                among = applied(among, factors[columns[name]])
-            report[name] = all_metrics(softmax(among), own)
+        if scope in (None, name) and np.isin(labels, columns[name]).any():
+            found = among(labels, logits, columns[name], factors, top_label)
+            report[name] = all_metrics(*found)
         else:
             report[name] = None
     both = report["base"] and report["new"]
@@ -108,6 +114,29 @@ def _measure(
         harmonic_mean(report["base"]["accuracy"], report["new"]["accuracy"]) if both else None
     )
     return report
+
+
+def among(
+    labels: Ints,
+    logits: NDArray[np.floating],
+    columns: NDArray[np.int64],
+    factors: NDArray[np.floating] | None = None,
+    top_label: TopLabelMap | None = None,
+) -> tuple[Floats, Ints]:
+    """Return probabilities among some classes of the images that belong to them, and their labels.
+
+    Args:
+        labels: (images,) columns.
+        logits: (images, classes), calibrated.
+        columns: of these classes, ascending.
+        factors: (classes,) of distance-aware calibration.
+        top_label: what else calibrates.
+    """
+    rows = np.flatnonzero(np.isin(labels, columns))
+    own = logits[rows][:, columns]
+    if factors is not None:
+        own = applied(own, factors[columns])
+    return probabilities_of(own, top_label), np.searchsorted(columns, labels[rows])
 
 
 def _confusion_alone(
@@ -147,17 +176,15 @@ def _confusion(
     mined = np.zeros((len(class_names), len(class_names)), dtype=bool)
     for true, predicted in pairs:
         mined[true, predicted] = True
-    errors = mined[labels, before]  # the diagonal is never mined
-    right = before == labels
-    fixed, lost = int((errors & (after == labels)).sum()), int((right & (after != labels)).sum())
+    recovery = confusion_recovery(labels, before, after, mined)
     return {
-        "recovered": fixed / int(errors.sum()) if errors.any() else None,
-        "broken": lost / int(right.sum()) if right.any() else None,
+        "recovered": recovery.recovered_share,
+        "broken": recovery.broken_share,
         "counts": {
-            "zero_shot_errors_in_pairs": int(errors.sum()),
-            "recovered": fixed,
-            "zero_shot_right": int(right.sum()),
-            "broken": lost,
+            "zero_shot_errors_in_pairs": recovery.errors,
+            "recovered": recovery.recovered,
+            "zero_shot_right": recovery.right,
+            "broken": recovery.broken,
         },
         "pairs": confused_pairs(labels, before, after, class_names),
     }

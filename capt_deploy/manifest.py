@@ -7,6 +7,8 @@ from typing import Any, get_origin
 
 from capt_deploy.errors import BundleError
 from capt_deploy.preprocess import PreprocessConfig
+from capt_deploy.top_label_map import TopLabelMap
+from capt_deploy.vector_scaling import VectorScaling
 
 SCHEMA_VERSION = 1
 # The second one only where the graph's embeddings are also those of the frozen model.
@@ -69,6 +71,9 @@ class Manifest:
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     verified: bool = True  # False if it was written although the gate had failed
     open_vocabulary: OpenVocabulary | None = None  # where classes can be added
+    # What calibrates besides temperatures; inside the graphs as well
+    top_label: TopLabelMap | None = None
+    vector_scaling: VectorScaling | None = None
     schema_version: int = SCHEMA_VERSION
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,10 +110,11 @@ class Manifest:
                     "files": _records(FileRecord, values.get("files", {}), where),
                     "confusion_pairs": tuple(values["confusion_pairs"]),
                     "open_vocabulary": _open_vocabulary(values.get("open_vocabulary"), where),
+                    **_calibrators(values),
                 }
             )
             manifest._check(where)
-        except (KeyError, TypeError, AttributeError) as cause:
+        except (KeyError, TypeError, ValueError, AttributeError) as cause:
             raise BundleError(f"{where}: a value has the wrong form ({cause})") from cause
         return manifest
 
@@ -118,6 +124,9 @@ class Manifest:
         mined = {pair[key] for pair in self.confusion_pairs for key in ("true", "predicted")}
         if unknown := mined - set(self.class_names):
             raise BundleError(f"{where}: confusion pairs name unknown classes {sorted(unknown)}")
+        for pair in self.confusion_pairs:
+            if type(pair.get("count", 1)) is not int:
+                raise BundleError(f"{where}: a confusion pair's count is {pair['count']!r}")
         for precision, graph in self.graphs.items():
             if (graph.layout, graph.dtype) != ("NHWC", "uint8"):
                 raise BundleError(
@@ -152,6 +161,19 @@ def _check_keys(kind: Any, values: Mapping[str, Any], where: str) -> None:
         raise BundleError(f"{where}: unknown keys {sorted(unknown)}; upgrade capt to read it")
     if missing := required - set(values):
         raise BundleError(f"{where}: missing keys {sorted(missing)}")
+
+
+def _calibrators(values: Mapping[str, Any]) -> dict[str, Any]:
+    own, vector = values.get("top_label"), values.get("vector_scaling")
+    top_label = None if own is None else TopLabelMap.from_dict(own)
+    if vector is not None:
+        if set(vector) != {"scales", "biases"}:
+            raise ValueError(f"vector scaling: unknown keys {sorted(vector)}")
+        parts = (tuple(map(float, vector[name])) for name in ("scales", "biases"))
+        vector = VectorScaling(*parts)
+        if len(vector.scales) != len(values["class_names"]):
+            raise ValueError("vector scaling: expected a scale for each class")
+    return {"top_label": top_label, "vector_scaling": vector}
 
 
 def _open_vocabulary(values: Any, where: str) -> OpenVocabulary | None:

@@ -20,7 +20,7 @@ from capt_deploy.class_names import distinct_names
 from capt_deploy.distance_aware import TunedTexts, applied
 from capt_deploy.errors import BundleError, ConfigError
 from capt_deploy.manifest import OpenVocabulary
-from capt_deploy.metrics import softmax
+from capt_deploy.top_label_map import TopLabelMap, probabilities_of
 
 ROWS = ("rows", "hand_written")  # outputs of the graph; the second one with DAC only
 _AT_ONCE = 64  # names
@@ -158,6 +158,7 @@ class Head:
     # Of distance-aware calibration, (classes,), and what those of further classes come from
     factors: NDArray[np.float32] | None = None
     tuned_texts: TunedTexts | None = None
+    top_label: TopLabelMap | None = None
 
     @classmethod
     def of(cls, bundle: Bundle, precision: str) -> "Head":
@@ -169,7 +170,7 @@ class Head:
         weight, bias = (tensors[name] * factor for name in ("text_embeddings", "bias"))
         if len(weight) != len(manifest.class_names):
             raise BundleError(f"{bundle.path}: has {len(weight)} rows, expected one for each class")
-        head = cls(manifest.class_names, manifest.tuned, weight, bias)
+        head = cls(manifest.class_names, manifest.tuned, weight, bias, top_label=manifest.top_label)
         if (factors := bundle.factors(precision)) is None:
             return head
         texts = [tensors.get(name) for name in ("tuned_rows", "tuned_hand_written")]
@@ -202,6 +203,7 @@ class Head:
             np.concatenate([self.bias, bias]),
             factors,
             self.tuned_texts,
+            self.top_label,
         )
 
     def logits(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -209,9 +211,9 @@ class Head:
         logits = np.asarray(embedding @ self.weight.T + self.bias, np.float32)
         return logits if self.factors is None else applied(logits, self.factors)
 
-    def probabilities(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return their softmax."""
-        return softmax(self.logits(embedding)).astype(np.float32)
+    def probabilities(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the calibrated probabilities, (batch, classes), of these logits."""
+        return probabilities_of(logits, self.top_label).astype(np.float32)
 
 
 def _open_tokenizer(content: bytes) -> tuple[Any, Callable[[str], str]]:

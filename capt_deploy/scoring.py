@@ -1,5 +1,6 @@
 """Evaluate a bundle on labelled images, with the runtime that applications use."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,31 @@ from capt_deploy.errors import BundleError, DataError
 from capt_deploy.evaluation import Pair, Report, Scores, evaluate
 
 
+@dataclass(frozen=True)
+class BundleScores:
+    """What one graph of a bundle says of labelled images."""
+
+    bundle: Bundle
+    precision: str
+    scores: Scores
+    files: tuple[Path, ...]  # in the order of the scores
+    skipped: tuple[tuple[str, str], ...]  # unreadable images, by path, and why
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """The confusions mined in training, as columns."""
+        manifest = self.bundle.manifest
+        index = {name: row for row, name in enumerate(manifest.class_names)}
+        return [(index[p["true"]], index[p["predicted"]]) for p in manifest.confusion_pairs]
+
+    def report(self, scope: str | None = None) -> Report:
+        """Return the report of `capt-eval`; see `evaluate`."""
+        manifest = self.bundle.manifest
+        report = evaluate(self.scores, manifest.class_names, manifest.tuned, self.pairs, scope)
+        report["skipped"] = [list(pair) for pair in self.skipped]
+        return report
+
+
 def evaluate_bundle(
     path: str | Path,
     data: str | Path,
@@ -22,8 +48,25 @@ def evaluate_bundle(
     scope: str | None = None,
     class_names: Path | None = None,
     backend: str = "auto",
+    precision: str | None = None,
 ) -> Report:
     """Return the report of `capt-eval` for a bundle.
+
+    Raises:
+        CaptError: bundle, data or backend cannot be used.
+    """
+    return score_bundle(path, data, split, class_names, backend, precision).report(scope)
+
+
+def score_bundle(
+    path: str | Path,
+    data: str | Path,
+    split: str = "test",
+    class_names: Path | None = None,
+    backend: str = "auto",
+    precision: str | None = None,
+) -> BundleScores:
+    """Ask one graph of a bundle about the images of a split.
 
     Raises:
         CaptError: bundle, data or backend cannot be used.
@@ -31,26 +74,29 @@ def evaluate_bundle(
     if Path(path).suffix == ".onnx":
         raise BundleError(f"{path}: a lone graph has no zero-shot rows; pass the whole bundle")
     bundle = open_bundle(path)
-    classifier = Classifier.load(path, backend)
-    say(running_on(classifier))
-    dataset = read_dataset(data, class_names, strict_names=False).aligned_to(classifier.class_names)
-    items = {str(dataset.path(item)): item for item in dataset.items(split)}
     zero_shot = bundle.text_embeddings().get("zero_shot")
     labels: list[int] = []
     parts: list[Outputs] = []
-    skipped = []
-    with progress(f"predicting {split} images", len(items), "images") as counter:
-        for batch in preprocess_files(list(items), classifier.manifest.preprocess, 32):
-            counter.advance(len(batch.files))
-            labels += [items[file].label for file in batch.files if file not in batch.errors]
-            skipped += [[items[file].path, reason] for file, reason in batch.errors.items()]
-            if batch.pixels is not None:
-                parts.append(classifier.backend.run(batch.pixels))
+    files, skipped = [], []
+    with Classifier.load(path, backend, precision) as classifier:
+        say(running_on(classifier))
+        names, manifest = classifier.class_names, classifier.manifest
+        dataset = read_dataset(data, class_names, strict_names=False).aligned_to(names)
+        items = {str(dataset.path(item)): item for item in dataset.items(split)}
+        with progress(f"predicting {split} images", len(items), "images") as counter:
+            for batch in preprocess_files(list(items), manifest.preprocess, 32):
+                counter.advance(len(batch.files))
+                read = [file for file in batch.files if file not in batch.errors]
+                files += read
+                labels += [items[file].label for file in read]
+                skipped += [(items[file].path, why) for file, why in batch.errors.items()]
+                if batch.pixels is not None:
+                    parts.append(classifier.backend.run(batch.pixels))
+        precision = classifier.precision
     if not labels:
         raise DataError(f"{data}: none of the {len(items)} images in split {split!r} is readable")
-    manifest = bundle.manifest
-    calibration = manifest.calibration[classifier.precision]
-    factors, found = bundle.factors(classifier.precision), joined(parts)
+    calibration = manifest.calibration[precision]
+    factors, found = bundle.factors(precision), joined(parts)
     scores = Scores(
         np.asarray(labels),
         found.logits if factors is None else undone(found.logits, factors),
@@ -58,12 +104,7 @@ def evaluate_bundle(
         calibration["temperature"],
         calibration.get("zero_shot_temperature", 1.0),
         factors,
+        manifest.top_label,
+        manifest.vector_scaling,
     )
-    report = evaluate(scores, manifest.class_names, manifest.tuned, _pairs(bundle), scope)
-    report["skipped"] = skipped
-    return report
-
-
-def _pairs(bundle: Bundle) -> list[Pair]:
-    index = {name: row for row, name in enumerate(bundle.manifest.class_names)}
-    return [(index[p["true"]], index[p["predicted"]]) for p in bundle.manifest.confusion_pairs]
+    return BundleScores(bundle, precision, scores, tuple(map(Path, files)), tuple(skipped))

@@ -1,12 +1,13 @@
 """Evaluate a tuned model in torch, as it was trained; `capt_deploy.scoring` does it for bundles."""
 
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from capt_deploy.console import say
-from capt_deploy.datasets import Dataset, read_dataset
+from capt_deploy.datasets import Dataset, Skipped, read_dataset
 from capt_deploy.errors import DataError
 from capt_deploy.evaluation import Report, Scores, evaluate
 from capt_train.embedding_cache import EmbeddingCache
@@ -15,15 +16,29 @@ from capt_train.loading import choose_device
 from capt_train.run import TunedModel, load_run
 
 
+@dataclass(frozen=True)
+class RunScores:
+    """What a tuned model says of labelled images."""
+
+    model: TunedModel
+    scores: Scores
+    files: tuple[Path, ...]  # in the order of the scores
+    skipped: tuple[Skipped, ...]
+    seen: int = 0  # how many of test images the run has used
+
+    def report(self, scope: str | None = None) -> Report:
+        """Return the report of `capt-eval`; see `evaluate`."""
+        model = self.model
+        report = evaluate(self.scores, model.class_names, model.tuned, model.fitted.pairs, scope)
+        report["skipped"] = [[file.path, file.reason] for file in self.skipped]
+        return report
+
+
 @torch.no_grad()
-def evaluate_model(
-    model: TunedModel,
-    cache: EmbeddingCache,
-    dataset: Dataset,
-    split: str,
-    scope: str | None = None,
-) -> Report:
-    """Return the report of `capt-eval` for one split.
+def score_model(
+    model: TunedModel, cache: EmbeddingCache, dataset: Dataset, split: str
+) -> RunScores:
+    """Ask a tuned model about the images of a split.
 
     Raises:
         DataError: none of its images can be read.
@@ -32,6 +47,7 @@ def evaluate_model(
     features = embed(model.backbone, cache, dataset, items, f"{split} images")
     if not len(features):
         raise DataError(f"{dataset.root}: none of the {len(items)} {split} images is readable")
+    seen = 0
     if split == "test":
         used = set(model.split.sha256.values())
         if seen := sum(digest in used for digest in features.sha256):
@@ -40,16 +56,18 @@ def evaluate_model(
     if model.moves_images:
         label = f"{split} images as tuned"
         own = embed(model.backbone, None, dataset, items, label, model.learner).embeddings
+    fitted = model.fitted
     scores = Scores(
         features.labels.numpy(),
         model.logits(own).cpu().numpy(),
         model.zero_shot_logits(features.embeddings).cpu().numpy(),
-        model.fitted.temperature,
-        model.fitted.zero_shot_temperature,
+        fitted.temperature,
+        fitted.zero_shot_temperature,
+        top_label=fitted.calibration.top_label,
+        vector=fitted.calibration.vector,
     )
-    report = evaluate(scores, model.class_names, model.tuned, model.fitted.pairs, scope)
-    report["skipped"] = [[file.path, file.reason] for file in features.skipped]
-    return report
+    files = tuple(dataset.path(item) for item in features.kept(items))
+    return RunScores(model, scores, files, features.skipped, seen)
 
 
 def evaluate_run(
@@ -64,9 +82,20 @@ def evaluate_run(
     Raises:
         CaptError: the run or the data cannot be used.
     """
+    return score_run(run, data, split, class_names).report(scope)
+
+
+def score_run(
+    run: str | Path, data: str | Path, split: str = "test", class_names: Path | None = None
+) -> RunScores:
+    """Ask a finished run about the images of a split of a data set that has its class names.
+
+    Raises:
+        CaptError: the run or the data cannot be used.
+    """
     model = load_run(run, choose_device("auto"))
     dataset = read_dataset(data, class_names or model.config.class_names, strict_names=False)
     dataset = dataset.aligned_to(model.class_names)
     fingerprint = str(model.provenance["model_sha256"])
     with closing(EmbeddingCache(fingerprint, model.backbone.device.type)) as cache:
-        return evaluate_model(model, cache, dataset, split, scope)
+        return score_model(model, cache, dataset, split)

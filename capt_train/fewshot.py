@@ -220,6 +220,7 @@ def _notices(
         )
     if not val:
         notices.append(
-            "no validation images: all epochs are trained and confidences are not calibrated"
+            "no validation images: all epochs are trained, and confidences are calibrated by "
+            "tuning again without a part of the training images, each in turn"
         )
     return notices

@@ -1,5 +1,6 @@
-"""What is fitted after the tuning: strength, mixture, temperature; and what of it is written."""
+"""What is fitted after the tuning: strength, mixture, calibration; and what of it is written."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -11,17 +12,28 @@ from capt_deploy.console import say
 from capt_deploy.files import write_json
 from capt_train import run as runs
 from capt_train.bank import ConfusionBank, confused_pairs
-from capt_train.calibration import fit_temperature
+from capt_train.calibrators import (
+    KINDS,
+    TEMPERATURE,
+    VECTOR,
+    Choice,
+    choose_calibration,
+    fit_calibration,
+)
 from capt_train.checkpoint import TuningState, load_checkpoint
 from capt_train.confusion_plot import plot_confusions
 from capt_train.confusions import CONFUSIONS, write_confusions
+from capt_train.cross_validation import out_of_fold_logits
 from capt_train.features import Embedded
+from capt_train.fitted import Fitted
+from capt_train.label_noise import fit_label_noise
 from capt_train.learner import Learner
 from capt_train.mixture import Mixture, fit_inside, fit_outside
-from capt_train.run import Fitted, TunedModel
+from capt_train.run import TunedModel
 from capt_train.setup import Setup
 from capt_train.stages import TuningTask
 from capt_train.strength import Trial, choose_strength
+from capt_train.validation import VALIDATION, Validation
 from capt_train.views import Views
 
 _FEW_FOR_CALIBRATION = 50
@@ -40,6 +52,7 @@ class Outcome:
     # Class embeddings before the visual side was tuned; None where it was not.
     before: Float[Tensor, "classes dim"] | None
     bank: ConfusionBank  # after the last write-back
+    make: Callable[[tuple[int, ...]], Learner]  # a new learner of some classes, to be tuned
 
     @property
     def held_view(self) -> Float[Tensor, "samples dim"]:
@@ -48,7 +61,7 @@ class Outcome:
 
 
 def fit(setup: Setup, outcome: Outcome, out: Path) -> TunedModel:
-    """Fit strength, mixture and temperature; write the banks and `result.json`."""
+    """Fit strength, mixture and calibration; write the banks and `result.json`."""
     learner, task, split = outcome.learner, outcome.task, setup.split
     if outcome.before is not None:
         fixed = setup.config.fixed_strength
@@ -69,17 +82,17 @@ def fit(setup: Setup, outcome: Outcome, out: Path) -> TunedModel:
     model = TunedModel(
         setup.backbone, setup.config, split, learner, rows, setup.zero_shot, fitted, {}
     )
-    if 0 < len(task.val) < _FEW_FOR_CALIBRATION:
-        say(f"note: confidences are calibrated on no more than {len(task.val)} validation images")
-    if len(task.val):
-        model = replace(model, fitted=_calibrated(model, outcome))
+    choice = _calibration(setup, model, outcome)
+    model = replace(model, fitted=_calibrated(setup, model, outcome, choice))
     _write_banks(setup, model, outcome, before, out)
+    _write_validation(model, outcome, out)
     write_json(
         out / runs.RESULT,
         {
             **model.fitted.to_dict(),
             "images": {"train": len(task.train), "val": len(task.val)},
             "trained_parameters": learner.size,
+            "calibrators": choice and choice.candidates,
             "trial": outcome.trial and asdict(outcome.trial),
             "stages": [
                 {
@@ -114,19 +127,74 @@ def _mixture(setup: Setup, outcome: Outcome) -> Mixture:
 
 
 @torch.no_grad()
-def _calibrated(model: TunedModel, outcome: Outcome) -> Fitted:
-    task, frozen = outcome.task, outcome.frozen.val
-    tuned = list(task.tuned)
-    labels = task.val.labels_among(tuned)
-    images = task.val.embeddings
-    if task.val_tokens is not None and model.visual is not None:
-        images = model.learner.embed_tokens(task.val_tokens)
-    after, before = model.logits(images), model.zero_shot_logits(frozen.embeddings)
+def _tuned_images(model: TunedModel, outcome: Outcome) -> Float[Tensor, "samples dim"]:
+    """Return the validation images' embeddings as tuned."""
+    task = outcome.task
+    if task.val_tokens is None or model.visual is None:
+        return task.val.embeddings
+    return model.learner.embed_tokens(task.val_tokens)
+
+
+def _calibration(setup: Setup, model: TunedModel, outcome: Outcome) -> Choice | None:
+    """Choose a calibration on images that were not tuned on; None where there are too few."""
+    task, tuned = outcome.task, list(outcome.task.tuned)
+    if len(task.val):
+        raw = model.raw_logits(_tuned_images(model, outcome))[:, tuned].cpu()
+        labels = task.val.labels_among(tuned)
+    else:
+
+        def rows_of(learner: Learner) -> Tensor:
+            rows = runs.mixed_rows(learner, setup.zero_shot, setup.split, model.fitted.mixture)
+            return rows[tuned]
+
+        strength = model.fitted.strength
+        raw, labels = out_of_fold_logits(task, outcome.make, strength, rows_of)
+    if not len(labels):
+        say("note: confidences are not calibrated: there are too few images for it")
+        return None
+    if len(labels) < _FEW_FOR_CALIBRATION:
+        say(f"note: confidences are calibrated on no more than {len(labels)} images")
+    noise = fit_label_noise(raw.cpu(), labels, setup.config.fixed_label_noise)
+    if noise.share:
+        say(
+            f"note: about {noise.share:.0%} of the labels are taken for wrong; "
+            "confidences are calibrated for right ones"
+        )
+        kind, known = TEMPERATURE, labels.numpy()
+        return Choice(fit_calibration(kind, raw.double().numpy(), known, noise.share), {})
+    # Factors of single classes would leave other classes behind or push them forward.
+    complete = len(tuned) == len(setup.split.class_names)
+    kinds = KINDS if complete else tuple(kind for kind in KINDS if kind != VECTOR)
+    wanted = setup.config.calibrator
+    return choose_calibration(
+        raw.double().numpy(), labels.numpy(), kinds if wanted == "auto" else (wanted,)
+    )
+
+
+@torch.no_grad()
+def _calibrated(setup: Setup, model: TunedModel, outcome: Outcome, choice: Choice | None) -> Fitted:
+    """Return what is fitted, with calibrations of the tuned and of the frozen model."""
+    if choice is None:
+        return model.fitted
+    # The frozen model has seen none of the images.
+    asked = outcome.frozen.val if len(outcome.task.val) else outcome.frozen.train
+    tuned = list(outcome.task.tuned)
+    before = model.zero_shot_logits(asked.embeddings)[:, tuned].cpu()
     return replace(
         model.fitted,
-        temperature=fit_temperature(after[:, tuned].cpu(), labels),
-        zero_shot_temperature=fit_temperature(before[:, tuned].cpu(), labels),
+        calibration=choice.calibration,
+        zero_shot_temperature=fit_label_noise(
+            before, asked.labels_among(tuned), setup.config.fixed_label_noise
+        ).temperature,
     )
+
+
+@torch.no_grad()
+def _write_validation(model: TunedModel, outcome: Outcome, out: Path) -> None:
+    """Write what sets, rejection and familiarity are made of where the model is exported."""
+    task = outcome.task
+    if len(task.val):
+        Validation(_tuned_images(model, outcome), task.val.labels).save(out / VALIDATION)
 
 
 def _write_banks(

@@ -14,7 +14,7 @@ from capt_train import run as runs
 from capt_train.bank import ConfusionBank, intensity
 from capt_train.config import TrainConfig
 from capt_train.embedding_cache import EmbeddingCache
-from capt_train.evaluate import evaluate_model
+from capt_train.evaluate import score_model
 from capt_train.features import Embedded, Features, embed
 from capt_train.fitting import Outcome, fit
 from capt_train.learner import Learner, make_learner
@@ -114,7 +114,7 @@ def _tune(setup: Setup, cache: EmbeddingCache, out: Path) -> Outcome:
         states.append(state)
         bank = written or bank
         task = replace(task, bank=written)
-    return Outcome(learner, task, views, frozen, tuple(states), trial, before, bank)
+    return Outcome(learner, task, views, frozen, tuple(states), trial, before, bank, make)
 
 
 def _tried(task: TuningTask, make: Callable[[tuple[int, ...]], Learner], out: Path) -> Trial | None:
@@ -181,8 +181,9 @@ def _measure(setup: Setup, model: TunedModel, cache: EmbeddingCache) -> Report:
         "shots": config.shots,
         "seed": config.seed,
         "temperature": model.fitted.temperature,
+        "calibrator": model.fitted.calibration.kind,
         "strength": model.fitted.strength,
         "mixture": model.fitted.mixture.to_dict(),
         "trained_parameters": model.learner.size,
-        **evaluate_model(model, cache, dataset, measured_on),
+        **score_model(model, cache, dataset, measured_on).report(),
     }

@@ -9,6 +9,7 @@ last.safetensors   state after the last epoch, for --resume; text-last… and ne
                    stages before the last
 best.safetensors   parameters of the best epoch; likewise
 bank.safetensors   the confusion bank after its last write-back
+validation.safetensors  embeddings and labels of the validation images, for the export
 confusions.json    who is mistaken for whom, before and after; confusions.png draws it
 result.json        what was fitted around the tuning; written when it has ended
 metrics.json       zero-shot beside tuned
@@ -16,7 +17,7 @@ metrics.json       zero-shot beside tuned
 
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +27,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from capt_deploy.errors import RunError
-from capt_deploy.evaluation import Pair
 from capt_deploy.files import expand_home, read_json, write_json
 from capt_deploy.version import __version__
 from capt_train.backbone import Backbone
@@ -34,12 +34,14 @@ from capt_train.checkpoint import load_checkpoint
 from capt_train.colours import ColourFit
 from capt_train.config import TrainConfig
 from capt_train.fewshot import FewShotSplit
+from capt_train.fitted import Fitted
 from capt_train.learner import Learner, make_learner
 from capt_train.loading import load_backbone
 from capt_train.mixture import Mixture
 from capt_train.stages import TEXT
 from capt_train.strength import Trial
 from capt_train.tuning import BEST
+from capt_train.validation import VALIDATION, Validation
 from capt_train.visual_tuner import VisualTuner
 
 CONFIG, SPLIT, RESULT, METRICS = "config.json", "split.json", "result.json", "metrics.json"
@@ -47,46 +49,6 @@ BANK, MATRIX = "bank.safetensors", "confusions.png"
 COLOURS, TRIAL = "colours.json", "trial.json"
 _Parsed = TypeVar("_Parsed")
 _VERSIONED = ("torch", "open_clip_torch", "numpy", "pillow")
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What is measured on training and validation images around the tuning."""
-
-    pairs: Mapping[Pair, int]  # zero-shot confusions among the training images
-    mixture: Mixture
-    strength: float = 1.0  # κ of the visual side
-    temperature: float = 1.0
-    zero_shot_temperature: float = 1.0  # of the frozen model, so that the two compare fairly
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        return {
-            **{f.name: getattr(self, f.name) for f in fields(self)},
-            "pairs": [[true, taken, count] for (true, taken), count in self.pairs.items()],
-            "mixture": self.mixture.to_dict(),
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], learned: int) -> "Fitted":
-        """Read the JSON form; `learned` is the number of learned prompts.
-
-        Raises:
-            TypeError, KeyError, ValueError, RunError: values of wrong form.
-        """
-        return cls(
-            {(int(true), int(taken)): int(count) for true, taken, count in values["pairs"]},
-            Mixture.from_dict(values["mixture"], learned),
-            _strength(values["strength"]),
-            float(values["temperature"]),
-            float(values["zero_shot_temperature"]),
-        )
-
-
-def _strength(value: Any) -> float:
-    if not 0 <= float(value) <= 1:
-        raise ValueError(f"strength: expected 0 to 1, came {value!r}")
-    return float(value)
 
 
 @dataclass(frozen=True)
@@ -102,6 +64,7 @@ class TunedModel:
     zero_shot: Float[Tensor, "classes dim"]  # hand-written t⁰, unit norm
     fitted: Fitted
     provenance: Mapping[str, Any]
+    validation: Validation | None = None  # of a finished run that had validation images
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -124,8 +87,19 @@ class TunedModel:
         return self.visual is not None or self.learner.recoloured
 
     def logits(self, embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch classes"]:
-        """Return z/T with z = scale·f·Ŵ_c + bias, of embeddings by `learner.image_embeddings`."""
-        return self._logits(embeddings, self.text_embeddings) / self.fitted.temperature
+        """Return z/T with z = scale·f·Ŵ_c + bias, of embeddings by `learner.image_embeddings`.
+
+        With vector scaling it is (a·z + b)/T. The map of the top label is not in it.
+        """
+        logits, vector = self.raw_logits(embeddings), self.fitted.calibration.vector
+        if vector is not None:
+            scales, biases = map(logits.new_tensor, (vector.scales, vector.biases))
+            logits = logits * scales + biases
+        return logits / self.fitted.temperature
+
+    def raw_logits(self, embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch classes"]:
+        """Return z, to be calibrated."""
+        return self._logits(embeddings, self.text_embeddings)
 
     def zero_shot_logits(
         self, embeddings: Float[Tensor, "batch dim"]
@@ -205,6 +179,9 @@ def load_run(folder: str | Path, device: torch.device | None = None) -> TunedMod
         fitted = Fitted.from_dict(result, learner.learned)
     except (TypeError, KeyError, ValueError, RunError) as cause:
         raise RunError(f"{folder / RESULT}: not as capt-train writes it ({cause!r})") from cause
+    vector = fitted.calibration.vector
+    if vector is not None and len(vector.scales) != len(split.class_names):
+        raise RunError(f"{folder / RESULT}: its vector scaling is not of the run's classes")
     learner.set_strength(fitted.strength)
     if learner.trainable:
         load_checkpoint(best_checkpoint(folder, fitted.strength), learner)
@@ -215,7 +192,12 @@ def load_run(folder: str | Path, device: torch.device | None = None) -> TunedMod
         "versions": written.get("versions", {}),
     }
     rows = mixed_rows(learner, zero_shot, split, fitted.mixture)
-    return TunedModel(backbone, config, split, learner, rows, zero_shot, fitted, provenance)
+    validation = Validation.load(folder / VALIDATION)
+    if validation is not None and not validation.fits(rows.shape[1], split.tuned):
+        raise RunError(f"{folder / VALIDATION}: of another run; restore it, or delete it")
+    return TunedModel(
+        backbone, config, split, learner, rows, zero_shot, fitted, provenance, validation
+    )
 
 
 def best_checkpoint(folder: Path, strength: float) -> Path:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from capt_train.bank import ConfusionBank
@@ -46,6 +46,25 @@ def zero_shot_bank(
     embeddings = train.embeddings.to(reference.device)
     labels = train.labels_among(tuned).to(reference.device)
     return ConfusionBank.fill(scale * embeddings @ reference.T, labels, embeddings)
+
+
+def with_rows(task: TuningTask, chosen: Bool[Tensor, " samples"]) -> TuningTask:
+    """Return the task with some of its training images; its bank is left as it is."""
+    views = task.views
+    if views is not None:
+        tokens = None if views.tokens is None else views.tokens[:, chosen]
+        views = Views(views.embeddings[:, chosen], views.untouched[chosen], tokens)
+    rows = chosen.nonzero().squeeze(1)
+    alpha = None if task.alpha is None else task.alpha[chosen]
+    return replace(task, train=task.train.rows(rows), views=views, alpha=alpha)
+
+
+def refilled(task: TuningTask) -> TuningTask:
+    """Return the task with a bank of its own classes and images."""
+    if task.bank is None:
+        return task
+    bank = zero_shot_bank(task.scale, task.train, task.tuned, task.reference)
+    return replace(task, bank=bank)
 
 
 TEXT = "text-"  # in front of the checkpoints of a text side that a visual one comes after

@@ -17,9 +17,8 @@ from torch import Tensor
 from capt_train.calibration import calibrated_losses
 from capt_train.features import every_second
 from capt_train.learner import Learner
-from capt_train.stages import TuningTask, stages, zero_shot_bank
+from capt_train.stages import TuningTask, refilled, stages, with_rows
 from capt_train.tuning import tune
-from capt_train.views import Views
 
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0)  # of κ
 _STANDARD_ERRORS = 2.0  # by which a gain must be above 0
@@ -170,10 +169,10 @@ def _halved(task: TuningTask) -> tuple[TuningTask, _Question, _Question]:
     else:
         odd = every_second(own.train.labels)
         seen = _training_images(own, odd)
-        own = _with_rows(own, ~odd)
+        own = with_rows(own, ~odd)
     names = ("epochs", "visual_epochs", "far_epochs")
     shorter = replace(config, **{name: -(-getattr(config, name) // 2) for name in names})
-    return _refilled(replace(own, config=shorter)), seen, unseen
+    return refilled(replace(own, config=shorter)), seen, unseen
 
 
 def _joined(one: _Question, other: _Question) -> _Question:
@@ -192,31 +191,12 @@ def _among(task: TuningTask, inside: Bool[Tensor, " classes"]) -> TuningTask:
     wanted = torch.tensor(classes)
     val = torch.isin(task.val.labels, wanted)
     return replace(
-        _with_rows(task, torch.isin(task.train.labels, wanted)),
+        with_rows(task, torch.isin(task.train.labels, wanted)),
         tuned=classes,
         val=task.val.rows(val.nonzero().squeeze(1)),
         val_tokens=None if task.val_tokens is None else task.val_tokens[val],
         reference=task.reference[inside.nonzero().squeeze(1).to(task.reference.device)],
     )
-
-
-def _with_rows(task: TuningTask, chosen: Bool[Tensor, " samples"]) -> TuningTask:
-    """Return the task with some of its training images; its bank is left as it is."""
-    views = task.views
-    if views is not None:
-        tokens = None if views.tokens is None else views.tokens[:, chosen]
-        views = Views(views.embeddings[:, chosen], views.untouched[chosen], tokens)
-    rows = chosen.nonzero().squeeze(1)
-    alpha = None if task.alpha is None else task.alpha[chosen]
-    return replace(task, train=task.train.rows(rows), views=views, alpha=alpha)
-
-
-def _refilled(task: TuningTask) -> TuningTask:
-    """Return the task with a bank of its own classes and images."""
-    if task.bank is None:
-        return task
-    bank = zero_shot_bank(task.scale, task.train, task.tuned, task.reference)
-    return replace(task, bank=bank)
 
 
 def _validation(task: TuningTask) -> _Question:

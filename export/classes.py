@@ -12,7 +12,7 @@ from capt_deploy.class_names import distinct_names, spelled_alike
 from capt_deploy.errors import ConfigError, DataError
 from capt_deploy.files import expand_home, read_json
 from capt_train.run import TunedModel
-from export.source import Photo, Source
+from export.source import KnownImages, Photo, Source
 
 _AT_ONCE = 256  # names
 
@@ -63,8 +63,12 @@ def with_classes(source: Source, models: Sequence[TunedModel], names: Sequence[s
     tuned = (*source.tuned, *[False] * len(new))
     places = {row: place for place, row in enumerate(chosen)}
     listed = set(names)
+    calibration = source.calibration
+    if calibration.vector is not None:
+        calibration = replace(calibration, vector=calibration.vector.chosen(chosen))
     return replace(
         source,
+        calibration=calibration,
         class_names=names,
         tuned=tuple(tuned[row] for row in chosen),
         rows=torch.cat([source.rows, untuned_rows(models, new)])[chosen],
@@ -72,6 +76,7 @@ def with_classes(source: Source, models: Sequence[TunedModel], names: Sequence[s
         pairs=tuple(p for p in source.pairs if {p["true"], p["predicted"]} <= listed),
         gate_images=_relabelled(source.gate_images, places),
         training_images=_relabelled(source.training_images, places),
+        validation=_known_again(source.validation, places, chosen),
     )
 
 
@@ -115,6 +120,15 @@ def _refuse_spellings(new: Sequence[str], known: Sequence[str]) -> None:
                 f"class names: {name!r} is no class of the run, but {twin!r} is; write it so, for "
                 f"its row to be the tuned one"
             )
+
+
+def _known_again(
+    known: KnownImages | None, places: Mapping[int, int], chosen: Sequence[int]
+) -> KnownImages | None:
+    if known is None:
+        return None
+    labels = torch.tensor([places.get(label, -1) for label in known.labels.tolist()])
+    return replace(known, labels=labels, places=tuple(chosen))
 
 
 def _relabelled(photos: tuple[Photo, ...], places: Mapping[int, int]) -> tuple[Photo, ...]:

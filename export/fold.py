@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from capt_deploy.vector_scaling import VectorScaling
 from capt_train.backbone import Backbone
 
 
@@ -18,6 +19,11 @@ class Head:
     def cooled(self, factor: float) -> "Head":
         """Return the head with its temperature multiplied by `factor`."""
         return Head(self.weight / factor, self.bias / factor)
+
+    def scaled(self, vector: VectorScaling, temperature: float) -> "Head":
+        """Return the head of (a·z + b)/T, this one being that of z/T."""
+        scales, biases = map(self.bias.new_tensor, (vector.scales, vector.biases))
+        return Head(self.weight * scales[:, None], self.bias * scales + biases / temperature)
 
 
 def folded(backbone: Backbone, rows: Float[Tensor, "classes dim"], temperature: float) -> Head:

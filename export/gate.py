@@ -14,6 +14,7 @@ from capt_deploy.console import progress, say
 from capt_deploy.errors import DataError
 from capt_deploy.files import sha256_file
 from capt_deploy.reference import Reference, patterns
+from capt_deploy.top_label_map import probabilities_of
 from capt_train.calibration import match_temperature
 from export.source import Photo, Source, spread
 
@@ -81,14 +82,18 @@ def _torch_answers(source: Source, pixels: NDArray[np.uint8]) -> Outputs:
     if source.factors is not None:  # not as the graph looks them up
         most_probable = functional.one_hot(logits.argmax(dim=1), len(source.factors))
         logits = logits * (most_probable * source.factors).sum(dim=1, keepdim=True)
-    return Outputs(logits.numpy(), logits.softmax(dim=1).numpy(), embedding.numpy())
+    # not as the graph maps them
+    shown = probabilities_of(logits.numpy(), source.calibration.top_label).astype(np.float32)
+    return Outputs(logits.numpy(), shown, embedding.numpy())
 
 
 def temperature_factor(expected: Outputs, found: Outputs) -> float:
     """Return by how much a graph's temperature is to rise so that it is as sure as the model."""
     if not np.isfinite(found.logits).all():
         return 1.0  # the gate will say so
-    return match_temperature(_tensor(found.logits), _tensor(expected.probabilities))
+    # Not their probabilities, which the map of the top label is in.
+    wanted = _tensor(expected.logits).softmax(dim=1)
+    return match_temperature(_tensor(found.logits), wanted)
 
 
 def _tensor(values: NDArray[np.float32]) -> Tensor:

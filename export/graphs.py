@@ -74,6 +74,7 @@ def trace_precision(source: Source, precision: str, opset: int, expected: Output
     network = VisualClassifier(
         *(backbone, source.head, source.learner.visual),
         factors=source.factors,
+        top_label=source.calibration.top_label,
         fused_attention=fused,
     ).eval()
     quantisation, factors = None, network.factors
@@ -93,14 +94,20 @@ def trace_precision(source: Source, precision: str, opset: int, expected: Output
 
 def _compare_network(network: VisualClassifier, size: tuple[int, int], expected: Outputs) -> None:
     drawn = torch.from_numpy(patterns(size))
-    found = torch.cat([network(part[None])[0] for part in drawn])
-    difference = float((found - torch.from_numpy(expected.logits)).abs().max())
+    found = zip(*(network(part[None])[:2] for part in drawn), strict=True)
     limit = LIMITS[FP32].max_logit_difference
-    if not difference <= limit:
-        raise GateError(
-            f"the network to be exported differs from the trained model before its precision is "
-            f"lowered: max |Δlogit| {difference:.2g}, limit {limit:.0e}"
-        )
+    for what, own, wanted in zip(
+        ("logit", "probability"),
+        map(torch.cat, found),
+        (expected.logits, expected.probabilities),
+        strict=True,
+    ):
+        difference = float((own - torch.from_numpy(wanted)).abs().max())
+        if not difference <= limit:
+            raise GateError(
+                f"the network to be exported differs from the trained model before its precision "
+                f"is lowered: max |Δ{what}| {difference:.2g}, limit {limit:.0e}"
+            )
 
 
 def _training_pixels(source: Source) -> Sequence[UInt8[Tensor, "_ height width 3"]]:

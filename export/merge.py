@@ -26,6 +26,7 @@ from capt_deploy.errors import ConfigError, DataError
 from capt_deploy.files import expand_home
 from capt_deploy.version import __version__
 from capt_train.calibration import fit_temperature
+from capt_train.calibrators import Calibration
 from capt_train.embedding_cache import EmbeddingCache
 from capt_train.features import embed
 from capt_train.run import TunedModel
@@ -80,7 +81,7 @@ def merged(models: Sequence[TunedModel], gate_data: str | Path | None = None) ->
         class_names=names,
         tuned=tuned,
         rows=rows,
-        temperature=temperatures[0],
+        calibration=Calibration(temperatures[0]),
         hand_written=hand_written,
         zero_shot_temperature=temperatures[1],
         moves_images=False,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from capt_deploy.console import say
@@ -16,6 +16,7 @@ from capt_deploy.distance_aware import TunedTexts
 from capt_deploy.errors import DataError
 from capt_deploy.files import expand_home, sha256_file, visible_files
 from capt_deploy.version import __version__
+from capt_train.calibrators import Calibration
 from capt_train.distance_aware import distance_aware_factors, tuned_texts
 from capt_train.fewshot import FewShotSplit
 from capt_train.learner import Learner
@@ -39,6 +40,17 @@ class Photo:
 
 
 @dataclass(frozen=True)
+class KnownImages:
+    """The run's validation images, for what is decided by them."""
+
+    embeddings: Float[Tensor, "images dim"]  # as tuned, unit norm
+    labels: Int[Tensor, " images"]  # among the classes exported; -1 where it is none of them
+    tuned_logits: Float[Tensor, "images tuned"]  # z of the classes that the run was tuned on
+    tuned_labels: Int[Tensor, " images"]  # among these
+    places: tuple[int, ...]  # of the exported classes among the run's own; behind them: new ones
+
+
+@dataclass(frozen=True)
 class Source:
     """One model to export, whatever it was made from."""
 
@@ -46,7 +58,7 @@ class Source:
     class_names: tuple[str, ...]
     tuned: tuple[bool, ...]
     rows: Float[Tensor, "classes dim"]  # Ŵ_c, never renormalised
-    temperature: float
+    calibration: Calibration
     hand_written: Float[Tensor, "classes dim"]  # t⁰, unit norm
     zero_shot_temperature: float  # of the frozen model
     moves_images: bool  # whether the images' embeddings are not the frozen model's
@@ -56,11 +68,19 @@ class Source:
     training_images: tuple[Photo, ...]  # for the ranges of int8
     # With DAC: the classes tuned on, also those that are not exported
     tuned_texts: TunedTexts | None = None
+    validation: KnownImages | None = None
+
+    @property
+    def temperature(self) -> float:
+        """T of the tuned model."""
+        return self.calibration.temperature
 
     @property
     def head(self) -> Head:
         """The folded text side, calibrated for float32."""
-        return folded(self.learner.backbone, self.rows, self.temperature)
+        own = folded(self.learner.backbone, self.rows, self.temperature)
+        vector = self.calibration.vector
+        return own if vector is None else own.scaled(vector, self.temperature)
 
     @property
     def zero_shot_head(self) -> Head | None:
@@ -107,7 +127,7 @@ def source_of(model: TunedModel, gate_data: str | Path | None = None) -> Source:
         class_names=names,
         tuned=model.tuned,
         rows=model.text_embeddings,
-        temperature=model.fitted.temperature,
+        calibration=model.fitted.calibration,
         hand_written=model.zero_shot,
         zero_shot_temperature=model.fitted.zero_shot_temperature,
         moves_images=model.moves_images,
@@ -115,6 +135,22 @@ def source_of(model: TunedModel, gate_data: str | Path | None = None) -> Source:
         training=provenance(model),
         gate_images=tuple(chosen),
         training_images=tuple(train),
+        validation=_known_images(model),
+    )
+
+
+@torch.no_grad()
+def _known_images(model: TunedModel) -> KnownImages | None:
+    known = model.validation
+    if known is None:
+        return None
+    tuned = list(model.split.tuned)
+    return KnownImages(
+        known.embeddings,
+        known.labels,
+        model.raw_logits(known.embeddings)[:, tuned].cpu(),
+        torch.searchsorted(torch.tensor(tuned), known.labels),
+        tuple(range(len(model.class_names))),
     )
 
 

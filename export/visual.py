@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from capt_deploy.errors import ModelError
+from capt_deploy.top_label_map import LEAD, TopLabelMap
 from capt_train.backbone import Backbone
 from capt_train.vision_tower import open_tower
 from capt_train.visual_tuner import VisualTuner
@@ -36,6 +37,7 @@ class VisualClassifier(nn.Module):
         tuner: VisualTuner | None = None,
         *,
         factors: Float[Tensor, " classes"] | None = None,
+        top_label: TopLabelMap | None = None,
         fused_attention: bool = False,
     ) -> None:
         """Copy the visual tower; fold normalisation and colour map into its first convolution.
@@ -51,6 +53,7 @@ class VisualClassifier(nn.Module):
             head: the folded text side.
             tuner: what was trained inside the tower.
             factors: γ_c of distance-aware calibration.
+            top_label: what else calibrates the probabilities.
             fused_attention: write ONNX's Attention operator, which needs opset 23 and, for
                 TensorRT, half precision.
         """
@@ -72,6 +75,7 @@ class VisualClassifier(nn.Module):
         self.register_buffer("weight", head.weight.float()[:, :, None, None])
         self.register_buffer("bias", head.bias.float())
         self.register_buffer("factors", None if factors is None else factors[:, None])
+        self.top_label = None if top_label is None else _TopLabel(top_label, len(head.weight))
 
     def layers_read(self) -> tuple[nn.Module, ...]:
         """Return the tower's layers whose weights its tuning reads, so that they must stay."""
@@ -99,7 +103,11 @@ class VisualClassifier(nn.Module):
     ) -> tuple[
         Float[Tensor, "batch classes"], Float[Tensor, "batch classes"], Float[Tensor, "batch dim"]
     ]:
-        """Return calibrated logits, probabilities, and unit-norm embeddings, all float32."""
+        """Return calibrated logits, probabilities, and unit-norm embeddings, all float32.
+
+        The map of the top label is in the probabilities alone: logits of images between two classes
+        would jump with the class that leads.
+        """
         # TensorRT lets a uint8 input feed nothing but a cast, so it comes first. 0-255 are exact
         # in every float.
         pixels = images.to(self.dtype).permute(0, 3, 1, 2)
@@ -120,7 +128,46 @@ class VisualClassifier(nn.Module):
         logits = logits.flatten(1)
         if self.factors is not None:
             logits = logits * functional.embedding(logits.argmax(dim=1), self.factors)
-        return logits, logits.softmax(dim=-1), embedding
+        shown = logits if self.top_label is None else self.top_label(logits)
+        return logits, shown.softmax(dim=-1), embedding
+
+
+class _TopLabel(nn.Module):
+    """`TopLabelMap.shifted` in operators that every runtime has."""
+
+    starts: Tensor
+    widths: Tensor
+    rises: Tensor
+    places: Tensor
+
+    def __init__(self, own: TopLabelMap, classes: int) -> None:
+        super().__init__()
+        self.own = own
+        knots, values = (
+            torch.tensor([row], dtype=torch.float64) for row in (own.positions, own.values)
+        )
+        self.register_buffer("starts", knots[:, :-1].float())
+        self.register_buffer("widths", knots.diff(dim=1).float())
+        self.register_buffer("rises", values.diff(dim=1).float())
+        self.register_buffer("places", torch.arange(classes)[None])
+
+    def forward(self, logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
+        leads = self.places == logits.argmax(dim=1, keepdim=True)
+        others = logits.masked_fill(leads, -1e9)
+        top, second = logits.amax(dim=1, keepdim=True), others.amax(dim=1, keepdim=True)
+        rest = second + (others - second).exp().sum(dim=1, keepdim=True).log()
+        shift = torch.maximum(self._mapped(top - rest) + rest, second + LEAD) - top
+        return logits + shift * leads.to(logits.dtype)
+
+    def _mapped(self, odds: Float[Tensor, "batch 1"]) -> Float[Tensor, "batch 1"]:
+        own = self.own
+        outside = own.above * (odds - own.positions[-1]).relu()
+        mapped = own.values[0] + outside - own.below * (own.positions[0] - odds).relu()
+        if len(own.positions) == 1:
+            return mapped
+        # Nothing large is added up that cancels out, as sums of changes of slope would
+        shares = ((odds - self.starts) / self.widths).clamp(0, 1)
+        return mapped + (shares * self.rises).sum(dim=1, keepdim=True)
 
 
 def _normalisation(backbone: Backbone) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors.numpy import save as save_arrays
 from safetensors.torch import save
 from torch import Tensor
 
-from capt_deploy.bundle import MANIFEST, REFERENCE, REPORT, TEXT_EMBEDDINGS
+from capt_deploy.bundle import CALIBRATION, MANIFEST, REFERENCE, REPORT, TEXT_EMBEDDINGS
 from capt_deploy.console import say
 from capt_deploy.errors import BundleError, ConfigError, GateError
 from capt_deploy.files import (
@@ -24,6 +25,7 @@ from capt_deploy.gate import GateResult, gate_table
 from capt_deploy.manifest import DISTANCE_AWARE, FileRecord, Manifest, OpenVocabulary
 from capt_train.run import load_run
 from export.classes import with_classes
+from export.decisions import decisions_of
 from export.fold import Head
 from export.gate import Question, ask_torch
 from export.graphs import trace_precision
@@ -190,6 +192,8 @@ def _manifest(
         training=source.training,
         verified=verified,
         open_vocabulary=text_side,
+        top_label=source.calibration.top_label,
+        vector_scaling=source.calibration.vector,
     )
 
 
@@ -208,6 +212,8 @@ def _write_files(
     head = source.head.cooled(first.temperature / source.temperature)
     write_bytes(folder / TEXT_EMBEDDINGS, save(_texts(source, head, manifest)))
     write_bytes(folder / REFERENCE, question.reference.save())
+    if (decisions := decisions_of(source)) is not None:
+        write_bytes(folder / CALIBRATION, save_arrays(decisions.arrays()))
     write_json(
         folder / REPORT,
         {

@@ -14,7 +14,10 @@ from capt_deploy.preprocess import PreprocessConfig
 PREPROCESS = PreprocessConfig((224, 200), (0.48, 0.45, 0.4), (0.27, 0.26, 0.25), fill_color=3)
 
 
-OPTIONAL = ("files", "verified", "open_vocabulary", "schema_version")
+OPTIONAL = (
+    *("files", "verified", "open_vocabulary", "schema_version"),
+    *("top_label", "vector_scaling"),
+)
 CALIBRATION = {"temperature": 1.25, "zero_shot_temperature": 0.5}
 
 

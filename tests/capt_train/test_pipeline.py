@@ -22,8 +22,10 @@ from capt_deploy.preprocess import preprocess
 from capt_train import pipeline, strength
 from capt_train import run as runs
 from capt_train.backbone import Backbone
-from capt_train.config import PARTS, TrainConfig
+from capt_train.config import TrainConfig
 from capt_train.fewshot import choose
+from capt_train.label_noise import fit_label_noise
+from capt_train.parts import PARTS
 from capt_train.pipeline import train
 from capt_train.run import TunedModel, load_run
 from capt_train.stages import TuningTask
@@ -39,6 +41,7 @@ RUN_FILES = {
     "confusions.json",
     "confusions.png",
     "result.json",
+    "validation.safetensors",
     "metrics.json",
 }
 BOTH_SIDES = {
@@ -81,8 +84,17 @@ def test_metrics_have_zero_shot_beside_tuned_on_every_scope(finished: Path) -> N
 def test_the_result_has_what_was_fitted_and_on_how_many_images(finished: Path) -> None:
     result, report = read(finished / "result.json"), read(finished / "metrics.json")
     assert result["images"] == report["images"] == {"train": 6, "val": 8}
-    assert result["temperature"] == report["temperature"] != 1.0
-    keys = {"temperature", "zero_shot_temperature", "images", "pairs", "mixture", "strength"}
+    assert result["calibration"]["temperature"] == report["temperature"] != 1.0
+    assert result["calibration"]["kind"] == report["calibrator"] == "temperature"  # of 8 images
+    keys = {
+        "calibration",
+        "calibrators",
+        "zero_shot_temperature",
+        "images",
+        "pairs",
+        "mixture",
+        "strength",
+    }
     assert result.keys() == keys | {"trained_parameters", "trial", "stages"}
     (stage,) = result["stages"]
     assert stage.keys() == {"epochs", "best_epoch", "history"}
@@ -144,6 +156,23 @@ def test_each_model_has_the_best_temperature_for_validation_images_of_the_tuned_
         assert cost(temperature) < min(cost(0.98 * temperature), cost(1.02 * temperature))
 
 
+def test_with_wrong_labels_the_temperature_is_that_of_right_ones(
+    configure: Configure, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configure(classes="base", label_noise="0.3", calibrator="isotonic")
+    train(config, tmp_path / "run")
+    assert "about 30% of the labels are taken for wrong" in capsys.readouterr().err
+    model, dataset = load_run(tmp_path / "run"), read_dataset(photos)
+    items = [item for item in dataset.splits["val"] if item.label < 2]
+    pixels = np.stack([preprocess(dataset.path(own), model.backbone.preprocess) for own in items])
+    images = model.backbone.image_embeddings(torch.from_numpy(pixels))
+    labels = torch.tensor([item.label for item in items])
+    expected = fit_label_noise(model.raw_logits(images)[:, :2], labels, 0.3).temperature
+    assert model.fitted.calibration.kind == "temperature"
+    assert model.fitted.temperature == pytest.approx(expected, rel=1e-4)
+    assert model.fitted.zero_shot_temperature != 1.0
+
+
 def test_few_validation_images_are_noted(
     configure: Configure, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,7 +186,7 @@ def test_few_validation_images_are_noted(
     assert "calibrated on no more" not in capsys.readouterr().err
     (own / "val" / "blue_sky" / "0.png").unlink()
     train(config, tmp_path / "few")
-    note = "note: confidences are calibrated on no more than 49 validation images"
+    note = "note: confidences are calibrated on no more than 49 images"
     assert note in capsys.readouterr().err.splitlines()
 
 
@@ -220,10 +249,10 @@ def test_without_test_images_it_measures_on_those_left_and_says_so(
     assert "measured on val images" in capsys.readouterr().err
     report = train(configure(data=str(tmp_path / "photos"), shots=6), tmp_path / "all shots")
     assert report["split"] == "train"
-    assert report["temperature"] == 1.0
-    assert read(tmp_path / "all shots" / "result.json")["zero_shot_temperature"] == 1.0
+    assert report["temperature"] != 1.0  # by images left out of the tuning in turns
+    assert read(tmp_path / "all shots" / "result.json")["zero_shot_temperature"] != 1.0
     assert report["images"] == {"train": 24, "val": 0}
-    assert "calibrated on no more" not in capsys.readouterr().err
+    assert "calibrated on no more than 24 images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("promising", [False, True])

@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from capt_deploy.errors import RunError
 from capt_train.backbone import Backbone
+from capt_train.calibrators import UNCALIBRATED, Calibration
 from capt_train.config import TrainConfig
+from capt_train.fitted import Fitted
 from capt_train.mixture import Mixture
 from capt_train.pipeline import train
 from capt_train.prompt import PromptLearner
-from capt_train.run import Fitted, load_run, read_config
+from capt_train.run import load_run, read_config
 
 
 @pytest.fixture
@@ -84,7 +86,7 @@ def test_logits_are_the_scaled_cosines_over_the_temperature_of_each_model(finish
     model = load_run(finished)
     result = json.loads((finished / "result.json").read_text())
     fitted = model.fitted
-    assert fitted.temperature == result["temperature"] != 1.0
+    assert fitted.temperature == result["calibration"]["temperature"] != 1.0
     assert fitted.zero_shot_temperature == result["zero_shot_temperature"] != 1.0
     assert abs(math.log(fitted.temperature / fitted.zero_shot_temperature)) > 0.01
     assert [[*pair, count] for pair, count in fitted.pairs.items()] == result["pairs"] != []
@@ -143,7 +145,8 @@ def test_a_zeroshot_run_is_the_hand_written_prompt(
 
 def test_a_model_without_validation_images_has_temperature_1() -> None:
     own = Mixture.learned_only(1)
-    assert Fitted({(0, 1): 2}, own) == Fitted({(0, 1): 2}, own, 1.0, 1.0, 1.0)
+    assert Fitted({(0, 1): 2}, own) == Fitted({(0, 1): 2}, own, 1.0, UNCALIBRATED, 1.0)
+    assert UNCALIBRATED.temperature == 1.0
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
@@ -177,7 +180,22 @@ def test_a_config_that_is_none_is_refused(content: str, run: Path) -> None:
         read_config(run)
 
 
-FITTED = ["temperature", "zero_shot_temperature", "pairs", "mixture", "strength"]
+def test_a_run_of_before_there_were_calibrators_has_its_temperature(run: Path) -> None:
+    content = json.loads((run / "result.json").read_text())
+    del content["calibration"]
+    (run / "result.json").write_text(json.dumps({**content, "temperature": 1.25}))
+    assert load_run(run).fitted.calibration == Calibration(1.25)
+
+
+def test_scales_of_other_classes_are_refused(run: Path) -> None:
+    vector = {"scales": [1.0], "biases": [0.0]}
+    own = {"kind": "vector", "temperature": 1.0, "vector": vector, "top_label": None}
+    edit(run / "result.json", calibration=own)
+    with pytest.raises(RunError, match="its vector scaling is not of the run's classes"):
+        load_run(run)
+
+
+FITTED = ["zero_shot_temperature", "pairs", "mixture", "strength"]
 
 
 @pytest.mark.parametrize("key", FITTED)
@@ -192,8 +210,9 @@ def test_a_result_without_one_of_its_values_is_refused(key: str, run: Path) -> N
 @pytest.mark.parametrize(
     "change",
     [
-        {"temperature": None},
-        {"temperature": "warm"},
+        {"calibration": None},
+        {"calibration": {"kind": "temperature"}},
+        {"calibration": {"kind": "x", "temperature": 1, "vector": None, "top_label": None}},
         {"zero_shot_temperature": None},
         {"zero_shot_temperature": "warm"},
         {"pairs": [[1, 2]]},

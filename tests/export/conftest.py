@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from capt_train.calibrators import Calibration
 from capt_train.config import TrainConfig
 from capt_train.mixture import Mixture
 from capt_train.pipeline import train
@@ -34,7 +35,9 @@ def shaken(model: TunedModel, seed: int = 0) -> TunedModel:
         outside = (1 - trust, *(trust * part for part in parts))
         mixture = Mixture((0.2, *(0.8 * part for part in parts)), outside)
     rows = mixed_rows(model.learner, model.zero_shot, model.split, mixture)
-    fitted = replace(model.fitted, mixture=mixture, temperature=1.7, zero_shot_temperature=0.8)
+    fitted = replace(
+        model.fitted, mixture=mixture, calibration=Calibration(1.7), zero_shot_temperature=0.8
+    )
     return replace(model, text_embeddings=rows.detach(), fitted=fitted)
 
 
@@ -76,3 +79,9 @@ def text_run(
 def text_model(text_run: Callable[..., Path]) -> TunedModel:
     """Return one of them, shaken: two of four classes tuned, two prompts, a mixture."""
     return shaken(load_run(text_run()))
+
+
+@pytest.fixture(scope="session")
+def whole_model(text_run: Callable[..., Path]) -> TunedModel:
+    """Return one that is tuned on all of its classes, as vector scaling needs; shaken."""
+    return shaken(load_run(text_run(classes="all")))

@@ -110,7 +110,7 @@ def test_adding_classes_is_exporting_with_them(
     assert added.class_names == exported.class_names
     pixels = coloured_noise(50)
     wanted = exported.backend.run(pixels)
-    head = added._head
+    head = added._known._opened[0]
     assert head is not None and head.factors is not None
     np.testing.assert_allclose(head.logits(wanted.embedding), wanted.logits, atol=1e-4)
     # photos are taken for one class alone; random directions for all of them

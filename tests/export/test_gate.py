@@ -12,6 +12,7 @@ from capt_deploy.check import ask_backend
 from capt_deploy.classifier import Classifier
 from capt_deploy.errors import DataError, GateError
 from capt_deploy.gate import compare
+from capt_train.calibrators import Calibration
 from capt_train.run import load_run
 from export.gate import ask_torch, temperature_factor
 from export.graphs import trace_precision
@@ -104,7 +105,7 @@ def test_the_wider_limits_of_lower_precision_catch_it_too(question, full_bundle,
 
 
 def test_another_temperature_is_caught(source, bundle):
-    colder = dataclasses.replace(source, temperature=source.temperature * 1.01)
+    colder = dataclasses.replace(source, calibration=Calibration(source.temperature * 1.01))
     loaded = Classifier.load(bundle)
     result = judge(ask_torch(colder, 100), loaded.backend, loaded.manifest.preprocess)
     assert result.failures

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from capt_deploy.classifier import Classifier
 from capt_deploy.errors import ConfigError, DataError
 from capt_deploy.preprocess import preprocess
+from capt_train.calibrators import Calibration
 from capt_train.run import TunedModel, load_run
 from export.classes import with_classes
 from export.merge import merged
@@ -50,7 +51,7 @@ def runs(
 @pytest.fixture
 def models(runs: tuple[Path, Path]) -> list[TunedModel]:
     first, second = (load_run(run) for run in runs)
-    second = replace(second, fitted=replace(second.fitted, temperature=0.6))
+    second = replace(second, fitted=replace(second.fitted, calibration=Calibration(0.6)))
     return [shaken(first), second]
 
 

@@ -17,15 +17,17 @@ from torch.nn.functional import normalize
 from capt_deploy.bundle import open_bundle
 from capt_deploy.classifier import Classifier
 from capt_deploy.datasets import Item
+from capt_deploy.decisions import DecisionOptions
 from capt_deploy.errors import BundleError, ConfigError, GateError
 from capt_deploy.manifest import OpenVocabulary
 from capt_deploy.open_vocabulary import TextSide
 from capt_train.config import TrainConfig
 from capt_train.fewshot import FewShotSplit
+from capt_train.fitted import Fitted
 from capt_train.learner import make_learner
 from capt_train.loading import load_backbone
 from capt_train.mixture import Mixture
-from capt_train.run import Fitted, TunedModel, load_run
+from capt_train.run import TunedModel, load_run
 from export.classes import untuned_rows, with_classes
 from export.cli import main
 from export.source import Source, source_of
@@ -209,6 +211,20 @@ def test_a_bundle_says_what_is_in_it(bundle: Path, text_model: TunedModel) -> No
     assert found.shape[2] < 16
     with pytest.raises(ConfigError, match=r"'very very .*' is too long, \d\d tokens"):
         texts.rows(["cat", "very " * 12 + "old"])
+
+
+def test_what_was_promised_is_not_given_up_for_more_classes(
+    text_model: TunedModel, tmp_path: Path
+) -> None:
+    out = open_export(text_model, tmp_path / "x.capt")
+    wanted = DecisionOptions(coverage=0.8)
+    with pytest.raises(BundleError, match="and no class be added to it"):
+        classifier = Classifier.load(out, decisions=wanted)
+        classifier.add_classes(NEW)
+    with Classifier.load(out) as classifier:
+        classifier.add_classes(NEW)
+        with pytest.raises(BundleError, match="and no class be added to it"):
+            classifier.run(np.zeros((1, 16, 16, 3), np.uint8), coverage=0.8)
 
 
 def test_weights_that_one_file_cannot_hold_lie_in_a_second(

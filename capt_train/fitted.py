@@ -1,0 +1,61 @@
+"""What is fitted around the tuning, and its JSON form in `result.json`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from capt_deploy.evaluation import Pair
+from capt_train.calibrators import UNCALIBRATED, Calibration
+from capt_train.mixture import Mixture
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What is measured on training and validation images around the tuning."""
+
+    pairs: Mapping[Pair, int]  # zero-shot confusions among the training images
+    mixture: Mixture
+    strength: float = 1.0  # κ of the visual side
+    calibration: Calibration = UNCALIBRATED
+    zero_shot_temperature: float = 1.0  # of the frozen model, so that the two compare fairly
+
+    @property
+    def temperature(self) -> float:
+        """T of the tuned model."""
+        return self.calibration.temperature
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {
+            **{f.name: getattr(self, f.name) for f in fields(self)},
+            "pairs": [[true, taken, count] for (true, taken), count in self.pairs.items()],
+            "mixture": self.mixture.to_dict(),
+            "calibration": self.calibration.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], learned: int) -> "Fitted":
+        """Read the JSON form; `learned` is the number of learned prompts.
+
+        Raises:
+            TypeError, KeyError, ValueError, RunError: values of wrong form.
+        """
+        return cls(
+            {(int(true), int(taken)): int(count) for true, taken, count in values["pairs"]},
+            Mixture.from_dict(values["mixture"], learned),
+            _strength(values["strength"]),
+            _calibration(values),
+            float(values["zero_shot_temperature"]),
+        )
+
+
+def _calibration(values: Mapping[str, Any]) -> Calibration:
+    if "calibration" in values:
+        return Calibration.from_dict(values["calibration"])
+    return Calibration(float(values["temperature"]))  # of a run that knew nothing else
+
+
+def _strength(value: Any) -> float:
+    if not 0 <= float(value) <= 1:
+        raise ValueError(f"strength: expected 0 to 1, came {value!r}")
+    return float(value)

@@ -1,0 +1,62 @@
+"""What a run remembers of its validation images, for decisions that need labelled ones.
+
+Conformal sets, rejection and familiarity depend on the classes of a bundle, which are known only
+when it is exported; embeddings and labels are what they can all be computed from.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from capt_deploy.errors import RunError
+from capt_deploy.files import write_bytes
+
+VALIDATION = "validation.safetensors"
+_NAMES = ("embeddings", "labels")
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Images of the tuned classes, by the model as tuned.
+
+    No step was taken on them; the best epoch, colours, κ and the calibration were chosen by them.
+    """
+
+    embeddings: Float[Tensor, "samples dim"]  # unit norm
+    labels: Int[Tensor, " samples"]  # indices of all class names
+
+    def fits(self, dim: int, tuned: Sequence[int]) -> bool:
+        """Tell whether it may be of a run with that many dimensions and these classes tuned on."""
+        known = torch.isin(self.labels, torch.tensor(list(tuned)))
+        return self.embeddings.shape[1] == dim and bool(known.all())
+
+    def save(self, path: Path) -> None:
+        """Write it atomically."""
+        own = {name: getattr(self, name).contiguous().cpu() for name in _NAMES}
+        write_bytes(path, save(own))
+
+    @classmethod
+    def load(cls, path: Path) -> "Validation | None":
+        """Read it; None where a run has none.
+
+        Raises:
+            RunError: the file is damaged or not as capt-train writes it.
+        """
+        if not path.is_file():
+            return None
+        try:
+            values = load(path.read_bytes())
+            embeddings, labels = (values[name] for name in _NAMES)
+        except (OSError, SafetensorError, KeyError) as cause:
+            raise RunError(f"{path}: damaged ({cause!r}); restore it, or delete it") from cause
+        fits = embeddings.ndim == 2 and embeddings.dtype == torch.float32
+        fits &= labels.shape == embeddings.shape[:1] and labels.dtype == torch.long
+        if not fits or not embeddings.isfinite().all() or (labels < 0).any():
+            raise RunError(f"{path}: not as capt-train writes it; restore it, or delete it")
+        return cls(embeddings, labels)

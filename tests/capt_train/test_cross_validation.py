@@ -1,0 +1,197 @@
+"""Each training image is asked about by a model that was not tuned on it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from capt_train import cross_validation
+from capt_train.backbone import Backbone
+from capt_train.config import TrainConfig
+from capt_train.cross_validation import out_of_fold_logits
+from capt_train.learner import Learner
+from capt_train.pipeline import train
+from capt_train.run import load_run
+from capt_train.stages import Stage, TuningTask, with_rows
+from tests.capt_train.test_strength import config, learner, make, numbered, without_val
+
+TUNED = (0, 1, 3, 4, 6)
+
+
+def rows_of(made: Learner) -> Tensor:
+    return made.mean_texts(TUNED)
+
+
+def fresh(backbone: Backbone, task: TuningTask) -> Callable[[tuple[int, ...]], Learner]:
+    return lambda tuned: learner(backbone, task.config, tuned)
+
+
+def some(task: TuningTask, per_class: int) -> TuningTask:
+    """Return the task with that many images of each class."""
+    labels = task.train.labels
+    same = (labels[:, None] == labels[None, :]).tril(-1).sum(dim=1)
+    return with_rows(task, same < per_class)
+
+
+@pytest.fixture
+def noted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Learner, TuningTask, Stage]]:
+    """Note what would be tuned, without tuning it."""
+    found: list[tuple[Learner, TuningTask, Stage]] = []
+
+    def noting(
+        made: Learner, task: TuningTask, folder: Path, stage: Stage, label: str = ""
+    ) -> None:
+        found.append((made, task, stage))
+
+    monkeypatch.setattr(cross_validation, "tune", noting)
+    return found
+
+
+@pytest.mark.parametrize(("strength", "folds"), [(0.5, 2), (0.0, 4)])
+@pytest.mark.parametrize("per_class", [4, 3, 2])
+def test_no_model_is_asked_about_an_image_that_it_was_tuned_on(
+    strength: float,
+    folds: int,
+    per_class: int,
+    tiny_backbone: Backbone,
+    noted: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, task = make(tiny_backbone)
+    task = some(without_val(numbered(task)), per_class)
+    asked: list[tuple[Learner, list[float]]] = []
+    plain = cross_validation._images
+
+    def noting(made: Learner, own: TuningTask, chosen: Tensor) -> Tensor:
+        asked.append((made, own.train.embeddings[chosen, 0].tolist()))
+        return plain(made, own, chosen)
+
+    monkeypatch.setattr(cross_validation, "_images", noting)
+    numbers = task.train.embeddings[:, 0].tolist()
+    logits, labels = out_of_fold_logits(task, fresh(tiny_backbone, task), strength, rows_of)
+    assert labels.tolist() == task.train.labels_among(TUNED).tolist()
+    assert logits.shape == (len(numbers), len(TUNED))
+    assert len(asked) == folds
+    assert sorted(number for _, own in asked for number in own) == sorted(numbers)
+    label = dict(zip(numbers, labels.tolist(), strict=True))
+    for made, own in asked:
+        # the images of a class are spread over the parts
+        counts = [sum(label[number] == place for number in own) for place in range(len(TUNED))]
+        assert max(counts) - min(counts) <= 1
+        tuned_on = [(part, stage) for other, part, stage in noted if other is made]
+        assert [stage.visual for _, stage in tuned_on] == ([False, True] if strength else [False])
+        assert made.strength == strength
+        for part, _ in tuned_on:
+            kept = part.train.embeddings[:, 0].tolist()
+            assert sorted([*kept, *own]) == sorted(numbers)
+            assert part.tuned == TUNED
+            # everything that belongs to an image follows it
+            for rows in (
+                part.views.embeddings[1, :, 0],
+                part.views.tokens[1, :, 0, 0],
+                part.alpha,
+                part.bank.embeddings[:, 0],
+            ):
+                assert rows.tolist() == kept
+            assert part.bank.counts.shape == (len(TUNED), len(TUNED))
+        if strength:
+            assert float(made.visual.alpha) == pytest.approx(sum(kept) / len(kept))  # type: ignore
+    assert len({id(made) for made, _ in asked}) == folds
+
+
+def test_one_image_of_each_class_leaves_whole_classes_out(
+    tiny_backbone: Backbone, noted: list[Any]
+) -> None:
+    tuned = (0, 1, 2, 3, 4, 5, 6)
+    _, task = make(tiny_backbone, tuned)
+    task = without_val(task)
+    one = some(task, 1)
+    few, none = out_of_fold_logits(one, fresh(tiny_backbone, task), 0.0, rows_of)
+    assert (few.shape, none.shape) == ((0, 7), (0,))  # seven images are too few
+    assert noted == []
+    eight = with_rows(task, torch.arange(len(task.train)) % 4 < 1 + (task.train.labels == 0))
+
+    def all_rows(made: Learner) -> Tensor:
+        return made.mean_texts(tuned)
+
+    logits, labels = out_of_fold_logits(eight, fresh(tiny_backbone, task), 0.0, all_rows)
+    assert logits.shape == (8, 7)
+    assert logits.isfinite().all()
+    assert labels.tolist() == [0, 0, 1, 2, 3, 4, 5, 6]
+
+
+def test_logits_are_those_of_the_models_of_the_parts_bias_included(
+    tiny_backbone: Backbone, noted: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, task = make(tiny_backbone)
+    task = without_val(task)
+    monkeypatch.setattr(tiny_backbone, "logit_bias", -3.0)
+    made: list[Learner] = []
+
+    def moved(tuned: tuple[int, ...]) -> Learner:
+        own = learner(tiny_backbone, task.config, tuned)
+        made.append(own)
+        generator = torch.Generator().manual_seed(len(made))
+        for parameter in own.parameters():
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+        return own
+
+    found, labels = out_of_fold_logits(task, moved, 1.0, rows_of)
+    assert task.views is not None and task.views.tokens is not None
+    order = labels.argsort(stable=True).tolist()
+    for place, image in enumerate(order):
+        own = made[place % 2]
+        tokens = task.views.tokens[0][image : image + 1]
+        wanted = task.scale * own.embed_tokens(tokens) @ own.mean_texts(TUNED).T - 3.0
+        torch.testing.assert_close(found[image : image + 1], wanted, atol=1e-3, rtol=0)
+    assert not torch.allclose(made[0].mean_texts(TUNED), made[1].mean_texts(TUNED), atol=1e-3)
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_tuning_for_it_changes_neither_model_nor_task(
+    strength: float, tiny_backbone: Backbone
+) -> None:
+    own, task = make(tiny_backbone)
+    task = without_val(replace(task, config=config(epochs=2, learning_rate=0.05)))
+    before = copy.deepcopy(own.state_dict())
+    frozen = copy.deepcopy(tiny_backbone.model.state_dict())
+    train_rows = task.train.embeddings.clone()
+    found, _ = out_of_fold_logits(task, fresh(tiny_backbone, task), strength, rows_of)
+    again, _ = out_of_fold_logits(task, fresh(tiny_backbone, task), strength, rows_of)
+    assert torch.equal(found, again)
+    assert not found.requires_grad
+    for kept, now in ((before, own.state_dict()), (frozen, tiny_backbone.model.state_dict())):
+        assert all(torch.equal(kept[name], now[name]) for name in kept)
+    assert torch.equal(train_rows, task.train.embeddings)
+    untuned = task.scale * task.train.embeddings @ own.mean_texts(TUNED).T
+    assert not torch.allclose(found, untuned, atol=0.05)  # they were tuned
+
+
+@pytest.mark.parametrize("without", [("colours", "visual"), ("visual-prompts",)])
+def test_a_run_without_validation_images_is_calibrated(
+    without: tuple[str, ...], tiny_model_dir: Path, photos: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(photos, data)
+    shutil.rmtree(data / "val")
+    few: dict[str, Any] = {"shots": 6, "epochs": 2, "visual_epochs": 1, "text_depth": 2}
+    if "visual" not in without:
+        few["strength"] = "0.5"
+    own = TrainConfig(data=str(data), model=f"local-dir:{tiny_model_dir}", method="full", **few)
+    train(replace(own, without=without), tmp_path / "run")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["images"] == {"train": 24, "val": 0}
+    assert result["calibration"]["kind"] == "temperature"
+    assert result["calibration"]["temperature"] != 1.0
+    assert result["zero_shot_temperature"] != 1.0
+    assert not (tmp_path / "run" / "validation.safetensors").exists()
+    assert load_run(tmp_path / "run").validation is None
