@@ -23,10 +23,11 @@ import click
 import numpy as np
 
 from benchmarks.record import QUIET, describe, load_average, load_cells, write_docs, write_result
-from capt_deploy.classifier import Classifier, Prediction
+from capt_deploy.classifier import Classifier
 from capt_deploy.console import Command, PathInHome, print_json, say
 from capt_deploy.errors import BackendError, ConfigError, DataError
 from capt_deploy.images import IMAGE_SUFFIXES
+from capt_deploy.prediction import Prediction
 
 _ROOT = Path(__file__).parents[1]
 _START_SECONDS = 120  # for a backend that has to build an engine

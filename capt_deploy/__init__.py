@@ -12,7 +12,8 @@ from capt_deploy.version import __version__
 if TYPE_CHECKING:
     from capt_deploy.backends import RuntimeOptions
     from capt_deploy.batcher import BatcherOptions
-    from capt_deploy.classifier import Classifier, Prediction
+    from capt_deploy.classifier import Classifier
+    from capt_deploy.decisions import DecisionOptions
     from capt_deploy.errors import (
         BackendError,
         BundleError,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         DataError,
         ImageError,
     )
+    from capt_deploy.prediction import Prediction
 
 __all__ = [
     "BackendError",
@@ -30,6 +32,7 @@ __all__ = [
     "CaptError",
     "Classifier",
     "DataError",
+    "DecisionOptions",
     "ImageError",
     "Prediction",
     "RuntimeOptions",
@@ -41,7 +44,8 @@ __all__ = [
 _MODULES = {
     "BatcherOptions": "batcher",
     "Classifier": "classifier",
-    "Prediction": "classifier",
+    "DecisionOptions": "decisions",
+    "Prediction": "prediction",
     "RuntimeOptions": "backends",
 }
 

@@ -2,11 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,36 +20,18 @@ from capt_deploy.backends import (
 from capt_deploy.backends.choice import first_that_works
 from capt_deploy.batcher import Batcher, BatcherOptions
 from capt_deploy.batches import in_batches
-from capt_deploy.bundle import Bundle
-from capt_deploy.errors import BackendError, BundleError
+from capt_deploy.decisions import USUAL, DecisionOptions, wanted_decisions
+from capt_deploy.errors import BackendError
 from capt_deploy.graphs import open_graphs
 from capt_deploy.images import ImageInput
+from capt_deploy.known_classes import KnownClasses
 from capt_deploy.manifest import Manifest
+from capt_deploy.monitor import Monitor
+from capt_deploy.prediction import Prediction
 from capt_deploy.preprocess import preprocess
 from capt_deploy.process import Process
 
-if TYPE_CHECKING:
-    from capt_deploy.open_vocabulary import Head, TextSide
-
 _BATCHER = BatcherOptions()
-
-
-@dataclass(frozen=True, eq=False)  # arrays have no single truth value to compare by
-class Prediction:
-    """What the classifier says about one image."""
-
-    label: str
-    confidence: float  # calibrated probability of `label`, 0-1
-    probabilities: NDArray[np.float32]  # (classes,), in the order of `class_names`
-    class_names: tuple[str, ...]
-
-    def top(self, k: int) -> list[tuple[str, float]]:
-        """Return the `k` most probable classes with their probabilities, best first."""
-        order = np.argsort(-self.probabilities, kind="stable")[:k]
-        return [(self.class_names[index], float(self.probabilities[index])) for index in order]
-
-    def __repr__(self) -> str:
-        return f"Prediction(label={self.label!r}, confidence={self.confidence:.3f})"
 
 
 class Classifier:
@@ -62,11 +42,12 @@ class Classifier:
         manifest: Manifest,
         backend: Backend,
         precision: str,
-        bundle: Bundle | None = None,
+        known: KnownClasses | None = None,
         *,
         skipped: Mapping[str, str] | None = None,
         fast_decode: bool = False,
         batcher: BatcherOptions = _BATCHER,
+        decisions: DecisionOptions = USUAL,
     ) -> None:
         self.manifest = manifest
         self.backend = backend
@@ -74,14 +55,13 @@ class Classifier:
         self.skipped = dict(skipped or {})  # by name, why faster backends are not used
         self.fast_decode = fast_decode
         self.preprocess = partial(preprocess, config=manifest.preprocess, fast_decode=fast_decode)
-        self._bundle = bundle
         self._process = Process()
         self._changing = Lock()
         self._closed = False
         self._batcher_options = batcher
         self._batcher: Batcher[Prediction] | None = None
-        self._texts: TextSide | None = None
-        self._head: Head | None = None  # once there are more classes than the graph's
+        self._decisions = decisions
+        self._known = known or KnownClasses(manifest, None)
 
     @classmethod
     def load(
@@ -93,6 +73,7 @@ class Classifier:
         *,
         fast_decode: bool = False,
         batcher: BatcherOptions = _BATCHER,
+        decisions: DecisionOptions = USUAL,
     ) -> "Classifier":
         """Load a bundle folder, a zip of one, or a lone `model.onnx`.
 
@@ -103,13 +84,18 @@ class Classifier:
             options: how to use the machine.
             fast_decode: read large JPEGs at a lower resolution, see `preprocess`.
             batcher: of `submit`.
+            decisions: what is wanted of prediction sets and of predictions that are not rejected.
 
         Raises:
             BundleError: it is damaged, unknown, or does not hold that precision.
             BackendError: the requested backend cannot run here.
+            ConfigError: the wanted accuracy cannot be promised.
         """
         names = candidates(backend)
         graphs = open_graphs(path)
+        known = KnownClasses(graphs.manifest, graphs.bundle)
+        # Before an engine is built; whoever hands options over asks for what they say
+        known.check(decisions, asked=decisions is not USUAL)
 
         def begin(name: str) -> tuple[Backend, str]:
             graph = graphs.read(precision or preferred_precision(name, graphs.precisions))
@@ -121,21 +107,22 @@ class Classifier:
             graphs.manifest,
             engine,
             chosen,
-            graphs.bundle,
+            known,
             skipped=skipped,
             fast_decode=fast_decode,
             batcher=batcher,
+            decisions=decisions,
         )
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """Class names, in the order of all probabilities; added ones behind the bundle's."""
-        return self.manifest.class_names if self._head is None else self._head.class_names
+        return self._known.names
 
     @property
     def tuned(self) -> tuple[bool, ...]:
         """Whether the prompt was tuned on each class."""
-        return self.manifest.tuned if self._head is None else self._head.tuned
+        return self._known.tuned
 
     def add_classes(self, names: Iterable[str]) -> None:
         """Let all later predictions know further classes, by name alone; all of them or none.
@@ -146,33 +133,44 @@ class Classifier:
         Raises:
             ConfigError: a name is empty, too long for the text tower, or there already.
             BundleError: the bundle was not exported with `--open-vocab`, was changed, or a package
-                is missing.
+                is missing; or sets or rejection were asked for when it was loaded.
         """
-        from capt_deploy.open_vocabulary import Head, TextSide
-
         self._check()
-        if self._bundle is None:
-            raise BundleError("a lone graph has no text side; load the whole bundle to add classes")
-        with self._changing:
-            texts = self._texts = self._texts or TextSide.of(self._bundle)
-            head = self._head or Head.of(self._bundle, self.precision)
-            temperature = self.manifest.calibration[self.precision]["temperature"]
-            self._head = head.with_classes(texts, names, temperature)
+        self._known.add(names, self.precision, self._decisions)
 
-    def __call__(self, image: ImageInput) -> Prediction:
-        """Classify one image. Raises `ImageError` if it cannot be decoded."""
-        return self.run(self.preprocess(image)[np.newaxis])[0]
+    def monitor(self) -> Monitor:
+        """Return what watches all predictions from the first call of this method on.
 
-    def predict(self, images: Iterable[ImageInput], batch_size: int = 32) -> list[Prediction]:
+        It compares them with those of the run's validation images, where the bundle has these.
+        """
+        return self._known.monitor(self._decisions)
+
+    def __call__(
+        self, image: ImageInput, *, coverage: float | None = None, accuracy: float | None = None
+    ) -> Prediction:
+        """Classify one image; see `run`. Raises `ImageError` if it cannot be decoded."""
+        pixels = self.preprocess(image)[np.newaxis]
+        return self.run(pixels, coverage=coverage, accuracy=accuracy)[0]
+
+    def predict(
+        self,
+        images: Iterable[ImageInput],
+        batch_size: int = 32,
+        *,
+        coverage: float | None = None,
+        accuracy: float | None = None,
+    ) -> list[Prediction]:
         """Classify images; while one batch runs, the next one is decoded, and no more of them.
 
         Raises:
             ImageError: at the first image that cannot be decoded.
+            BundleError, ConfigError: as `run`.
         """
         self._check()
+        wanted = self._wanted(coverage, accuracy)
         predictions: list[Prediction] = []
         for batch in in_batches(images, self.preprocess, batch_size):
-            predictions += self.run(np.stack(batch))
+            predictions += self._answer(np.stack(batch), wanted)
         return predictions
 
     def submit(self, image: ImageInput) -> "Future[Prediction]":
@@ -196,10 +194,26 @@ class Classifier:
                 )
         return batcher.submit(image)
 
-    def run(self, pixels: NDArray[np.uint8]) -> list[Prediction]:
-        """Classify preprocessed pixels, (batch, height, width, 3) RGB 0-255."""
+    def run(
+        self,
+        pixels: NDArray[np.uint8],
+        *,
+        coverage: float | None = None,
+        accuracy: float | None = None,
+    ) -> list[Prediction]:
+        """Classify preprocessed pixels, (batch, height, width, 3) RGB 0-255.
+
+        Args:
+            pixels: of the images.
+            coverage: wanted of their prediction sets; by default as the classifier was loaded.
+            accuracy: wanted of those that are not rejected; likewise.
+
+        Raises:
+            BundleError: sets or rejection are asked for, and the bundle has no scores for them.
+            ConfigError: the wanted accuracy cannot be promised.
+        """
         self._check()
-        return self._answer(pixels)
+        return self._answer(pixels, self._wanted(coverage, accuracy))
 
     def close(self, *, drain: bool = True) -> None:
         """Answer what was submitted, or cancel it without `drain`; then free the backend.
@@ -229,13 +243,18 @@ class Classifier:
         if self._closed:
             raise BackendError("the classifier is closed; load it again")
 
-    def _answer(self, pixels: NDArray[np.uint8]) -> list[Prediction]:
-        outputs, head = self.backend.run(pixels), self._head
-        if head is None:
-            names, probabilities = self.manifest.class_names, outputs.probabilities
-        else:
-            names, probabilities = head.class_names, head.probabilities(outputs.embedding)
-        return [_prediction(row, names) for row in probabilities]
+    def _wanted(self, coverage: float | None, accuracy: float | None) -> DecisionOptions:
+        if coverage is None and accuracy is None:
+            return self._decisions
+        wanted = wanted_decisions(coverage, accuracy, self._decisions)
+        self._known.check(wanted, asked=True)
+        return wanted
+
+    def _answer(
+        self, pixels: NDArray[np.uint8], wanted: DecisionOptions | None = None
+    ) -> list[Prediction]:
+        outputs = self.backend.run(pixels)
+        return self._known.predictions(outputs, self.precision, wanted or self._decisions)
 
 
 def running_on(classifier: Classifier) -> str:
@@ -243,8 +262,3 @@ def running_on(classifier: Classifier) -> str:
     backend, skipped = classifier.backend, ", ".join(classifier.skipped)
     why = f" (capt-doctor says why not {skipped})" if skipped else ""
     return f"{backend.name} on {backend.device}, {classifier.precision}{why}"
-
-
-def _prediction(probabilities: NDArray[np.float32], class_names: tuple[str, ...]) -> Prediction:
-    best = int(probabilities.argmax())
-    return Prediction(class_names[best], float(probabilities[best]), probabilities, class_names)

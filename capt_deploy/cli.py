@@ -25,6 +25,8 @@ BACKENDS = "auto, tensorrt, tensorrt-rtx, onnxruntime, onnxruntime-cuda or onnxr
 @click.option(
     "--top-k", default=5, show_default=True, type=click.IntRange(1), help="Classes shown."
 )
+@click.option("--coverage", type=float, help="Show sets that hold the true class so often, 0-1.")
+@click.option("--accuracy", type=float, help="Reject what is too unsure for this accuracy, 0-1.")
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
 @click.option(
     "--fast-decode",
@@ -32,13 +34,15 @@ BACKENDS = "auto, tensorrt, tensorrt-rtx, onnxruntime, onnxruntime-cuda or onnxr
     help="Let the decoder shrink large JPEGs; changes their pixels a little.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list on stdout.")
-@click.option("--csv", "as_csv", is_flag=True, help="Print CSV on stdout: path,label,confidence.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV on stdout.")
 @click.version_option(__version__, prog_name="capt")
 def main(
     bundle: Path,
     paths: tuple[str, ...],
     backend: str,
     top_k: int,
+    coverage: float | None,
+    accuracy: float | None,
     batch_size: int,
     fast_decode: bool,
     as_json: bool,
@@ -51,20 +55,24 @@ def main(
     \b
     Example:
       capt-predict pets.capt photos/ extra.jpg --top-k 3
-      capt-predict pets.capt photos/ --backend onnxruntime-cpu --fast-decode --csv
+      capt-predict pets.capt photos/ --accuracy 0.95 --csv
       find . -name '*.jpg' | capt-predict pets.capt - --json
     """
     if as_json and as_csv:
         raise click.UsageError("choose --json or --csv, not both")
     from capt_deploy.classifier import Classifier, running_on
+    from capt_deploy.decisions import wanted_decisions
     from capt_deploy.labelling import find_images, label_files
 
     listed = [line.rstrip("\r\n") for line in sys.stdin] if "-" in paths else []
     files = find_images([path for path in paths if path != "-"], listed)
+    wanted = wanted_decisions(coverage, accuracy)
     with (
-        Classifier.load(bundle, backend, fast_decode=fast_decode) as classifier,
+        Classifier.load(bundle, backend, fast_decode=fast_decode, decisions=wanted) as classifier,
         # Ctrl-C would wait for the batch ahead if it were not dropped
-        closing(label_files(classifier, files, top_k, batch_size)) as results,
+        closing(
+            label_files(classifier, files, top_k, batch_size, show_sets=coverage is not None)
+        ) as results,
     ):
         say(f"{len(files)} images, {running_on(classifier)}")
         failed = _print_json(results, len(files)) if as_json else _print_lines(results, as_csv)
@@ -87,10 +95,12 @@ def _print_lines(rows: "Iterable[LabelledFile]", as_csv: bool) -> bool:
     """Print each row as soon as it is there; return whether one of them is an error."""
     import csv
 
+    from capt_deploy.labelling import CSV_HEADER
+
     failed = False
     writer = csv.writer(sys.stdout, lineterminator="\n")
     if as_csv:
-        writer.writerow(["path", "label", "confidence", "error"])
+        writer.writerow(CSV_HEADER)
     for row in rows:
         failed |= row.error is not None
         if as_csv:

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from capt_deploy.batches import preprocess_files
-from capt_deploy.classifier import Classifier, Prediction
+from capt_deploy.classifier import Classifier
 from capt_deploy.errors import DataError
 from capt_deploy.files import expand_home, visible_files
 from capt_deploy.images import IMAGE_SUFFIXES
+from capt_deploy.prediction import Prediction
+
+CSV_HEADER = ("path", "label", "confidence", "error", "prediction_set", "rejected")
 
 
 @dataclass(frozen=True)
@@ -21,30 +24,32 @@ class LabelledFile:
     prediction: Prediction | None
     top_k: int
     error: str | None = None
+    show_set: bool = False  # in the line of text
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row's JSON form."""
         if self.prediction is None:
             return {"path": self.path, "error": self.error}
-        top = self.prediction.top(self.top_k)
-        return {
-            "path": self.path,
-            "label": self.prediction.label,
-            "confidence": self.prediction.confidence,
-            "top_k": [{"label": label, "confidence": share} for label, share in top],
-        }
+        return {"path": self.path, **self.prediction.to_dict(self.top_k)}
 
-    def fields(self) -> tuple[str, str, str, str]:
-        """Return the row's CSV fields: path, label, confidence, error."""
-        if self.prediction is None:
-            return self.path, "", "", self.error or ""
-        return self.path, self.prediction.label, f"{self.prediction.confidence:.6f}", ""
+    def fields(self) -> tuple[str, ...]:
+        """Return the row's CSV fields, those of CSV_HEADER."""
+        own = self.prediction
+        if own is None:
+            return self.path, "", "", self.error or "", "", ""
+        inside = "" if own.prediction_set is None else "; ".join(own.prediction_set)
+        rejected = "" if own.rejected is None else str(own.rejected).lower()
+        return self.path, own.label, f"{own.confidence:.6f}", "", inside, rejected
 
     def __str__(self) -> str:
         if self.prediction is None:
             return f"{self.path}: error: {self.error}"
         top = self.prediction.top(self.top_k)
-        return f"{self.path}: " + ", ".join(f"{label} {share:.3f}" for label, share in top)
+        shown = ", ".join(f"{label} {share:.3f}" for label, share in top)
+        rejected = " (rejected)" if self.prediction.rejected else ""
+        likely = self.prediction.prediction_set
+        listed = f"; one of: {'; '.join(likely)}" if self.show_set and likely else ""
+        return f"{self.path}: {shown}{rejected}{listed}"
 
 
 def find_images(paths: Iterable[str], listed: Iterable[str] = ()) -> list[str]:
@@ -77,7 +82,12 @@ def find_images(paths: Iterable[str], listed: Iterable[str] = ()) -> list[str]:
 
 
 def label_files(
-    classifier: Classifier, files: Sequence[str], top_k: int, batch_size: int
+    classifier: Classifier,
+    files: Sequence[str],
+    top_k: int,
+    batch_size: int,
+    *,
+    show_sets: bool = False,
 ) -> Generator[LabelledFile, None, None]:
     """Yield a row for every file, in order; while one batch runs, the next one is decoded."""
     config, fast = classifier.manifest.preprocess, classifier.fast_decode
@@ -85,4 +95,4 @@ def label_files(
         predictions = iter([] if batch.pixels is None else classifier.run(batch.pixels))
         for name in batch.files:
             prediction = None if name in batch.errors else next(predictions)
-            yield LabelledFile(name, prediction, top_k, batch.errors.get(name))
+            yield LabelledFile(name, prediction, top_k, batch.errors.get(name), show_sets)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -181,6 +183,34 @@ def full_bundle(tuned_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
     options = ExportOptions(precisions=("fp32", "fp16", "bf16", "int8"))
     return export_run(tuned_run, tmp_path_factory.mktemp("bundles") / "full.capt", options=options)
+
+
+@pytest.fixture(scope="session")
+def decided_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the committed bundle with scores of 200 made-up validation images.
+
+    Its own comes from a run that kept none.
+    """
+    from safetensors.numpy import save
+
+    from capt_deploy.bundle import CALIBRATION, MANIFEST
+    from capt_deploy.decisions import Decisions
+    from capt_deploy.metrics import softmax
+
+    bundle = tmp_path_factory.mktemp("decided") / "decided.capt"
+    shutil.copytree(Path(__file__).parent / "golden" / "tiny.capt", bundle)
+    random = np.random.default_rng(0)
+    logits = 3 * random.normal(size=(200, 4))
+    probabilities = softmax(logits).astype(np.float32)
+    draws = random.random((200, 1))  # labels are drawn from the probabilities, which so are right
+    labels = (probabilities.cumsum(axis=1) < draws).sum(axis=1).clip(max=3)
+    content = save(Decisions.of(probabilities, logits, labels).arrays())
+    (bundle / CALIBRATION).write_bytes(content)
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    record = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    manifest["files"][CALIBRATION] = record
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+    return bundle
 
 
 @pytest.fixture(scope="session")

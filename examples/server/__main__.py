@@ -19,6 +19,8 @@ _STOP_SECONDS = 60  # for requests under way, once the server has been told to e
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0: any network.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
 @click.option("--backend", default="auto", show_default=True, help="As of capt-predict.")
+@click.option("--coverage", type=float, help="Of prediction sets, 0-1; 0.9 by default.")
+@click.option("--accuracy", type=float, help="Reject what is too unsure for this accuracy, 0-1.")
 @click.option("--max-bytes", default=10 * 2**20, show_default=True, help="Of a request's body.")
 @click.option("--max-seconds", default=30.0, show_default=True, help="Until the body is here.")
 @click.option("--max-pixels", default=50_000_000, show_default=True, help="Of an image.")
@@ -35,6 +37,8 @@ def main(
     host: str,
     port: int,
     backend: str,
+    coverage: float | None,
+    accuracy: float | None,
     max_bytes: int,
     max_seconds: float,
     max_pixels: int,
@@ -62,6 +66,7 @@ def main(
 
     from capt_deploy.batcher import BatcherOptions
     from capt_deploy.classifier import Classifier
+    from capt_deploy.decisions import wanted_decisions
     from examples.server.app import make_app
     from examples.server.limits import Limits
 
@@ -69,8 +74,12 @@ def main(
         max_bytes, max_seconds, max_pixels, max_images, max_requests, rate=rate, burst=burst
     )
     batcher = BatcherOptions(max_batch, max_wait_ms, max_waiting)
+    decisions = wanted_decisions(coverage, accuracy)
     listener = _bind(host, port)  # before an engine is built, which can take minutes
-    with listener, Classifier.load(bundle, backend, batcher=batcher) as classifier:
+    with (
+        listener,
+        Classifier.load(bundle, backend, batcher=batcher, decisions=decisions) as classifier,
+    ):
         classifier(np.zeros((8, 8, 3), np.uint8))  # a backend's first run is its slowest
         app = make_app(classifier, limits)
         config = uvicorn.Config(

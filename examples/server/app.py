@@ -19,8 +19,9 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
-from capt_deploy.classifier import Classifier, Prediction
+from capt_deploy.classifier import Classifier
 from capt_deploy.errors import BackendError, BusyError, ImageError
+from capt_deploy.prediction import Prediction
 from capt_deploy.version import __version__
 from examples.server.bodies import BODY, read_images
 from examples.server.limits import Limits, RefusedError, TokenBuckets
@@ -138,17 +139,27 @@ async def _answers(
 
 
 async def _try_out(classifier: Classifier) -> None:
-    """Let the classifier answer once: what only looks ready is not."""
+    """Let the graph answer once: what only looks ready is not. The monitor is not to see it."""
+    pixels = classifier.preprocess(np.zeros((8, 8, 3), np.uint8))[np.newaxis]
     try:
-        future = classifier.submit(np.zeros((8, 8, 3), np.uint8))
-        await asyncio.wait_for(asyncio.wrap_future(future), _READY_SECONDS)
+        answer = asyncio.to_thread(classifier.backend.run, pixels)
+        await asyncio.wait_for(answer, _READY_SECONDS)
     except (BackendError, TimeoutError) as cause:
         raise RefusedError(503, f"not ready: {cause or 'no answer in time'}", 1) from None
 
 
 def _to_dict(prediction: Prediction, top_k: int) -> dict[str, Any]:
     top = [{"label": label, "probability": share} for label, share in prediction.top(top_k)]
-    return {"label": prediction.label, "confidence": prediction.confidence, "top": top}
+    partner = prediction.confused_with
+    return {
+        "label": prediction.label,
+        "confidence": prediction.confidence,
+        "top": top,
+        "prediction_set": prediction.prediction_set,
+        "rejected": prediction.rejected,
+        "familiarity": prediction.familiarity,
+        "confused_with": partner and {"label": partner[0], "probability": partner[1]},
+    }
 
 
 def _explain_errors(app: FastAPI) -> None:

@@ -1,7 +1,9 @@
 """What Prometheus is told. A registry of one's own, so that several apps fit into one process."""
 
+import math
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,12 +11,43 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from capt_deploy.backends import Backend, Outputs
-from capt_deploy.classifier import Classifier, Prediction
+from capt_deploy.classifier import Classifier
+from capt_deploy.monitor import MonitorSummary
+from capt_deploy.prediction import Prediction
 from capt_deploy.version import __version__
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 _TENTHS = tuple(tenth / 10 for tenth in range(1, 11))
+_WINDOW = 20_000  # images after which the comparison begins anew
+_VERDICTS = {"steady": 0.0, "watch": 1.0, "shifted": 2.0}
+_WATCHED: dict[str, tuple[str, Callable[[MonitorSummary], float | None]]] = {
+    "capt_shift": (
+        "Of predictions, against validation images: 0 none, 1 watch it, 2 they have shifted.",
+        lambda seen: _VERDICTS.get(seen.verdict),
+    ),
+    "capt_confidence_psi": (
+        "Population stability index of confidences; above 0.25, and chance, they have shifted.",
+        lambda seen: seen.confidence_psi,
+    ),
+    "capt_confidence_psi_by_chance": (
+        "What so few images exceed once in a thousand without a shift.",
+        lambda seen: seen.confidence.chance if seen.confidence else None,
+    ),
+    "capt_class_psi": (
+        "Population stability index of predicted classes.",
+        lambda seen: seen.class_psi,
+    ),
+    "capt_class_psi_by_chance": (
+        "What so few images exceed once in a thousand without a shift.",
+        lambda seen: seen.classes.chance if seen.classes else None,
+    ),
+    "capt_rejection_rate": ("Share of images rejected.", lambda seen: seen.rejection_rate),
+    "capt_expected_rejection_rate": (
+        "The same among validation images.",
+        lambda seen: seen.expected_rejection_rate,
+    ),
+}
 Message = MutableMapping[str, Any]
 App = Callable[..., Awaitable[None]]
 
@@ -44,6 +77,7 @@ class Metrics:
         self.predicted = Counter(
             "capt_predicted", "Images by best class.", ["label"], registry=registry
         )
+        self._watch(classifier)
         info = Gauge(
             "capt_info",
             "What runs.",
@@ -54,8 +88,22 @@ class Metrics:
         info.labels(__version__, backend.name, backend.device, classifier.precision).set(1)
         classifier.backend = _CountedBackend(backend, self)
 
+    def _watch(self, classifier: Classifier) -> None:
+        """Show how predictions compare with those of the validation images; NaN: not to be told."""
+        self._monitor, self._watched = classifier.monitor(), 0
+
+        def value(of: Callable[[MonitorSummary], float | None]) -> float:
+            found = of(self._monitor.summary())
+            return math.nan if found is None else found
+
+        for name, (words, of) in _WATCHED.items():
+            Gauge(name, words, registry=self.registry).set_function(partial(value, of))
+
     def count(self, prediction: Prediction) -> None:
         """Count one answer."""
+        self._watched += 1
+        if self._watched % _WINDOW == 0:  # else a shift would not show after a million images
+            self._monitor.reset()
         self.confidence.observe(prediction.confidence)
         self.predicted.labels(prediction.label).inc()
 

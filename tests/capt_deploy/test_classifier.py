@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from capt_deploy import BackendError, BundleError, Classifier, ImageError
+from capt_deploy import BackendError, BundleError, Classifier, DecisionOptions, ImageError
 from capt_deploy.batcher import BatcherOptions
 from capt_deploy.batches import in_batches
+from capt_deploy.errors import ConfigError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PHOTOS = sorted((GOLDEN / "photos").rglob("*.png"))
@@ -210,3 +211,90 @@ def test_closing_in_an_answers_callback_still_answers_what_was_submitted():
 
 def test_it_says_what_runs_it(classifier):
     assert repr(classifier).startswith(f"Classifier({len(classifier.class_names)} classes, onnx")
+
+
+@pytest.fixture(scope="module")
+def decided(decided_bundle):
+    with Classifier.load(decided_bundle) as classifier:
+        yield classifier
+
+
+def test_sets_grow_with_the_coverage_that_is_asked_for(decided):
+    usual = decided.predict(PHOTOS)
+    wide = decided.predict(PHOTOS, coverage=0.99)
+    for photo, own, more in zip(PHOTOS, usual, wide, strict=True):
+        assert own.prediction_set[0] == own.label
+        assert {*own.prediction_set} <= {*more.prediction_set}
+        shares = [dict(more.top(4))[name] for name in more.prediction_set]
+        assert shares == sorted(shares, reverse=True)
+        assert decided(photo, coverage=0.99).prediction_set == more.prediction_set
+        assert own.rejected is None
+        assert 0 < own.familiarity <= 1
+    assert sum(len(p.prediction_set) for p in wide) > sum(len(p.prediction_set) for p in usual)
+
+
+def test_predictions_are_rejected_below_the_threshold_of_the_wanted_accuracy(decided):
+    threshold = open_bundle_decisions(decided).threshold(DecisionOptions(accuracy=0.7))
+    found = decided.predict(PHOTOS, accuracy=0.7)
+    assert [own.rejected for own in found] == [own.confidence < threshold for own in found]
+
+
+def open_bundle_decisions(classifier):
+    return classifier._known._judge.decisions
+
+
+def test_what_cannot_be_promised_is_refused(decided, classifier, decided_bundle):
+    with pytest.raises(ConfigError, match=r"200 validation images .* cannot be promised"):
+        decided(PHOTOS[0], accuracy=0.999)
+    with pytest.raises(ConfigError, match="cannot be promised"):
+        Classifier.load(decided_bundle, decisions=DecisionOptions(accuracy=0.999))
+    for wrong in (0.0, 1.0, -1, float("nan")):
+        with pytest.raises(ConfigError, match="coverage: expected a share between 0 and 1"):
+            decided(PHOTOS[0], coverage=wrong)
+    for coverage in (0.8, 0.9):  # also the usual one, once it is asked for
+        with pytest.raises(BundleError, match="the run needs validation images"):
+            classifier(PHOTOS[0], coverage=coverage)
+    with pytest.raises(BundleError, match="the run needs validation images"):
+        Classifier.load(GOLDEN / "tiny.capt", decisions=DecisionOptions())
+    assert classifier(PHOTOS[0]).prediction_set is None
+
+
+def test_the_partner_of_a_class_is_who_is_most_often_taken_for_it(decided):
+    pairs = decided.manifest.confusion_pairs
+    for photo in PHOTOS:
+        own = decided(photo)
+        counts = {p["true"]: p["count"] for p in pairs if p["predicted"] == own.label}
+        if not counts:
+            assert own.confused_with is None
+        else:
+            name, share = own.confused_with
+            assert counts[name] == max(counts.values())
+            assert share == dict(own.top(4))[name]
+
+
+def test_a_monitor_sees_all_predictions_from_its_first_call_on(decided_bundle):
+    wanted = DecisionOptions(accuracy=0.7)
+    with Classifier.load(decided_bundle, decisions=wanted) as classifier:
+        classifier(PHOTOS[0])
+        monitor = classifier.monitor()
+        assert monitor is classifier.monitor()
+        assert monitor.summary().images == 0
+        found = [classifier(PHOTOS[0]), *classifier.predict(PHOTOS)]
+        found.append(classifier.submit(PHOTOS[1]).result())
+        seen = monitor.summary()
+        assert seen.images == len(found) == 5
+        assert seen.class_counts == {
+            name: sum(own.label == name for own in found) for name in classifier.class_names
+        }
+        assert seen.rejection_rate == sum(own.rejected for own in found) / 5
+        decisions = open_bundle_decisions(classifier)
+        expected = decisions.rejection.expected_rejection(decisions.threshold(wanted))
+        assert seen.expected_rejection_rate == expected
+
+
+def test_too_low_a_familiarity_is_refused_where_it_would_reject_nothing(decided_bundle):
+    with pytest.raises(ConfigError, match=r"with 200 validation images none is below 0\.005"):
+        Classifier.load(decided_bundle, decisions=DecisionOptions(familiarity=0.004))
+    with Classifier.load(decided_bundle, decisions=DecisionOptions(familiarity=0.5)) as own:
+        for found in own.predict(PHOTOS):
+            assert found.rejected is (found.familiarity < 0.5)

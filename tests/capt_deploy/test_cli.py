@@ -149,3 +149,39 @@ def test_ctrl_c_ends_it_at_once_without_a_traceback(tmp_path, form):
     assert stderr.endswith("interrupted\n")
     assert "Traceback" not in stderr
     assert stdout.count("\n") < 6_000
+
+
+def test_sets_and_rejections_are_in_all_forms(decided_bundle):
+    wanted = ("--coverage", "0.8", "--accuracy", "0.7")
+    rows = json.loads(run(decided_bundle, PHOTOS, "--json", *wanted).stdout)
+    table = list(csv.DictReader(io.StringIO(run(decided_bundle, PHOTOS, "--csv", *wanted).stdout)))
+    lines = run(decided_bundle, PHOTOS, *wanted).stdout.splitlines()
+    assert len(rows) == len(table) == len(lines) == 3
+    for row, own, line in zip(rows, table, lines, strict=True):
+        assert own["prediction_set"] == "; ".join(row["prediction_set"])
+        assert own["rejected"] == json.dumps(row["rejected"])
+        assert ("(rejected)" in line) == row["rejected"]
+        assert line.endswith(f"one of: {own['prediction_set']}")
+        assert row["prediction_set"][0] == row["label"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--accuracy", "0.9999"), "cannot be promised with a certainty of 0.95; the most is 0."),
+        (
+            ("--coverage", "90"),
+            "expected a share between 0 and 1, such as 0.9; came 90.0",
+        ),
+    ],
+)
+def test_a_promise_that_cannot_be_kept_is_an_error(decided_bundle, options, message):
+    result = run(decided_bundle, PHOTOS, *options)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+
+
+def test_a_bundle_that_promises_nothing_says_so_when_asked_for_the_usual_coverage():
+    result = run(BUNDLE, PHOTOS, "--coverage", "0.9")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "the run needs validation images" in result.stderr

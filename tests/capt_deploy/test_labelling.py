@@ -36,7 +36,7 @@ def classifier() -> Classifier:
         tuned=(True, True, True),
         preprocess=PreprocessConfig((4, 4), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
         graphs={"fp32": Graph("model.onnx", 20)},
-        calibration={},
+        calibration={"fp32": {"temperature": 1.0}},
         confusion_pairs=(),
         training={},
     )
@@ -74,7 +74,9 @@ def test_a_row_reads_the_same_as_json_csv_and_text(classifier: Classifier, photo
     assert [top["label"] for top in value["top_k"]] == ["blue", "green"]
     assert value["top_k"][1]["confidence"] == pytest.approx(50 / 151, abs=1e-6)
     assert (value["path"], value["label"]) == (path, "blue")
-    assert row.fields() == (path, "blue", "0.662252", "")
+    # of a bundle without validation images
+    assert (value["prediction_set"], value["rejected"], value["familiarity"]) == (None,) * 3
+    assert row.fields() == (path, "blue", "0.662252", "", "", "")
     assert str(row) == f"{path}: blue 0.662, green 0.331"
 
 
@@ -84,7 +86,7 @@ def test_an_error_row_reads_the_same_as_json_csv_and_text(
     path = str(photos / "gone.png")
     (row,) = label_files(classifier, [path], 2, 8)
     assert row.to_dict() == {"path": path, "error": f"{path}: no such file"}
-    assert row.fields() == (path, "", "", f"{path}: no such file")
+    assert row.fields() == (path, "", "", f"{path}: no such file", "", "")
     assert str(row).startswith(f"{path}: error: ")
 
 

@@ -1,14 +1,17 @@
 """The server as its clients meet it: a process of its own, real sockets, many at once."""
 
 import json
+import math
 import socket
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.server_load import Server, Task, is_right, load, post_file
+from benchmarks.server_load import Server, Task, is_right, load, post_file, running_server
 from capt_deploy.classifier import Classifier
+from capt_deploy.decisions import DecisionOptions
 from tests.examples.clients import FORM, JSON, count, encoded, form, get, picture, send
 
 GOOD = picture(0)
@@ -118,3 +121,26 @@ def test_the_page_needs_nothing_from_elsewhere(server: Server) -> None:
     assert "default-src 'none'" in response.headers["Content-Security-Policy"]
     assert "http" not in page
     assert "src=" not in page
+
+
+def test_what_is_decided_is_answered_and_watched(server_extra: None, decided_bundle: Path) -> None:
+    with (
+        Classifier.load(decided_bundle, decisions=DecisionOptions(accuracy=0.7)) as own,
+        running_server(decided_bundle, "--accuracy", 0.7) as server,
+    ):
+        assert math.isnan(count(server, "capt_confidence_psi "))
+        expected = own(GOOD)
+        assert get(server, "/readyz")[0] == 200
+        assert math.isnan(count(server, "capt_confidence_psi "))  # which was no photo
+        status, answer, _ = send(server, form(GOOD), FORM)
+        assert status == 200
+        (found,) = answer["predictions"]
+        assert found["prediction_set"] == [*expected.prediction_set]
+        assert found["rejected"] is expected.rejected
+        assert found["familiarity"] == pytest.approx(expected.familiarity)
+        for name in ("capt_confidence_psi", "capt_class_psi"):  # of one image
+            assert 0 < count(server, f"{name} ") < count(server, f"{name}_by_chance")
+        assert math.isnan(count(server, "capt_shift"))  # too few
+        assert count(server, "capt_rejection_rate") == expected.rejected
+        rate = own.monitor().summary().expected_rejection_rate
+        assert count(server, "capt_expected_rejection_rate") == pytest.approx(rate)

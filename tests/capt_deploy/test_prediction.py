@@ -1,0 +1,138 @@
+"""What a judge makes of a graph's answers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from capt_deploy.decisions import DecisionOptions, Decisions
+from capt_deploy.errors import BackendError, BundleError, ConfigError
+from capt_deploy.manifest import Manifest
+from capt_deploy.metrics import softmax
+from capt_deploy.monitor import Monitor
+from capt_deploy.prediction import Judge, Prediction
+
+NAMES = ("beaver", "otter", "seal")
+
+
+@pytest.fixture(scope="module")
+def manifest(golden: Path) -> Manifest:
+    own = Manifest.from_dict(json.loads((golden / "manifest.json").read_text()), "golden")
+    pairs = ({"true": "seal", "predicted": "otter", "count": 3},)
+    return replace(own, class_names=NAMES, tuned=(True,) * 3, confusion_pairs=pairs)
+
+
+def drawn(seed: int, images: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    logits = np.random.default_rng(seed).normal(0, 2, (images, 3)).astype(np.float32)
+    return softmax(logits).astype(np.float32), logits
+
+
+@pytest.fixture(scope="module")
+def known() -> Decisions:
+    probabilities, logits = drawn(0, 800)
+    random = np.random.default_rng(0)
+    labels = [random.choice(3, p=row / row.sum()) for row in probabilities.astype(float)]
+    return Decisions.of(probabilities, logits, np.array(labels))
+
+
+OPTIONS = DecisionOptions(coverage=0.8, accuracy=0.85, familiarity=0.1)
+
+
+def test_each_image_gets_its_own_row_of_what_is_decided(
+    manifest: Manifest, known: Decisions
+) -> None:
+    probabilities, logits = drawn(1, 60)
+    found = Judge(manifest, known).predictions(probabilities, logits, OPTIONS)
+    decided = known.decide(probabilities, logits, OPTIONS)
+    assert decided.rejected is not None
+    assert {own.rejected for own in found} == {True, False}
+    assert {len(own.prediction_set or ()) for own in found} >= {1, 2}
+    for row, own in enumerate(found):
+        assert own.label == NAMES[int(probabilities[row].argmax())]
+        assert own.confidence == float(probabilities[row].max())
+        assert own.class_names == NAMES
+        inside = {NAMES[column] for column in np.flatnonzero(decided.sets[row])}
+        assert own.prediction_set is not None
+        assert {*own.prediction_set} == inside and len(own.prediction_set) == len(inside)
+        shares = [probabilities[row][NAMES.index(name)] for name in own.prediction_set]
+        assert shares == sorted(shares, reverse=True)
+        assert own.prediction_set[0] == own.label
+        assert own.rejected is bool(decided.rejected[row])
+        assert own.familiarity == float(decided.familiarity[row])
+        partner = ("seal", float(probabilities[row][2])) if own.label == "otter" else None
+        assert own.confused_with == partner
+        assert ("rejected=True" in repr(own)) == own.rejected
+
+
+def test_without_scores_nothing_is_said_of_sets_and_rejection(manifest: Manifest) -> None:
+    judge = Judge(manifest, None)
+    judge.check(DecisionOptions())
+    for wanted in (DecisionOptions(coverage=0.8), DecisionOptions(accuracy=0.9)):
+        with pytest.raises(BundleError, match="nothing can be promised"):
+            judge.check(wanted, asked=True)
+    probabilities, logits = drawn(1, 5)
+    for own in judge.predictions(probabilities, logits, DecisionOptions()):
+        assert (own.prediction_set, own.rejected, own.familiarity) == (None, None, None)
+        assert (own.confused_with is not None) == (own.label == "otter")
+
+
+def test_with_scores_what_cannot_be_promised_is_refused_before_any_image(
+    manifest: Manifest, known: Decisions
+) -> None:
+    judge = Judge(manifest, known)
+    judge.check(OPTIONS)
+    with pytest.raises(ConfigError, match="the most is"):
+        judge.check(DecisionOptions(accuracy=0.9999))
+
+
+def test_added_classes_have_no_scores(manifest: Manifest, known: Decisions) -> None:
+    judge = Judge(manifest, known, ["cat"])
+    assert judge.class_names == (*NAMES, "cat")
+    with pytest.raises(BundleError, match="no class be added"):
+        judge.check(OPTIONS, asked=True)
+    probabilities = np.array([[0.1, 0.2, 0.1, 0.6], [0.1, 0.6, 0.1, 0.2]], np.float32)
+    cat, otter = judge.predictions(probabilities, np.log(probabilities), DecisionOptions())
+    assert (cat.label, cat.prediction_set, cat.confused_with) == ("cat", None, None)
+    assert (otter.label, otter.confused_with) == ("otter", ("seal", pytest.approx(0.1)))
+
+
+def test_the_monitor_sees_what_was_said(manifest: Manifest, known: Decisions) -> None:
+    monitor = Monitor(known.reference, NAMES)
+    probabilities, logits = drawn(1, 60)
+    found = Judge(manifest, known).predictions(probabilities, logits, OPTIONS, monitor)
+    summary = monitor.summary()
+    assert summary.images == 60
+    assert summary.rejection_rate == pytest.approx(sum(bool(o.rejected) for o in found) / 60)
+    assert summary.class_counts == {n: sum(o.label == n for o in found) for n in NAMES}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("scored", [True, False])
+def test_answers_that_are_no_numbers_are_an_error_that_says_so(
+    manifest: Manifest, known: Decisions, bad: float, scored: bool
+) -> None:
+    probabilities, logits = drawn(1, 4)
+    probabilities[2] = bad
+    monitor = Monitor(None, NAMES)
+    judge = Judge(manifest, known if scored else None)
+    with pytest.raises(BackendError, match="to 1 of 4 images are not numbers"):
+        judge.predictions(probabilities, logits, DecisionOptions(), monitor)
+    assert monitor.summary().images == 0
+
+
+def test_no_images_get_no_predictions(manifest: Manifest, known: Decisions) -> None:
+    none = np.empty((0, 3), np.float32)
+    assert Judge(manifest, known).predictions(none, none, OPTIONS) == []
+
+
+def test_the_most_probable_classes_come_first_and_ties_in_their_order() -> None:
+    shares: Any = np.array([0.3, 0.1, 0.3, 0.3], np.float32)
+    own = Prediction("a", 0.3, shares, ("a", "b", "c", "d"))
+    assert [name for name, _ in own.top(3)] == ["a", "c", "d"]
+    assert own.top(9)[-1] == ("b", pytest.approx(0.1))
