@@ -1,4 +1,4 @@
-"""Draw rows of `capt-bench`. The only file of the runtime that imports matplotlib."""
+"""Draw rows of `capt-bench`; matplotlib is imported only where it is needed."""
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO

@@ -27,10 +27,11 @@ def main() -> None:
     pictures = [photo.relative_to(ROOT) for photo in photos]
     _command("capt-train", "--data", DATA, "--model", MODEL, "--classes", "base", "--out", RUN)
     _command("capt-export", RUN, "--out", BUNDLE, "--fp16")
-    _command("capt-eval", RUN, "--data", DATA)
+    _command(*("capt-eval", RUN, "--data", DATA, "--exported", BUNDLE, "--report", OUT / "report"))
     _command("capt-confusions", RUN, "--top", 8)
     _command("capt-predict", BUNDLE, *pictures, "--top-k", 3)
-    print(f"\nThe bundle lies in {BUNDLE}. Label more images: capt-predict {BUNDLE} FOLDER")
+    print(f"\nAll of it on one page: {OUT / 'report' / 'report.html'}")
+    print(f"The bundle lies in {BUNDLE}. Label more images: capt-predict {BUNDLE} FOLDER")
 
 
 def _command(name: str, *arguments: object) -> None:

@@ -1,0 +1,242 @@
+"""The pictures of a report as SVG; the only file of it that imports matplotlib.
+
+All are readable in black and white: lines differ by dashes and markers. Text stays text, so that
+the reader's own fonts show letters that matplotlib's lack. Sizes are in inches.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+from unicodedata import east_asian_width
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capt_deploy.errors import ConfigError
+from capt_deploy.metrics import Floats
+from capt_deploy.reliability import Reliability
+from capt_deploy.report.data import ZERO_SHOT
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_SIZE = 9  # points of text, 12 pixels of a page
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "capt",  # the same data give the same file
+    "font.size": _SIZE,
+    "axes.labelsize": _SIZE,
+    "axes.titlesize": _SIZE,
+    "xtick.labelsize": _SIZE - 1,
+    "ytick.labelsize": _SIZE - 1,
+    "legend.fontsize": _SIZE - 1,
+    "lines.markersize": 5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+_LINES: tuple[dict[str, Any], ...] = (
+    {"linestyle": "--", "marker": "s", "color": "0.35", "markerfacecolor": "white"},
+    {"linestyle": "-", "marker": "o", "color": "black"},
+    {"linestyle": ":", "marker": "^", "color": "black", "markerfacecolor": "white"},
+    {"linestyle": "-.", "marker": "D", "color": "0.5"},
+    {"linestyle": (0, (5, 1, 1, 1)), "marker": "v", "color": "0.2", "markerfacecolor": "white"},
+    {"linestyle": (0, (1, 2)), "marker": "P", "color": "0.35"},
+)
+_Z = 1.96  # of 95 %
+FEW = 10  # images of a bin; fewer say next to nothing
+
+_SMALL_MARKS: dict[str, Any] = {"linestyle": "none", "markersize": 2.5, "clip_on": False}
+
+MOST_CLASSES = 100
+_NUMBERED = 20  # with more classes there is no room for numbers in the cells
+_LONGEST = 28  # characters of a name
+
+
+def check_plotting() -> None:
+    """Make sure, before time is spent, that matplotlib is there.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as cause:
+        raise ConfigError(
+            f"--report needs matplotlib ({cause}); pip install 'capt[plot]'"
+        ) from cause
+
+
+@contextmanager
+def _figure(width: float, height: float, svg: BytesIO) -> Iterator["Figure"]:
+    """Yield a figure and write it; the user's own settings of matplotlib do not touch it."""
+    from matplotlib import style
+    from matplotlib.figure import Figure  # pyplot would keep the figure and look for a display
+
+    with style.context(["default", _STYLE]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the reader's browser has more letters
+        figure = Figure(figsize=(width, height))
+        yield figure
+        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+
+
+def draw_reliability(before: Reliability, after: Reliability) -> bytes:
+    """Draw accuracy over confidence, and below how many images have which confidence.
+
+    Whiskers are 95 % Wilson intervals of the accuracy of a bin. Bins with few images get small
+    marks, and no line that would lead the eye to them.
+    """
+    svg = BytesIO()
+    with _figure(3.5, 3.9, svg) as figure:
+        above, below = figure.subplots(
+            2, 1, sharex=True, height_ratios=(3, 1), gridspec_kw={"hspace": 0.09}
+        )
+        figure.subplots_adjust(left=0.15, right=0.97, top=0.93, bottom=0.11)
+        for label, own, look in zip(("before", "after"), (before, after), _LINES, strict=False):
+            many, few = own.counts >= FEW, (own.counts > 0) & (own.counts < FEW)
+            above.plot(own.confidence[many], own.accuracy[many], label=label, **look)
+            above.plot(own.confidence[few], own.accuracy[few], **{**look, **_SMALL_MARKS})
+        above.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, label="ideal", zorder=0)
+        full = after.counts > 0
+        low, high = _wilson(after.accuracy[full], after.counts[full])
+        above.vlines(after.confidence[full], low, high, color="0.45", linewidth=1, zorder=1)
+        above.set(xlim=(0, 1), ylim=(-0.02, 1.02), ylabel="share that is right")
+        above.legend(loc="lower left", bbox_to_anchor=(-0.03, 0.98), ncols=3, frameon=False)
+        below.stairs(after.counts, after.edges, fill=True, color="0.75")
+        below.stairs(after.counts, after.edges, color="black", linewidth=0.8)
+        below.stairs(before.counts, before.edges, color="0.35", linestyle="--", linewidth=1.2)
+        below.set(xlabel="confidence", ylabel="images")
+        _whole_numbers(below)
+    return svg.getvalue()
+
+
+def _wilson(share: Floats, count: NDArray[np.int64]) -> tuple[Floats, Floats]:
+    centre = (share + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
+    spread = np.sqrt(share * (1 - share) / count + (_Z / (2 * count)) ** 2)
+    half = _Z * spread / (1 + _Z**2 / count)
+    return centre - half, centre + half
+
+
+def _whole_numbers(panel: "Axes") -> None:
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    panel.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    panel.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+
+
+def draw_risks(curves: Mapping[str, tuple[Floats, Floats]], areas: Mapping[str, float]) -> bytes:
+    """Draw the share that is wrong over the share of most confident images, a line a model.
+
+    Args:
+        curves: by model: coverage, risk.
+        areas: under them.
+    """
+    from matplotlib.ticker import FuncFormatter
+
+    svg, first = BytesIO(), 0 if ZERO_SHOT in curves else 1  # each looks as in other reports
+    with _figure(3.5, 3.1 + 0.16 * len(curves), svg) as figure:
+        panel = figure.subplots()
+        legend = (0.16 * len(curves) + 0.08) / figure.get_figheight()
+        figure.subplots_adjust(left=0.15, right=0.96, top=0.97 - legend, bottom=0.45 / 3.6)
+        for number, (name, (coverage, risk)) in enumerate(curves.items()):
+            look = _LINES[(first + number) % len(_LINES)]
+            step = max(1, len(coverage) // 8)
+            label = f"{areas[name]:.3f} {_fitting(name)}"
+            marks = (number * step // max(1, len(curves)), step)
+            panel.plot(coverage, risk, label=label, markevery=marks, **look)
+        panel.set(xlim=(0, 1), xlabel="share of images answered")
+        panel.set_ylim(0, max(0.01, 1.05 * max(risk.max() for _, risk in curves.values())))
+        panel.set_ylabel("share of these that is wrong, %")
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}"))
+        panel.grid(color="0.9", linewidth=0.6)
+        legend_box = panel.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), frameon=False)
+        for text in legend_box.get_texts():
+            text.set_parse_math(False)
+    return svg.getvalue()
+
+
+def draw_confusions(
+    counts: NDArray[np.int64],
+    images: NDArray[np.int64],
+    class_names: Sequence[str],
+    mined: NDArray[np.bool_],
+) -> bytes:
+    """Draw which share of each class is taken for which, with mined pairs framed.
+
+    Args:
+        counts: (classes, classes) of images, `[true, predicted]`; up to `MOST_CLASSES` classes.
+        images: (classes,) of the class, whatever they are taken for.
+        class_names: one for each.
+        mined: (classes, classes).
+    """
+    from matplotlib.colors import PowerNorm
+
+    names, classes = [_fitting(name) for name in class_names], len(class_names)
+    cell = 0.34 if classes <= _NUMBERED else max(0.1, 0.16 - 0.0006 * classes)
+    size = _SIZE - 1 if classes <= _NUMBERED else _SIZE - 2
+    side, room = max(cell * classes, 2.0), 0.35 + max(map(_width, names)) * size / 72
+    width, height = room + side + 0.25, room + side + 0.6
+    svg = BytesIO()
+    with _figure(width, height, svg) as figure:
+        panel = figure.add_axes((room / width, room / height, side / width, side / height))
+        shares = counts / np.maximum(images, 1)[:, np.newaxis]
+        norm = PowerNorm(0.5, 0, 1)  # a root, so that single images do not fade away
+        image = panel.imshow(shares, cmap="Greys", norm=norm, interpolation="none", aspect="auto")
+        true, taken = np.nonzero(mined)
+        panel.scatter(
+            taken,
+            true,
+            marker="s",
+            s=(0.86 * 72 * side / classes) ** 2,
+            facecolor="none",
+            edgecolor="#c40",
+            linewidth=1.2,
+        )
+        _name_axes(panel, names, size)
+        # Placed by hand: matplotlib would put them beside the names as wide as its own font is.
+        middle = room + side / 2
+        figure.text(middle / width, 0.05 / height, "taken for", ha="center", va="bottom")
+        figure.text(0.05 / width, middle / height, "true class", rotation=90, va="center")
+        if classes <= _NUMBERED:
+            for row, column in np.argwhere(counts).tolist():
+                colour = "white" if norm(shares[row, column]) > 0.6 else "black"
+                number = f"{counts[row, column]}"
+                panel.text(column, row, number, ha="center", va="center", color=colour)
+        place = (room / width, 1 - 0.2 / height, min(2.5, side) / width, 0.12 / height)
+        bar = figure.colorbar(image, cax=figure.add_axes(place), orientation="horizontal")
+        bar.set_ticks([0, 0.04, 0.25, 0.5, 1], labels=["0", "4 %", "25 %", "50 %", "100 %"])
+        panel.spines[["top", "right"]].set_visible(True)
+    return svg.getvalue()
+
+
+def _name_axes(panel: "Axes", names: Sequence[str], size: float) -> None:
+    ticks = range(len(names))
+    # Anchored, so that browsers align the end of the text, however wide their fonts make it.
+    anchored: dict[str, Any] = {"rotation_mode": "anchor", "ha": "right", "va": "center"}
+    panel.set_xticks(ticks, names, rotation=90, fontsize=size, parse_math=False, **anchored)
+    panel.set_yticks(ticks, names, fontsize=size, parse_math=False)
+    lines = np.arange(len(names) - 1) + 0.5
+    panel.set_xticks(lines, minor=True)
+    panel.set_yticks(lines, minor=True)
+    panel.grid(which="minor", color="0.92", linewidth=0.4)
+    panel.tick_params(which="both", length=0)
+
+
+def _width(text: str) -> float:
+    """Return the width of a text in multiples of its size, rather more than less."""
+    return sum(map(_letter_width, text))
+
+
+def _letter_width(char: str) -> float:
+    if east_asian_width(char) in "WF" or char in "MWmw@%…":
+        return 1.0
+    return 0.42 if char in " .,:;'|!()/-fijlrtI" else 0.72 if char.isupper() else 0.64
+
+
+def _fitting(name: str) -> str:
+    """Cut a name that is too long, in its middle: the ends tell classes apart."""
+    if len(name) <= _LONGEST:
+        return name
+    return f"{name[: _LONGEST // 2]}…{name[1 - _LONGEST // 2 :]}"

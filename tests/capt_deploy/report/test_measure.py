@@ -1,0 +1,116 @@
+"""The figures agree with each other and with formulas written anew."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from capt_deploy.distance_aware import applied
+from capt_deploy.metrics import expected_calibration_error, negative_log_likelihood, softmax
+from capt_deploy.reliability import reliability
+from capt_deploy.report.data import Answers
+from capt_deploy.report.measure import measure, probabilities_among, scope_columns
+from capt_deploy.top_label_map import TopLabelMap
+from capt_deploy.vector_scaling import VectorScaling
+
+HALF = (True, True, False, False)
+
+
+def test_scopes_are_those_that_have_images(make_data):
+    data = make_data(tuned=HALF)
+    found = {scope: columns.tolist() for scope, columns in scope_columns(data).items()}
+    assert found == {"base": [0, 1], "new": [2, 3], "all": [0, 1, 2, 3]}
+    new = data.labels >= 2
+    part = replace(data, labels=data.labels[new], files=np.asarray(data.files)[new].tolist())
+    assert list(scope_columns(part)) == ["new", "all"]
+
+
+@pytest.mark.parametrize("tuned", [True, False])
+def test_where_all_classes_are_alike_there_is_one_scope(make_data, tuned):
+    assert list(scope_columns(make_data(tuned=(tuned,) * 4))) == ["all"]
+
+
+def test_probabilities_are_among_the_own_classes_with_their_factors():
+    logits = np.array([[1.0, 2.0, 9.0], [0.5, 0.2, 0.1], [3.0, 1.0, 2.0]])
+    factors = np.array([1.0, 1.0, 0.5])
+    found, labels = probabilities_among(
+        np.array([2, 0, 1]), Answers("x", logits, 1.0, factors), np.array([1, 2])
+    )
+    expected = np.array([[2.0, 9.0], [1.0, 2.0]]) * 0.5
+    assert np.allclose(found, softmax(expected))
+    assert labels.tolist() == [1, 0]
+
+
+def test_the_map_of_the_top_label_counts_after_calibration_alone(make_data):
+    data = make_data(images=300, tuned=HALF)
+    plain = data.main
+    steep = TopLabelMap((0.0,), (0.5,), 2.0, 2.0)
+    vector = VectorScaling((1.0, 2.0, 0.5, 1.0), (0.0, 1.0, -1.0, 0.0))
+    raw = plain.logits * plain.temperature
+    own = Answers(plain.name, vector.applied(raw) / 2, 2.0, None, top_label=steep, vector=vector)
+    found = measure(data, own)
+    columns = np.flatnonzero(data.tuned)
+    rows = np.isin(data.labels, columns)
+    labels = np.searchsorted(columns, data.labels[rows])
+    mapped = softmax(steep.shifted(own.logits[rows][:, columns]))
+    before = softmax(raw[rows][:, columns])
+    assert found.report["base"]["ece_15"] == expected_calibration_error(mapped, labels)
+    assert found.report["uncalibrated"]["base"]["nll"] == pytest.approx(
+        negative_log_likelihood(before, labels)
+    )
+    assert np.allclose(found.after["base"].counts, reliability(mapped, labels).counts)
+    assert np.allclose(found.before["base"].counts, reliability(before, labels).counts)
+
+
+def test_diagrams_and_curves_are_of_what_the_table_says(make_data):
+    data = make_data(images=200, tuned=HALF)
+    factors = np.array([1, 1, 0.7, 0.8])
+    tuned = replace(data.models[1], factors=factors)
+    data = replace(data, models=[data.models[0], tuned])
+    found = measure(data, tuned)
+    for scope in ("base", "new", "all"):
+        for part, curve in (
+            (found.report, found.after),
+            (found.report["uncalibrated"], found.before),
+        ):
+            own = curve[scope]
+            full = own.counts > 0
+            gaps = own.counts[full] * np.abs(own.confidence[full] - own.accuracy[full])
+            assert gaps.sum() / own.counts.sum() == pytest.approx(part[scope]["ece_15"])
+        coverage, risk = found.risks[scope]
+        assert coverage[-1] == 1
+        assert risk[-1] == pytest.approx(1 - found.report[scope]["accuracy"])
+        mean, quantile = found.chance[scope]
+        assert 0 < mean < quantile < 0.5
+    all_of_them = softmax(applied(tuned.logits, factors))
+    assert found.report["all"]["accuracy"] == np.mean(all_of_them.argmax(axis=1) == data.labels)
+
+
+def test_intervals_are_those_of_resampled_images(make_data):
+    data = make_data(images=400, tuned=HALF, strength=1.0)
+    found = measure(data, data.main)
+    rng = np.random.default_rng(7)
+    shares = {}
+    for scope, columns in scope_columns(data).items():
+        probabilities, labels = probabilities_among(data.labels, data.main, columns)
+        right = probabilities.argmax(axis=1) == labels
+        shares[scope] = rng.binomial(len(right), right.mean(), 20_000) / len(right)
+    shares["harmonic_mean"] = 2 / (1 / shares["base"] + 1 / shares["new"])
+    assert set(found.intervals) == set(shares)
+    for name, share in shares.items():
+        assert found.intervals[name] == pytest.approx(np.quantile(share, [0.025, 0.975]), abs=0.012)
+
+
+def test_no_interval_where_every_image_is_right(make_data):
+    data = make_data(strength=50, tuned=HALF)
+    assert measure(data, data.main).intervals == {}
+
+
+def test_a_part_that_is_all_right_still_counts_in_the_harmonic_mean(make_data):
+    data = make_data(images=200, tuned=HALF)
+    sure = np.where(data.labels[:, np.newaxis] < 2, 50 * np.eye(4)[data.labels], data.main.logits)
+    model = replace(data.main, logits=sure)
+    found = measure(replace(data, models=[data.models[0], model]), model)
+    assert set(found.intervals) == {"new", "harmonic_mean", "all"}
+    low, high = found.intervals["harmonic_mean"]
+    assert low < found.report["harmonic_mean"] < high

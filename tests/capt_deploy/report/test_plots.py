@@ -1,0 +1,137 @@
+"""The plots are whole SVGs that need no colours."""
+
+import re
+import sys
+from base64 import b64decode
+from io import BytesIO
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from capt_deploy.errors import ConfigError
+from capt_deploy.reliability import reliability, risk_coverage
+from capt_deploy.report import plots
+
+pytest.importorskip("matplotlib")
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def texts(svg):
+    return [one.text for one in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+
+
+def some_answers(images=300, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.dirichlet([0.4] * 5, images), rng.integers(0, 5, images)
+
+
+def draw_all():
+    answers = some_answers()
+    diagram = reliability(*answers)
+    curves = {"zero-shot": risk_coverage(*answers), "tuned": risk_coverage(*some_answers(50, 1))}
+    counts = np.diag([5, 6, 7])
+    counts[0, 1] = 2
+    return {
+        "reliability": plots.draw_reliability(diagram, reliability(*some_answers(40))),
+        "risks": plots.draw_risks(curves, {"zero-shot": 0.25, "tuned": 0.125}),
+        "confusions": plots.draw_confusions(
+            counts, counts.sum(axis=1), ["cat", "dog", "$x_1$ <&>"], counts == 2
+        ),
+    }
+
+
+def test_plots_name_what_they_show():
+    drawn = draw_all()
+    assert {"before", "after", "ideal", "confidence", "images"} <= set(texts(drawn["reliability"]))
+    assert {"0.250 zero-shot", "0.125 tuned"} <= set(texts(drawn["risks"]))
+    found = texts(drawn["confusions"])
+    assert found.count("cat") == found.count("$x_1$ <&>") == 2
+    assert {"2", "5", "6", "7", "true class", "taken for"} <= set(found)
+
+
+def test_nothing_but_the_frames_of_mined_pairs_has_a_colour():
+    for name, svg in draw_all().items():
+        colours = set(re.findall(rb"#[0-9a-f]{6}", svg))
+        coloured = {one for one in colours if not one[1:3] == one[3:5] == one[5:7]}
+        assert coloured <= ({b"#cc4400"} if name == "confusions" else set())
+
+
+def test_plots_fetch_nothing():
+    for svg in draw_all().values():
+        for target in re.findall(rb'(?:href="|url\()([^")]*)', svg):
+            assert target.startswith((b"#", b"data:"))
+
+
+def test_the_same_data_give_the_same_picture_whatever_the_users_settings():
+    import matplotlib
+
+    first = draw_all()
+    with matplotlib.rc_context({"axes.facecolor": "red", "font.size": 30, "svg.fonttype": "path"}):
+        assert draw_all() == first
+
+
+def test_cells_are_as_dark_as_their_share_of_the_class():
+    counts = np.array([[30, 10], [0, 20]])
+    svg = plots.draw_confusions(counts, np.array([40, 40]), ["a", "b"], np.zeros((2, 2), bool))
+    root = ElementTree.fromstring(svg)
+    urls = [one.get("{http://www.w3.org/1999/xlink}href") for one in root.iter(f"{SVG}image")]
+    images = [Image.open(BytesIO(b64decode(url.split(",")[1]))).convert("L") for url in urls]
+    (cells,) = [np.asarray(image) for image in images if image.size == (2, 2)]
+    assert cells[1, 0] == 255  # white
+    assert cells[0, 0] < cells[1, 1] < cells[0, 1] < 255  # 75, 50 and 25 %
+
+
+def test_whiskers_are_wilsons_intervals():
+    probabilities = np.array([[0.9, 0.1]] * 50 + [[0.6, 0.4]] * 2)
+    own = reliability(probabilities, np.zeros(52, np.int64))
+    low, high = plots._wilson(own.accuracy[own.counts > 0], own.counts[own.counts > 0])
+    # Wilson's interval of 2 out of 2, and of 50 out of 50: n/(n + z²) to 1.
+    assert low == pytest.approx([2 / (2 + 1.96**2), 50 / (50 + 1.96**2)])
+    assert high == pytest.approx([1, 1])
+    assert b"nan" not in plots.draw_reliability(own, own)
+
+
+def test_up_to_a_hundred_classes_are_all_named():
+    names = [f"class {index}" for index in range(plots.MOST_CLASSES)]
+    counts = np.eye(len(names), dtype=np.int64)
+    found = texts(plots.draw_confusions(counts, np.ones(100), names, counts == 2))
+    assert all(found.count(name) == 2 for name in names)
+
+
+def test_long_names_are_cut_in_their_middle():
+    assert plots._fitting("a" * 28) == "a" * 28
+    cut = plots._fitting("begin" + "x" * 50 + "end")
+    assert len(cut) == 28 and cut.startswith("begin") and cut.endswith("end")
+
+
+def test_one_image_that_is_right_can_be_drawn():
+    probabilities, labels = np.array([[1.0, 0.0]]), np.array([0])
+    own = reliability(probabilities, labels)
+    assert texts(plots.draw_reliability(own, own))
+    assert texts(plots.draw_risks({"tuned": risk_coverage(probabilities, labels)}, {"tuned": 0.0}))
+
+
+def test_missing_matplotlib_is_said_with_the_way_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(
+        ConfigError, match=r"--report needs matplotlib .*pip install 'capt\[plot\]'"
+    ):
+        plots.check_plotting()
+
+
+def test_a_bin_with_few_images_gets_no_line(monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn = []
+    plot = Axes.plot
+    monkeypatch.setattr(
+        Axes, "plot", lambda self, *a, **o: drawn.append((a, o)) or plot(self, *a, **o)
+    )
+    probabilities = np.array([[0.9, 0.1]] * 50 + [[0.6, 0.4]] * 9)
+    own = reliability(probabilities, np.zeros(59, np.int64))
+    plots.draw_reliability(own, own)
+    (many, few) = drawn[:2]
+    assert many[0][0].tolist() == pytest.approx([0.9]) and many[1]["linestyle"] == "--"
+    assert few[0][0].tolist() == pytest.approx([0.6]) and few[1]["linestyle"] == "none"
