@@ -47,7 +47,7 @@ def test_the_commands_run_and_the_python_code_after_them(clone):
     *_, evaluated, last = (run(["bash", "-c", line], clone) for line in lines)
     (code,) = blocks("python")
     said = run([sys.executable, "-c", code], clone).stdout
-    label, confidence = re.match(r"(.+) (0\.\d+|1\.0) \[", said).groups()
+    label, confidence = re.match(r"(.+) (0\.\d+|1\.0) \(", said).groups()
     # the command before it was given the same picture
     assert f": {label} {float(confidence):.3f}" in last.stdout
     # what the README shows as printed is what is printed, but for figures: they vary with machines

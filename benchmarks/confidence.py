@@ -1,0 +1,242 @@
+"""Can the confidence be believed? Calibration, sets, rejection and familiarity on test photos.
+
+    python -m benchmarks.confidence --runs runs/confidence
+
+For each photo set and seed, CoOp and the default are tuned on the base classes, 16 shots, and the
+default is exported. Cells that are measured stay in benchmarks/results/confidence.json, runs in the
+folder, where `--again` finds them.
+"""
+
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import click
+import numpy as np
+
+from benchmarks.cell import World, open_world
+from benchmarks.confidence_tables import (
+    ACCURACIES,
+    BASE,
+    COVERAGES,
+    NEW,
+    ece_table,
+    rest_table,
+    sets_table,
+)
+from benchmarks.record import describe, load_cells, write_docs, write_result
+from capt_deploy.bundle import REPORT
+from capt_deploy.conformal import METHODS, ScoreTable
+from capt_deploy.console import Command, say
+from capt_deploy.datasets import read_dataset
+from capt_deploy.decisions import DecisionOptions, Decisions
+from capt_deploy.errors import BundleError, ConfigError
+from capt_deploy.evaluation import Report
+from capt_deploy.familiarity import (
+    auroc,
+    max_logit,
+    max_probability,
+    negative_energy,
+    prototype_similarity,
+)
+from capt_deploy.files import read_json
+from capt_deploy.metrics import Floats, Ints, softmax
+from capt_deploy.reliability import calibrated_ece
+from capt_deploy.scoring import score_bundle
+from capt_deploy.top_label_map import probabilities_of
+from capt_train.config import TrainConfig
+from capt_train.evaluate import RunScores, score_run
+from capt_train.features import embed
+from capt_train.pipeline import train
+from capt_train.run import METRICS, TunedModel
+from export.writer import ExportOptions, export_run
+
+NAME = "confidence"
+DOCS = Path(__file__).parents[1] / "docs" / "confidence.md"
+WORLDS = ("cifar100", "cifar100-camera")
+_PRECISIONS = ("fp32", "fp16", "int8")
+_SPLITS = 200
+
+
+@click.command(cls=Command)
+@click.option("--runs", "folder", type=click.Path(path_type=Path), help="Where runs are kept.")
+@click.option("--worlds", default=",".join(WORLDS), show_default=True)
+@click.option("--seeds", default="1,2,3", show_default=True)
+@click.option("--again", is_flag=True, help="Measure cells anew, with the runs that are there.")
+@click.option("--docs", is_flag=True, help="Write the tables into docs/confidence.md as well.")
+def main(folder: Path | None, worlds: str, seeds: str, again: bool, docs: bool) -> None:
+    """Measure what is missing, and print the tables."""
+    for world, seed in product(worlds.split(","), map(int, seeds.split(","))):
+        key = f"{world} / {seed}"
+        if key in load_cells(NAME) and not again:
+            continue
+        say(f"{NAME}: {key}")
+        with open_world(world) as place, TemporaryDirectory() as other:
+            cell = _measure(place, (folder or Path(other)) / world, seed)
+        cells = load_cells(NAME)
+        cells[key] = {"world": world, "seed": seed, **cell, "measured": describe()}
+        write_result(NAME, {"cells": cells})
+    cells = load_cells(NAME)
+    for mark, table in (
+        ("ece", ece_table(cells)),
+        ("sets", sets_table(cells)),
+        ("rest", rest_table(cells)),
+    ):
+        click.echo(f"{table}\n")
+        if docs:
+            write_docs(DOCS, mark, table)
+
+
+def _measure(place: World, folder: Path, seed: int) -> dict[str, Any]:
+    runs = {}
+    for method, calibrator in (("coop", "temperature"), ("capt", "auto")):
+        runs[method] = folder / f"{method}-{seed}"
+        config = TrainConfig(
+            *(place.data, place.model),
+            method=method,
+            classes="base",
+            seed=seed,
+            calibrator=calibrator,
+        )
+        if not (runs[method] / METRICS).exists():
+            train(config, runs[method], resume=runs[method].exists())
+    coop, tuned = (score_run(runs[method], place.data) for method in ("coop", "capt"))
+    before, after = coop.report(), tuned.report()
+    temperature = replace(tuned, scores=replace(tuned.scores, top_label=None)).report()
+    ece = {
+        "zero-shot": _both(before["uncalibrated"]["zero_shot"]),
+        "zero-shot + temperature": _both(before["zero_shot"]),
+        "CoOp": _both(before["uncalibrated"]),
+        "CoOp + temperature": _both(before),
+        "capt, uncalibrated": _both(after["uncalibrated"]),
+        "capt + temperature": _both(temperature),
+        "capt": _both(after),
+    }
+    with TemporaryDirectory() as name:
+        out = Path(name) / "x.capt"
+        # Also what the gate would refuse is measured, and said so
+        options = ExportOptions(precisions=_PRECISIONS, gate_images=1000, force=True)
+        export_run(runs["capt"], out, options=options)
+        gate = read_json(out / REPORT, BundleError)["gate"]
+        for precision in _PRECISIONS:
+            asked = score_bundle(out, place.data, backend="onnxruntime-cpu", precision=precision)
+            ece[f"capt, exported {precision}"] = _both(asked.report())
+            if precision == "fp32":
+                decisions = asked.bundle.decisions()
+    if decisions is None:
+        raise ConfigError("the bundle has no scores of validation images")
+    scopes = {scope: _scope(tuned, scope) for scope in (BASE, NEW)}
+    return {
+        "refused": {name: own["failures"] for name, own in gate.items() if own["failures"]},
+        "calibrator": tuned.model.fitted.calibration.kind,
+        "ece_15": ece,
+        "chance": {s: calibrated_ece(own)[0] for s, (own, _) in scopes.items()},
+        "sets": _sets(*scopes[BASE], seed),
+        "bundle": {s: _in_use(tuned, decisions, s) for s in (BASE, NEW)},
+        "familiarity": _familiarity(tuned, place),
+    }
+
+
+def _both(report: Report) -> dict[str, float]:
+    return {scope: report[scope]["ece_15"] for scope in (BASE, NEW)}
+
+
+def _scope(scored: RunScores, scope: str) -> tuple[Floats, Ints]:
+    """Return probabilities among base or new classes alone, and the labels among them."""
+    columns = np.flatnonzero(np.asarray(scored.model.tuned) == (scope == BASE))
+    rows = np.isin(scored.scores.labels, columns)
+    logits = scored.scores.tuned[rows][:, columns]
+    labels = np.searchsorted(columns, scored.scores.labels[rows])
+    return probabilities_of(logits, scored.scores.top_label), labels
+
+
+def _sets(probabilities: Floats, labels: Ints, seed: int) -> dict[str, dict[str, float]]:
+    """Return coverage and size over random halves: one for the scores, one to be asked about."""
+    draw = np.random.default_rng(seed)
+    found: dict[str, list[tuple[float, float]]] = {}
+    for _ in range(_SPLITS):
+        order = draw.permutation(len(labels))
+        known, asked = np.array_split(order, 2)
+        table = ScoreTable.of(probabilities[known], labels[known])
+        for method, coverage in product(METHODS, COVERAGES):
+            sets = table.sets(probabilities[asked], coverage, method)
+            inside = sets[np.arange(len(asked)), labels[asked]]
+            key = f"{method} {coverage}"
+            found.setdefault(key, []).append((float(inside.mean()), float(sets.sum(1).mean())))
+    return {
+        key: {"coverage": mean(c for c, _ in own), "size": mean(s for _, s in own)}
+        for key, own in found.items()
+    }
+
+
+def _in_use(scored: RunScores, decisions: Decisions, scope: str) -> dict[str, Any]:
+    """Return what the bundle's own scores do for test images, among all classes."""
+    scores = scored.scores
+    rows = np.asarray(scored.model.tuned)[scores.labels] == (scope == BASE)
+    logits, labels = scores.tuned[rows], scores.labels[rows]
+    probabilities = probabilities_of(logits, scores.top_label)
+    right = probabilities.argmax(axis=1) == labels
+    figures: dict[str, Any] = {}
+    for method, coverage in product(METHODS, COVERAGES):
+        options = DecisionOptions(coverage=coverage, sets=method)
+        sets = decisions.decide(probabilities, logits, options).sets
+        inside = sets[np.arange(len(labels)), labels]
+        own = {"coverage": float(inside.mean()), "size": float(sets.sum(axis=1).mean())}
+        figures[f"{method} {coverage}"] = own
+    for accuracy in ACCURACIES:
+        threshold = decisions.rejection.threshold(accuracy)
+        kept = probabilities.max(axis=1) >= (np.inf if threshold is None else threshold)
+        figures[f"accuracy {accuracy}"] = {
+            "accepted": float(kept.mean()),
+            "accuracy": float(right[kept].mean()) if kept.any() else None,
+        }
+    return figures
+
+
+def _familiarity(scored: RunScores, place: World) -> dict[str, dict[str, float]]:
+    """Return AUROCs of test images of base classes against new ones, and against drawn pictograms.
+
+    The model knows its base classes alone here.
+    """
+    model, own = scored.model, scored.scores
+    tuned = np.asarray(model.tuned)
+    items = _embeddings(model, place.data)
+    with open_world("pictograms") as drawn:
+        others = _embeddings(model, drawn.data)
+    known = model.validation
+    if known is None:
+        raise ConfigError("the run has no validation images")
+    means = np.stack(
+        [known.embeddings[known.labels == c].mean(dim=0).numpy() for c in model.split.tuned]
+    )
+    base = tuned[own.labels]
+    found: dict[str, dict[str, float]] = {}
+    for name, unknown in (("new classes", items[~base]), ("pictograms", others)):
+        pair = [_familiar(model, part, means) for part in (items[base], unknown)]
+        found[name] = {score: auroc(pair[0][score], pair[1][score]) for score in pair[0]}
+    return found
+
+
+def _familiar(model: TunedModel, embeddings: Floats, means: Floats) -> dict[str, Floats]:
+    rows = model.text_embeddings[list(model.split.tuned)].numpy()
+    logits = model.backbone.scale * embeddings @ rows.T / model.fitted.temperature
+    return {
+        "confidence": max_probability(softmax(logits)),
+        "largest logit": max_logit(logits),
+        "energy": negative_energy(logits),
+        "class means": prototype_similarity(embeddings, means),
+    }
+
+
+def _embeddings(model: TunedModel, data: str) -> Floats:
+    dataset = read_dataset(data)
+    items = dataset.items("test")
+    found = embed(model.backbone, None, dataset, items, "test images", model.learner)
+    return found.embeddings.numpy()
+
+
+if __name__ == "__main__":
+    main()
