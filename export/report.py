@@ -9,6 +9,7 @@ import numpy as np
 
 from capt_deploy.bundle import open_bundle
 from capt_deploy.console import say
+from capt_deploy.decisions import Decisions
 from capt_deploy.errors import ConfigError, UnavailableError
 from capt_deploy.evaluation import Pair, Scores
 from capt_deploy.report import Answers, ReportData, write_report
@@ -33,6 +34,7 @@ class Asked:
     files: Sequence[Path]
     scores: Mapping[str, Scores]  # by name
     notes: tuple[str, ...] = ()
+    decisions: Decisions | None = None  # of the first of them
 
     @property
     def data(self) -> ReportData:
@@ -52,6 +54,7 @@ class Asked:
             self.pairs,
             self.provenance,
             self.notes,
+            self.decisions,
         )
 
 
@@ -108,6 +111,7 @@ def of_bundle(asked: Sequence[BundleScores], notes: Sequence[str], title: str) -
         first.files,
         {f"exported {own.precision}": own.scores for own in asked},
         (*notes, *_unread(len(first.skipped)), *frozen),
+        first.bundle.decisions(),
     )
 
 
@@ -141,6 +145,7 @@ def joined(run: Asked, exported: Asked) -> Asked:
             *_unread(len(run.files) - len(rows)),
         ),
         provenance={**run.provenance, "exported": exported.provenance},
+        decisions=exported.decisions,
     )
 
 

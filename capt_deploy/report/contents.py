@@ -13,6 +13,7 @@ from capt_deploy.report.classes import (
 from capt_deploy.report.data import ReportData
 from capt_deploy.report.gallery import Group, gallery
 from capt_deploy.report.measure import Model, measure
+from capt_deploy.report.promises import Promise, promises
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +27,7 @@ class Contents:
     pairs: list[ConfusedPair]
     gallery: list[Group]
     classes: list[ClassRow]
+    promises: list[Promise]
 
 
 def find_contents(data: ReportData) -> Contents:
@@ -40,4 +42,5 @@ def find_contents(data: ReportData) -> Contents:
         confused_pairs(data, found),
         gallery(data, found),
         class_rows(data, found),
+        promises(data),
     )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from capt_deploy.decisions import Decisions
 from capt_deploy.errors import DataError
 from capt_deploy.metrics import Ints
 from capt_deploy.top_label_map import TopLabelMap
@@ -45,6 +46,7 @@ class ReportData:
     pairs: Sequence[tuple[int, int]]  # mined: true class, class it is mistaken for
     provenance: Mapping[str, Any]  # nested, of what JSON can hold
     notes: Sequence[str] = ()
+    decisions: Decisions | None = None  # of the main model, by its validation images
 
     @property
     def zero_shot(self) -> Answers | None:

@@ -14,6 +14,7 @@ from capt_deploy.report.texts import (
     headline_caption,
     notes,
     pair_table,
+    promise_table,
     recovery,
 )
 
@@ -39,6 +40,7 @@ def markdown(data: ReportData, contents: Contents) -> str:
         _table(header, rows),
         plain(headline_caption(contents)),
         *([] if found is None else [plain(found)]),
+        *(["## Sets and rejection", _table(*promise_table(contents))] if contents.promises else []),
         "## Most confused pairs",
         _table(*pair_table(contents)) if contents.pairs else "None.",
         "## Classes",

@@ -12,6 +12,7 @@ from capt_deploy.report.style import CSS
 from capt_deploy.report.texts import (
     ACCURACY,
     CONFIDENCE,
+    PROMISES,
     SCOPE_NAMES,
     ZERO_SHOT_ACCURACY,
     Cell,
@@ -20,6 +21,7 @@ from capt_deploy.report.texts import (
     headline,
     headline_caption,
     notes,
+    promise_table,
     recovery,
 )
 from capt_deploy.version import __version__
@@ -35,6 +37,7 @@ def page(data: ReportData, contents: Contents) -> str:
         "Headline": _headline(data, contents),
         "Reliability": reliability_section(contents),
         "Risk and coverage": risk_section(contents),
+        **({"Sets and rejection": _promises(contents)} if contents.promises else {}),
         "Confusions": confusion_section(data, contents),
         "Gallery": gallery_section(contents),
         "Classes": _classes(contents),
@@ -117,6 +120,10 @@ def _headline(data: ReportData, contents: Contents) -> list[Markup]:
 
 def _cell(cell: Cell, kind: str) -> Markup:
     return element("td", cell.text, element("small", cell.beneath), class_=kind)
+
+
+def _promises(contents: Contents) -> list[Markup]:
+    return [table(PROMISES, *promise_table(contents), set())]
 
 
 def _classes(contents: Contents) -> list[Markup]:

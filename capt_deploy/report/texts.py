@@ -8,6 +8,7 @@ from typing import Any
 from capt_deploy.report.contents import Contents
 from capt_deploy.report.data import ReportData
 from capt_deploy.report.measure import ACCURACIES, Model
+from capt_deploy.report.promises import Promise
 from capt_deploy.summary import worse_than_zero_shot
 
 NONE = "–"
@@ -94,6 +95,13 @@ def headline_caption(contents: Contents) -> str:
     return text
 
 
+PROMISES = (
+    "Wanted of the bundle, and what came of it on these images, among all classes. A set should "
+    "hold the true class as often as wanted; of what is accepted at least the wanted share should "
+    "be right. Both are promised for images like the validation images, of classes tuned on."
+)
+
+
 def recovery(contents: Contents) -> str | None:
     """Say what tuning repaired and what it broke; None without a zero-shot model."""
     counts = contents.main.report["confusion"]["counts"]
@@ -142,6 +150,28 @@ def pair_table(contents: Contents) -> tuple[list[str], list[list[str]]]:
         ]
         for pair in contents.pairs
     ]
+
+
+def promise_table(contents: Contents) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of what was promised, a column for each scope."""
+    scopes = list(dict.fromkeys(own.scope for own in contents.promises))
+    wanted = list(dict.fromkeys((own.kind, own.wanted) for own in contents.promises))
+    names = {"coverage": "sets that hold it in {} %", "accuracy": "answers {} % right"}
+    cells = {(own.kind, own.wanted, own.scope): _promise(own) for own in contents.promises}
+    rows = [
+        [names[kind].format(percent(share)), *(cells[kind, share, scope] for scope in scopes)]
+        for kind, share in wanted
+    ]
+    return ["wanted", *(SCOPE_NAMES[scope] for scope in scopes)], rows
+
+
+def _promise(own: Promise) -> str:
+    if own.kind == "coverage":
+        return f"{percent(own.found)} %, {own.size:.1f} classes"
+    if own.accepted is None:
+        return "cannot be promised"
+    right = "" if own.found is None else f", {percent(own.found)} % of them right"
+    return f"{percent(own.accepted)} % accepted{right}"
 
 
 def flattened(value: Any, *path: str) -> Iterator[tuple[str, str]]:

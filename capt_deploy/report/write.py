@@ -91,6 +91,7 @@ def as_json(data: ReportData, contents: Contents) -> dict[str, Any]:
             {"true": true, "predicted": predicted, "images": counts[true, predicted]}
         ),
         "gallery": [_group(group) for group in contents.gallery],
+        "promises": [asdict(own) for own in contents.promises],
         "classes": [asdict(row) for row in contents.classes],
         "provenance": data.provenance,
         "notes": data.notes,
