@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         BundleError,
         BusyError,
         CaptError,
+        ConfigError,
         DataError,
         ImageError,
     )
@@ -31,6 +32,7 @@ __all__ = [
     "BusyError",
     "CaptError",
     "Classifier",
+    "ConfigError",
     "DataError",
     "DecisionOptions",
     "ImageError",

@@ -103,8 +103,9 @@ class Bundle:
         """
         if CALIBRATION not in self.manifest.files:
             return None
+        arrays = self._arrays(CALIBRATION)
         try:
-            return Decisions.from_arrays(self._arrays(CALIBRATION), len(self.manifest.class_names))
+            return Decisions.from_arrays(arrays, len(self.manifest.class_names))
         except BundleError as cause:
             raise BundleError(f"{self.path}, {CALIBRATION}: {cause}; export it again") from cause
 

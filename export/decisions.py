@@ -34,15 +34,15 @@ def decisions_of(source: Source) -> Decisions | None:
     backbone = source.learner.backbone
     raw = (backbone.scale * known.embeddings @ source.rows.cpu().T + backbone.logit_bias).numpy()
     labels = known.labels.numpy()
-    logits, probabilities = np.zeros(raw.shape), np.zeros(raw.shape)
+    probabilities = np.zeros(raw.shape)
     factors = None if source.factors is None else source.factors.numpy()
     asked = known.tuned_logits.numpy(), known.tuned_labels.numpy()
     calibration = source.calibration
     for rows, own in cross_fitted(calibration.kind, *asked, calibration.label_noise):
         vector = own.vector and own.vector.chosen(known.places)
         scaled = replace(own, vector=vector).logits(raw[rows])
-        logits[rows] = scaled if factors is None else applied(scaled, factors)
-        probabilities[rows] = probabilities_of(logits[rows], own.top_label)
+        logits = scaled if factors is None else applied(scaled, factors)
+        probabilities[rows] = probabilities_of(logits, own.top_label)
     # Energies need no labels, and are compared without any temperature
     final = calibration.logits(raw)  # its vector is of the exported classes already
     energies = calibration.temperature * (final if factors is None else applied(final, factors))
