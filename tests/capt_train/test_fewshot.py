@@ -129,7 +129,7 @@ def test_without_any_image_left_for_validation_it_says_what_follows(photos: Path
     split = choose(only_train(read_dataset(photos)), "all", shots=6, seed=1)
     assert split.val == ()
     assert len(split.notices) == 1
-    assert "not calibrated" in split.notices[0]
+    assert "confidences are calibrated by tuning again" in split.notices[0]
 
 
 def test_a_single_class_is_refused(own_photos: Path) -> None:
