@@ -98,9 +98,9 @@ class KnownClasses:
         self, outputs: Outputs, precision: str, options: DecisionOptions
     ) -> list[Prediction]:
         """Return a prediction for each image, of outputs of the graph in that precision."""
-        temperature = np.float32(self._manifest.calibration[precision]["temperature"])
         opened = self._opened
         if opened is None:
+            temperature = np.float32(self._manifest.calibration[precision]["temperature"])
             own, logits = outputs.probabilities, outputs.logits * temperature
             return self._judge.predictions(own, logits, options, self._monitor)
         head, judge = opened

@@ -56,13 +56,10 @@ class TopLabelMap:
         That is the top logit plus ℓ' − ℓ, but at least LEAD more than the second one.
         """
         wide = logits.astype(np.float64)
-        rows, best = np.arange(len(wide)), logits.argmax(axis=1)
-        others = wide.copy()
-        others[rows, best] = _NOWHERE
-        second = others.max(axis=1)
-        rest = second + np.log(np.exp(others - second[:, np.newaxis]).sum(axis=1))
-        top = wide[rows, best]
-        wide[rows, best] = np.maximum(self(top - rest) + rest, second + LEAD)
+        best, second, rest = _beside_the_top(wide)
+        rows = np.arange(len(wide))
+        odds = wide[rows, best] - rest
+        wide[rows, best] = np.maximum(self(odds) + rest, second + LEAD)
         return wide
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,6 +78,23 @@ class TopLabelMap:
             raise ValueError(f"top-label map: unknown keys {sorted(unknown)}")
         positions, own = (tuple(map(float, values[name])) for name in ("positions", "values"))
         return cls(positions, own, float(values["below"]), float(values["above"]))
+
+
+def top_log_odds(logits: _Array) -> NDArray[np.float64]:
+    """Return log(p/(1−p)) of the most probable class, (images,), of logits (images, classes)."""
+    wide = logits.astype(np.float64)
+    best, _, rest = _beside_the_top(wide)
+    return np.asarray(wide[np.arange(len(wide)), best] - rest)
+
+
+def _beside_the_top(logits: NDArray[np.float64]) -> tuple[NDArray[np.int64], _Array, _Array]:
+    """Return the most probable class, and of the others the largest logit and log Σ exp."""
+    best = logits.argmax(axis=1)
+    others = logits.copy()
+    others[np.arange(len(logits)), best] = _NOWHERE
+    second = others.max(axis=1)
+    rest = second + np.log(np.exp(others - second[:, np.newaxis]).sum(axis=1))
+    return best, second, rest
 
 
 def probabilities_of(logits: _Array, top_label: TopLabelMap | None) -> NDArray[np.float64]:

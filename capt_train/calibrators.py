@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from capt_deploy.metrics import Floats, Ints
-from capt_deploy.top_label_map import TopLabelMap, probabilities_of
+from capt_deploy.top_label_map import TopLabelMap, probabilities_of, top_log_odds
 from capt_deploy.vector_scaling import VectorScaling
 from capt_train.calibration import fit_temperature
 from capt_train.label_noise import fit_label_noise
 from capt_train.parts import CALIBRATORS
-from capt_train.top_label_fit import fit_isotonic, fit_line, top_log_odds
+from capt_train.top_label_fit import fit_isotonic, fit_line
 from capt_train.vector_fit import fit_vector
 
 NONE, TEMPERATURE, LINE, ISOTONIC, VECTOR = "none", *CALIBRATORS

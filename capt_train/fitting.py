@@ -82,10 +82,12 @@ def fit(setup: Setup, outcome: Outcome, out: Path) -> TunedModel:
     model = TunedModel(
         setup.backbone, setup.config, split, learner, rows, setup.zero_shot, fitted, {}
     )
-    choice = _calibration(setup, model, outcome)
+    images = _tuned_images(model, outcome)
+    choice = _calibration(setup, model, outcome, images)
     model = replace(model, fitted=_calibrated(setup, model, outcome, choice))
     _write_banks(setup, model, outcome, before, out)
-    _write_validation(model, outcome, out)
+    if len(task.val):
+        Validation(images, task.val.labels).save(out / VALIDATION)
     write_json(
         out / runs.RESULT,
         {
@@ -135,11 +137,13 @@ def _tuned_images(model: TunedModel, outcome: Outcome) -> Float[Tensor, "samples
     return model.learner.embed_tokens(task.val_tokens)
 
 
-def _calibration(setup: Setup, model: TunedModel, outcome: Outcome) -> Choice | None:
+def _calibration(
+    setup: Setup, model: TunedModel, outcome: Outcome, images: Float[Tensor, "samples dim"]
+) -> Choice | None:
     """Choose a calibration on images that were not tuned on; None where there are too few."""
     task, tuned = outcome.task, list(outcome.task.tuned)
     if len(task.val):
-        raw = model.raw_logits(_tuned_images(model, outcome))[:, tuned].cpu()
+        raw = model.raw_logits(images)[:, tuned].cpu()
         labels = task.val.labels_among(tuned)
     else:
 
@@ -187,14 +191,6 @@ def _calibrated(setup: Setup, model: TunedModel, outcome: Outcome, choice: Choic
             before, asked.labels_among(tuned), setup.config.fixed_label_noise
         ).temperature,
     )
-
-
-@torch.no_grad()
-def _write_validation(model: TunedModel, outcome: Outcome, out: Path) -> None:
-    """Write what sets, rejection and familiarity are made of where the model is exported."""
-    task = outcome.task
-    if len(task.val):
-        Validation(_tuned_images(model, outcome), task.val.labels).save(out / VALIDATION)
 
 
 def _write_banks(

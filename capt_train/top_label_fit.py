@@ -15,16 +15,6 @@ _NARROWEST = 0.25  # between two knots; a steeper rise would magnify what roundi
 _Bools = NDArray[np.bool_]
 
 
-def top_log_odds(logits: Floats) -> Floats:
-    """Return log(p/(1−p)) of the most probable class, (images,), of logits (images, classes)."""
-    best = logits.argmax(axis=1)
-    own = logits[np.arange(len(logits)), best]
-    others = np.where(np.arange(logits.shape[1]) == best[:, np.newaxis], -np.inf, logits)
-    second = others.max(axis=1)
-    rest = np.log(np.exp(others - second[:, np.newaxis]).sum(axis=1))
-    return np.asarray(own - second - rest)
-
-
 def fit_line(log_odds: Floats, correct: _Bools) -> TopLabelMap:
     """Return ℓ' = aℓ + b with which σ(ℓ') explains best what was right (Platt scaling).
 

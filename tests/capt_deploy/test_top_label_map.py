@@ -96,7 +96,7 @@ def test_the_top_probability_is_the_mapped_one_and_the_others_keep_their_proport
         np.testing.assert_array_equal(after[others], row[others].astype(np.float64))
         assert after[best] - after[others].max() >= LEAD * (1 - 1e-6)
         wanted = by_hand(own, log_odds(row))
-        floor = log_odds(np.append(row[others].astype(float), row[others].max() + LEAD))
+        floor = log_odds(np.append(row[others].astype(float), float(row[others].max()) + LEAD))
         assert log_odds(after) == pytest.approx(max(wanted, floor), rel=1e-6, abs=1e-5)
         confidence = softmax(after[None])[0, best]
         assert confidence == pytest.approx(1 / (1 + math.exp(-log_odds(after))), abs=1e-9)
