@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from benchmarks.cell import fill, open_world
+from benchmarks.cell import World, fill, open_world
 from benchmarks.record import load_cells, write_docs
 from capt_deploy.console import Command
 from capt_train.config import TrainConfig
@@ -79,17 +79,22 @@ def _measure(world: str, rows: list[str], shots: list[int], seeds: list[int], ag
     with open_world(world) as place:
         # Seeds are the outer loop, so that an interrupted table has all rows.
         for count, seed, row in ((c, s, r) for c in shots for s in seeds for r in rows):
-            config = TrainConfig(
-                data=place.data,
-                model=place.model,
-                classes="base",
-                shots=count,
-                seed=seed,
-                calibrator="temperature",  # for all rows alike
-                **ROWS[row],
-            )
             own = {"row": row, "shots": count, "seed": seed}
+            config = config_of(place, row, count, seed)
             fill(f"ablation-{world}", f"{row} / {count} / {seed}", own, config, "test", again)
+
+
+def config_of(place: World, row: str, shots: int, seed: int) -> TrainConfig:
+    """Return the settings of one cell's run."""
+    return TrainConfig(
+        data=place.data,
+        model=place.model,
+        classes="base",
+        shots=shots,
+        seed=seed,
+        calibrator="temperature",  # for all rows alike
+        **ROWS[row],
+    )
 
 
 def load(world: str) -> dict[str, dict[str, Any]]:

@@ -69,8 +69,9 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
     idle = idle if config.parts & {*GROUPS["visual"]} else idle | _OF_VISUAL_SIDE
     idle = idle if "colours" in config.parts else idle | _OF_COLOURS
     values = config.to_dict().items()
-    own = {name: value for name, value in values if name not in idle and _LATER.get(name) != value}
-    return {**own, "parts": sorted(config.parts)}  # a method may get others
+    own = {name: value for name, value in values if name not in idle}
+    before = {name: value for name, value in own.items() if (name, value) not in _LATER.items()}
+    return {**before, "parts": sorted(config.parts)}  # a method may get others
 
 
 def fill(

@@ -62,6 +62,14 @@ def test_the_docs_show_the_table_of_the_cells(world: str) -> None:
     assert ablation.markdown(ablation.load(world)) in docs
 
 
+@pytest.mark.parametrize("world", ["cifar100", "cifar100-camera", "pictograms"])
+def test_no_cell_is_of_other_settings_than_now(world: str) -> None:
+    place = cell.World("anywhere", "any")
+    for one in ablation.load(world).values():
+        config = ablation.config_of(place, one["row"], one["shots"], one["seed"])
+        assert cell.settings_of(config) == one["settings"]
+
+
 def test_the_docs_show_what_the_search_found() -> None:
     found = search._table(record.load_cells("search"))
     assert found in (ROOT / "docs" / "ablation.md").read_text()
