@@ -116,12 +116,17 @@ def _fill(world: str, place: World, method: str, trouble: str, seed: int) -> Non
     name, key = f"{NAME}-{world}", f"{method} / {trouble} / {seed}"
     own = {"method": method, "trouble": trouble, "seed": seed}
     with troubled(place, TROUBLES[trouble], seed) as data:
-        # every image that is listed is tuned on, also where wrong labels have enlarged a class
-        config = TrainConfig(
-            data, place.model, classes="base", shots=_ALL, seed=seed, **METHODS[method]
-        )
+        config = config_of(World(data, place.model), method, seed)
         small = {} if TROUBLES[trouble].kind else {"small": str(Path(data).with_name(_SMALL))}
         fill(name, key, own, config, "test", measured=partial(measure, also=small))
+
+
+def config_of(place: World, method: str, seed: int) -> TrainConfig:
+    """Return the settings of one cell's run."""
+    # every image that is listed is tuned on, also where wrong labels have enlarged a class
+    return TrainConfig(
+        place.data, place.model, classes="base", shots=_ALL, seed=seed, **METHODS[method]
+    )
 
 
 def markdown(cells: Mapping[str, Mapping[str, Any]]) -> str:

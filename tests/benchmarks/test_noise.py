@@ -192,3 +192,9 @@ class _Opened:
 
     def __exit__(self, *_: object) -> None:
         pass
+
+
+def test_no_cell_is_of_other_settings_than_now() -> None:
+    for one in record.load_cells(f"{noise.NAME}-cifar100").values():
+        config = noise.config_of(World("anywhere", "any"), one["method"], one["seed"])
+        assert cell.settings_of(config) == one["settings"]
