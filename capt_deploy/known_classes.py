@@ -29,7 +29,8 @@ class KnownClasses:
         self._texts: TextSide | None = None
         # Once there are more classes than the graph's
         self._opened: tuple[Head, Judge] | None = None
-        self._monitor: Monitor | None = None
+        # And the options whose rejections it expects
+        self._watch: tuple[Monitor, DecisionOptions] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -69,8 +70,8 @@ class KnownClasses:
             judge = Judge(self._manifest, self._judge.decisions, added)
             judge.check(options, asked=options is not USUAL)
             self._opened = (head, judge)
-            if self._monitor is not None:
-                self._monitor.extend(head.class_names)
+            if self._watch is not None:
+                self._watch[0].extend(head.class_names)
 
     def check(self, options: DecisionOptions, *, asked: bool = False) -> None:
         """Make sure that what is wanted can be had; `asked`: somebody wants it.
@@ -85,14 +86,15 @@ class KnownClasses:
     def monitor(self, options: DecisionOptions) -> Monitor:
         """Return what watches all predictions from the first call on; `options` are the usual ones.
 
-        It compares them with those of the run's validation images, where the bundle has these.
+        It compares them with those of the run's validation images, where the bundle has these. Of
+        calls with other options, rejections are not counted.
         """
         with self._changing:
-            if self._monitor is None:
+            if self._watch is None:
                 known = self._judge.decisions
                 expected = None if known is None else known.expected_reference(options)
-                self._monitor = Monitor(expected, self.names)
-            return self._monitor
+                self._watch = Monitor(expected, self.names), options
+            return self._watch[0]
 
     def predictions(
         self, outputs: Outputs, precision: str, options: DecisionOptions
@@ -102,7 +104,7 @@ class KnownClasses:
         if opened is None:
             temperature = np.float32(self._manifest.calibration[precision]["temperature"])
             own, logits = outputs.probabilities, outputs.logits * temperature
-            return self._judge.predictions(own, logits, options, self._monitor)
+            return self._judge.predictions(own, logits, options, self._watch)
         head, judge = opened
         logits = head.logits(outputs.embedding)
-        return judge.predictions(head.probabilities(logits), logits, options, self._monitor)
+        return judge.predictions(head.probabilities(logits), logits, options, self._watch)

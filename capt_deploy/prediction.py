@@ -89,15 +89,15 @@ class Judge:
         probabilities: NDArray[np.float32],
         logits: NDArray[np.float32],
         options: DecisionOptions,
-        monitor: Monitor | None = None,
+        watch: tuple[Monitor, DecisionOptions] | None = None,
     ) -> list[Prediction]:
-        """Return a prediction for each image, and let the monitor see them.
+        """Return a prediction for each image, and let a monitor see them.
 
         Args:
             probabilities: (images, classes).
             logits: likewise, times the temperature that they were divided by.
             options: what is wanted of sets and rejection.
-            monitor: where there is one.
+            watch: a monitor, and the options whose rejections it counts.
 
         Raises:
             BackendError: an answer is not a number.
@@ -111,9 +111,11 @@ class Judge:
         decided = None
         if self.decisions is not None:
             decided = self.decisions.decide(probabilities, logits, options)
-        if monitor is not None:
+        if watch is not None:
+            monitor, usual = watch
             confidence = probabilities[np.arange(len(best)), best]
-            monitor.observe(confidence, best, None if decided is None else decided.rejected)
+            counted = None if decided is None or options != usual else decided.rejected
+            monitor.observe(confidence, best, counted)
         return [
             self._prediction(own, int(best[row]), row, decided)
             for row, own in enumerate(probabilities)

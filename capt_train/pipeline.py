@@ -64,8 +64,9 @@ def train(
 
 def dry_run(config: TrainConfig, out: Path, split_from: Path | None = None) -> DryRun:
     """Return what the run would ask the LLM; write nothing but cached embeddings."""
-    config = absolute(config)
-    setup = load(config, split_from)
+    config, out = absolute(config), expand_home(out)
+    begun = out if (out / runs.CONFIG).exists() else None  # it has chosen its images
+    setup = load(config, split_from or begun)
     with closing(EmbeddingCache(setup.model_sha256, setup.backbone.device.type)) as cache:
         features = embed(setup.backbone, cache, setup.dataset, setup.split.train, "training images")
     wanted, names = _wanted(setup, setup.zero_shot_bank(features)), setup.tuned_names

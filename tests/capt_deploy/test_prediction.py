@@ -105,11 +105,16 @@ def test_added_classes_have_no_scores(manifest: Manifest, known: Decisions) -> N
 def test_the_monitor_sees_what_was_said(manifest: Manifest, known: Decisions) -> None:
     monitor = Monitor(known.reference, NAMES)
     probabilities, logits = drawn(1, 60)
-    found = Judge(manifest, known).predictions(probabilities, logits, OPTIONS, monitor)
+    judge, watch = Judge(manifest, known), (monitor, OPTIONS)
+    found = judge.predictions(probabilities, logits, OPTIONS, watch)
     summary = monitor.summary()
     assert summary.images == 60
     assert summary.rejection_rate == pytest.approx(sum(bool(o.rejected) for o in found) / 60)
     assert summary.class_counts == {n: sum(o.label == n for o in found) for n in NAMES}
+    # Of another accuracy, rejections are not those that the monitor expects a share of
+    judge.predictions(probabilities, logits, replace(OPTIONS, accuracy=0.3), watch)
+    assert monitor.summary().images == 120
+    assert monitor.summary().rejection_rate == summary.rejection_rate
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -122,7 +127,7 @@ def test_answers_that_are_no_numbers_are_an_error_that_says_so(
     monitor = Monitor(None, NAMES)
     judge = Judge(manifest, known if scored else None)
     with pytest.raises(BackendError, match="to 1 of 4 images are not numbers"):
-        judge.predictions(probabilities, logits, DecisionOptions(), monitor)
+        judge.predictions(probabilities, logits, DecisionOptions(), (monitor, DecisionOptions()))
     assert monitor.summary().images == 0
 
 

@@ -18,7 +18,7 @@ from capt_train.bank import ConfusionBank
 from capt_train.cli import main
 from capt_train.config import TrainConfig
 from capt_train.mining import ANSWERS, SENTENCES, find_centres, find_sentences, mined_names
-from capt_train.pipeline import train
+from capt_train.pipeline import dry_run, train
 
 Configure = Callable[..., TrainConfig]
 SEMANTIC = ("semantic-experts",)
@@ -195,3 +195,16 @@ def test_a_dry_run_prints_what_would_be_asked_and_leaves_nothing(
     assert f"{500 * len(prompts)} to receive" in dry.stdout
     again = CliRunner().invoke(main, [*arguments, *out, "--llm-dry-run"], catch_exceptions=False)
     assert "0 prompts: about 0 tokens" in again.stdout
+
+
+def test_a_dry_run_is_about_the_images_that_a_run_has_chosen(
+    with_llm: TrainConfig, llm: Any, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    plain = replace(with_llm, added=(), llm_url=None, llm_model=None)
+    train(replace(plain, classes="base"), first)
+    before = dry_run(with_llm, second, first)
+    train(with_llm, second, split_from=first)
+    (second / ANSWERS).unlink()
+    assert dry_run(with_llm, second) == before
+    assert len(dry_run(with_llm, tmp_path / "third").prompts) > len(before.prompts)
