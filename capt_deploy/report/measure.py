@@ -1,21 +1,19 @@
 """The figures of a report, made once for all of its forms."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.bootstrap import bootstrap_intervals
-from capt_deploy.evaluation import SCOPES, Report, Scores, among, evaluate, harmonic_mean
+from capt_deploy.evaluation import SCOPES, Report, Scores, among, evaluate
+from capt_deploy.intervals import Interval, accuracy_interval, interval_of_harmonic_mean
 from capt_deploy.metrics import Floats, Ints
 from capt_deploy.reliability import Reliability, calibrated_ece, reliability, risk_coverage
 from capt_deploy.report.data import Answers, ReportData
 
 ACCURACIES = ("base", "new", "harmonic_mean", "all")
 BINS = 15
-_RESAMPLES = 1000
-_LEVEL = 0.95
 _SEED = 0
 
 
@@ -25,9 +23,7 @@ class Model:
 
     name: str
     report: Report  # of `evaluate`
-    # Of accuracies, 95 %. Those that do not exist are missing, and those that no resampling can
-    # tell, because all images are right or all are wrong.
-    intervals: Mapping[str, tuple[float, float]]
+    intervals: Mapping[str, Interval]  # of the accuracies that exist, 95 %
     # By scope: mean and 95 % quantile of the ECE that chance alone would give, see `calibrated_ece`
     chance: Mapping[str, tuple[float, float]]
     before: Mapping[str, Reliability]  # by scope; uncalibrated
@@ -86,36 +82,11 @@ def probabilities_among(labels: Ints, model: Answers, columns: Ints) -> tuple[Fl
     return among(labels, model.logits, columns, model.factors, model.top_label)
 
 
-def _accuracy_intervals(
-    right: Mapping[str, NDArray[np.bool_]],
-) -> dict[str, tuple[float, float]]:
-    """Return bootstrap intervals of accuracies, from which images of each scope are right."""
-    found: dict[str, tuple[float, float]] = {}
-    for scope, own in right.items():
-        found |= _intervals([own], {scope: lambda columns, _: float(columns[:, 0].mean())})
+def _accuracy_intervals(right: Mapping[str, NDArray[np.bool_]]) -> dict[str, Interval]:
+    """Return intervals of accuracies, from which images of each scope are right."""
+    found = {scope: accuracy_interval(own) for scope, own in right.items()}
     if "base" in right and "new" in right:
-        found |= _intervals([right["base"], right["new"]], {"harmonic_mean": _harmonic_mean})
+        shares = float(right["base"].mean()), float(right["new"].mean())
+        both = found["base"], found["new"]
+        found["harmonic_mean"] = interval_of_harmonic_mean(shares, both)
     return found
-
-
-def _intervals(
-    parts: Sequence[NDArray[np.bool_]], metrics: Mapping[str, Callable[[Floats, Ints], float]]
-) -> dict[str, tuple[float, float]]:
-    """Resample images that are right or wrong: two columns stand for all classes.
-
-    The label of an image is the part that it comes from.
-    """
-    right = np.concatenate(parts).astype(np.float64)
-    if right.min() == right.max():
-        return {}
-    part = np.repeat(np.arange(len(parts)), [len(own) for own in parts])
-    columns = np.stack([right, 1 - right], axis=1)
-    return bootstrap_intervals(columns, part, metrics, _RESAMPLES, _LEVEL, _SEED)
-
-
-def _harmonic_mean(columns: Floats, part: Ints) -> float:
-    """Return it of the parts 0 and 1; 0 where a resample lacks one of them."""
-    images = np.bincount(part, minlength=2)
-    right = np.bincount(part, weights=columns[:, 0], minlength=2)
-    base, new = (right / np.maximum(images, 1)).tolist()
-    return harmonic_mean(base, new)

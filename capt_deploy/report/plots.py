@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capt_deploy.errors import ConfigError
+from capt_deploy.intervals import wilson
 from capt_deploy.metrics import Floats
 from capt_deploy.reliability import Reliability
 from capt_deploy.report.data import ZERO_SHOT
@@ -45,7 +46,6 @@ _LINES: tuple[dict[str, Any], ...] = (
     {"linestyle": (0, (5, 1, 1, 1)), "marker": "v", "color": "0.2", "markerfacecolor": "white"},
     {"linestyle": (0, (1, 2)), "marker": "P", "color": "0.35"},
 )
-_Z = 1.96  # of 95 %
 FEW = 10  # images of a bin; fewer say next to nothing
 
 _SMALL_MARKS: dict[str, Any] = {"linestyle": "none", "markersize": 2.5, "clip_on": False}
@@ -100,7 +100,7 @@ def draw_reliability(before: Reliability, after: Reliability) -> bytes:
             above.plot(own.confidence[few], own.accuracy[few], **{**look, **_SMALL_MARKS})
         above.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, label="ideal", zorder=0)
         full = after.counts > 0
-        low, high = _wilson(after.accuracy[full], after.counts[full])
+        low, high = wilson(after.accuracy[full], after.counts[full])
         above.vlines(after.confidence[full], low, high, color="0.45", linewidth=1, zorder=1)
         above.set(xlim=(0, 1), ylim=(-0.02, 1.02), ylabel="share that is right")
         above.legend(loc="lower left", bbox_to_anchor=(-0.03, 0.98), ncols=3, frameon=False)
@@ -110,13 +110,6 @@ def draw_reliability(before: Reliability, after: Reliability) -> bytes:
         below.set(xlabel="confidence", ylabel="images")
         _whole_numbers(below)
     return svg.getvalue()
-
-
-def _wilson(share: Floats, count: NDArray[np.int64]) -> tuple[Floats, Floats]:
-    centre = (share + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
-    spread = np.sqrt(share * (1 - share) / count + (_Z / (2 * count)) ** 2)
-    half = _Z * spread / (1 + _Z**2 / count)
-    return centre - half, centre + half
 
 
 def _whole_numbers(panel: "Axes") -> None:

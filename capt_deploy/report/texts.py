@@ -62,8 +62,8 @@ def headline(contents: Contents) -> tuple[list[Columns], list[tuple[str, list[Ce
 def _accuracy(model: Model, name: str) -> Cell:
     found = model.report[name]
     value = found if name == "harmonic_mean" else found["accuracy"]
-    ends = model.intervals.get(name)
-    return Cell(percent(value), f"{percent(ends[0])}–{percent(ends[1])}" if ends else "")
+    low, high = model.intervals[name]
+    return Cell(percent(value), f"{percent(low)}–{percent(high)}")
 
 
 def _calibration_error(model: Model, scope: str) -> Cell:
@@ -81,10 +81,10 @@ def headline_caption(contents: Contents) -> str:
         for part in [contents.main.report[scope]]
     )
     text = (
-        f"Images: {images}. Beneath an accuracy: its 95 % interval, from resampling the images. "
-        "Beneath a calibration error: what chance alone gives a perfectly calibrated model that "
-        "is as confident as this one, from its average to what 95 of 100 cases stay below; an "
-        "error up to there is no sign of a fault."
+        f"Images: {images}. Beneath an accuracy: the range that very many such images would put it "
+        "in, right in 95 of 100 cases. Beneath a calibration error: what chance alone gives a "
+        "perfectly calibrated model that is as confident as this one, from its average to what 95 "
+        "of 100 cases stay below; an error up to there is no sign of a fault."
     )
     if len(contents.main.after) > 1:
         text += (
