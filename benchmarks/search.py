@@ -14,8 +14,9 @@ from typing import Any
 
 import click
 
+from benchmarks.ablation import DOCS
 from benchmarks.cell import fill, open_world
-from benchmarks.record import load_cells
+from benchmarks.record import load_cells, write_docs
 from capt_deploy.console import Command
 from capt_deploy.errors import DataError
 from capt_train.cli import parse_settings
@@ -30,7 +31,8 @@ _COOP = "CoOp"
 @click.option("--try", "trials", multiple=True, metavar="NAME=VALUE,…", help="One trial.")
 @click.option("--seeds", default="1", show_default=True)
 @click.option("--shots", default=16, show_default=True)
-def main(worlds: str, trials: tuple[str, ...], seeds: str, shots: int) -> None:
+@click.option("--docs", is_flag=True, help="Write the table into docs/ablation.md as well.")
+def main(worlds: str, trials: tuple[str, ...], seeds: str, shots: int, docs: bool) -> None:
     """Measure CoOp and every trial; print what is known so far."""
     for world in worlds.split(","):
         with open_world(world) as place:
@@ -42,7 +44,10 @@ def main(worlds: str, trials: tuple[str, ...], seeds: str, shots: int) -> None:
                     own = {"world": world, "tried": trial, "seed": seed, "shots": shots}
                     key = f"{world} / {trial} / {shots} / {seed}"
                     fill(_NAME, key, own, _changed(start, trial), "val")
-    click.echo(_table(load_cells(_NAME)))
+    table = _table(load_cells(_NAME))
+    click.echo(table)
+    if docs:
+        write_docs(DOCS, _NAME, table)
 
 
 def _changed(config: TrainConfig, trial: str) -> TrainConfig:
@@ -60,18 +65,19 @@ def _changed(config: TrainConfig, trial: str) -> TrainConfig:
 
 def _table(cells: Mapping[str, Mapping[str, Any]]) -> str:
     worlds = list(dict.fromkeys(cell["world"] for cell in cells.values()))
-    lines = ["| trial | " + " | ".join(worlds) + " |", "|---" * (len(worlds) + 1) + "|"]
-    for trial in dict.fromkeys(cell["tried"] for cell in cells.values()):
+    lines = ["| trial | shots | " + " | ".join(worlds) + " |", "|---" * (len(worlds) + 2) + "|"]
+    tried = sorted({(-cell["shots"], cell["tried"]): None for cell in cells.values()})
+    for fewer, trial in tried:
         texts = []
         for world in worlds:
             gains = [
                 100 * (cell["harmonic"] - coop["harmonic"])
                 for cell in cells.values()
-                if (cell["tried"], cell["world"]) == (trial, world)
+                if (cell["tried"], cell["shots"], cell["world"]) == (trial, -fewer, world)
                 and (coop := cells.get(f"{world} / {_COOP} / {cell['shots']} / {cell['seed']}"))
             ]
             texts.append(f"{statistics.mean(gains):+.1f} ({len(gains)})" if gains else "-")
-        lines.append(f"| {trial} | " + " | ".join(texts) + " |")
+        lines.append(f"| {trial} | {-fewer} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
 

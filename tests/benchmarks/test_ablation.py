@@ -167,6 +167,6 @@ def test_the_search_prints_gains_over_coop_by_trial_and_world(
     )
     assert done.exit_code == 0, done.output
     assert done.output.splitlines()[-2:] == [
-        "| CoOp | +0.0 (2) |",
-        "| visual_epochs=2 | +3.5 (2) |",
+        "| CoOp | 16 | +0.0 (2) |",
+        "| visual_epochs=2 | 16 | +3.5 (2) |",
     ]
