@@ -127,23 +127,24 @@ def measure(
             name: evaluate_run(run, data, split, "base")["base"]["accuracy"]
             for name, data in (also or {}).items()
         }
-    return {**_figures(report), **others, "seconds": seconds, **_fitted(report, result)}
+    return {**figures(report), **others, "seconds": seconds, **_fitted(report, result)}
 
 
-def _figures(report: Report) -> dict[str, Any]:
-    figures: dict[str, Any] = {"harmonic": report["harmonic_mean"]}
+def figures(report: Report) -> dict[str, Any]:
+    """Return what the tables show of a report."""
+    found: dict[str, Any] = {"harmonic": report["harmonic_mean"]}
     for scope in ("base", "new", "all"):
-        figures[scope] = report[scope]["accuracy"]
+        found[scope] = report[scope]["accuracy"]
     for scope in ("base", "new"):
-        figures[f"nll_{scope}"] = report[scope]["nll"]
+        found[f"nll_{scope}"] = report[scope]["nll"]
         for bins in ("ece_10", "ece_15"):
-            figures[f"{bins}_{scope}"] = report[scope][bins]
-            figures[f"{bins}_{scope}_uncalibrated"] = report["uncalibrated"][scope][bins]
+            found[f"{bins}_{scope}"] = report[scope][bins]
+            found[f"{bins}_{scope}_uncalibrated"] = report["uncalibrated"][scope][bins]
     counts = report["confusion"]["counts"]
     # of the same whole, so that the two can be compared
     errors = max(1, counts["zero_shot_errors_in_pairs"])
     return {
-        **figures,
+        **found,
         "recovered": counts["recovered"] / errors,
         "broken": counts["broken"] / errors,
         "counts": counts,

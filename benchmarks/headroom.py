@@ -1,0 +1,98 @@
+"""How much a shared prompt could gain at most: one that is tuned on the test images themselves.
+
+    python -m benchmarks.headroom --world cifar100
+
+This is no result of a method, for it has seen what it is asked, base and new classes alike. It says
+what is there to be found: what a few shots of half of the classes miss of it, and what no shared
+context can reach at all.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from benchmarks.ablation import DOCS, config_of
+from benchmarks.ablation import load as load_ablation
+from benchmarks.cell import World, figures, open_world
+from benchmarks.record import describe, load_cells, write_docs, write_result
+from capt_deploy.console import Command, say
+from capt_deploy.datasets import read_dataset
+from capt_train.embedding_cache import EmbeddingCache
+from capt_train.evaluate import score_model
+from capt_train.features import embed
+from capt_train.learner import make_learner
+from capt_train.pipeline import train
+from capt_train.run import load_run
+from capt_train.stages import Stage, TuningTask
+from capt_train.tuning import tune
+
+NAME = "headroom"
+WORLDS = ("cifar100", "cifar100-camera", "pictograms")
+COLUMNS = ("base", "new", "harmonic", "all", "recovered", "broken")
+_EPOCHS, _BATCH, _SEED = 12, 128, 1
+
+
+@click.command(cls=Command)
+@click.option("--world", help="Of the ablation; by default all.")
+@click.option("--only-table", is_flag=True, help="Measure nothing.")
+@click.option("--docs", is_flag=True, help="Write the table into docs/ablation.md as well.")
+def main(world: str | None, only_table: bool, docs: bool) -> None:
+    """Measure a world, and print what is measured."""
+    for name in () if only_table else (world,) if world else WORLDS:
+        say(f"{NAME}: {name}")
+        with open_world(name) as place:
+            found = measure(place)
+        cells = {**load_cells(NAME), name: {**found, "measured": describe()}}
+        write_result(NAME, {"cells": cells})
+    table = markdown(load_cells(NAME))
+    click.echo(table)
+    if docs:
+        write_docs(DOCS, NAME, table)
+
+
+def measure(place: World) -> dict[str, Any]:
+    """Return the figures of a shared context that is tuned on all test images."""
+    with tempfile.TemporaryDirectory() as folder:
+        # Its evaluation knows the classes, their halves and the mined pairs
+        train(config_of(place, "CoOp", 16, _SEED), Path(folder) / "run")
+        model = load_run(Path(folder) / "run", torch.device("cpu"))
+        dataset = read_dataset(place.data)
+        everything = tuple(range(len(model.class_names)))
+        config = replace(model.config, epochs=_EPOCHS, batch_size=_BATCH, label_noise="0")
+        learner = make_learner(
+            model.backbone, config, replace(model.split, tuned=everything), model.zero_shot
+        )
+        fingerprint = str(model.provenance["model_sha256"])
+        with closing(EmbeddingCache(fingerprint, "cpu")) as cache:
+            images = embed(model.backbone, cache, dataset, dataset.items("test"), "test images")
+            none = images.rows(torch.empty(0, dtype=torch.long))
+            scale, reference = model.backbone.scale, model.zero_shot
+            task = TuningTask(scale, everything, images, none, reference, config)
+            tune(learner, task, Path(folder), Stage("", _EPOCHS, config.learning_rate))
+            tuned = replace(model, learner=learner, text_embeddings=learner.mean_texts(everything))
+            return figures(score_model(tuned, cache, dataset, "test").report())
+
+
+def markdown(cells: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return CoOp's row of the ablation and below it that of the context tuned on test images."""
+    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for world, cell in cells.items():
+        runs = [
+            one
+            for one in load_ablation(world).values()
+            if (one["row"], one["shots"]) == ("CoOp", 16)
+        ]
+        for title, rows in ((f"{world}, CoOp, 16 shots", runs), ("tuned on `test`", [cell])):
+            texts = [f"{sum(100 * one[key] for one in rows) / len(rows):.1f}" for key in COLUMNS]
+            lines.append(f"| {title} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
