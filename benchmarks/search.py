@@ -38,7 +38,12 @@ def main(worlds: str, trials: tuple[str, ...], seeds: str, shots: int, docs: boo
         with open_world(world) as place:
             for seed in (int(text) for text in seeds.split(",")):
                 start = TrainConfig(
-                    data=place.data, model=place.model, classes="base", shots=shots, seed=seed
+                    data=place.data,
+                    model=place.model,
+                    classes="base",
+                    shots=shots,
+                    seed=seed,
+                    calibrator="temperature",  # for all trials alike
                 )
                 for trial in (_COOP, *trials):
                     own = {"world": world, "tried": trial, "seed": seed, "shots": shots}
