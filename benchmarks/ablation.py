@@ -2,7 +2,7 @@
 
     python -m benchmarks.ablation --world cifar100
 
-Every row of the table but the last two is CoOp with one part added. Cells that are measured stay
+Every row of the table but the last three is CoOp with one part added. Cells that are measured stay
 in benchmarks/results/ablation-WORLD.json; what is missing, or was measured with other settings, is
 measured now. `--again` measures cells anew, `--only-table` prints what is there.
 """
@@ -31,6 +31,7 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
     "+ sample experts": {"method": "coop", "added": ("sample-experts",), "strength": "1"},
     "+ mixture": {"method": "coop", "added": ("mixture",)},
     "all": {"method": "full"},
+    "all, κ = 1": {"method": "full", "strength": "1"},
     "capt (default)": {"method": "capt"},
 }
 # Title, key of the cell, and whether it is a share, shown in %.
@@ -39,6 +40,8 @@ COLUMNS = (
     ("new", "new", True),
     ("harmonic", "harmonic", True),
     ("all classes", "all", True),
+    ("ECE-10 base", "ece_10_base", True),
+    ("ECE-10 new", "ece_10_new", True),
     ("ECE-15 base", "ece_15_base", True),
     ("ECE-15 new", "ece_15_new", True),
     ("ECE-15 new, uncal.", "ece_15_new_uncalibrated", True),
