@@ -24,6 +24,8 @@ _MAX_ANSWER_CHARACTERS = 100_000
 _MAX_SENTENCES, _MAX_SENTENCE_CHARACTERS = 20, 400
 _MAX_WAIT_S = 60.0  # between two tries, whatever the server asks for
 _TRY_AGAIN = (408, 425, 429)  # and all from 500 on
+# May be about this very prompt, as where a filter of contents refuses it; others may pass.
+_THIS_PROMPT = (400, 413, 422)
 _PROMPT = """\
 A photo classifier keeps mistaking two classes for each other: "{a}" and "{b}".
 
@@ -100,8 +102,8 @@ class LlmClient:
         """Ask for the sentences of one pair, trying again where that can help.
 
         Raises:
-            ConfigError: the server refuses address, key, model or request; no try can help.
-            RunError: no usable answer came in any try.
+            ConfigError: the server refuses address, key or model; no try can help.
+            RunError: it refuses this prompt, or no usable answer came in any try.
         """
         for attempt in range(self.retries + 1):
             try:
@@ -139,7 +141,8 @@ class LlmClient:
 
     def _post(self, content: str) -> bytes:
         message = {"role": "user", "content": content}
-        data = {"model": self.model, "temperature": 0, "messages": [message]}
+        # No temperature: models that reason refuse any but their own. What repeats is the cache.
+        data = {"model": self.model, "messages": [message]}
         headers = {"Content-Type": "application/json", "User-Agent": f"capt/{__version__}"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
@@ -176,9 +179,8 @@ class LlmClient:
         fix = fixes.get(error.code, "check --llm-url and --llm-model")
         if error.code < 400:
             fix = "redirects are not followed, to keep the key; give the final address as --llm-url"
-        return ConfigError(
-            f"{self.endpoint}: expected an answer, came HTTP {error.code}, {said}; {fix}"
-        )
+        kind = RunError if error.code in _THIS_PROMPT else ConfigError
+        return kind(f"{self.endpoint}: expected an answer, came HTTP {error.code}, {said}; {fix}")
 
     def _excerpt(self, text: str, ending: bool = False) -> str:
         text = text.replace("\\/", "/")

@@ -154,6 +154,15 @@ def test_a_refusal_ends_it_and_keeps_the_answers(
     assert len(server.requests) == 2
 
 
+@pytest.mark.parametrize("code", [400, 413, 422])
+def test_a_prompt_that_is_refused_costs_its_pair_alone(
+    code: int, client: LlmClient, server: Any, tmp_path: Path
+) -> None:
+    server.replies = [http(code, "content_filter")]
+    assert list(ask_all(client, PAIRS, tmp_path / "answers.json")) == PAIRS[1:]
+    assert len(server.requests) == len(PAIRS)
+
+
 def test_nothing_to_ask_is_fine(client: LlmClient, tmp_path: Path) -> None:
     assert ask_all(client, [], tmp_path / "answers.json") == {}
 
