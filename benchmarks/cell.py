@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import describe, load_cells, write_result
+from benchmarks.record import add_cells, describe, load_cells
 from capt_deploy.console import say
 from capt_deploy.errors import ConfigError, RunError
 from capt_deploy.evaluation import Report
@@ -99,9 +99,8 @@ def fill(
         return
     say(f"{name}: {key}")
     figures = (measured or measure)(config, split)
-    cells = load_cells(name)  # another process may have added some
-    cells[key] = {**figures, **own, "settings": settings, "measured": describe()}
-    write_result(name, {"cells": cells})
+    cell = {**figures, **own, "settings": settings, "measured": describe()}
+    add_cells(name, {key: cell})
 
 
 def measure(

@@ -27,7 +27,7 @@ from benchmarks.confidence_tables import (
     rest_table,
     sets_table,
 )
-from benchmarks.record import describe, load_cells, write_docs, write_result
+from benchmarks.record import add_cells, describe, load_cells, write_docs
 from capt_deploy.bundle import REPORT
 from capt_deploy.conformal import METHODS, ScoreTable
 from capt_deploy.console import Command, say
@@ -76,9 +76,8 @@ def main(folder: Path | None, worlds: str, seeds: str, again: bool, docs: bool) 
         say(f"{NAME}: {key}")
         with open_world(world) as place, TemporaryDirectory() as other:
             cell = _measure(place, (folder or Path(other)) / world, seed)
-        cells = load_cells(NAME)
-        cells[key] = {"world": world, "seed": seed, **cell, "measured": describe()}
-        write_result(NAME, {"cells": cells})
+        cell = {"world": world, "seed": seed, **cell, "measured": describe()}
+        add_cells(NAME, {key: cell})
     cells = load_cells(NAME)
     for mark, table in (
         ("ece", ece_table(cells)),

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.cell import World, open_world
-from benchmarks.record import describe, load_cells, write_docs, write_result
+from benchmarks.record import add_cells, describe, load_cells, write_docs
 from capt_deploy.console import Command, say
 from capt_deploy.datasets import read_dataset
 from capt_deploy.metrics import expected_calibration_error, softmax
@@ -51,7 +51,7 @@ def main(worlds: str, seeds: str, docs: bool) -> None:
         if key not in cells:
             say(f"{NAME}: {key}")
             cells[key] = {"world": world, **_measure(world, seed), "measured": describe()}
-            write_result(NAME, {"cells": cells})
+            add_cells(NAME, {key: cells[key]})
     table = markdown(cells)
     click.echo(table)
     if docs:

@@ -20,7 +20,7 @@ import torch
 from benchmarks.ablation import DOCS, config_of
 from benchmarks.ablation import load as load_ablation
 from benchmarks.cell import World, figures, open_world
-from benchmarks.record import describe, load_cells, write_docs, write_result
+from benchmarks.record import add_cells, describe, load_cells, write_docs
 from capt_deploy.console import Command, say
 from capt_deploy.datasets import read_dataset
 from capt_train.embedding_cache import EmbeddingCache
@@ -48,8 +48,7 @@ def main(world: str | None, only_table: bool, docs: bool) -> None:
         say(f"{NAME}: {name}")
         with open_world(name) as place:
             found = measure(place)
-        cells = {**load_cells(NAME), name: {**found, "measured": describe()}}
-        write_result(NAME, {"cells": cells})
+        add_cells(NAME, {name: {**found, "measured": describe()}})
     table = markdown(load_cells(NAME))
     click.echo(table)
     if docs:

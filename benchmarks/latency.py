@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from benchmarks.exported import MODELS, Exported, export_model
-from benchmarks.record import QUIET, describe, load_average, load_cells, write_result
+from benchmarks.record import QUIET, add_cells, describe, load_average
 from capt_deploy.bench import BenchOptions, Case, Threads, measure
 from capt_deploy.bench_cases import Photos, Wanted, open_cases
 from capt_deploy.bench_images import synthetic_photos
@@ -92,7 +92,7 @@ def main(
             say(f"measuring {name} with {wanted.threads} threads")
             cells[name] = compare(exported, comparison, BenchOptions(seconds=seconds), load)
             if not as_json:
-                write_result(NAME, {"cells": {**load_cells(NAME), **cells}})
+                add_cells(NAME, cells)
     if as_json:
         print_json(cells)
     else:

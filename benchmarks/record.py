@@ -3,10 +3,12 @@
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from capt_deploy.errors import DataError
+from capt_deploy.file_lock import file_lock
 from capt_deploy.files import read_json, write_bytes, write_json
 from capt_deploy.machine import installed
 
@@ -45,6 +47,13 @@ def load_cells(name: str) -> dict[str, dict[str, Any]]:
     path = RESULTS / f"{name}.json"
     cells: dict[str, dict[str, Any]] = read_json(path, DataError)["cells"] if path.exists() else {}
     return cells
+
+
+def add_cells(name: str, cells: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put cells into `results/NAME.json`, where another process may be adding its own."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    with file_lock(RESULTS / f".{name}.lock"):
+        write_result(name, {"cells": {**load_cells(name), **cells}})
 
 
 def write_docs(path: Path, mark: str, text: str) -> None:

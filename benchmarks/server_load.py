@@ -22,7 +22,7 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.record import QUIET, describe, load_average, load_cells, write_docs, write_result
+from benchmarks.record import QUIET, add_cells, describe, load_average, load_cells, write_docs
 from capt_deploy.classifier import Classifier
 from capt_deploy.console import Command, PathInHome, print_json, say
 from capt_deploy.errors import BackendError, ConfigError, DataError
@@ -229,10 +229,9 @@ def main(
             say(json.dumps(rows[-1]))
     cell = {"backend": backend, "photos": len(encoded), "load_before": round(others, 1)}
     cell |= {"rows": rows, **describe()}
-    cells = {**load_cells("server_load"), name: cell}
-    write_result("server_load", {"cells": cells})
+    add_cells("server_load", {name: cell})
     if docs:
-        write_docs(DOCS, "server load", markdown(cells))
+        write_docs(DOCS, "server load", markdown(load_cells("server_load")))
     print_json(cell)
 
 

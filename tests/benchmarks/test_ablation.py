@@ -1,6 +1,5 @@
 """The tables in the docs are what was measured, and cells are measured once."""
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ FIGURES = {key: 0.5 for _, key, share in ablation.COLUMNS if share}
 
 
 def made(row: str, shots: int, seed: int, **figures: float) -> dict[str, Any]:
-    numbers = {**FIGURES, "trained_parameters": 1234, "seconds": 5.0, **figures}
+    numbers = {**FIGURES, "trained_parameters": 1234, "seconds": 5.0, "strength": 1.0, **figures}
     return {"row": row, "shots": shots, "seed": seed, **numbers}
 
 
@@ -28,17 +27,12 @@ def made(row: str, shots: int, seed: int, **figures: float) -> dict[str, Any]:
 def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Have cells written elsewhere, of worlds that nobody opens."""
 
-    def write(name: str, result: dict[str, Any]) -> Path:
-        (tmp_path / f"{name}.json").write_text(json.dumps(result))
-        return tmp_path
-
     @contextmanager
     def open_world(name: str) -> Iterator[cell.World]:
         yield cell.World("data", "model")
 
     for module in (ablation, search):
         monkeypatch.setattr(module, "open_world", open_world)
-    monkeypatch.setattr(cell, "write_result", write)
     monkeypatch.setattr(record, "RESULTS", tmp_path)
 
 
@@ -54,12 +48,35 @@ def test_a_table_gives_mean_and_deviation_over_the_seeds_that_are_there() -> Non
     assert row.split("|")[2].strip() == "52.0 ± 2.8 (2)"
     assert "1,234" in row
     assert "| zero-shot | 25.0 (1) |" in one
+    assert row.endswith("| - |")  # it has no κ
+    tried = {"a": made("all", 4, 1, strength=0.5), "b": made("all", 4, 2, strength=0.0)}
+    assert ablation.markdown(tried).endswith("| 0.25 |")
+
+
+def test_goals_are_compared_with_what_was_reached() -> None:
+    figures = {"harmonic": 0.5, "new": 0.5, "recovered": 0.4, "broken": 0.1}
+    coop = {f"c{n}": made("CoOp", 16, n, **figures) for n in (1, 2, 3)}
+    better = {**figures, "harmonic": 0.512, "new": 0.52, "ece_15_new_uncalibrated": 0.4}
+    own = {f"o{n}": made("capt (default)", 16, n, **better) for n in (1, 2, 3)}
+    frozen = {"z": made("zero-shot", 16, 1, new=0.51)}
+    rows = ablation.goals({"cifar100": {**coop, **own, **frozen}}).splitlines()[2:]
+    assert [row.split("|")[-2].strip() for row in rows] == ["met"] * 5
+    assert "1.2" in rows[0]
+    better["broken"] = 0.2
+    worse = {f"o{n}": made("capt (default)", 16, n, **better) for n in (1, 2, 3)}
+    rows = ablation.goals({"cifar100": {**coop, **worse, **frozen}}).splitlines()[2:]
+    assert [row.split("|")[-2].strip() for row in rows] == ["met"] * 4 + ["**missed**"]
 
 
 @pytest.mark.parametrize("world", ["cifar100", "cifar100-camera", "pictograms"])
 def test_the_docs_show_the_table_of_the_cells(world: str) -> None:
     docs = (ROOT / "docs" / "ablation.md").read_text()
     assert ablation.markdown(ablation.load(world)) in docs
+
+
+def test_the_docs_show_what_was_to_be_reached() -> None:
+    reached = ablation.goals({world: ablation.load(world) for world in ablation.GOALS})
+    assert reached in (ROOT / "docs" / "ablation.md").read_text()
 
 
 @pytest.mark.parametrize("world", ["cifar100", "cifar100-camera", "pictograms"])
