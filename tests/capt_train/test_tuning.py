@@ -208,6 +208,22 @@ def test_a_warm_up_that_is_too_long_leaves_one_epoch_of_cosine(
     assert rates == pytest.approx(warm_up + cosine)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_weights_decay_as_fast_as_asked_for(
+    tiny_backbone: Backbone, tmp_path: Path, optimizer: str
+) -> None:
+    start = context(learner(tiny_backbone)).clone()
+    after = {}
+    for decay in (0.0, 0.5):
+        settings = {"epochs": 1, "batch_size": 100, "learning_rate": 0.1, "weight_decay": decay}
+        prompt = learner(tiny_backbone)
+        own = task(tiny_backbone, optimizer=optimizer, **settings)
+        run(prompt, own, tmp_path / str(decay))
+        after[decay] = context(prompt)
+    # One step from one place: all but the decay is the same.
+    torch.testing.assert_close(after[0.5], after[0.0] - 0.1 * 0.5 * start)
+
+
 def test_it_stops_early_and_keeps_the_best_epoch(tiny_backbone: Backbone, tmp_path: Path) -> None:
     own = task(tiny_backbone, epochs=40, patience=2, learning_rate=0.05)
     wrong = Features(own.val.embeddings, own.val.labels.roll(1))  # gets worse with every epoch
