@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from capt_deploy.errors import RunError
 from capt_train import loss_terms, tuning
 from capt_train.backbone import Backbone
-from capt_train.bank import ConfusionBank
+from capt_train.bank import ConfusionBank, mined_classes
 from capt_train.checkpoint import TuningState
 from capt_train.config import TrainConfig
 from capt_train.features import Features
@@ -127,6 +127,31 @@ def test_the_text_side_comes_first_and_both_sides_last(tiny_backbone: Backbone) 
     assert len({*names}) == len(names)
 
 
+SETTINGS = {"visual_epochs": 2, "consistency": 7.0, "far_consistency": 0.5, "far_patience": 4}
+
+
+def near_or_far(stage: Stage) -> tuple[str, int, float, int]:
+    return stage.name, stage.epochs, stage.consistency, stage.patience
+
+
+def test_the_far_stage_has_length_consistency_and_patience_of_its_own(
+    tiny_backbone: Backbone,
+) -> None:
+    made, task = make(tiny_backbone, config(**SETTINGS, far_epochs=5))
+    _, near, far = stages(task, made)
+    assert near_or_far(near) == ("near-", 2, 7.0, 0)
+    assert near_or_far(far) == ("", 5, 0.5, 4)
+
+
+@pytest.mark.parametrize(("far_epochs", "validated"), [(0, True), (5, False)])
+def test_far_is_not_tried_where_that_is_off_or_nothing_could_judge_it(
+    far_epochs: int, validated: bool, tiny_backbone: Backbone
+) -> None:
+    made, task = make(tiny_backbone, config(**SETTINGS, far_epochs=far_epochs), validated)
+    _, near = stages(task, made)
+    assert near_or_far(near) == ("", 2, 7.0, 0)
+
+
 @pytest.mark.parametrize(
     ("without", "expected"),
     [
@@ -159,6 +184,23 @@ def test_a_stage_moves_what_it_should_and_nothing_else(
     assert torch.equal(made.state_dict()["semantic.centres"], before["semantic.centres"])
     assert all(torch.equal(frozen[n], v) for n, v in tiny_backbone.model.state_dict().items())
     assert all(parameter.grad is None for parameter in tiny_backbone.model.parameters())
+
+
+def test_a_visual_stage_that_only_harms_leaves_the_parameters_as_they_were(
+    tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    made, task = make(tiny_backbone)
+    before = state_of(made)
+    assert task.val_tokens is not None
+    taken = (made.embed_tokens(task.val_tokens) @ made.mean_texts(TUNED).T).argmax(dim=1)
+    right = Features(task.val.embeddings, torch.tensor(TUNED)[taken])  # so nothing is to be gained
+    sure = replace(task, scale=100 * task.scale, val=right)
+    state, _ = tune(made, sure, tmp_path, replace(BOTH, text_rate=0.1, visual_rate=0.1, patience=3))
+    assert state.epoch == 3
+    assert state.best_nll is not None
+    assert min(entry["val_nll"] for entry in state.history) > state.best_nll
+    assert state.best_epoch == 0
+    assert changed(before, made) == set()
 
 
 @contextmanager
@@ -210,7 +252,7 @@ def test_a_run_cut_in_either_stage_ends_with_the_bits_of_an_uninterrupted_one(
 def test_the_bank_learns_from_the_held_view_alone(
     stage: Stage, tiny_backbone: Backbone, tmp_path: Path
 ) -> None:
-    made, task = make(tiny_backbone)
+    made, task = make(tiny_backbone, config(bank_momentum=0.6))
     assert task.bank is not None
     assert task.views is not None
     assert task.views.tokens is not None
@@ -225,8 +267,8 @@ def test_the_bank_learns_from_the_held_view_alone(
     for label, taken in zip(task.bank.labels.tolist(), new.argmax(dim=1).tolist(), strict=True):
         counts[label, taken] += label != taken
     assert bank is not None
-    torch.testing.assert_close(bank.counts, 0.9 * task.bank.counts + 0.1 * counts)
-    torch.testing.assert_close(bank.confidences, 0.9 * task.bank.confidences + 0.1 * new)
+    torch.testing.assert_close(bank.counts, 0.6 * task.bank.counts + 0.4 * counts)
+    torch.testing.assert_close(bank.confidences, 0.6 * task.bank.confidences + 0.4 * new)
     assert not torch.equal(bank.counts, task.bank.counts)
 
 
@@ -276,6 +318,22 @@ def test_retrieved_samples_join_the_minibatch_with_their_own_labels(
     assert sorted(seen) == list(range(12))
 
 
+def test_each_image_is_contrasted_with_the_classes_mined_for_it(
+    tiny_backbone: Backbone, tmp_path: Path, steps: list[Step]
+) -> None:
+    made, task = make(tiny_backbone, config(mined_pairs=1))
+    assert task.bank is not None
+    mined = mined_classes(task.bank, 1)
+    assert len({tuple(own) for own in mined.tolist()}) > 1
+    tune(made, task, tmp_path, replace(TEXT, epochs=1))
+    assert len(steps) == 3
+    for step in steps:
+        assert step.images is not None
+        assert step.mined is not None
+        rows = (step.images[:, None] == task.train.embeddings).all(dim=2).int().argmax(dim=1)
+        assert torch.equal(step.mined, mined[rows])
+
+
 def test_without_retrieval_every_image_comes_once(
     tiny_backbone: Backbone, tmp_path: Path, steps: list[Step]
 ) -> None:
@@ -312,6 +370,21 @@ def test_validation_of_both_sides_reads_tuned_embeddings(
     state, _ = tune(made, replace(task, val=nothing), tmp_path, replace(BOTH, epochs=1))
     assert state.best_nll is not None
     assert 0 < state.best_nll < 100
+
+
+def test_the_routers_of_both_sides_are_balanced(tiny_backbone: Backbone, tmp_path: Path) -> None:
+    own = config(batch_size=100, warmup_epochs=0, weight_decay=0.0)
+    made, task = make(tiny_backbone, own)
+    assert made.semantic is not None
+    assert made.visual is not None and made.visual.experts is not None
+    routers = made.semantic.router, made.visual.experts.router
+    for router in routers:
+        router.bias.data = torch.tensor([1.0, -1.0])
+    # In the first step all experts still are without effect: no other term reaches a router.
+    tune(made, task, tmp_path, replace(BOTH, epochs=1))
+    for router in routers:
+        assert router.bias[0] < 1
+        assert router.bias[1] > -1
 
 
 @contextmanager
