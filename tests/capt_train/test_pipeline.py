@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,17 @@ from capt_deploy.preprocess import preprocess
 from capt_train import pipeline, strength
 from capt_train import run as runs
 from capt_train.backbone import Backbone
+from capt_train.bank import ConfusionBank
 from capt_train.config import TrainConfig
-from capt_train.fewshot import choose
+from capt_train.fewshot import FewShotSplit, choose
 from capt_train.label_noise import fit_label_noise
+from capt_train.learner import Learner
 from capt_train.parts import PARTS
 from capt_train.pipeline import train
 from capt_train.run import TunedModel, load_run
 from capt_train.stages import TuningTask
 from capt_train.strength import Trial
+from capt_train.tuning import tune
 
 Configure = Callable[..., TrainConfig]
 RUN_FILES = {
@@ -50,8 +54,32 @@ BOTH_SIDES = {
 }
 
 
+Staged = tuple[Path, list[TuningTask], list[ConfusionBank | None]]
+
+
 def read(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def staged(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Staged:
+    """Return a run of both sides, and of each of its stages the task and the last bank."""
+    run = tmp_path_factory.mktemp("runs") / "staged"
+    few = {"epochs": 1, "visual_epochs": 1, "far_epochs": 1, "views": 2, "strength": "1"}
+    config = configure(method="capt", without=("colours",), **few)
+    tasks: list[TuningTask] = []
+    banks: list[ConfusionBank | None] = []
+
+    def noting(learner: Learner, task: TuningTask, *others: Any) -> Any:
+        state, bank = tune(learner, task, *others)
+        tasks.append(task)
+        banks.append(bank)
+        return state, bank
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "tune", noting)
+        train(replace(config, adapter_scale=0.5, adapter_exponent=2.0), run)
+    return run, tasks, banks
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -292,6 +320,39 @@ def test_a_given_strength_is_taken_without_a_trial(configure: Configure, tmp_pat
     visual = load_run(tmp_path / "run").visual
     assert visual is not None and visual.strength is not None
     assert float(visual.strength) == 0.25
+
+
+def test_images_adapt_the_more_the_more_confused_the_frozen_model_is_about_them(
+    staged: Staged, photos: Path, tiny_backbone: Backbone
+) -> None:
+    """METHOD 4: α = s·cᵞ with c = 1 − (p₁ − p₂); at inference its mean over the training images."""
+    run, tasks, _ = staged
+    names = [f"a photo of a {name}." for name in read_dataset(photos).class_names]
+    text = tiny_backbone.text_embeddings(names)
+    expected = []
+    for item in FewShotSplit.load(run / "split.json").train:
+        pixels = np.stack([preprocess(photos / item.path, tiny_backbone.preprocess)])
+        image = tiny_backbone.image_embeddings(torch.from_numpy(pixels))[0]
+        *_, second, first = sorted((tiny_backbone.scale * text @ image).softmax(dim=0).tolist())
+        expected.append(0.5 * (1 - (first - second)) ** 2)
+    assert len(expected) == 12
+    for task in tasks:
+        assert task.alpha is not None
+        assert task.alpha.tolist() == pytest.approx(expected, rel=1e-4)
+    visual = load_run(run).visual
+    assert visual is not None and visual.alpha is not None
+    assert float(visual.alpha) == pytest.approx(sum(expected) / 12, rel=1e-4)
+
+
+def test_each_stage_goes_on_with_the_bank_of_the_one_before(staged: Staged) -> None:
+    run, tasks, banks = staged
+    first, *later = (task.bank for task in tasks)
+    assert len(later) == 2
+    assert all(own is written for own, written in zip(later, banks, strict=False))
+    counts = [own.counts for own in (first, *banks) if own is not None]
+    assert len(counts) == 4
+    assert not any(torch.equal(old, new) for old, new in pairwise(counts))
+    assert torch.equal(ConfusionBank.load(run / "bank.safetensors").counts, counts[-1])
 
 
 def test_without_strength_or_text_side_a_run_is_the_zero_shot_model(
