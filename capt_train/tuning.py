@@ -31,8 +31,9 @@ def tune(
 
     Best is the lowest calibrated NLL on validation, or the last epoch where there is none or
     patience is 0. If `folder` holds the checkpoint of an interrupted run, tuning continues from
-    it and ends with the very bits that it would have had uninterrupted (on the same machine,
-    with the same number of threads).
+    it. On a CPU it ends with the very bits that it would have had uninterrupted (on the same
+    machine, with the same number of threads); on a GPU with nearly the same numbers, for CUDA's
+    kernels are not made deterministic.
 
     Args:
         learner: what is trained.
