@@ -8,6 +8,7 @@ from typing import Any
 
 from capt_deploy.console import say
 from capt_deploy.datasets import Item
+from capt_deploy.errors import ConfigError
 from capt_deploy.evaluation import Report
 from capt_deploy.files import expand_home, write_json
 from capt_train import run as runs
@@ -63,7 +64,15 @@ def train(
 
 
 def dry_run(config: TrainConfig, out: Path, split_from: Path | None = None) -> DryRun:
-    """Return what the run would ask the LLM; write nothing but cached embeddings."""
+    """Return what the run would ask the LLM; write nothing but cached embeddings.
+
+    Raises:
+        CaptError: as by `train`; also where the run asks nothing.
+    """
+    if "semantic-experts" not in config.parts:
+        raise ConfigError(
+            "--llm-dry-run: expected --with semantic-experts, which alone asks an LLM"
+        )
     config, out = absolute(config), expand_home(out)
     begun = out if (out / runs.CONFIG).exists() else None  # it has chosen its images
     setup = load(config, split_from or begun)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from capt_deploy.datasets import read_dataset
-from capt_deploy.errors import RunError
+from capt_deploy.errors import ConfigError, RunError
 from capt_deploy.preprocess import preprocess
 from capt_train import pipeline, strength
 from capt_train import run as runs
@@ -29,7 +29,7 @@ from capt_train.fewshot import FewShotSplit, choose
 from capt_train.label_noise import fit_label_noise
 from capt_train.learner import Learner
 from capt_train.parts import PARTS
-from capt_train.pipeline import train
+from capt_train.pipeline import dry_run, train
 from capt_train.run import TunedModel, load_run
 from capt_train.stages import TuningTask
 from capt_train.strength import Trial
@@ -416,3 +416,11 @@ def test_a_run_begun_with_other_parts_is_refused(finished: Path, tmp_path: Path)
     (run / "config.json").write_text(json.dumps(content))
     with pytest.raises(RunError, match=r"begun with .*telepathy.*; tune again"):
         load_run(run)
+
+
+def test_a_dry_run_of_a_run_that_asks_nothing_is_refused(
+    configure: Configure, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="--llm-dry-run: expected --with semantic-experts, which"):
+        dry_run(configure(), tmp_path / "run")
+    assert dry_run(configure(added=("semantic-experts",)), tmp_path / "run").prompts
