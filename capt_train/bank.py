@@ -51,36 +51,33 @@ class ConfusionBank:
         """
         confidences = _probabilities(logits)
         predicted = confidences.argmax(dim=1)
-        counts = _confusions(labels, predicted[None], logits.shape[1])
+        counts = _confusions(labels, predicted, logits.shape[1])
         return cls(counts, labels, predicted, confidences, embeddings)
 
     def updated(
         self,
-        logits: Float[Tensor, "views samples classes"],
+        logits: Float[Tensor, "samples classes"],
         momentum: float = 0.9,
-        embeddings: Float[Tensor, "samples dim"] | None = None,
     ) -> "ConfusionBank":
         """Return the bank after a write-back, `N ← ρ·N + (1−ρ)·N_new` (METHOD 2, ours).
 
-        `N_new` is the mean over the views; confidences are blended likewise, and the pseudo-labels
-        are the argmax of the blend. Predictions on the training images themselves would not do:
-        a tuned model has almost no errors on the few shots it was tuned on, so the bank would
-        run dry just when it is needed.
+        Confidences are blended likewise, and the pseudo-labels are the argmax of the blend.
+        Predictions on the training images themselves would not do: a tuned model has almost no
+        errors on the few shots it was tuned on, so the bank would run dry just when it is needed.
 
         Args:
-            logits: scaled, predicted out of fold or on augmented views of the training images.
+            logits: scaled, predicted on views of the training images that were not tuned on.
             momentum: ρ in [0, 1]; 0 keeps nothing of the old bank.
-            embeddings: new ones of the images, unit norm; the old ones stay without.
         """
-        views = _probabilities(logits)
-        new = _confusions(self.labels, views.argmax(dim=2), views.shape[2])
-        confidences = momentum * self.confidences + (1 - momentum) * views.mean(dim=0)
+        found = _probabilities(logits)
+        new = _confusions(self.labels, found.argmax(dim=1), found.shape[1])
+        confidences = momentum * self.confidences + (1 - momentum) * found
         return ConfusionBank(
             momentum * self.counts + (1 - momentum) * new,
             self.labels,
             confidences.argmax(dim=1),
             confidences,
-            self.embeddings if embeddings is None else embeddings,
+            self.embeddings,
         )
 
     def to(self, device: torch.device) -> "ConfusionBank":
@@ -173,11 +170,6 @@ def confused_pairs(bank: ConfusionBank) -> dict[Pair, float]:
     return {(true, taken): n for (true, taken), n in zip(cells.tolist(), counts, strict=True)}
 
 
-def samples_behind(bank: ConfusionBank, true: int, predicted: int) -> Int[Tensor, " found"]:
-    """Return the rows of the samples of class `true` whose pseudo-label is `predicted`."""
-    return ((bank.labels == true) & (bank.predicted == predicted)).nonzero().squeeze(1)
-
-
 def retrieve(
     bank: ConfusionBank, rows: Int[Tensor, " batch"], mined: Int[Tensor, "batch mined"]
 ) -> Int[Tensor, "batch mined"]:
@@ -249,12 +241,12 @@ def _probabilities(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*b
 
 
 def _confusions(
-    labels: Int[Tensor, " samples"], predicted: Int[Tensor, "views samples"], classes: int
+    labels: Int[Tensor, " samples"], predicted: Int[Tensor, " samples"], classes: int
 ) -> Float[Tensor, "{classes} {classes}"]:
-    """Return how often each class is called another, the mean over the views."""
-    cells = (labels * classes + predicted).flatten()
+    """Return how often each class is called another."""
+    cells = labels * classes + predicted
     counts = cells.bincount(minlength=classes**2).reshape(classes, classes)
-    return counts.fill_diagonal_(0) / len(predicted)
+    return counts.fill_diagonal_(0).float()
 
 
 def _check(bank: ConfusionBank) -> None:

@@ -201,7 +201,7 @@ def _write_banks(
     # Both are asked about the same views, so that what differs is the model.
     frozen = model.zero_shot_logits(outcome.views.untouched)[:, tuned]
     own = model.logits(outcome.held_view)[:, tuned]
-    before, after = (before.updated(z.to(before.counts)[None], momentum=0.0) for z in (frozen, own))
+    before, after = (before.updated(z.to(before.counts), momentum=0.0) for z in (frozen, own))
     outcome.bank.save(out / runs.BANK)
     names = setup.tuned_names
     paths = [item.path for item in outcome.task.train.kept(setup.split.train)]

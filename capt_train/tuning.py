@@ -182,7 +182,7 @@ class _Loop:
         texts = self._learner.mean_texts(self._task.tuned)
         images = views.held_embeddings(self._learner if self._stage.visual else None)
         logits = self._task.scale * images.to(self._device) @ texts.T
-        self.bank = self.bank.updated(logits[None], self._task.config.bank_momentum)
+        self.bank = self.bank.updated(logits, self._task.config.bank_momentum)
 
     @torch.no_grad()
     def validation_nll(self) -> float | None:

@@ -69,7 +69,7 @@ def test_top_cuts_the_table_and_says_what_it_leaves_out(
 
 
 def test_fractions_show_one_decimal(tmp_path: Path) -> None:
-    right = 9.0 * functional.one_hot(torch.tensor(LABELS), 3)[None]
+    right = 9.0 * functional.one_hot(torch.tensor(LABELS), 3)
     before = bank(1, 1, 0, 0, 1, 2)
     after = before.updated(right, 0.777)
     write_confusions(tmp_path / CONFUSIONS, NAMES, before, after, SAMPLES)

@@ -74,7 +74,7 @@ def test_matrices_are_the_counts_of_the_banks(path: Path) -> None:
 def test_fractions_are_rounded_and_a_pair_that_has_become_nothing_is_left_out(
     tmp_path: Path,
 ) -> None:
-    right = 9.0 * functional.one_hot(torch.tensor(LABELS), 3)[None]
+    right = 9.0 * functional.one_hot(torch.tensor(LABELS), 3)
     faded = bank(BEFORE).updated(right, 0.9)
     write_confusions(tmp_path / "a.json", NAMES, bank(LABELS), faded, SAMPLES)
     rows = [
