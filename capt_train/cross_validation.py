@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from capt_deploy.console import say
 from capt_train.learner import Learner
 from capt_train.stages import TuningTask, refilled, stages, with_rows
-from capt_train.tuning import tune
+from capt_train.tuning import DivergenceError, tune
 
 _FOLDS, _FOLDS_OF_BOTH_SIDES = 4, 2  # each costs a tuning; with the visual side minutes
 _FEWEST = 8  # images that can be left out in turns
@@ -36,11 +37,13 @@ def out_of_fold_logits(
 
     Returns:
         z = scale·f·Ŵ_c + bias of each training image by the model that has not seen it, and the
-        labels as positions among the tuned classes. None of either with fewer than eight images.
+        labels as positions among the tuned classes. None of either with fewer than eight images,
+        or where a tuning diverged, which is said.
     """
     labels = task.train.labels_among(task.tuned)
     found = torch.zeros((len(labels), len(task.tuned)))
     if len(labels) < _FEWEST:
+        say("note: confidences are not calibrated: there are too few images for it")
         return found[:0], labels[:0]
     count = _FOLDS_OF_BOTH_SIDES if strength and task.alpha is not None else _FOLDS
     folds = torch.empty_like(labels)
@@ -52,9 +55,16 @@ def out_of_fold_logits(
         if learner.visual is not None and own.alpha is not None:
             learner.visual.set_constants(alpha=float(own.alpha.mean()))
         learner.set_strength(float(strength > 0))  # as the model was tuned; κ came afterwards
-        with tempfile.TemporaryDirectory() as folder:
-            for stage in stages(own, learner):
-                tune(learner, own, Path(folder), stage, f"cross-validation {fold + 1}/{count}:")
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                for stage in stages(own, learner):
+                    tune(learner, own, Path(folder), stage, f"cross-validation {fold + 1}/{count}:")
+        except DivergenceError as error:  # what the run was tuned for is there already
+            say(
+                "note: confidences are not calibrated: cross-validation diverged "
+                f"({error.reason}); lower {error.setting} and tune again"
+            )
+            return found[:0], labels[:0]
         learner.set_strength(strength)
         cosines = _images(learner, task, held) @ rows_of(learner).cpu().T
         found[held] = task.scale * cosines + learner.backbone.logit_bias

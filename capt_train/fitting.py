@@ -140,7 +140,7 @@ def _tuned_images(model: TunedModel, outcome: Outcome) -> Float[Tensor, "samples
 def _calibration(
     setup: Setup, model: TunedModel, outcome: Outcome, images: Float[Tensor, "samples dim"]
 ) -> Choice | None:
-    """Choose a calibration on images that were not tuned on; None where there are too few."""
+    """Choose a calibration on images that were not tuned on; None where that cannot be."""
     task, tuned = outcome.task, list(outcome.task.tuned)
     if len(task.val):
         raw = model.raw_logits(images)[:, tuned].cpu()
@@ -154,7 +154,6 @@ def _calibration(
         strength = model.fitted.strength
         raw, labels = out_of_fold_logits(task, outcome.make, strength, rows_of)
     if not len(labels):
-        say("note: confidences are not calibrated: there are too few images for it")
         return None
     if len(labels) < _FEW_FOR_CALIBRATION:
         say(f"note: confidences are calibrated on no more than {len(labels)} images")

@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from capt_deploy.console import say
 from capt_train.calibration import calibrated_losses
 from capt_train.features import every_second
 from capt_train.learner import Learner
 from capt_train.stages import TuningTask, refilled, stages, with_rows
-from capt_train.tuning import tune
+from capt_train.tuning import DivergenceError, tune
 
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0)  # of κ
 _STANDARD_ERRORS = 2.0  # by which a gain must be above 0
@@ -39,7 +40,10 @@ class Gains:
 
 @dataclass(frozen=True)
 class Trial:
-    """What a short run on half of the classes says; None where too few images can be asked."""
+    """What a short run on half of the classes says; None where too few images can be asked.
+
+    Without any answer, as after a tuning that diverged, it promises nothing.
+    """
 
     seen: Gains | None  # on images of its own classes that it was not tuned on
     unseen: Gains | None  # on images of the other classes
@@ -82,7 +86,7 @@ def try_out(task: TuningTask, make: Callable[[tuple[int, ...]], Learner]) -> Tri
         make: returns a new learner that is to be tuned on some classes.
 
     Returns:
-        The trial; None with fewer than four classes.
+        The trial, without answers where its tuning diverged; None with fewer than four classes.
     """
     if len(task.tuned) < _FEWEST_CLASSES:
         return None
@@ -91,11 +95,18 @@ def try_out(task: TuningTask, make: Callable[[tuple[int, ...]], Learner]) -> Tri
     if learner.visual is not None and half.alpha is not None:
         learner.visual.set_constants(alpha=float(half.alpha.mean()))
     before = None
-    with tempfile.TemporaryDirectory() as folder:
-        for stage in stages(half, learner):
-            if stage.visual and before is None:
-                before = [learner.mean_texts(question.classes) for question in (seen, unseen)]
-            tune(learner, half, Path(folder), stage, "trial:")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for stage in stages(half, learner):
+                if stage.visual and before is None:
+                    before = [learner.mean_texts(question.classes) for question in (seen, unseen)]
+                tune(learner, half, Path(folder), stage, "trial:")
+    except DivergenceError as error:
+        say(
+            f"note: the visual side is left as it came, for its trial diverged ({error.reason}); "
+            f"lower {error.setting} to have it tuned"
+        )
+        return Trial(None, None)
     if before is None:  # there is no visual side to try
         return None
     return Trial(

@@ -24,6 +24,22 @@ from capt_train.stages import Stage, TuningTask
 BEST, LAST = "best.safetensors", "last.safetensors"
 
 
+class DivergenceError(RunError):
+    """A tuning that left the finite numbers."""
+
+    def __init__(self, folder: Path, reason: str, setting: str, kept: str = "") -> None:
+        """Say what happened.
+
+        Args:
+            folder: of the checkpoints.
+            reason: what became nan, and when.
+            setting: the one to lower.
+            kept: which checkpoint stays, if one does.
+        """
+        super().__init__(f"{folder}: {reason}; lower {setting} and tune again{kept}")
+        self.reason, self.setting = reason, setting
+
+
 def tune(
     learner: Learner, task: TuningTask, folder: Path, stage: Stage, label: str = "tuning"
 ) -> tuple[TuningState, ConfusionBank | None]:
@@ -46,7 +62,8 @@ def tune(
         Where the tuning ended, and the confusion bank after its last write-back.
 
     Raises:
-        RunError: a loss term is not finite; the last good checkpoint stays.
+        DivergenceError: a loss term is not finite; the last good checkpoint stays.
+        RunError: a checkpoint in `folder` is of another run.
     """
     loop = _Loop(learner, task, stage)
     state = TuningState()
@@ -66,10 +83,8 @@ def tune(
             except FloatingPointError as cause:
                 kept = f"; the state before that epoch is in {last.name}" if state.epoch else ""
                 rate = "visual_learning_rate" if stage.visual else "learning_rate"
-                raise RunError(
-                    f"{folder}: in epoch {state.epoch + 1} {cause}; lower {rate} and tune "
-                    f"again{kept}"
-                ) from cause
+                reason = f"in epoch {state.epoch + 1} {cause}"
+                raise DivergenceError(folder, reason, rate, kept) from cause
             loop.write_back()
             state = _next(state, terms, nll, stage.patience)
             if state.best_epoch == state.epoch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from capt_train.learner import Learner
 from capt_train.pipeline import train
 from capt_train.run import load_run
 from capt_train.stages import Stage, TuningTask, with_rows
+from capt_train.tuning import tune
 from tests.capt_train.test_strength import config, learner, make, numbered, without_val
 
 TUNED = (0, 1, 3, 4, 6)
@@ -109,7 +111,7 @@ def test_no_model_is_asked_about_an_image_that_it_was_tuned_on(
 
 
 def test_one_image_of_each_class_leaves_whole_classes_out(
-    tiny_backbone: Backbone, noted: list[Any]
+    tiny_backbone: Backbone, noted: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     tuned = (0, 1, 2, 3, 4, 5, 6)
     _, task = make(tiny_backbone, tuned)
@@ -117,6 +119,7 @@ def test_one_image_of_each_class_leaves_whole_classes_out(
     one = some(task, 1)
     few, none = out_of_fold_logits(one, fresh(tiny_backbone, task), 0.0, rows_of)
     assert (few.shape, none.shape) == ((0, 7), (0,))  # seven images are too few
+    assert "not calibrated: there are too few images for it" in capsys.readouterr().err
     assert noted == []
     eight = with_rows(task, torch.arange(len(task.train)) % 4 < 1 + (task.train.labels == 0))
 
@@ -195,3 +198,39 @@ def test_a_run_without_validation_images_is_calibrated(
     assert result["zero_shot_temperature"] != 1.0
     assert not (tmp_path / "run" / "validation.safetensors").exists()
     assert load_run(tmp_path / "run").validation is None
+
+
+@pytest.mark.parametrize(
+    ("strength", "setting"), [(0.0, "learning_rate"), (1.0, "visual_learning_rate")]
+)
+def test_parts_whose_tuning_diverges_give_nothing_and_name_the_setting(
+    strength: float, setting: str, tiny_backbone: Backbone, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, task = make(tiny_backbone)
+    task = without_val(replace(task, config=config(**{setting: 1e30})))
+    logits, labels = out_of_fold_logits(task, fresh(tiny_backbone, task), strength, rows_of)
+    assert (logits.shape, labels.shape) == ((0, len(TUNED)), (0,))
+    told = capsys.readouterr().err
+    assert "note: confidences are not calibrated: cross-validation diverged (in epoch 1 " in told
+    assert f"); lower {setting} and tune again" in told
+    assert tempfile.gettempdir() not in told
+
+
+def test_a_run_whose_cross_validation_diverges_ends_uncalibrated(
+    configure: Callable[..., TrainConfig],
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def too_far(*arguments: Any) -> Any:
+        *others, stage, label = arguments
+        return tune(*others, replace(stage, text_rate=1e30), label)
+
+    monkeypatch.setattr(cross_validation, "tune", too_far)
+    shutil.copytree(photos / "train", tmp_path / "data" / "train")
+    report = train(configure(data=str(tmp_path / "data"), shots=6), tmp_path / "run")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["images"]["val"] == 0
+    assert result["calibrators"] is None
+    assert report["temperature"] == result["zero_shot_temperature"] == 1.0
+    assert load_run(tmp_path / "run").fitted.temperature == 1.0

@@ -409,6 +409,21 @@ def test_a_resumed_run_decides_by_the_trial_that_it_has_written(
     assert (tmp_path / "run" / "trial.json").read_bytes() == trial
 
 
+def test_a_run_whose_trial_diverges_keeps_to_the_text_side_also_when_resumed(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    own = {"method": "capt", "classes": "all", "views": 2, "far_epochs": 1}
+    config, run = configure(visual_learning_rate=1e30, **own), tmp_path / "run"
+    report = train(config, run)
+    result = (run / "result.json").read_bytes()
+    assert report["strength"] == 0
+    assert len(json.loads(result)["stages"]) == 1
+    (run / "result.json").unlink()
+    monkeypatch.delattr(pipeline, "try_out")
+    assert train(config, run, resume=True) == report
+    assert (run / "result.json").read_bytes() == result
+
+
 def test_a_run_begun_with_other_parts_is_refused(finished: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     content = read(run / "config.json")

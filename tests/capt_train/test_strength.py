@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -310,6 +312,24 @@ def test_a_trial_is_the_same_again(tiny_backbone: Backbone) -> None:
     _, task = make(tiny_backbone)
     trials = [try_out(task, lambda own: learner(tiny_backbone, task.config, own)) for _ in "ab"]
     assert trials[0] == trials[1]
+
+
+@pytest.mark.parametrize("setting", ["learning_rate", "visual_learning_rate"])
+def test_a_trial_that_diverges_promises_nothing_and_names_the_setting(
+    setting: str, tiny_backbone: Backbone, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, task = make(tiny_backbone)
+    own = replace(task, config=config(**{setting: 1e30}))
+    trial = try_out(own, lambda tuned: learner(tiny_backbone, own.config, tuned))
+    told = capsys.readouterr().err
+    assert re.search(
+        rf"^note: the visual side is left as it came, .* \(in epoch 1 .*\); lower {setting} ",
+        told,
+        re.M,
+    )
+    assert tempfile.gettempdir() not in told
+    assert trial is not None
+    assert not promises(own, Trial.from_dict(json.loads(json.dumps(asdict(trial)))))
 
 
 def test_one_image_is_too_few_to_be_sure(tiny_backbone: Backbone) -> None:

@@ -24,7 +24,7 @@ from capt_train.learner import Learner
 from capt_train.loss_terms import Step, loss_terms
 from capt_train.prompt import PromptLearner
 from capt_train.stages import TuningTask, stages
-from capt_train.tuning import BEST, LAST, tune
+from capt_train.tuning import BEST, LAST, DivergenceError, tune
 
 NAMES = ("cat", "dog", "boat", "tree", "car")
 TUNED = (1, 2, 4)  # labels of the data set, not positions among the tuned ones
@@ -267,8 +267,10 @@ def test_a_step_that_goes_too_far_is_an_error_and_keeps_no_broken_checkpoint(
 ) -> None:
     own = task(tiny_backbone, learning_rate=1e30, batch_size=100)
     own = own if validated else replace(own, val=empty())
-    with pytest.raises(RunError, match="in epoch 1 the class embeddings became nan; lower learn"):
+    reason = "in epoch 1 the class embeddings became nan"
+    with pytest.raises(DivergenceError, match=f"{reason}; lower learn") as caught:
         run(learner(tiny_backbone), own, tmp_path)
+    assert (caught.value.reason, caught.value.setting) == (reason, "learning_rate")
     assert list(tmp_path.iterdir()) == []
 
 
