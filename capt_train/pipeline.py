@@ -6,6 +6,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from capt_deploy.console import say
 from capt_deploy.datasets import Item
 from capt_deploy.errors import ConfigError
@@ -31,6 +33,7 @@ from capt_train.tuning import tune
 from capt_train.views import Views, embed_views
 
 _TEXT_SIDE_VIEWS = 2  # the image itself, and one that only the bank sees
+_MOST_VALIDATED = 5000  # images whose tokens are kept; more would hardly decide otherwise (ours)
 
 
 def train(
@@ -90,7 +93,6 @@ def _tune(setup: Setup, cache: EmbeddingCache, out: Path) -> Outcome:
         embed(backbone, cache, setup.dataset, split.val, "validation images"),
     )
     seen, images = recolour(setup, frozen, out)
-    features, val = images.train, images.val
     centres = None
     if "semantic-experts" in config.parts:
         wanted = _wanted(setup, setup.zero_shot_bank(frozen.train))
@@ -102,13 +104,14 @@ def _tune(setup: Setup, cache: EmbeddingCache, out: Path) -> Outcome:
         return make_learner(seen, config, own, setup.zero_shot, centres)
 
     learner = make(split.tuned)
+    if learner.visual is not None:
+        setup, frozen, images = _sampled(setup, frozen, images)
     reference = setup.zero_shot[list(split.tuned)]
-    bank = setup.zero_shot_bank(features)
-    asked = bool({"infonce", "retrieval"} & config.parts)
-    task = TuningTask(
-        backbone.scale, split.tuned, features, val, reference, config, bank if asked else None
-    )
-    views = _views(setup, learner, split.train, features, "training images")
+    train, val = images.train, images.val
+    bank = setup.zero_shot_bank(train)
+    asked = bank if {"infonce", "retrieval"} & config.parts else None
+    task = TuningTask(backbone.scale, split.tuned, train, val, reference, config, asked)
+    views = _views(setup, learner, split.train, train, "training images")
     task = replace(task, views=views)
     trial = None
     if learner.visual is not None:
@@ -160,6 +163,29 @@ def _views(
         seed=config.seed,
         label=label,
     )
+
+
+def _sampled(setup: Setup, frozen: Embedded, images: Embedded) -> tuple[Setup, Embedded, Embedded]:
+    """Return all of them with as many validation images as tokens are kept of, drawn by seed.
+
+    Args:
+        setup: of the run; what it returns names the images that were drawn.
+        frozen: the run's images, by the model as it came.
+        images: the same images through the colour map.
+    """
+    count = len(images.val)
+    if count <= _MOST_VALIDATED:
+        return setup, frozen, images
+    say(
+        f"note: {_MOST_VALIDATED} of the {count} validation images are used, drawn by seed: the "
+        "visual side keeps tokens of each in memory"
+    )
+    draw = torch.Generator().manual_seed(setup.config.seed)
+    chosen = torch.randperm(count, generator=draw)[:_MOST_VALIDATED].sort().values
+    items = images.val.kept(setup.split.val)
+    split = replace(setup.split, val=tuple(items[row] for row in chosen.tolist()))
+    frozen, images = (replace(own, val=own.val.rows(chosen)) for own in (frozen, images))
+    return replace(setup, split=split), frozen, images
 
 
 def _with_visual_side(setup: Setup, learner: Learner, task: TuningTask) -> TuningTask:

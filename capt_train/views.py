@@ -1,5 +1,6 @@
 """Augmented views of the training images, embedded once, so that a step runs only what changes."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,13 +9,14 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from capt_deploy.console import progress
+from capt_deploy.console import progress, say
 from capt_deploy.datasets import Dataset, Item
 from capt_train.backbone import Backbone
 from capt_train.features import read_pixels
 from capt_train.learner import Learner
 
 _BATCH = 64
+_MUCH_MEMORY = 2**30  # bytes of tokens, from which on it is said
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def embed_views(
     generator = torch.Generator().manual_seed(seed)
     embeddings: list[Tensor] = []
     untouched: list[Tensor] = []
-    tokens: list[Tensor] = []
+    tokens = _room(learner, views, len(items), label)
     with progress(f"embedding views of {label}", len(items), "images") as counter:
         for start in range(0, len(items), _BATCH):
             batch = items[start : start + _BATCH]
@@ -81,18 +83,32 @@ def embed_views(
             rows = [pixels, *(augment(pixels, area, generator) for _ in range(views - 1))]
             found = [learner.start(v) for v in rows]
             embeddings.append(torch.stack([own.cpu() for own, _ in found]))
-            own = [kept.half().cpu() for _, kept in found if kept is not None]
-            tokens += [torch.stack(own)] if own else []
+            for view, (_, kept) in enumerate(found):
+                if tokens is not None and kept is not None:
+                    tokens[view, start : start + len(batch)] = kept.half()
             held = embeddings[-1][-1]
             if learner.recoloured and views > 1:
                 held = backbone.image_embeddings(rows[-1]).cpu()
             untouched.append(held)
             counter.advance(len(batch))
-    return Views(
-        torch.cat(embeddings, dim=1),
-        torch.cat(untouched),
-        torch.cat(tokens, dim=1) if tokens else None,
-    )
+    return Views(torch.cat(embeddings, dim=1), torch.cat(untouched), tokens)
+
+
+def _room(
+    learner: Learner, views: int, samples: int, label: str
+) -> Float[Tensor, "{views} {samples} tokens width"] | None:
+    """Return where tokens go, all at once: parts that are joined later would need twice as much.
+
+    Where that is much memory, say so before it is used.
+    """
+    tower = learner.backbone.tower
+    if learner.visual is None or tower is None:
+        return None
+    shape = (views, samples, tower.leading + math.prod(tower.grid), tower.width)
+    size = math.prod(shape) * torch.float16.itemsize
+    if size > _MUCH_MEMORY:
+        say(f"note: tokens of {label} need {size / 2**30:.1f} GiB of memory")
+    return torch.empty(shape, dtype=torch.float16)
 
 
 def augment(

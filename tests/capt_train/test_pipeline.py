@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from capt_deploy.datasets import read_dataset
 from capt_deploy.errors import ConfigError, RunError
+from capt_deploy.files import sha256_file
 from capt_deploy.preprocess import preprocess
 from capt_train import pipeline, strength
 from capt_train import run as runs
@@ -26,11 +27,13 @@ from capt_train.backbone import Backbone
 from capt_train.bank import ConfusionBank
 from capt_train.config import TrainConfig
 from capt_train.fewshot import FewShotSplit, choose
+from capt_train.fitting import Outcome, fit
 from capt_train.label_noise import fit_label_noise
 from capt_train.learner import Learner
 from capt_train.parts import PARTS
 from capt_train.pipeline import dry_run, train
 from capt_train.run import TunedModel, load_run
+from capt_train.setup import Setup
 from capt_train.stages import TuningTask
 from capt_train.strength import Trial
 from capt_train.tuning import tune
@@ -422,6 +425,90 @@ def test_a_run_whose_trial_diverges_keeps_to_the_text_side_also_when_resumed(
     monkeypatch.delattr(pipeline, "try_out")
     assert train(config, run, resume=True) == report
     assert (run / "result.json").read_bytes() == result
+
+
+class _EnoughError(Exception):
+    pass
+
+
+def drawn(
+    config: TrainConfig, out: Path, most: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[str, ...]:
+    """Return digests of the validation images that a run begins to tune with."""
+    found: list[tuple[str, ...]] = []
+
+    def stop(learner: Learner, task: TuningTask, *_: Any) -> None:
+        found.append(task.val.sha256)
+        raise _EnoughError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_MOST_VALIDATED", most)
+        patch.setattr(pipeline, "tune", stop)
+        with pytest.raises(_EnoughError):
+            train(config, out)
+    return found[0]
+
+
+def test_of_many_validation_images_the_visual_side_gets_a_sample_by_seed(
+    configure: Configure,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = configure(method="capt", views=2, strength="1")
+    everyone = drawn(config, tmp_path / "all", 16, monkeypatch)
+    assert len({*everyone}) == 16
+    assert "validation images are used" not in capsys.readouterr().err
+    some = drawn(config, tmp_path / "some", 6, monkeypatch)
+    assert capsys.readouterr().err.count("note: 6 of the 16 validation images are used") == 1
+    places = [everyone.index(digest) for digest in some]
+    assert len(places) == 6
+    assert places == sorted(places)
+    assert places != [*range(6)]
+    assert drawn(config, tmp_path / "again", 6, monkeypatch) == some
+    assert drawn(replace(config, seed=2), tmp_path / "other", 6, monkeypatch) != some
+    text = replace(config, method="prompt")  # which keeps no tokens
+    assert drawn(text, tmp_path / "text", 6, monkeypatch) == everyone
+
+
+def test_all_that_is_known_of_sampled_validation_images_belongs_together(
+    configure: Configure, photos: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(photos, tmp_path / "data"))
+    first = min((data / "val").glob("*/*.png"))  # rows behind it move up
+    first.write_bytes(b"no image")
+    outcomes: list[Outcome] = []
+
+    def noting(setup: Setup, outcome: Outcome, out: Path) -> TunedModel:
+        outcomes.append(outcome)
+        return fit(setup, outcome, out)
+
+    monkeypatch.setattr(pipeline, "fit", noting)
+    monkeypatch.setattr(pipeline, "_MOST_VALIDATED", 7)
+    run = tmp_path / "run"
+    config = configure(method="capt", views=2, far_epochs=1, strength="0.5", data=str(data))
+    report = train(config, run)
+    [outcome] = outcomes
+    val, frozen, learner = outcome.task.val, outcome.frozen.val, outcome.learner
+    assert report["images"]["val"] == len(val) == 7
+    assert frozen.sha256 == val.sha256
+    files = {sha256_file(file): file for file in data.glob("val/*/*.png")}
+    shown = [files[digest] for digest in val.sha256]
+    names = read_dataset(data).class_names
+    assert [names[label].replace(" ", "_") for label in val.labels] == [
+        f.parent.name for f in shown
+    ]
+    assert torch.equal(frozen.labels, val.labels)
+    backbone = learner.backbone
+    pixels = torch.from_numpy(np.stack([preprocess(f, backbone.preprocess) for f in shown]))
+    tokens = outcome.task.val_tokens
+    assert tokens is not None
+    torch.testing.assert_close(tokens, learner.prefix(pixels).half(), rtol=0, atol=2e-3)
+    torch.testing.assert_close(val.embeddings, backbone.image_embeddings(pixels))
+    validation = load_run(run).validation
+    assert validation is not None
+    assert torch.equal(validation.labels, val.labels)
+    assert torch.equal(validation.embeddings, learner.embed_tokens(tokens))
 
 
 def test_a_run_begun_with_other_parts_is_refused(finished: Path, tmp_path: Path) -> None:

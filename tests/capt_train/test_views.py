@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from capt_deploy.datasets import Dataset, Item, read_dataset
 from capt_deploy.errors import ImageError
@@ -95,6 +97,44 @@ def test_many_images_keep_their_order(tiny_backbone, dataset, monkeypatch):
     assert views.embeddings.shape[:2] == views.tokens.shape[:2] == (3, 7)
     expected = tiny_backbone.image_embeddings(pixels_of(tiny_backbone, dataset, items))
     torch.testing.assert_close(views.embeddings[0], expected, rtol=0, atol=1e-6)
+
+
+class _HalfPrecision(TorchDispatchMode):
+    """Notes the most memory that tensors in half precision take at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._known: list[weakref.ref[torch.Tensor]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.dtype == torch.float16:
+            self._known.append(weakref.ref(found))
+        living = [tensor for known in self._known if (tensor := known()) is not None]
+        own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in living}
+        self.peak = max(self.peak, sum(own.values()))
+        return found
+
+
+def test_tokens_are_in_memory_once(tiny_backbone, dataset, monkeypatch):
+    items = dataset.splits["train"][:8]
+    learner = make(tiny_backbone)
+    monkeypatch.setattr("capt_train.views._BATCH", 1)
+    with _HalfPrecision() as memory:
+        tokens = embed(tiny_backbone, learner, dataset, items).tokens
+    assert tokens.nbytes <= memory.peak <= 1.2 * tokens.nbytes
+
+
+@pytest.mark.parametrize(("limit", "told"), [(3 * 5 * 5 * 32 * 2 - 1, True), (4800, False)])
+def test_much_memory_for_tokens_is_said_before_they_are_made(
+    limit, told, tiny_backbone, dataset, monkeypatch, capsys
+):
+    monkeypatch.setattr("capt_train.views._MUCH_MEMORY", limit)
+    embed(tiny_backbone, make(tiny_backbone), dataset, dataset.splits["train"][:5])
+    printed = capsys.readouterr().err
+    assert printed.startswith("note: tokens of photos need 0.0 GiB of memory\n") == told
+    assert ("note" in printed) == told
 
 
 def test_the_seed_decides(tiny_backbone, dataset):
