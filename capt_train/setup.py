@@ -19,14 +19,15 @@ from capt_train.features import Features
 from capt_train.fewshot import FewShotSplit, choose
 from capt_train.learner import left_out, make_learner
 from capt_train.loading import choose_device, load_backbone
-from capt_train.mining import check_sources
+from capt_train.mining import SENTENCES, check_sources
 from capt_train.mixture import pseudo_class_names
 from capt_train.stages import zero_shot_bank
 
-# Where things lie may change before a run is resumed: what is there is checked by its content.
-_FILES = ("class_names", "sentences", "commonality", "difference")
+_SENTENCE_FILES = ("sentences", "commonality", "difference")
 _ASKING = ("llm_url", "llm_model", "llm_timeout_s", "llm_retries", "llm_backoff_s")
-_MAY_MOVE = {"data", "model", "pretrained", "device", *_FILES, *_ASKING}
+# What may change before a run is resumed. Images, names and model may lie elsewhere: they are
+# checked by their content. Sentences may come from elsewhere until the run has its own.
+_MAY_MOVE = {"data", "class_names", "model", "pretrained", "device", *_SENTENCE_FILES, *_ASKING}
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,10 @@ def prepare(config: TrainConfig, out: Path, resume: bool, split_from: Path | Non
     _check_folder(out, config, resume)
     begun = (out / runs.CONFIG).exists()
     chosen = split_from or (out if begun else None)
-    setup = load(config, chosen)
+    gathered = begun and (out / SENTENCES).exists()
+    if gathered:
+        config = _with_own_sentences(config, out)
+    setup = load(config, chosen, sources=not gathered)
     if begun:
         _check_model(out, setup.model_sha256)
     else:
@@ -84,12 +88,13 @@ def prepare(config: TrainConfig, out: Path, resume: bool, split_from: Path | Non
     return setup
 
 
-def load(config: TrainConfig, split_from: Path | None = None) -> Setup:
+def load(config: TrainConfig, split_from: Path | None = None, *, sources: bool = True) -> Setup:
     """Load and check data and model; write nothing.
 
     Args:
         config: all settings.
         split_from: a run folder whose images are used again.
+        sources: whether sentences are still to be found, so that their files must be there.
     """
     device = choose_device(config.device)
     dataset = read_dataset(config.data, config.class_names)
@@ -104,7 +109,7 @@ def load(config: TrainConfig, split_from: Path | None = None) -> Setup:
     zero_shot = backbone.class_embeddings(split.class_names, config.templates)
     # What may be wrong with names, sizes, sentence files or endpoint shows before time is spent.
     make_learner(backbone, config, split, zero_shot)
-    if "semantic-experts" in config.parts:
+    if sources and "semantic-experts" in config.parts:
         check_sources(config, split.class_names)
     setup = Setup(config, dataset, split, backbone, backbone.fingerprint(), zero_shot)
     if "mixture" in config.parts:
@@ -115,7 +120,7 @@ def load(config: TrainConfig, split_from: Path | None = None) -> Setup:
 def absolute(config: TrainConfig) -> TrainConfig:
     """Make paths independent of the folder the command was started in."""
     changes: dict[str, Any] = {"data": str(expand_home(config.data).resolve())}
-    for name in _FILES:
+    for name in ("class_names", *_SENTENCE_FILES):
         if (value := getattr(config, name)) is not None:
             changes[name] = str(expand_home(value).resolve())
     folder = expand_home(config.model.removeprefix("local-dir:"))
@@ -146,6 +151,16 @@ def _check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
     ]
     if different:
         raise RunError(f"{out}: was begun with other settings: {'; '.join(different)}")
+
+
+def _with_own_sentences(config: TrainConfig, out: Path) -> TrainConfig:
+    """Return the settings with the sources that the run's sentences have come from."""
+    written, _ = runs.read_config(out)
+    own = {name: getattr(written, name) for name in (*_SENTENCE_FILES, *_ASKING)}
+    other = [name for name, value in own.items() if getattr(config, name) != value]
+    if other:
+        say(f"note: the run goes on with its own {SENTENCES}; not used: {', '.join(other)}")
+    return replace(config, **own)
 
 
 def _is_foreign(file: Path) -> bool:

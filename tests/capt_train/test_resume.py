@@ -125,7 +125,9 @@ def test_a_run_whose_inputs_have_moved_resumes_to_the_same_bits(
     assert report == read(tmp_path / "whole" / "metrics.json")
     assert read(run / "result.json") == read(tmp_path / "whole" / "result.json")
     written = read(run / "config.json")["config"]
-    assert {name: written[name] for name in new} == {**new, "added": [*experts]}
+    # the sentences have come from where they were
+    kept = {"added": [*experts], "sentences": own["sentences"]}
+    assert {name: written[name] for name in new} == {**new, **kept}
 
 
 def test_a_run_may_be_resumed_on_another_device(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from capt_deploy.errors import CaptError, ConfigError, ModelError, RunError
+from capt_deploy.errors import CaptError, ConfigError, DataError, ModelError, RunError
 from capt_train.config import TrainConfig
 from capt_train.pipeline import train
 from capt_train.run import read_config
@@ -93,3 +93,54 @@ def test_a_tokenizer_without_words_for_the_mixture_is_refused_before_anything_is
         train(configure(added=("mixture",), **settings), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     train(configure(**settings), tmp_path / "run")
+
+
+def sentence_file(path: Path, text: str) -> str:
+    path.write_text(json.dumps({"red ball|blue sky": {"difference": [text]}}))
+    return str(path)
+
+
+def test_a_run_that_has_its_sentences_keeps_their_sources_and_needs_them_no_more(
+    configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, run = sentence_file(tmp_path / "own.json", "One is round."), tmp_path / "run"
+    few: dict[str, Any] = {"added": ("semantic-experts",), "epochs": 1, "warmup_epochs": 0}
+    train(configure(**few, sentences=own), run)
+    before = {file.name: file.read_bytes() for file in run.iterdir()}
+    Path(own).unlink()
+    capsys.readouterr()
+    train(configure(**few, sentences=own), run, resume=True)
+    assert "its own" not in capsys.readouterr().err
+    asking: dict[str, Any] = {"llm_url": "http://127.0.0.1:9/v1", "llm_model": "tiny"}
+    for other in (
+        {"sentences": sentence_file(tmp_path / "other.json", "One is blue.")},
+        {"sentences": str(tmp_path / "nowhere.json")},
+        {"sentences": own, "commonality": str(tmp_path / "nowhere.json"), "llm_retries": 7},
+        {"sentences": own, **asking},
+    ):
+        train(configure(**few, **other), run, resume=True)
+        changed = [name for name, value in other.items() if value != own]
+        told = f"note: the run goes on with its own sentences.json; not used: {', '.join(changed)}"
+        assert capsys.readouterr().err.splitlines().count(told) == 1
+        assert {file.name: file.read_bytes() for file in run.iterdir()} == before
+
+
+def test_until_a_run_has_its_sentences_their_sources_may_change_but_must_be_there(
+    configure: Configure, tmp_path: Path
+) -> None:
+    own, run = sentence_file(tmp_path / "own.json", "One is round."), tmp_path / "run"
+    few: dict[str, Any] = {"added": ("semantic-experts",), "epochs": 1, "warmup_epochs": 0}
+    train(configure(**few, sentences=own), run)
+    for file in run.iterdir():  # as a kill leaves it that came before them
+        if file.name not in ("config.json", "split.json"):
+            file.unlink()
+    with pytest.raises(DataError, match=r"nowhere\.json"):
+        train(configure(**few, sentences=str(tmp_path / "nowhere.json")), run, resume=True)
+    other = sentence_file(tmp_path / "other.json", "One is blue.")
+    train(configure(**few, sentences=other), run, resume=True)
+    assert read_config(run)[0].sentences == other
+    texts = [
+        text for kinds in read(run / "sentences.json").values() for text in kinds["difference"]
+    ]
+    assert "One is blue." in texts
+    assert "One is round." not in texts
