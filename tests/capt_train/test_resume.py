@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from capt_deploy.errors import CaptError, DataError, RunError
-from capt_train import tuning
+from capt_train import epochs
 from capt_train.config import TrainConfig
 from capt_train.pipeline import train
+from capt_train.tuning import LAST
 
 Configure = Callable[..., TrainConfig]
 
@@ -71,17 +72,17 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Return a function that begins a run and stops it after the first epoch of a stage."""
 
     def interrupt(config: TrainConfig, out: Path, stage: str = "") -> None:
-        save = tuning.save_checkpoint
+        save = epochs.save_checkpoint
 
         def save_and_stop(path: Path, *arguments: Any) -> None:
             save(path, *arguments)
-            if path == out / f"{stage}{tuning.LAST}":
+            if path == out / f"{stage}{LAST}":
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(tuning, "save_checkpoint", save_and_stop)
+        monkeypatch.setattr(epochs, "save_checkpoint", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             train(config, out)
-        monkeypatch.setattr(tuning, "save_checkpoint", save)
+        monkeypatch.setattr(epochs, "save_checkpoint", save)
 
     return interrupt
 

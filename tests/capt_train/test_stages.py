@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from capt_deploy.errors import RunError
-from capt_train import loss_terms, tuning
+from capt_train import epochs, loss_terms
 from capt_train.backbone import Backbone
 from capt_train.bank import ConfusionBank, mined_classes
 from capt_train.checkpoint import TuningState
@@ -109,7 +109,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
         found.append(step)
         return loss_terms.loss_terms(step, weights)
 
-    monkeypatch.setattr(tuning, "loss_terms", noting)
+    monkeypatch.setattr(epochs, "loss_terms", noting)
     return found
 
 

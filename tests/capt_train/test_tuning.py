@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from capt_deploy.errors import RunError
-from capt_train import tuning
+from capt_train import epochs
 from capt_train.backbone import Backbone
 from capt_train.checkpoint import TuningState
 from capt_train.config import TrainConfig
@@ -182,13 +182,13 @@ def test_every_epoch_sees_each_image_once_in_an_order_of_its_own_at_the_schedule
         batches.append(step.labels.tolist())
         return loss_terms(step, weights)
 
-    monkeypatch.setattr(tuning, "loss_terms", recorded)
+    monkeypatch.setattr(epochs, "loss_terms", recorded)
     with noted_rates() as rates:
         run(learner(tiny_backbone), own, tmp_path)
     assert {len(batch) for batch in batches} == {3, 4}  # 15 images in four batches
-    epochs = [list(chain(*batches[start : start + 4])) for start in range(0, 24, 4)]
-    assert all(sorted(epoch) == [0] * 5 + [1] * 5 + [2] * 5 for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 6
+    orders = [list(chain(*batches[start : start + 4])) for start in range(0, 24, 4)]
+    assert all(sorted(epoch) == [0] * 5 + [1] * 5 + [2] * 5 for epoch in orders)
+    assert len({tuple(epoch) for epoch in orders}) == 6
     warm_up = [0.0025, 0.005, 0.0075, 0.01]
     cosine = [0.005 * (1 + math.cos(math.pi * step / 20)) for step in range(20)]
     assert rates == pytest.approx(warm_up + cosine)
@@ -320,7 +320,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
         seen.append(step)
         return loss_terms(step, weights)
 
-    monkeypatch.setattr(tuning, "loss_terms", record)
+    monkeypatch.setattr(epochs, "loss_terms", record)
     return seen
 
 

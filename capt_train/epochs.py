@@ -1,0 +1,216 @@
+"""The epochs of a tuning. What varies from step to step is a function of seed and step alone."""
+
+import zlib
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from capt_train.bank import mined_classes, retrieve
+from capt_train.calibration import calibrated_nll
+from capt_train.checkpoint import TuningState, load_checkpoint, part_of, save_checkpoint
+from capt_train.config import TrainConfig
+from capt_train.label_noise import fit_label_noise
+from capt_train.learner import Learner
+from capt_train.loss_terms import Step, loss_terms, weighted_sum
+from capt_train.precision import Precision
+from capt_train.schedule import learning_rate
+from capt_train.stages import Stage, TuningTask
+
+
+class Epochs:
+    """The learner with its optimizer and confusion bank, epoch by epoch."""
+
+    def __init__(self, learner: Learner, task: TuningTask, stage: Stage) -> None:
+        config = task.config
+        self._learner, self._task, self._stage = learner, task, stage
+        self._device = task.reference.device
+        groups = [(learner.text_parameters, stage.text_rate)]
+        groups += [(learner.visual_parameters, stage.visual_rate)] if stage.visual else []
+        self._rates = [rate for parameters, rate in groups if parameters]
+        self._optimizer = _optimizer([own for own, _ in groups if own], config)
+        self._parameters = [one for own, _ in groups for one in own]
+        self._precision = Precision(config.autocast, self._device)
+        self._labels = task.train.labels_among(task.tuned).to(self._device)
+        self._label_noise = _label_noise(task)
+        self.bank = task.bank
+
+    def epoch(self, number: int) -> dict[str, float]:
+        """Take one step for every minibatch; return the mean of every loss term.
+
+        Raises:
+            FloatingPointError: a term or its gradient is not finite.
+        """
+        config, samples = self._task.config, len(self._labels)
+        draw = _generator(config.seed, self._stage, number)
+        order = torch.randperm(samples, generator=draw)
+        batches = -(-samples // config.batch_size)
+        mined, partners = self._mine()
+        weights = {**asdict(config.loss_weights), "consistency": self._stage.consistency}
+        means: dict[str, float] = {}
+        for batch in range(batches):
+            self._set_rates(number * batches + batch, batches)
+            rows = order[batch::batches]
+            if partners is not None:
+                rows = torch.cat([rows, _one_each(partners[rows], draw).to(rows)])
+            views = torch.zeros_like(rows)
+            if self._stage.visual and self._task.views is not None:
+                views = torch.randint(self._task.views.trained, rows.shape, generator=draw)
+            step = self._step(rows, views, None if mined is None else mined[rows])
+            terms = loss_terms(step, weights)
+            for name, value in terms.items():
+                if not torch.isfinite(value):
+                    raise FloatingPointError(f"the {name} term became {value.item()}")
+                means[name] = means.get(name, 0.0) + value.item() / batches
+            loss = weighted_sum(terms, weights)
+            if not self._precision.step(loss, self._optimizer, self._parameters, config.clip_norm):
+                again = loss_terms(self._step(rows, views, step.mined), weights)  # as a new graph
+                raise FloatingPointError(f"the gradient of {self._culprit(again)} became nan")
+        return means
+
+    def _step(self, rows: Tensor, views: Tensor, mined: Tensor | None) -> Step:
+        """Run both sides for some images, each in one of its views."""
+        task, device = self._task, self._device
+        with self._precision.towers():
+            texts = self._learner.texts(task.tuned)
+            images, gates = self._images(rows, views)
+        embeddings = texts.embeddings.float()
+        frozen = None
+        if self._stage.visual and task.views is not None:
+            frozen = task.views.embeddings[views, rows].to(device)
+        own = (gates, texts.gates)
+        return Step(
+            task.scale * torch.einsum("bd,pcd->pbc", images, embeddings),
+            self._labels[rows],
+            embeddings,
+            task.reference,
+            mined,
+            images,
+            frozen,
+            tuple(g for g in own if g is not None),
+            self._label_noise,
+        )
+
+    def _images(self, rows: Tensor, views: Tensor) -> tuple[Tensor, Tensor | None]:
+        task, device = self._task, self._device
+        if not self._stage.visual:
+            return task.train.embeddings[rows].to(device), None
+        assert task.views is not None and task.views.tokens is not None
+        tokens = task.views.tokens[views, rows].to(device).float()
+        alpha = None if task.alpha is None else task.alpha[rows].to(device)
+        encoded = self._learner.images(tokens, alpha, shortcut=True)
+        return encoded.embeddings, encoded.gates
+
+    def _mine(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return mined classes of every image, and the confused samples retrieved for it."""
+        if self.bank is None:
+            return None, None
+        mined = mined_classes(self.bank, self._task.config.mined_pairs)
+        if "retrieval" not in self._task.config.parts:
+            return mined, None
+        return mined, retrieve(self.bank, torch.arange(len(mined), device=mined.device), mined)
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Let the bank see the views that are never tuned on (METHOD 2)."""
+        views = self._task.views
+        if self.bank is None or views is None or not views.held:
+            return
+        texts = self._learner.mean_texts(self._task.tuned)
+        images = views.held_embeddings(self._learner if self._stage.visual else None)
+        logits = self._task.scale * images.to(self._device) @ texts.T
+        self.bank = self.bank.updated(logits, self._task.config.bank_momentum)
+
+    @torch.no_grad()
+    def validation_nll(self) -> float | None:
+        """Return the NLL at the temperature that would be fitted now, for so it will be used.
+
+        At temperature 1 the NLL mostly tells how far the scale is off, which calibration mends
+        (ours).
+
+        Raises:
+            FloatingPointError: embeddings are not finite: the epoch's last step went too far.
+        """
+        task = self._task
+        texts = self._learner.mean_texts(task.tuned)
+        images = task.val.embeddings.to(self._device)
+        if self._stage.visual and len(task.val) and task.val_tokens is not None:
+            images = self._learner.embed_tokens(task.val_tokens)
+        elif self._stage.visual and task.views is not None and task.views.tokens is not None:
+            images = self._learner.embed_tokens(task.views.tokens[0, :1])  # any will tell
+        for name, own in (("class", texts), ("image", images)):
+            if not torch.isfinite(own).all():
+                raise FloatingPointError(f"the {name} embeddings became nan")
+        if not len(task.val):
+            return None
+        logits = task.scale * images @ texts.T
+        labels = task.val.labels_among(task.tuned).to(self._device)
+        return calibrated_nll(logits, labels)
+
+    def save(self, path: Path, state: TuningState) -> None:
+        """Write all that the next epoch depends on."""
+        extra = {f"precision.{name}": value for name, value in self._precision.state().items()}
+        if self.bank is not None:
+            extra |= {f"bank.{name}": tensor for name, tensor in vars(self.bank).items()}
+        save_checkpoint(path, self._learner, state, self._optimizer, extra)
+
+    def load(self, path: Path) -> TuningState:
+        """Go on from what `save` wrote."""
+        state, extra = load_checkpoint(path, self._learner, self._optimizer)
+        self._precision.load(part_of(extra, "precision"))
+        if self.bank is not None:
+            self.bank = replace(self.bank, **part_of(extra, "bank")).to(self._device)
+        return state
+
+    def _set_rates(self, step: int, batches: int) -> None:
+        epochs, warmup = self._stage.epochs, self._task.config.warmup_epochs
+        for group, peak in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = learning_rate(
+                step, epochs * batches, min(warmup, epochs - 1) * batches, peak
+            )
+
+    def _culprit(self, terms: dict[str, Tensor]) -> str:
+        """Return the name of the first term whose gradient is not finite."""
+        for name, value in terms.items():
+            if not value.requires_grad:  # of something that is not tuned
+                continue
+            own = torch.autograd.grad(value, self._parameters, retain_graph=True, allow_unused=True)
+            if not all(torch.isfinite(g).all() for g in own if g is not None):
+                return f"the {name} term"
+        return "the weighted sum"
+
+
+def _label_noise(task: TuningTask) -> float:
+    """Return the share of wrong labels among the training images, as the frozen model sees it."""
+    fixed = task.config.fixed_label_noise
+    if fixed is not None:
+        return fixed
+    images = task.train.embeddings.to(task.reference.device)
+    labels = task.train.labels_among(task.tuned).to(task.reference.device)
+    return fit_label_noise(task.scale * images @ task.reference.T, labels).share
+
+
+def _one_each(partners: Int[Tensor, "batch mined"], draw: torch.Generator) -> Int[Tensor, " some"]:
+    """Choose one retrieved sample for each query that has any."""
+    there = partners >= 0
+    order = torch.rand(partners.shape, generator=draw).to(partners.device)
+    chosen = partners.gather(1, order.masked_fill(~there, -1.0).argmax(dim=1, keepdim=True))
+    return chosen[there.any(dim=1)].squeeze(1)
+
+
+def _optimizer(
+    groups: list[list[torch.nn.Parameter]], config: TrainConfig
+) -> torch.optim.Optimizer:
+    own = [{"params": parameters} for parameters in groups]
+    rate, decay = config.learning_rate, config.weight_decay
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(own, rate, config.momentum, weight_decay=decay)
+    return torch.optim.AdamW(own, rate, weight_decay=decay)
+
+
+def _generator(seed: int, stage: Stage, epoch: int) -> torch.Generator:
+    # All in one number, far apart, so that neighbouring seeds do not share epochs.
+    offset = zlib.crc32(stage.name.encode())
+    return torch.Generator().manual_seed(seed * 1_000_003 + offset + epoch)
