@@ -20,7 +20,7 @@ from capt_deploy.console import Command
 from capt_train.config import TrainConfig
 from capt_train.parts import GROUPS
 
-_DEFAULT = "capt (default)"
+DEFAULT = "capt (default)"
 ROWS: Mapping[str, Mapping[str, Any]] = {
     "zero-shot": {"method": "zeroshot"},
     "CoOp": {"method": "coop"},
@@ -34,7 +34,7 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
     "+ mixture": {"method": "coop", "added": ("mixture",)},
     "all": {"method": "full"},
     "all, κ = 1": {"method": "full", "strength": "1"},
-    _DEFAULT: {"method": "capt"},
+    DEFAULT: {"method": "capt"},
 }
 # Title, key of the cell, and whether it is a share, shown in %.
 COLUMNS = (
@@ -121,8 +121,7 @@ def markdown(cells: Mapping[str, Mapping[str, Any]]) -> str:
             "|---" * (len(COLUMNS) + 2) + "|",
         ]
         for row in ROWS:
-            own = [c for c in cells.values() if (c["row"], c["shots"]) == (row, shots)]
-            if own:
+            if own := cells_of(cells, row, shots):
                 texts = (mean(own, key, share) for _, key, share in COLUMNS)
                 lines.append(f"| {row} | " + " | ".join(texts) + f" | {_strength(row, own)} |")
         parts.append("\n".join(lines))
@@ -136,27 +135,40 @@ def goals(worlds: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
         worlds: by name: the cells.
     """
     lines = ["| world | 16 shots, mean of the seeds | goal | reached | |", "|---" * 5 + "|"]
+    ece = "ece_15_new_uncalibrated"
     for world, cells in worlds.items():
-
-        def of(row: str, key: str, cells: Mapping[str, Mapping[str, Any]] = cells) -> float:
-            own = [c[key] for c in cells.values() if (c["row"], c["shots"]) == (row, 16)]
-            return 100 * float(statistics.mean(own))
-
-        best_new = max(of("CoOp", "new"), of("zero-shot", "new"))
-        ece, third = "ece_15_new_uncalibrated", of(_DEFAULT, "recovered") / 3
-        gain = of(_DEFAULT, "harmonic") - of("CoOp", "harmonic")
+        frozen, coop, own = (
+            {
+                key: percent(cells_of(cells, row, 16), key)
+                for key in ("harmonic", "new", ece, "recovered", "broken")
+            }
+            for row in ("zero-shot", "CoOp", DEFAULT)
+        )
+        gain, best_new = own["harmonic"] - coop["harmonic"], max(coop["new"], frozen["new"])
         rows = [
             ("harmonic mean over CoOp's", "≥", GOALS[world], gain),
-            ("new, the better of CoOp's and zero-shot's", "≥", best_new, of(_DEFAULT, "new")),
-            ("ECE-15 new, uncal.; CoOp's", "≤", of("CoOp", ece), of(_DEFAULT, ece)),
-            ("recovered", "≥", 30.0, of(_DEFAULT, "recovered")),
-            ("broken; a third of recovered", "≤", third, of(_DEFAULT, "broken")),
+            ("new, the better of CoOp's and zero-shot's", "≥", best_new, own["new"]),
+            ("ECE-15 new, uncal.; CoOp's", "≤", coop[ece], own[ece]),
+            ("recovered", "≥", 30.0, own["recovered"]),
+            ("broken; a third of recovered", "≤", own["recovered"] / 3, own["broken"]),
         ]
         for what, sign, goal, reached in rows:
             met = reached >= goal if sign == "≥" else reached <= goal
             verdict = "met" if met else "**missed**"
             lines.append(f"| {world} | {what} | {sign} {goal:.2f} | {reached:.2f} | {verdict} |")
     return "\n".join(lines)
+
+
+def cells_of(
+    cells: Mapping[str, Mapping[str, Any]], row: str, shots: int
+) -> list[Mapping[str, Any]]:
+    """Return the cells of a row, one for each seed that is measured."""
+    return [cell for cell in cells.values() if (cell["row"], cell["shots"]) == (row, shots)]
+
+
+def percent(cells: list[Mapping[str, Any]], key: str) -> float:
+    """Return the mean of a share, in %."""
+    return 100 * float(statistics.mean(cell[key] for cell in cells))
 
 
 def _strength(row: str, cells: list[Mapping[str, Any]]) -> str:

@@ -17,8 +17,7 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.ablation import DOCS, config_of
-from benchmarks.ablation import load as load_ablation
+from benchmarks import ablation
 from benchmarks.cell import World, figures, open_world
 from benchmarks.record import add_cells, describe, load_cells, write_docs
 from capt_deploy.console import Command, say
@@ -33,7 +32,6 @@ from capt_train.stages import Stage, TuningTask
 from capt_train.tuning import tune
 
 NAME = "headroom"
-WORLDS = ("cifar100", "cifar100-camera", "pictograms")
 COLUMNS = ("base", "new", "harmonic", "all", "recovered", "broken")
 _EPOCHS, _BATCH, _SEED = 12, 128, 1
 
@@ -44,7 +42,7 @@ _EPOCHS, _BATCH, _SEED = 12, 128, 1
 @click.option("--docs", is_flag=True, help="Write the table into docs/ablation.md as well.")
 def main(world: str | None, only_table: bool, docs: bool) -> None:
     """Measure a world, and print what is measured."""
-    for name in () if only_table else (world,) if world else WORLDS:
+    for name in () if only_table else (world,) if world else ablation.GOALS:
         say(f"{NAME}: {name}")
         with open_world(name) as place:
             found = measure(place)
@@ -52,14 +50,14 @@ def main(world: str | None, only_table: bool, docs: bool) -> None:
     table = markdown(load_cells(NAME))
     click.echo(table)
     if docs:
-        write_docs(DOCS, NAME, table)
+        write_docs(ablation.DOCS, NAME, table)
 
 
 def measure(place: World) -> dict[str, Any]:
     """Return the figures of a shared context that is tuned on all test images."""
     with tempfile.TemporaryDirectory() as folder:
         # Its evaluation knows the classes, their halves and the mined pairs
-        train(config_of(place, "CoOp", 16, _SEED), Path(folder) / "run")
+        train(ablation.config_of(place, "CoOp", 16, _SEED), Path(folder) / "run")
         model = load_run(Path(folder) / "run", torch.device("cpu"))
         dataset = read_dataset(place.data)
         everything = tuple(range(len(model.class_names)))
@@ -82,13 +80,9 @@ def markdown(cells: Mapping[str, Mapping[str, Any]]) -> str:
     """Return CoOp's row of the ablation and below it that of the context tuned on test images."""
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for world, cell in cells.items():
-        runs = [
-            one
-            for one in load_ablation(world).values()
-            if (one["row"], one["shots"]) == ("CoOp", 16)
-        ]
+        runs = ablation.cells_of(ablation.load(world), "CoOp", 16)
         for title, rows in ((f"{world}, CoOp, 16 shots", runs), ("tuned on `test`", [cell])):
-            texts = [f"{sum(100 * one[key] for one in rows) / len(rows):.1f}" for key in COLUMNS]
+            texts = [f"{ablation.percent(rows, key):.1f}" for key in COLUMNS]
             lines.append(f"| {title} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 

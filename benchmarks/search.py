@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from benchmarks.ablation import DOCS
+from benchmarks.ablation import DEFAULT, DOCS, config_of
 from benchmarks.cell import fill, open_world
 from benchmarks.record import load_cells, write_docs
 from capt_deploy.console import Command
@@ -37,14 +37,7 @@ def main(worlds: str, trials: tuple[str, ...], seeds: str, shots: int, docs: boo
     for world in worlds.split(","):
         with open_world(world) as place:
             for seed in (int(text) for text in seeds.split(",")):
-                start = TrainConfig(
-                    data=place.data,
-                    model=place.model,
-                    classes="base",
-                    shots=shots,
-                    seed=seed,
-                    calibrator="temperature",  # for all trials alike
-                )
+                start = config_of(place, DEFAULT, shots, seed)
                 for trial in (_COOP, *trials):
                     own = {"world": world, "tried": trial, "seed": seed, "shots": shots}
                     key = f"{world} / {trial} / {shots} / {seed}"
@@ -71,18 +64,18 @@ def _changed(config: TrainConfig, trial: str) -> TrainConfig:
 def _table(cells: Mapping[str, Mapping[str, Any]]) -> str:
     worlds = list(dict.fromkeys(cell["world"] for cell in cells.values()))
     lines = ["| trial | shots | " + " | ".join(worlds) + " |", "|---" * (len(worlds) + 2) + "|"]
-    tried = sorted({(-cell["shots"], cell["tried"]): None for cell in cells.values()})
-    for fewer, trial in tried:
+    tried = {(cell["shots"], cell["tried"]) for cell in cells.values()}
+    for shots, trial in sorted(tried, key=lambda own: (-own[0], own[1])):
         texts = []
         for world in worlds:
             gains = [
                 100 * (cell["harmonic"] - coop["harmonic"])
                 for cell in cells.values()
-                if (cell["tried"], cell["shots"], cell["world"]) == (trial, -fewer, world)
+                if (cell["tried"], cell["shots"], cell["world"]) == (trial, shots, world)
                 and (coop := cells.get(f"{world} / {_COOP} / {cell['shots']} / {cell['seed']}"))
             ]
             texts.append(f"{statistics.mean(gains):+.1f} ({len(gains)})" if gains else "-")
-        lines.append(f"| {trial} | {-fewer} | " + " | ".join(texts) + " |")
+        lines.append(f"| {trial} | {shots} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
 

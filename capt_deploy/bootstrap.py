@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capt_deploy.bins import bin_of
+from capt_deploy.intervals import Interval
 from capt_deploy.metrics import brier_terms, combined, nll_terms
 from capt_deploy.probabilities import Floats, Ints, Probabilities, require_both
 from capt_deploy.top_labels import top_labels
 
-Interval = tuple[float, float]
 Metric = Callable[[NDArray[Any], Ints], float]
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cell, headroom, record
+from benchmarks import ablation, cell, headroom, record
 from capt_train.config import TrainConfig
 from capt_train.stages import Stage, TuningTask
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_docs_show_the_table_of_the_cells() -> None:
     cells = record.load_cells(headroom.NAME)
-    assert set(cells) == {*headroom.WORLDS}
+    assert set(cells) == {*ablation.GOALS}
     assert headroom.markdown(cells) in (ROOT / "docs" / "ablation.md").read_text()
 
 
@@ -33,7 +33,7 @@ def test_a_context_is_tuned_on_every_test_image(
 
     real = headroom.tune
     monkeypatch.setattr(headroom, "tune", tune)
-    monkeypatch.setattr(headroom, "config_of", quick)
+    monkeypatch.setattr(ablation, "config_of", quick)
     found = headroom.measure(cell.World(str(photos), f"local-dir:{tiny_model_dir}"))
     (task,) = tasks
     assert len(task.train) == sum(1 for _ in (photos / "test").rglob("*.png"))
