@@ -1,10 +1,10 @@
-"""How much a shared prompt could gain at most: one that is tuned on the test images themselves.
+"""What a shared prompt reaches that is tuned on the test images themselves.
 
     python -m benchmarks.headroom --world cifar100
 
 This is no result of a method, for it has seen what it is asked, base and new classes alike. It says
-what is there to be found: what a few shots of half of the classes miss of it, and what no shared
-context can reach at all.
+about how much is there to be found. It is no strict bound: the loss is cross-entropy among all
+classes, while base and new are measured among their own.
 """
 
 import tempfile
