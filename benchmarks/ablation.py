@@ -16,7 +16,7 @@ import click
 
 from benchmarks.cell import World, fill, open_world
 from benchmarks.record import load_cells, write_docs
-from capt_deploy.console import Command
+from capt_deploy.core.console import Command
 from capt_train.config import TrainConfig
 from capt_train.parts import GROUPS
 

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import add_cells, describe, load_cells
-from capt_deploy.console import say
-from capt_deploy.errors import ConfigError, RunError
-from capt_deploy.evaluation import Report
-from capt_deploy.files import read_json
+from capt_deploy.core.console import say
+from capt_deploy.core.errors import ConfigError, RunError
+from capt_deploy.core.files import read_json
+from capt_deploy.evaluation.evaluate import Report
 from capt_train.config import TrainConfig
-from capt_train.evaluate import evaluate_run
 from capt_train.parts import GROUPS
 from capt_train.pipeline import train
-from capt_train.run import RESULT
+from capt_train.run.evaluate import evaluate_run
+from capt_train.run.folder import RESULT
 from examples.demo.world import write_world
 
 _ROOT = Path(__file__).parents[1]

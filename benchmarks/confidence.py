@@ -28,30 +28,30 @@ from benchmarks.confidence_tables import (
     sets_table,
 )
 from benchmarks.record import add_cells, describe, load_cells, write_docs
-from capt_deploy.bundle import REPORT
-from capt_deploy.conformal import METHODS, ScoreTable
-from capt_deploy.console import Command, say
-from capt_deploy.datasets import read_dataset
-from capt_deploy.decisions import DecisionOptions, Decisions
-from capt_deploy.errors import BundleError, ConfigError
-from capt_deploy.evaluation import Report
-from capt_deploy.familiarity import (
+from capt_deploy.bundle.read import REPORT
+from capt_deploy.confidence.conformal import METHODS, ScoreTable
+from capt_deploy.confidence.decisions import DecisionOptions, Decisions
+from capt_deploy.confidence.familiarity import (
     auroc,
     max_logit,
     max_probability,
     negative_energy,
     prototype_similarity,
 )
-from capt_deploy.files import read_json
-from capt_deploy.metrics import Floats, Ints, softmax
-from capt_deploy.reliability import calibrated_ece
-from capt_deploy.scoring import score_bundle
-from capt_deploy.top_label_map import probabilities_of
+from capt_deploy.confidence.top_label import probabilities_of
+from capt_deploy.core.console import Command, say
+from capt_deploy.core.errors import BundleError, ConfigError
+from capt_deploy.core.files import read_json
+from capt_deploy.data.datasets import read_dataset
+from capt_deploy.evaluation.evaluate import Report
+from capt_deploy.evaluation.scoring import score_bundle
+from capt_deploy.metrics.calibration import Floats, Ints, softmax
+from capt_deploy.metrics.reliability import calibrated_ece
 from capt_train.config import TrainConfig
-from capt_train.evaluate import RunScores, score_run
-from capt_train.features import embed
+from capt_train.data.features import embed
 from capt_train.pipeline import train
-from capt_train.run import METRICS, TunedModel
+from capt_train.run.evaluate import RunScores, score_run
+from capt_train.run.folder import METRICS, TunedModel
 from export.writer import ExportOptions, export_run
 
 NAME = "confidence"

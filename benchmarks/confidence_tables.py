@@ -6,7 +6,7 @@ from itertools import product
 from statistics import mean, stdev
 from typing import Any
 
-from capt_deploy.conformal import METHODS
+from capt_deploy.confidence.conformal import METHODS
 
 COVERAGES = (0.8, 0.9, 0.95)
 ACCURACIES = (0.7, 0.8, 0.9)

@@ -24,15 +24,15 @@ from torch.nn import functional
 
 from benchmarks.cell import World, open_world
 from benchmarks.record import add_cells, describe, load_cells, write_docs
-from capt_deploy.console import Command, say
-from capt_deploy.datasets import read_dataset
-from capt_deploy.metrics import expected_calibration_error, softmax
+from capt_deploy.core.console import Command, say
+from capt_deploy.data.datasets import read_dataset
+from capt_deploy.metrics.calibration import expected_calibration_error, softmax
+from capt_train.calibrate.distance_aware import distance_aware_factors
 from capt_train.config import TrainConfig
-from capt_train.distance_aware import distance_aware_factors
-from capt_train.embedding_cache import EmbeddingCache
-from capt_train.features import embed
+from capt_train.data.embedding_cache import EmbeddingCache
+from capt_train.data.features import embed
 from capt_train.pipeline import train
-from capt_train.run import TunedModel, load_run
+from capt_train.run.folder import TunedModel, load_run
 
 NAME = "dac"
 DOCS = Path(__file__).parents[1] / "docs" / "export.md"

@@ -26,12 +26,12 @@ from typing import Any
 import click
 
 from benchmarks.record import describe, write_result
-from capt_deploy.bundle import Bundle, open_bundle
-from capt_deploy.console import Command, PathInHome, say, table
-from capt_deploy.engine import load_library
-from capt_deploy.engine_cache import EngineCache
-from capt_deploy.engine_store import Target, key_of, obtain
-from capt_deploy.graphs import StoredGraph
+from capt_deploy.backends.tensorrt.cache import EngineCache
+from capt_deploy.backends.tensorrt.engine import load_library
+from capt_deploy.backends.tensorrt.store import Target, key_of, obtain
+from capt_deploy.bundle.graphs import StoredGraph
+from capt_deploy.bundle.read import Bundle, open_bundle
+from capt_deploy.core.console import Command, PathInHome, say, table
 
 _SHOWN = ("bundle", "key", "engine", "all", "cpu", "slowest")
 LIBRARY, TARGET = "tensorrt_rtx", Target(89)

@@ -24,10 +24,10 @@ import click
 
 from benchmarks.exported import copy_photos
 from benchmarks.record import describe, load_cells, write_docs, write_result
-from capt_deploy.console import Command, say
-from capt_deploy.errors import DataError
-from capt_deploy.files import read_json
-from capt_deploy.gate import LIMITS
+from capt_deploy.core.console import Command, say
+from capt_deploy.core.errors import DataError
+from capt_deploy.core.files import read_json
+from capt_deploy.verify.gate import LIMITS
 
 # Architecture of open_clip, and how many photos it is checked on.
 FAMILIES: Mapping[str, tuple[str, int]] = {
@@ -140,8 +140,8 @@ def _model_bytes(run: Path) -> int:
 
 
 def _engine(onnx: Path, sm: int) -> dict[str, Any]:
-    from capt_deploy.engine import build_engine
-    from capt_deploy.errors import BackendError
+    from capt_deploy.backends.tensorrt.engine import build_engine
+    from capt_deploy.core.errors import BackendError
 
     start = time.perf_counter()
     folder = onnx.parent if onnx.with_name(f"{onnx.name}.data").exists() else None

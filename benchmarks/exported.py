@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from capt_deploy.console import Command
+from capt_deploy.core.console import Command
 from examples.demo.world import write_world
 
 _ROOT = Path(__file__).parents[1]
@@ -66,14 +66,16 @@ def export_model(name: str, folder: Path, precisions: Sequence[str]) -> Exported
         make_whole(model, partial(write_random_model, source, photos=photos))
     if not (run / "result.json").exists():
         _command(
-            "capt_train.cli",
+            "capt_train.cli.train",
             *("--data", photos, "--model", f"local-dir:{model}", "--method", "zeroshot"),
             *("--out", run),
         )
     if not bundle.exists():
         flags = [f"--{precision}" for precision in precisions]
         # Random weights are no model that a graph must be faithful to: forced.
-        _command("export.cli", run, "--out", bundle, *flags, "--gate-images", _IMAGES, "--force")
+        _command(
+            "export.cli.export", run, "--out", bundle, *flags, "--gate-images", _IMAGES, "--force"
+        )
     return Exported(model, bundle)
 
 

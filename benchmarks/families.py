@@ -21,18 +21,18 @@ from torch.nn import functional
 
 from benchmarks.random_models import random_backbone
 from benchmarks.record import describe, load_cells, write_docs, write_result
-from capt_deploy.console import Command, say
-from capt_deploy.errors import ModelError
-from capt_train.backbone import Backbone
-from capt_train.colour_map import ColourMap
+from capt_deploy.core.console import Command, say
+from capt_deploy.core.errors import ModelError
+from capt_train.clip.backbone import Backbone
+from capt_train.clip.colour_map import ColourMap
 from capt_train.config import TrainConfig
-from capt_train.fewshot import FewShotSplit
-from capt_train.learner import Learner, left_out, make_learner
-from capt_train.mixture import pseudo_class_names
-from capt_train.prompt import PromptLearner
-from capt_train.sentences import KINDS
-from export.fold import Head
-from export.visual import VisualClassifier
+from capt_train.data.fewshot import FewShotSplit
+from capt_train.method.learner import Learner, left_out, make_learner
+from capt_train.method.mixture import pseudo_class_names
+from capt_train.method.prompt import PromptLearner
+from capt_train.parts import SENTENCE_KINDS
+from export.graph.visual import VisualClassifier
+from export.source.fold import Head
 
 MODELS = (
     *("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "EVA02-B-16"),
@@ -150,7 +150,7 @@ def _learner(backbone: Backbone, config: TrainConfig) -> Learner:
     split = FewShotSplit(_NAMES, (0, 1), (), (), {})
     zero_shot = backbone.class_embeddings(_NAMES, config.templates)
     draw = torch.Generator().manual_seed(0)
-    shape = (len(KINDS), config.centres, zero_shot.shape[1])
+    shape = (len(SENTENCE_KINDS), config.centres, zero_shot.shape[1])
     centres = functional.normalize(torch.randn(shape, generator=draw), dim=-1)
     return make_learner(backbone, config, split, zero_shot, centres)
 

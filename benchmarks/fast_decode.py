@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.record import describe, write_result
-from capt_deploy.classifier import Classifier
-from capt_deploy.files import visible_files
-from capt_deploy.preprocess import PreprocessConfig, preprocess
+from capt_deploy.core.files import visible_files
+from capt_deploy.data.preprocess import PreprocessConfig, preprocess
+from capt_deploy.serving.classifier import Classifier
 
 _PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "cifar100" / "test"
 _CAMERAS = ((1920, 1080), (4032, 3024))  # width, height of 2 and 12 megapixels

@@ -21,10 +21,10 @@ import click
 
 from benchmarks.gpu_steps import ENGINES, Step, chosen, steps
 from benchmarks.record import RESULTS, describe
-from capt_deploy.console import Command, say, table
-from capt_deploy.files import write_json
-from capt_deploy.machine import describe_machine, versions
-from capt_deploy.nvidia import find_driver
+from capt_deploy.core.console import Command, say, table
+from capt_deploy.core.files import write_json
+from capt_deploy.core.machine import describe_machine, versions
+from capt_deploy.core.nvidia import find_driver
 
 _ROOT = Path(__file__).parents[1]
 _SHARED = _ROOT.parent / "shared" / "data" / "cifar100"

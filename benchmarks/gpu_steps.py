@@ -43,7 +43,7 @@ def steps(work: Path, *, photos: bool, engines: Sequence[str]) -> list[Step]:
     beside = ("latency", "--device", "cuda", *of_model, *quick)
     worlds = ("pictograms", "cifar100") if photos else ("pictograms",)
     return [
-        Step("doctor", _command("capt_deploy.cli_doctor", "--json"), 25),
+        Step("doctor", _command("capt_deploy.cli.doctor", "--json"), 25),
         Step(
             "tests",
             (sys.executable, *words, f"--junitxml={junit}"),
@@ -63,7 +63,7 @@ def steps(work: Path, *, photos: bool, engines: Sequence[str]) -> list[Step]:
         *(
             Step(
                 f"bench engine {name}",
-                _command("capt_deploy.cli_build", str(bundle), "--backend", name, "--json"),
+                _command("capt_deploy.cli.build", str(bundle), "--backend", name, "--json"),
                 ENGINES[name],
                 "export",
             )
@@ -72,7 +72,7 @@ def steps(work: Path, *, photos: bool, engines: Sequence[str]) -> list[Step]:
         Step(
             "bench",
             _command(
-                "capt_deploy.cli_bench",
+                "capt_deploy.cli.bench",
                 *(str(bundle), "--backend", "gpu", "--json"),
                 *("--scope", _SCOPES, "--batch", "1,8,32", "--seconds", "1"),
             ),

@@ -20,16 +20,16 @@ import torch
 from benchmarks import ablation
 from benchmarks.cell import World, figures, open_world
 from benchmarks.record import add_cells, describe, load_cells, write_docs
-from capt_deploy.console import Command, say
-from capt_deploy.datasets import read_dataset
-from capt_train.embedding_cache import EmbeddingCache
-from capt_train.evaluate import score_model
-from capt_train.features import embed
-from capt_train.learner import make_learner
+from capt_deploy.core.console import Command, say
+from capt_deploy.data.datasets import read_dataset
+from capt_train.data.embedding_cache import EmbeddingCache
+from capt_train.data.features import embed
+from capt_train.method.learner import make_learner
 from capt_train.pipeline import train
-from capt_train.run import load_run
-from capt_train.stages import Stage, TuningTask
-from capt_train.tuning import tune
+from capt_train.run.evaluate import score_model
+from capt_train.run.folder import load_run
+from capt_train.tune.stages import Stage, TuningTask
+from capt_train.tune.tune import tune
 
 NAME = "headroom"
 COLUMNS = ("base", "new", "harmonic", "all", "recovered", "broken")

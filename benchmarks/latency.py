@@ -19,12 +19,12 @@ import click
 
 from benchmarks.exported import MODELS, Exported, export_model
 from benchmarks.record import QUIET, add_cells, describe, load_average
-from capt_deploy.bench import BenchOptions, Case, Threads, measure
-from capt_deploy.bench_cases import Photos, Wanted, open_cases
-from capt_deploy.bench_images import synthetic_photos
-from capt_deploy.console import Command, print_json, say, table
-from capt_deploy.cores import usable_cores
-from capt_deploy.errors import BackendError
+from capt_deploy.bench.cases import Photos, Wanted, open_cases
+from capt_deploy.bench.images import synthetic_photos
+from capt_deploy.bench.measure import BenchOptions, Case, Threads, measure
+from capt_deploy.core.console import Command, print_json, say, table
+from capt_deploy.core.cores import usable_cores
+from capt_deploy.core.errors import BackendError
 
 NAME = "latency"
 GOAL = 1.5  # times the throughput of plain open_clip, of one image at a time on the CPU

@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.record import describe, load_average, write_result
-from capt_deploy.bootstrap import metric_intervals
-from capt_deploy.console import Command, say, table
-from capt_deploy.metrics import all_metrics
-from capt_deploy.reliability import calibrated_ece, classwise_reliability, risk_coverage
+from capt_deploy.core.console import Command, say, table
+from capt_deploy.metrics.bootstrap import metric_intervals
+from capt_deploy.metrics.calibration import all_metrics
+from capt_deploy.metrics.reliability import calibrated_ece, classwise_reliability, risk_coverage
 
 _ROUNDS = 5
 _ROWS = 10_000  # made at a time, so that making them takes less memory than measuring them

@@ -26,13 +26,13 @@ import torch
 from benchmarks.ablation import mean
 from benchmarks.cell import World, fill, measure, open_world
 from benchmarks.record import load_cells, write_docs
-from capt_deploy.console import Command
-from capt_deploy.datasets import Dataset, Item, read_dataset
+from capt_deploy.core.console import Command
+from capt_deploy.data.datasets import Dataset, Item, read_dataset
+from capt_train.clip.loading import load_backbone
 from capt_train.config import TrainConfig
-from capt_train.embedding_cache import EmbeddingCache
-from capt_train.features import embed
-from capt_train.fewshot import FewShotSplit, choose
-from capt_train.loading import load_backbone
+from capt_train.data.embedding_cache import EmbeddingCache
+from capt_train.data.features import embed
+from capt_train.data.fewshot import FewShotSplit, choose
 
 NAME = "noise"
 DOCS = Path(__file__).parents[1] / "docs" / "confidence.md"

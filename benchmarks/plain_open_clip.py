@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from capt_deploy.bench import Case, Memory, Threads, Turn
-from capt_deploy.bench_cases import Photos, Tell, full_batches
-from capt_deploy.bundle import open_bundle
-from capt_deploy.classifier import Classifier
-from capt_deploy.machine import installed, versions
+from capt_deploy.bench.cases import Photos, Tell, full_batches
+from capt_deploy.bench.measure import Case, Memory, Threads, Turn
+from capt_deploy.bundle.read import open_bundle
+from capt_deploy.core.machine import installed, versions
+from capt_deploy.serving.classifier import Classifier
 
 _ROW_NAMES = {False: "open_clip eager", True: "open_clip compiled"}
 

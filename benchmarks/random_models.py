@@ -18,9 +18,9 @@ from open_clip.model import get_model_preprocess_cfg
 from safetensors.torch import save_file
 from torch import nn
 
-from capt_deploy.files import visible_files
-from capt_deploy.preprocess import PreprocessConfig, preprocess
-from capt_train.backbone import Backbone
+from capt_deploy.core.files import visible_files
+from capt_deploy.data.preprocess import PreprocessConfig, preprocess
+from capt_train.clip.backbone import Backbone
 
 # Longer words come in pieces too, so that there is something to choose.
 _WORDS = """a an the of in on with and photo picture drawing blurred small large black white red

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from capt_deploy.errors import DataError
-from capt_deploy.file_lock import file_lock
-from capt_deploy.files import read_json, write_bytes, write_json
-from capt_deploy.machine import installed
+from capt_deploy.core.errors import DataError
+from capt_deploy.core.file_lock import file_lock
+from capt_deploy.core.files import read_json, write_bytes, write_json
+from capt_deploy.core.machine import installed
 
 _ROOT = Path(__file__).parents[1]
 RESULTS = _ROOT / "benchmarks" / "results"

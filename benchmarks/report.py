@@ -19,7 +19,7 @@ import click
 import numpy as np
 
 from benchmarks.record import describe, load_average, write_result
-from capt_deploy.files import visible_files
+from capt_deploy.core.files import visible_files
 from capt_deploy.report import Answers, ReportData, write_report
 
 _PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "cifar100" / "test"

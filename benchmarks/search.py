@@ -17,9 +17,9 @@ import click
 from benchmarks.ablation import DEFAULT, DOCS, config_of
 from benchmarks.cell import fill, open_world
 from benchmarks.record import load_cells, write_docs
-from capt_deploy.console import Command
-from capt_deploy.errors import DataError
-from capt_train.cli import parse_settings
+from capt_deploy.core.console import Command
+from capt_deploy.core.errors import DataError
+from capt_train.cli.train import parse_settings
 from capt_train.config import TrainConfig
 
 _NAME = "search"

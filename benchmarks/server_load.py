@@ -23,11 +23,11 @@ import click
 import numpy as np
 
 from benchmarks.record import QUIET, add_cells, describe, load_average, load_cells, write_docs
-from capt_deploy.classifier import Classifier
-from capt_deploy.console import Command, PathInHome, print_json, say
-from capt_deploy.errors import BackendError, ConfigError, DataError
-from capt_deploy.images import IMAGE_SUFFIXES
-from capt_deploy.prediction import Prediction
+from capt_deploy.core.console import Command, PathInHome, print_json, say
+from capt_deploy.core.errors import BackendError, ConfigError, DataError
+from capt_deploy.data.images import IMAGE_SUFFIXES
+from capt_deploy.serving.classifier import Classifier
+from capt_deploy.serving.prediction import Prediction
 
 _ROOT = Path(__file__).parents[1]
 _START_SECONDS = 120  # for a backend that has to build an engine

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from benchmarks.cell import measure, open_world
-from capt_deploy.console import Command, print_json
+from capt_deploy.core.console import Command, print_json
 from capt_train.config import TrainConfig
 
 # Few, of all kinds: enough to tell devices apart.

@@ -7,14 +7,12 @@ print(classifier("dog.jpg"))
 
 from typing import TYPE_CHECKING, Any
 
-from capt_deploy.version import __version__
+from capt_deploy.core.version import __version__
 
 if TYPE_CHECKING:
     from capt_deploy.backends import RuntimeOptions
-    from capt_deploy.batcher import BatcherOptions
-    from capt_deploy.classifier import Classifier
-    from capt_deploy.decisions import DecisionOptions
-    from capt_deploy.errors import (
+    from capt_deploy.confidence.decisions import DecisionOptions
+    from capt_deploy.core.errors import (
         BackendError,
         BundleError,
         BusyError,
@@ -23,7 +21,9 @@ if TYPE_CHECKING:
         DataError,
         ImageError,
     )
-    from capt_deploy.prediction import Prediction
+    from capt_deploy.serving.batcher import BatcherOptions
+    from capt_deploy.serving.classifier import Classifier
+    from capt_deploy.serving.prediction import Prediction
 
 __all__ = [
     "BackendError",
@@ -44,10 +44,10 @@ __all__ = [
 
 # Where they are, but for the errors.
 _MODULES = {
-    "BatcherOptions": "batcher",
-    "Classifier": "classifier",
-    "DecisionOptions": "decisions",
-    "Prediction": "prediction",
+    "BatcherOptions": "serving.requests",
+    "Classifier": "serving.classifier",
+    "DecisionOptions": "confidence.decisions",
+    "Prediction": "serving.prediction",
     "RuntimeOptions": "backends",
 }
 
@@ -58,4 +58,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'capt_deploy' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"capt_deploy.{_MODULES.get(name, 'errors')}"), name)
+    return getattr(import_module(f"capt_deploy.{_MODULES.get(name, 'core.errors')}"), name)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_args, get_type_hints
 
-from capt_deploy.errors import CaptError, ConfigError
+from capt_deploy.core.errors import CaptError, ConfigError
 from capt_train.parts import CALIBRATORS, GROUPS, METHODS, PARTS, members
 
 
@@ -99,7 +99,7 @@ class TrainConfig:
     patience: int = 10  # epochs without a better validation NLL; 0 trains all epochs
     autocast: str = "auto"  # or "off", "bf16", "fp16"; auto: bf16 on GPUs that have it
     # ε, the share of labels that are wrong by chance, 0 to 0.5; auto: as the frozen model sees it,
-    # 0 unless that is sure (capt_train.label_noise)
+    # 0 unless that is sure (capt_train.calibrate.label_noise)
     label_noise: str = "auto"
     weights: LossWeights = LossWeights()
 

@@ -26,6 +26,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "visual": ("adapter", "sample-experts", "visual-prompts"),
     "deep-prompts": ("text-prompts", "visual-prompts"),
 }
+# What is said of two confused classes (METHOD 3)
+SENTENCE_KINDS = ("commonality", "difference")
 # How confidences can be calibrated (METHOD 8), from simple to complex; see `calibrators`
 CALIBRATORS = ("temperature", "line", "isotonic", "vector")
 # What each --method trains; `capt` has the parts that earn their place (docs/ablation.md).

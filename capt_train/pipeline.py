@@ -8,29 +8,29 @@ from typing import Any
 
 import torch
 
-from capt_deploy.console import say
-from capt_deploy.datasets import Item
-from capt_deploy.errors import ConfigError
-from capt_deploy.evaluation import Report
-from capt_deploy.files import expand_home, write_json
-from capt_train import run as runs
-from capt_train.bank import ConfusionBank, intensity
+from capt_deploy.core.console import say
+from capt_deploy.core.errors import ConfigError
+from capt_deploy.core.files import expand_home, write_json
+from capt_deploy.data.datasets import Item
+from capt_deploy.evaluation.evaluate import Report
 from capt_train.config import TrainConfig
-from capt_train.embedding_cache import EmbeddingCache
-from capt_train.evaluate import score_model
-from capt_train.features import Embedded, Features, embed
-from capt_train.fitting import Outcome, fit
-from capt_train.learner import Learner, make_learner
-from capt_train.llm_answers import DryRun
-from capt_train.locking import locked
-from capt_train.mining import find_centres, find_sentences, mined_names, would_ask
-from capt_train.recolour import recolour
-from capt_train.run import TunedModel
-from capt_train.setup import Setup, absolute, load, prepare
-from capt_train.stages import TuningTask, stages
-from capt_train.strength import Trial, promises, try_out
-from capt_train.tuning import tune
-from capt_train.views import Views, embed_views
+from capt_train.confusion.bank import ConfusionBank, intensity
+from capt_train.confusion.llm_answers import DryRun
+from capt_train.confusion.mining import find_centres, find_sentences, mined_names, would_ask
+from capt_train.data.embedding_cache import EmbeddingCache
+from capt_train.data.features import Embedded, Features, embed
+from capt_train.method.learner import Learner, make_learner
+from capt_train.run import folder as runs
+from capt_train.run.evaluate import score_model
+from capt_train.run.fitting import Outcome, fit
+from capt_train.run.folder import TunedModel
+from capt_train.run.locking import locked
+from capt_train.run.recolour import recolour
+from capt_train.run.setup import Setup, absolute, load, prepare
+from capt_train.tune.stages import TuningTask, stages
+from capt_train.tune.strength import Trial, promises, try_out
+from capt_train.tune.tune import tune
+from capt_train.tune.views import Views, embed_views
 
 _TEXT_SIDE_VIEWS = 2  # the image itself, and one that only the bank sees
 _MOST_VALIDATED = 5000  # images whose tokens are kept; more would hardly decide otherwise (ours)

@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from capt_deploy.console import Command, PathInHome, say
-from capt_deploy.errors import ConfigError, DataError, ImageError
+from capt_deploy.core.console import Command, PathInHome, say
+from capt_deploy.core.errors import ConfigError, DataError, ImageError
 
 if TYPE_CHECKING:
-    from capt_deploy.classifier import Classifier
-    from capt_deploy.images import ImageInput
+    from capt_deploy.data.images import ImageInput
+    from capt_deploy.serving.classifier import Classifier
 
 _ENDING = (signal.SIGINT, signal.SIGTERM)
 _USUAL_FPS = 30.0  # of cameras that do not say
@@ -99,7 +99,7 @@ def _newer(folder: Path, last: tuple[int, str], stop: Stop, settle: float) -> It
 
 def _images(folder: Path) -> Iterator[tuple[int, str]]:
     """Yield when each image of a folder came there, in ns, and its name."""
-    from capt_deploy.images import IMAGE_SUFFIXES
+    from capt_deploy.data.images import IMAGE_SUFFIXES
 
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -228,7 +228,7 @@ def main(
     import numpy as np
 
     from capt_deploy.backends import RuntimeOptions
-    from capt_deploy.classifier import Classifier
+    from capt_deploy.serving.classifier import Classifier
 
     folder = Path(source)
     if watch and not folder.is_dir():

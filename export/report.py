@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from capt_deploy.bundle import open_bundle
-from capt_deploy.console import say
-from capt_deploy.decisions import Decisions
-from capt_deploy.errors import ConfigError, UnavailableError
-from capt_deploy.evaluation import Pair, Scores
+from capt_deploy.bundle.read import open_bundle
+from capt_deploy.confidence.decisions import Decisions
+from capt_deploy.core.console import say
+from capt_deploy.core.errors import ConfigError, UnavailableError
+from capt_deploy.evaluation.evaluate import Pair, Scores
+from capt_deploy.evaluation.scoring import BundleScores, score_bundle
 from capt_deploy.report import Answers, ReportData, write_report
 from capt_deploy.report.data import ZERO_SHOT
-from capt_deploy.scoring import BundleScores, score_bundle
 
 if TYPE_CHECKING:  # a bundle needs no torch
-    from capt_train.evaluate import RunScores
+    from capt_train.run.evaluate import RunScores
 
 _SAME = ("data_fingerprint", "model_sha256", "method", "parts", "seed", "shots")  # run and bundle
 
@@ -84,7 +84,7 @@ def ask_all(
 
 def of_run(scored: "RunScores", name: str, title: str, notes: Sequence[str] = ()) -> Asked:
     """Return a tuned model for a page."""
-    from export.source import provenance
+    from export.source.model import provenance
 
     model = scored.model
     own = {"run": name, **provenance(model), "calibrated by": model.fitted.calibration.kind}

@@ -10,10 +10,11 @@ from safetensors.numpy import save as save_arrays
 from safetensors.torch import save
 from torch import Tensor
 
-from capt_deploy.bundle import CALIBRATION, MANIFEST, REFERENCE, REPORT, TEXT_EMBEDDINGS
-from capt_deploy.console import say
-from capt_deploy.errors import BundleError, ConfigError, GateError
-from capt_deploy.files import (
+from capt_deploy.bundle.manifest import DISTANCE_AWARE, FileRecord, Manifest, OpenVocabulary
+from capt_deploy.bundle.read import CALIBRATION, MANIFEST, REFERENCE, REPORT, TEXT_EMBEDDINGS
+from capt_deploy.core.console import say
+from capt_deploy.core.errors import BundleError, ConfigError, GateError
+from capt_deploy.core.files import (
     expand_home,
     new_folder,
     refuse_existing,
@@ -21,20 +22,19 @@ from capt_deploy.files import (
     write_bytes,
     write_json,
 )
-from capt_deploy.gate import GateResult, gate_table
-from capt_deploy.manifest import DISTANCE_AWARE, FileRecord, Manifest, OpenVocabulary
-from capt_train.run import load_run
-from export.classes import with_classes
-from export.decisions import decisions_of
-from export.fold import Head
-from export.gate import Question, ask_torch
-from export.graphs import trace_precision
-from export.merge import merged
-from export.onnx_graph import OPSET, OPSETS
-from export.precision import FP32, PRECISIONS
-from export.prove import Proven, last_look, prove
-from export.source import Source, distance_aware, source_of
-from export.text_graph import write_open_vocabulary
+from capt_deploy.verify.gate import GateResult, gate_table
+from capt_train.run.folder import load_run
+from export.graph.lower import FP32, PRECISIONS
+from export.graph.onnx_graph import OPSET, OPSETS
+from export.precision.trace import trace_precision
+from export.proof.prove import Proven, last_look, prove
+from export.proof.question import Question, ask_torch
+from export.source.classes import with_classes
+from export.source.decisions import decisions_of
+from export.source.fold import Head
+from export.source.merge import merged
+from export.source.model import Source, distance_aware, source_of
+from export.text.graph import write_open_vocabulary
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 if TYPE_CHECKING:
-    from capt_train.backbone import Backbone
+    from capt_train.clip.backbone import Backbone
 
 # tests/capt_deploy also runs where the training stack is not installed.
 if all(find_spec(name) for name in ("torch", "jaxtyping", "beartype")):
@@ -131,7 +131,7 @@ def tiny_backbone(tiny_model_dir: Path) -> Backbone:
     """Return that CLIP as a backbone on the CPU."""
     import torch
 
-    from capt_train.loading import load_backbone
+    from capt_train.clip.loading import load_backbone
 
     return load_backbone(f"local-dir:{tiny_model_dir}", None, torch.device("cpu"))
 
@@ -193,9 +193,9 @@ def decided_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     from safetensors.numpy import save
 
-    from capt_deploy.bundle import CALIBRATION, MANIFEST
-    from capt_deploy.decisions import Decisions
-    from capt_deploy.metrics import softmax
+    from capt_deploy.bundle.read import CALIBRATION, MANIFEST
+    from capt_deploy.confidence.decisions import Decisions
+    from capt_deploy.metrics.calibration import softmax
 
     bundle = tmp_path_factory.mktemp("decided") / "decided.capt"
     shutil.copytree(Path(__file__).parent / "golden" / "tiny.capt", bundle)

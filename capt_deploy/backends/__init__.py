@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.batch_sizes import BATCHES, check_batches
-from capt_deploy.errors import BackendError, ConfigError
+from capt_deploy.backends.batch_sizes import BATCHES, check_batches
+from capt_deploy.core.errors import BackendError, ConfigError
 
 # From the fastest on: what `auto` tries, and `onnxruntime` its own two of them.
 AUTO = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-cpu")
@@ -177,7 +177,7 @@ def start(
 ) -> Backend:
     """Start exactly the backend of this name, one of `AUTO`; else like `create`."""
     if name.startswith("tensorrt"):
-        from capt_deploy.backends.tensorrt import TensorRT
+        from capt_deploy.backends.tensorrt.backend import TensorRT
 
         library = name.replace("-", "_")
         return TensorRT(onnx, precision, weights_folder, options, library=library)

@@ -1,6 +1,6 @@
 """How many images are run at once: what one may ask for, and the sizes that are prepared."""
 
-from capt_deploy.errors import BackendError, CaptError
+from capt_deploy.core.errors import BackendError, CaptError
 
 BATCHES = (1, 8, 32)  # smallest, usual and largest number of images that an engine takes
 

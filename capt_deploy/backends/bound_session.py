@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capt_deploy.backends import Outputs, RuntimeOptions, check_pixels
-from capt_deploy.batch_sizes import buckets
-from capt_deploy.device import Device, open_device
-from capt_deploy.errors import BackendError, UnavailableError
+from capt_deploy.backends.batch_sizes import buckets
+from capt_deploy.backends.tensorrt.device import Device, open_device
+from capt_deploy.core.errors import BackendError, UnavailableError
 
 Pixels = NDArray[np.uint8]
 

@@ -6,8 +6,8 @@ from importlib.util import find_spec
 from typing import TypeVar
 
 from capt_deploy.backends.onnxruntime import import_library
-from capt_deploy.driver import gpu_problem, nvidia_gpu_is_here
-from capt_deploy.errors import BackendError, CaptError, UnavailableError
+from capt_deploy.core.driver import gpu_problem, nvidia_gpu_is_here
+from capt_deploy.core.errors import BackendError, CaptError, UnavailableError
 
 T = TypeVar("T")
 

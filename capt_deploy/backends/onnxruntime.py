@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capt_deploy.backends import DEFAULT_OPTIONS, Outputs, RuntimeOptions, in_parts
-from capt_deploy.cores import usable_cores
-from capt_deploy.errors import BackendError, UnavailableError
-from capt_deploy.process import Process, never_free_in_copies
+from capt_deploy.core.cores import usable_cores
+from capt_deploy.core.errors import BackendError, UnavailableError
+from capt_deploy.core.process import Process, never_free_in_copies
 
 # onnxruntime 1.31 on the CPU: ENABLE_ALL crashes the process on half-precision ViTs, and
 # ENABLE_EXTENDED cannot load a half-precision FastViT; neither is faster there than BASIC. What

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capt_deploy.backends import DEFAULT_OPTIONS, Outputs, RuntimeOptions, check_timed, in_parts
-from capt_deploy.backends.bound import BoundSession, Gpu
+from capt_deploy.backends.bound_session import BoundSession, Gpu
 from capt_deploy.backends.choice import require
 from capt_deploy.backends.onnxruntime import import_library, start_session
 from capt_deploy.backends.probe import probe
-from capt_deploy.driver import gpu_name
-from capt_deploy.errors import BackendError, UnavailableError
-from capt_deploy.process import Process
+from capt_deploy.core.driver import gpu_name
+from capt_deploy.core.errors import BackendError, UnavailableError
+from capt_deploy.core.process import Process
 
 _PROVIDER = "CUDAExecutionProvider"
 # The higher level fuses attention and LayerNorm; ENABLE_ALL adds layouts that only CPUs use. Some

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capt_deploy.backends import Outputs
-from capt_deploy.errors import BackendError
+from capt_deploy.core.errors import BackendError
 
 
 def probe(

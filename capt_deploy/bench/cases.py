@@ -11,13 +11,13 @@ import numpy as np
 
 from capt_deploy.backends import AUTO, DeviceTimed, RuntimeOptions
 from capt_deploy.backends.choice import why_not
-from capt_deploy.bench import SCOPES, BenchOptions, Case, Memory, Threads, Turn, measure
-from capt_deploy.classifier import Classifier
-from capt_deploy.cores import usable_cores
-from capt_deploy.errors import BackendError, ConfigError, UnavailableError
-from capt_deploy.files import expand_home, sha256_file
-from capt_deploy.graphs import open_graphs
-from capt_deploy.machine import versions
+from capt_deploy.bench.measure import SCOPES, BenchOptions, Case, Memory, Threads, Turn, measure
+from capt_deploy.bundle.graphs import open_graphs
+from capt_deploy.core.cores import usable_cores
+from capt_deploy.core.errors import BackendError, ConfigError, UnavailableError
+from capt_deploy.core.files import expand_home, sha256_file
+from capt_deploy.core.machine import versions
+from capt_deploy.serving.classifier import Classifier
 
 EVERY, ON_GPU = "all", "gpu"  # names for several backends: those of them that work here
 Tell = Callable[[str], None]

@@ -21,10 +21,10 @@ from pathlib import Path
 from statistics import stdev
 from typing import Any
 
-from capt_deploy.bench_cases import EVERY, ON_GPU, Wanted
-from capt_deploy.console import table
-from capt_deploy.errors import ConfigError
-from capt_deploy.files import read_json
+from capt_deploy.bench.cases import EVERY, ON_GPU, Wanted
+from capt_deploy.core.console import table
+from capt_deploy.core.errors import ConfigError
+from capt_deploy.core.files import read_json
 
 _LEAST_TOLERANCE = 0.1  # less than that differs between two runs of the same program
 _ERRORS = 3.0  # standard errors

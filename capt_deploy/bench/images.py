@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from capt_deploy.errors import DataError
-from capt_deploy.files import visible_files
-from capt_deploy.images import IMAGE_SUFFIXES, load_image
+from capt_deploy.core.errors import DataError
+from capt_deploy.core.files import visible_files
+from capt_deploy.data.images import IMAGE_SUFFIXES, load_image
 
 SIZE = (500, 375)  # pixels, width and height; what photos of common data sets have
 _QUALITY = 90  # of the JPEGs

@@ -13,9 +13,9 @@ from threading import Barrier
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from capt_deploy.bench_stats import has_settled, summarize
-from capt_deploy.console import progress
-from capt_deploy.machine import describe_machine, gpu_memory_used, resident_memory
+from capt_deploy.bench.statistics import has_settled, summarize
+from capt_deploy.core.console import progress
+from capt_deploy.core.machine import describe_machine, gpu_memory_used, resident_memory
 
 SCOPES = ("device", "host", "image_to_label")
 

@@ -5,8 +5,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capt_deploy.errors import ConfigError
-from capt_deploy.files import write_bytes
+from capt_deploy.core.errors import ConfigError
+from capt_deploy.core.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from capt_deploy.bundle import Bundle, open_bundle
-from capt_deploy.errors import BundleError
-from capt_deploy.files import expand_home
-from capt_deploy.manifest import PRECISION_KEY, Manifest
-from capt_deploy.onnx_metadata import read_metadata
+from capt_deploy.bundle.manifest import PRECISION_KEY, Manifest
+from capt_deploy.bundle.onnx_metadata import read_metadata
+from capt_deploy.bundle.read import Bundle, open_bundle
+from capt_deploy.core.errors import BundleError
+from capt_deploy.core.files import expand_home
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, get_origin
 
-from capt_deploy.errors import BundleError
-from capt_deploy.preprocess import PreprocessConfig
-from capt_deploy.top_label_map import TopLabelMap
-from capt_deploy.vector_scaling import VectorScaling
+from capt_deploy.confidence.top_label import TopLabelMap
+from capt_deploy.confidence.vector_scaling import VectorScaling
+from capt_deploy.core.errors import BundleError
+from capt_deploy.data.preprocess import PreprocessConfig
 
 SCHEMA_VERSION = 1
 # The second one only where the graph's embeddings are also those of the frozen model.

@@ -6,7 +6,7 @@ level, beside the graph in field 7, which is skipped over whole.
 
 from collections.abc import Iterator
 
-from capt_deploy.manifest import METADATA_KEY
+from capt_deploy.bundle.manifest import METADATA_KEY
 
 _PROPERTIES = 14
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # protobuf's wire types

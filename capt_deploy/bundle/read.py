@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.decisions import Decisions
-from capt_deploy.errors import BundleError
-from capt_deploy.files import expand_home, is_inside, sha256_file
-from capt_deploy.manifest import DISTANCE_AWARE, Manifest
+from capt_deploy.bundle.manifest import DISTANCE_AWARE, Manifest
+from capt_deploy.confidence.decisions import Decisions
+from capt_deploy.core.errors import BundleError
+from capt_deploy.core.files import expand_home, is_inside, sha256_file
 
 MANIFEST = "manifest.json"
 TEXT_EMBEDDINGS = "text_embeddings.safetensors"

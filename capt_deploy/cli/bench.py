@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from capt_deploy.console import Command, PathInHome, print_json, say, table
-from capt_deploy.version import __version__
+from capt_deploy.core.console import Command, PathInHome, print_json, say, table
+from capt_deploy.core.version import __version__
 
 if TYPE_CHECKING:
-    from capt_deploy.bench_cases import Photos
+    from capt_deploy.bench.cases import Photos
 
 
 def _names(ctx: click.Context, option: click.Parameter, value: str | None) -> tuple[str, ...]:
@@ -138,15 +138,15 @@ def main(
       capt-bench pets.capt --json > before.json
       capt-bench pets.capt --compare before.json --plot latency.png
     """
-    from capt_deploy.bench import SCOPES, BenchOptions
-    from capt_deploy.bench_cases import Wanted, bench
-    from capt_deploy.bench_compare import compare_rows, load_rows
+    from capt_deploy.bench.cases import Wanted, bench
+    from capt_deploy.bench.compare import compare_rows, load_rows
+    from capt_deploy.bench.measure import SCOPES, BenchOptions
 
     if unknown := [scope for scope in scopes if scope not in SCOPES]:
         raise click.UsageError(f"--scope: expected of {', '.join(SCOPES)}, came {unknown[0]}")
     old = None if compare is None else load_rows(compare)
     if plot is not None:
-        from capt_deploy.bench_plot import check_plotting, plot_rows
+        from capt_deploy.bench.plot import check_plotting, plot_rows
 
         check_plotting()
     wanted = Wanted(backends, precisions, batches, scopes, concurrency, threads)
@@ -166,8 +166,8 @@ def main(
 
 
 def _photos(folder: Path | None) -> "Photos":
-    from capt_deploy.bench_cases import Photos
-    from capt_deploy.bench_images import SIZE, folder_photos, synthetic_photos
+    from capt_deploy.bench.cases import Photos
+    from capt_deploy.bench.images import SIZE, folder_photos, synthetic_photos
 
     if folder is None:
         return Photos(synthetic_photos(32), f"synthetic {SIZE[0]}x{SIZE[1]}")
@@ -176,7 +176,7 @@ def _photos(folder: Path | None) -> "Photos":
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    from capt_deploy.bench_stats import ENOUGH_FOR_P99
+    from capt_deploy.bench.statistics import ENOUGH_FOR_P99
 
     header = (
         *("backend", "device", "precision", "scope", "batch", "callers"),
@@ -198,7 +198,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    from capt_deploy.bench_stats import ENOUGH_FOR_P99
+    from capt_deploy.bench.statistics import ENOUGH_FOR_P99
 
     memory = row["memory_bytes"]
     star = "*" if row["iterations"] < ENOUGH_FOR_P99 else ""

@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from capt_deploy.batch_sizes import BATCHES, check_batches
-from capt_deploy.console import Command, PathInHome, print_json, say
-from capt_deploy.errors import BackendError
-from capt_deploy.version import __version__
+from capt_deploy.backends.batch_sizes import BATCHES, check_batches
+from capt_deploy.core.console import Command, PathInHome, print_json, say
+from capt_deploy.core.errors import BackendError
+from capt_deploy.core.version import __version__
 
 if TYPE_CHECKING:
-    from capt_deploy.engine_cache import EngineCache, Entry
-    from capt_deploy.engine_store import Target
-    from capt_deploy.graphs import StoredGraph
+    from capt_deploy.backends.tensorrt.cache import EngineCache, Entry
+    from capt_deploy.backends.tensorrt.store import Target
+    from capt_deploy.bundle.graphs import StoredGraph
 
 _LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
@@ -88,7 +88,7 @@ def main(
       capt-build pets.capt --backend tensorrt-rtx --sm 89 --batch 1,1,1 --cache engines
       capt-build --list
     """
-    from capt_deploy.engine_cache import EngineCache
+    from capt_deploy.backends.tensorrt.cache import EngineCache
 
     store = EngineCache(cache)
     if as_list or prune:
@@ -136,7 +136,7 @@ def _describe(entry: "Entry") -> dict[str, Any]:
 def _print_table(store: "EngineCache", rows: list[dict[str, Any]]) -> None:
     from datetime import datetime
 
-    from capt_deploy.console import table
+    from capt_deploy.core.console import table
 
     header = ("entry", "kind", "library", "SM", "GPU", "precision", "batches", "MB", "last used")
     names = ("kind", "library", "sm", "gpu", "precision", "batches")
@@ -154,7 +154,7 @@ def _print_table(store: "EngineCache", rows: list[dict[str, Any]]) -> None:
 def _open(path: Path, backend: str, precision: str | None) -> "StoredGraph":
     """Return a graph of a bundle, or a lone graph, as `Classifier.load` does."""
     from capt_deploy.backends import preferred_precision
-    from capt_deploy.graphs import open_graphs
+    from capt_deploy.bundle.graphs import open_graphs
 
     graphs = open_graphs(path)
     return graphs.read(precision or preferred_precision(backend, graphs.precisions))
@@ -171,7 +171,7 @@ def _build(
     """Obtain the engine; raises like `engine_store.obtain`."""
     import time
 
-    from capt_deploy.engine_store import key_of, obtain
+    from capt_deploy.backends.tensorrt.store import key_of, obtain
 
     start = time.perf_counter()
     target = _target(library, sm, device)
@@ -199,10 +199,10 @@ def _target(library: str, sm: int | None, device: int) -> "Target":
         BackendError: the library builds for its own GPU alone.
         UnavailableError: there is no GPU here, or no library.
     """
-    from capt_deploy.device import open_device
-    from capt_deploy.engine import load_library
-    from capt_deploy.engine_store import Target
-    from capt_deploy.errors import UnavailableError
+    from capt_deploy.backends.tensorrt.device import open_device
+    from capt_deploy.backends.tensorrt.engine import load_library
+    from capt_deploy.backends.tensorrt.store import Target
+    from capt_deploy.core.errors import UnavailableError
 
     load_library(library)
     if sm is not None:

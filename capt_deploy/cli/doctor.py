@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from capt_deploy.console import Command, PathInHome, print_json, say
-from capt_deploy.version import __version__
+from capt_deploy.core.console import Command, PathInHome, print_json, say
+from capt_deploy.core.version import __version__
 
 if TYPE_CHECKING:
-    from capt_deploy.doctor import Diagnosis
-    from capt_deploy.nvidia import Gpu
+    from capt_deploy.core.nvidia import Gpu
+    from capt_deploy.doctor.diagnose import Diagnosis
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
@@ -29,7 +29,7 @@ def main(bundle: Path | None, as_json: bool) -> None:
       capt-doctor
       capt-doctor pets.capt --json
     """
-    from capt_deploy.doctor import diagnose
+    from capt_deploy.doctor.diagnose import diagnose
 
     say("trying every backend")
     diagnosis = diagnose(bundle)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from capt_deploy.console import Command, PathInHome, print_json, progress, say
-from capt_deploy.version import __version__
+from capt_deploy.core.console import Command, PathInHome, print_json, progress, say
+from capt_deploy.core.version import __version__
 
 if TYPE_CHECKING:
-    from capt_deploy.labelling import LabelledFile
+    from capt_deploy.serving.labelling import LabelledFile
 
 # As in capt_deploy.backends.NAMES, which is not imported for --help.
 BACKENDS = "auto, tensorrt, tensorrt-rtx, onnxruntime, onnxruntime-cuda or onnxruntime-cpu"
@@ -60,9 +60,9 @@ def main(
     """
     if as_json and as_csv:
         raise click.UsageError("choose --json or --csv, not both")
-    from capt_deploy.classifier import Classifier, running_on
-    from capt_deploy.decisions import wanted_decisions
-    from capt_deploy.labelling import find_images, label_files
+    from capt_deploy.confidence.decisions import wanted_decisions
+    from capt_deploy.serving.classifier import Classifier, running_on
+    from capt_deploy.serving.labelling import find_images, label_files
 
     listed = [line.rstrip("\r\n") for line in sys.stdin] if "-" in paths else []
     files = find_images([path for path in paths if path != "-"], listed)
@@ -95,7 +95,7 @@ def _print_lines(rows: "Iterable[LabelledFile]", as_csv: bool) -> bool:
     """Print each row as soon as it is there; return whether one of them is an error."""
     import csv
 
-    from capt_deploy.labelling import CSV_HEADER
+    from capt_deploy.serving.labelling import CSV_HEADER
 
     failed = False
     writer = csv.writer(sys.stdout, lineterminator="\n")

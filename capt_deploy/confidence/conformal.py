@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.conformal_scores import (
+from capt_deploy.confidence.conformal_scores import (
     DEFAULT_PENALTY,
     METHODS,
     Method,
@@ -22,8 +22,8 @@ from capt_deploy.conformal_scores import (
     quantile,
     rounded,
 )
-from capt_deploy.metrics import Floats, Ints
-from capt_deploy.stored_arrays import Arrays, vector
+from capt_deploy.confidence.stored_arrays import Arrays, vector
+from capt_deploy.metrics.calibration import Floats, Ints
 
 __all__ = [
     "METHODS",

@@ -19,7 +19,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.metrics import Floats, Ints
+from capt_deploy.metrics.calibration import Floats, Ints
 
 Method = Literal["lac", "aps", "raps"]
 METHODS: tuple[Method, ...] = get_args(Method)

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.conformal import METHODS, Method, ScoreTable, choose_penalty
-from capt_deploy.errors import BundleError, ConfigError
-from capt_deploy.familiarity import FamiliarityTable, negative_energy
-from capt_deploy.metrics import Floats, Ints
-from capt_deploy.monitor import Reference
-from capt_deploy.rejection import RejectionTable
+from capt_deploy.confidence.conformal import METHODS, Method, ScoreTable, choose_penalty
+from capt_deploy.confidence.familiarity import FamiliarityTable, negative_energy
+from capt_deploy.confidence.monitor import Reference
+from capt_deploy.confidence.rejection import RejectionTable
+from capt_deploy.core.errors import BundleError, ConfigError
+from capt_deploy.metrics.calibration import Floats, Ints
 
 FEWEST_IMAGES = 10  # that say anything about others
 _CACHED = 64  # thresholds kept; a server's clients may ask for any accuracy

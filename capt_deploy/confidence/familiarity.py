@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.metrics import Floats
-from capt_deploy.stored_arrays import Arrays, vector
+from capt_deploy.confidence.stored_arrays import Arrays, vector
+from capt_deploy.metrics.calibration import Floats
 
 _Array = NDArray[np.floating]
 

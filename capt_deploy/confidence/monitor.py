@@ -12,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.metrics import Floats, Ints
-from capt_deploy.stability import SHIFTED, WATCH, Comparison, compare
-from capt_deploy.stored_arrays import Arrays, vector
+from capt_deploy.confidence.stability import SHIFTED, WATCH, Comparison, compare
+from capt_deploy.confidence.stored_arrays import Arrays, vector
+from capt_deploy.metrics.calibration import Floats, Ints
 
 # Narrower at the top, where most confidences of a good classifier are.
 CONFIDENCE_EDGES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)

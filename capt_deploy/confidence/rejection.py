@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.metrics import Floats
-from capt_deploy.stored_arrays import Arrays, vector
+from capt_deploy.confidence.stored_arrays import Arrays, vector
+from capt_deploy.metrics.calibration import Floats
 
 STEPS = 50  # thresholds that are tried
 _START = 0.1  # share of the images that the first one lets in

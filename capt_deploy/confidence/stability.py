@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from capt_deploy.metrics import Floats, Ints
+from capt_deploy.metrics.calibration import Floats, Ints
 
 WATCH, SHIFTED = 0.1, 0.25  # PSI
 _RARELY = 3.09  # standard deviations that a normal variable exceeds once in a thousand

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.metrics import softmax
+from capt_deploy.metrics.calibration import softmax
 
 _Array = NDArray[np.floating]
 _NOWHERE = -1e9  # a logit that no sum of exponentials sees

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 import click
 
-from capt_deploy.errors import CaptError
-from capt_deploy.files import expand_home
+from capt_deploy.core.errors import CaptError
+from capt_deploy.core.files import expand_home
 
 T = TypeVar("T")
 _SECONDS_BETWEEN_LINES = 5.0

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from capt_deploy.errors import CaptError, ConfigError
+from capt_deploy.core.errors import CaptError, ConfigError
 
 
 def _sync(path: Path) -> None:

@@ -8,9 +8,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from capt_deploy.cores import usable_cores
-from capt_deploy.nvidia import find_driver, query_gpus
-from capt_deploy.version import __version__
+from capt_deploy.core.cores import usable_cores
+from capt_deploy.core.nvidia import find_driver, query_gpus
+from capt_deploy.core.version import __version__
 
 # Names of distributions; several may bring the same module.
 RUNTIME = (

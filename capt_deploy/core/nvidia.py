@@ -9,7 +9,7 @@ import io
 import subprocess
 from dataclasses import dataclass
 
-from capt_deploy.driver import LIBRARY, gpu_problem
+from capt_deploy.core.driver import LIBRARY, gpu_problem
 
 _SECONDS = 20  # a driver that starts up for the first time is slow; a broken one hangs
 _FIELDS = (

@@ -5,7 +5,7 @@ import os
 from typing import Any
 from weakref import WeakSet
 
-from capt_deploy.errors import BackendError
+from capt_deploy.core.errors import BackendError
 
 _never_freed_in_copies: "WeakSet[Any]" = WeakSet()
 

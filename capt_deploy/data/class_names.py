@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from capt_deploy import label_files
-from capt_deploy.errors import ConfigError, DataError
-from capt_deploy.files import read_json
+from capt_deploy.core.errors import ConfigError, DataError
+from capt_deploy.core.files import read_json
+from capt_deploy.data import label_files
 
 
 def name_classes(

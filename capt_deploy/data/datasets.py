@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from capt_deploy import label_files
-from capt_deploy.class_names import name_classes
-from capt_deploy.errors import DataError
-from capt_deploy.files import expand_home, visible_files
-from capt_deploy.images import IMAGE_SUFFIXES
-from capt_deploy.label_files import Row
+from capt_deploy.core.errors import DataError
+from capt_deploy.core.files import expand_home, visible_files
+from capt_deploy.data import label_files
+from capt_deploy.data.class_names import name_classes
+from capt_deploy.data.images import IMAGE_SUFFIXES
+from capt_deploy.data.label_files import Row
 
 SPLITS = ("train", "val", "test")
 _SHARES = {"test": 0.2, "val": 0.2}  # of every class, where the data has no split of its own

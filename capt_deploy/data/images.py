@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from capt_deploy.errors import ImageError
+from capt_deploy.core.errors import ImageError
 
 ImageInput = str | Path | bytes | NDArray[np.uint8] | Image.Image
 """A path, an encoded file as bytes, an HWC RGB uint8 array (or HW grey), or a Pillow image."""

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from capt_deploy.errors import DataError
-from capt_deploy.files import is_inside, read_json
+from capt_deploy.core.errors import DataError
+from capt_deploy.core.files import is_inside, read_json
 
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 

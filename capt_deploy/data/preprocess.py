@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from capt_deploy.errors import CaptError, ConfigError
-from capt_deploy.images import ImageInput, Size, load_shrunk
+from capt_deploy.core.errors import CaptError, ConfigError
+from capt_deploy.data.images import ImageInput, Size, load_shrunk
 
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _RESIZE_MODES = ("shortest", "longest", "squash")

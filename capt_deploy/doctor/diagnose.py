@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from capt_deploy.backends import AUTO
-from capt_deploy.doctor_probe import Trial, try_backend
-from capt_deploy.graphs import open_graphs
-from capt_deploy.machine import RUNTIME, describe_host, installed
-from capt_deploy.nvidia import Driver, find_driver
-from capt_deploy.version import __version__
+from capt_deploy.bundle.graphs import open_graphs
+from capt_deploy.core.machine import RUNTIME, describe_host, installed
+from capt_deploy.core.nvidia import Driver, find_driver
+from capt_deploy.core.version import __version__
+from capt_deploy.doctor.probe import Trial, try_backend
 
 # Looked up, never imported.
 _OTHERS = ("cuda-python", "torch", "open_clip_torch", "onnx", "click", "safetensors")

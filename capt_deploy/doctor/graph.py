@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capt_deploy.backends import Outputs
-from capt_deploy.metrics import softmax
+from capt_deploy.metrics.calibration import softmax
 
 SIDE = 8  # pixels, height and width
 _IR_VERSION, _OPSET = 8, 17  # the last opset in which the axes of a mean are attributes

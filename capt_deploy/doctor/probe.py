@@ -1,6 +1,6 @@
 """Try one backend in a process of its own, which may crash or hang without harm.
 
-python -m capt_deploy.doctor_probe onnxruntime-cpu [BUNDLE]
+python -m capt_deploy.doctor.probe onnxruntime-cpu [BUNDLE]
 """
 
 import json
@@ -82,7 +82,7 @@ def _run_graph(name: str) -> str:
     import numpy as np
 
     from capt_deploy.backends import Outputs, RuntimeOptions, create
-    from capt_deploy.doctor_graph import SIDE, expected_outputs, make_graph
+    from capt_deploy.doctor.graph import SIDE, expected_outputs, make_graph
 
     images = np.random.default_rng(0).integers(0, 256, (3, SIDE, SIDE, 3), dtype=np.uint8)
     images[0] = 255
@@ -102,7 +102,7 @@ def _run_graph(name: str) -> str:
 def _run_bundle(name: str, bundle: Path) -> str:
     import numpy as np
 
-    from capt_deploy.classifier import Classifier
+    from capt_deploy.serving.classifier import Classifier
 
     with Classifier.load(bundle, name) as classifier:
         height, width = classifier.manifest.preprocess.size

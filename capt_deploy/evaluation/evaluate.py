@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.distance_aware import applied
-from capt_deploy.errors import ConfigError
-from capt_deploy.metrics import Floats, Ints, all_metrics, confusion_recovery
-from capt_deploy.top_label_map import TopLabelMap, probabilities_of
-from capt_deploy.vector_scaling import VectorScaling
+from capt_deploy.confidence.distance_aware import applied
+from capt_deploy.confidence.top_label import TopLabelMap, probabilities_of
+from capt_deploy.confidence.vector_scaling import VectorScaling
+from capt_deploy.core.errors import ConfigError
+from capt_deploy.metrics.calibration import Floats, Ints, all_metrics, confusion_recovery
+from capt_deploy.metrics.intervals import harmonic_mean
 
 Report = dict[str, Any]
 Pair = tuple[int, int]  # true class, class it is mistaken for
@@ -42,11 +43,6 @@ class Scores:
         """What `tuned` was before anything was fitted to validation images."""
         raw = self.tuned * self.temperature
         return raw if self.vector is None else self.vector.undone(raw)
-
-
-def harmonic_mean(base: float, new: float) -> float:
-    """Return 2·base·new/(base+new); 0 where both are 0."""
-    return 2 * base * new / (base + new) if base + new else 0.0
 
 
 def evaluate(

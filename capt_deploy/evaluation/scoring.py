@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 
 from capt_deploy.backends import Outputs, joined
-from capt_deploy.batches import preprocess_files
-from capt_deploy.bundle import Bundle, open_bundle
-from capt_deploy.classifier import Classifier, running_on
-from capt_deploy.console import progress, say
-from capt_deploy.datasets import read_dataset
-from capt_deploy.distance_aware import undone
-from capt_deploy.errors import BundleError, DataError
-from capt_deploy.evaluation import Pair, Report, Scores, evaluate
+from capt_deploy.bundle.read import Bundle, open_bundle
+from capt_deploy.confidence.distance_aware import undone
+from capt_deploy.core.console import progress, say
+from capt_deploy.core.errors import BundleError, DataError
+from capt_deploy.data.batches import preprocess_files
+from capt_deploy.data.datasets import read_dataset
+from capt_deploy.evaluation.evaluate import Pair, Report, Scores, evaluate
+from capt_deploy.serving.classifier import Classifier, running_on
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from capt_deploy.console import table
-from capt_deploy.evaluation import SCOPES, Report
+from capt_deploy.core.console import table
+from capt_deploy.evaluation.evaluate import SCOPES, Report
 
 
 def summary(report: Report) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from capt_deploy.probabilities import Floats, Ints, Probabilities
+from capt_deploy.metrics.probabilities import Floats, Ints, Probabilities
 
 _BLOCK = 1 << 17  # probabilities that are held in float64 at a time: 1 MiB, as fits into a cache
 

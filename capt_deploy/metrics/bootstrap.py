@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.bins import bin_of
-from capt_deploy.intervals import Interval
-from capt_deploy.metrics import brier_terms, combined, nll_terms
-from capt_deploy.probabilities import Floats, Ints, Probabilities, require_both
-from capt_deploy.top_labels import top_labels
+from capt_deploy.metrics.bins import bin_of
+from capt_deploy.metrics.calibration import brier_terms, combined, nll_terms
+from capt_deploy.metrics.intervals import Interval
+from capt_deploy.metrics.probabilities import Floats, Ints, Probabilities, require_both
+from capt_deploy.metrics.top_labels import top_labels
 
 Metric = Callable[[NDArray[Any], Ints], float]
 

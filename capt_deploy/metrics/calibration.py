@@ -15,11 +15,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.bins import class_sums
-from capt_deploy.probabilities import Floats as Floats  # noqa: PLC0414 - known by this name
-from capt_deploy.probabilities import Ints as Ints  # noqa: PLC0414
-from capt_deploy.probabilities import Probabilities, require_both, require_columns, require_labels
-from capt_deploy.top_labels import TopLabels, top_labels
+from capt_deploy.metrics.bins import class_sums
+from capt_deploy.metrics.probabilities import Floats as Floats  # noqa: PLC0414 - known by this name
+from capt_deploy.metrics.probabilities import Ints as Ints  # noqa: PLC0414
+from capt_deploy.metrics.probabilities import (
+    Probabilities,
+    require_both,
+    require_columns,
+    require_labels,
+)
+from capt_deploy.metrics.top_labels import TopLabels, top_labels
 
 
 def softmax(logits: NDArray[np.floating]) -> Floats:

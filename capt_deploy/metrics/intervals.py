@@ -5,8 +5,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.evaluation import harmonic_mean
-from capt_deploy.probabilities import Floats, Ints
+from capt_deploy.metrics.probabilities import Floats, Ints
 
 Interval = tuple[float, float]
 _Z = 1.96  # of 95 %
@@ -30,6 +29,11 @@ def wilson(shares: Floats, images: Ints) -> tuple[Floats, Floats]:
     half = _Z * spread / (1 + _Z**2 / images)
     # whatever rounding does
     return np.clip(centre - half, 0, shares), np.clip(centre + half, shares, 1)
+
+
+def harmonic_mean(base: float, new: float) -> float:
+    """Return 2·base·new/(base+new); 0 where both are 0."""
+    return 2 * base * new / (base + new) if base + new else 0.0
 
 
 def interval_of_harmonic_mean(

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from capt_deploy.bins import Sums, bin_of, class_sums, edges
-from capt_deploy.probabilities import (
+from capt_deploy.metrics.bins import Sums, bin_of, class_sums, edges
+from capt_deploy.metrics.probabilities import (
     Floats,
     Ints,
     Probabilities,
     require_both,
     require_probabilities,
 )
-from capt_deploy.top_labels import top_labels
+from capt_deploy.metrics.top_labels import top_labels
 
 
 @dataclass(frozen=True, eq=False)  # arrays have no single truth value to compare by

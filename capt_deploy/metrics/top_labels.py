@@ -10,8 +10,8 @@ from functools import cached_property
 
 import numpy as np
 
-from capt_deploy.bins import Sums, require_bins, top_sums
-from capt_deploy.probabilities import Floats, Ints, Probabilities, require_labels
+from capt_deploy.metrics.bins import Sums, require_bins, top_sums
+from capt_deploy.metrics.probabilities import Floats, Ints, Probabilities, require_labels
 
 
 @dataclass(frozen=True, eq=False)  # arrays have no single truth value to compare by

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.metrics import Floats, Ints
+from capt_deploy.metrics.calibration import Floats, Ints
 from capt_deploy.report.data import Answers, ReportData
 from capt_deploy.report.measure import probabilities_among
 

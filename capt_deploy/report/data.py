@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.decisions import Decisions
-from capt_deploy.errors import DataError
-from capt_deploy.metrics import Ints
-from capt_deploy.top_label_map import TopLabelMap
-from capt_deploy.vector_scaling import VectorScaling
+from capt_deploy.confidence.decisions import Decisions
+from capt_deploy.confidence.top_label import TopLabelMap
+from capt_deploy.confidence.vector_scaling import VectorScaling
+from capt_deploy.core.errors import DataError
+from capt_deploy.metrics.calibration import Ints
 
 ZERO_SHOT = "zero-shot"
 _UNPRINTABLE = ("Cc", "Cs")  # categories: control characters, halves of a character

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.errors import ImageError
-from capt_deploy.images import load_shrunk
-from capt_deploy.metrics import Floats
+from capt_deploy.core.errors import ImageError
+from capt_deploy.data.images import load_shrunk
+from capt_deploy.metrics.calibration import Floats
 from capt_deploy.report.classes import Joint
 from capt_deploy.report.data import ReportData, printable
 

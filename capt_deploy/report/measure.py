@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.evaluation import SCOPES, Report, Scores, among, evaluate
-from capt_deploy.intervals import Interval, accuracy_interval, interval_of_harmonic_mean
-from capt_deploy.metrics import Floats, Ints
-from capt_deploy.reliability import Reliability, calibrated_ece, reliability, risk_coverage
+from capt_deploy.evaluation.evaluate import SCOPES, Report, Scores, among, evaluate
+from capt_deploy.metrics.calibration import Floats, Ints
+from capt_deploy.metrics.intervals import Interval, accuracy_interval, interval_of_harmonic_mean
+from capt_deploy.metrics.reliability import Reliability, calibrated_ece, reliability, risk_coverage
 from capt_deploy.report.data import Answers, ReportData
 
 ACCURACIES = ("base", "new", "harmonic_mean", "all")

@@ -3,6 +3,7 @@
 from base64 import b64encode
 from hashlib import sha256
 
+from capt_deploy.core.version import __version__
 from capt_deploy.report.contents import Contents
 from capt_deploy.report.data import ReportData
 from capt_deploy.report.markup import Markup, element, given, scroll, table
@@ -24,7 +25,6 @@ from capt_deploy.report.texts import (
     promise_table,
     recovery,
 )
-from capt_deploy.version import __version__
 
 MADE_BY = "capt-eval report"  # by which an earlier report is known
 

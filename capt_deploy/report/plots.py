@@ -14,10 +14,10 @@ from unicodedata import east_asian_width
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.errors import ConfigError
-from capt_deploy.intervals import wilson
-from capt_deploy.metrics import Floats
-from capt_deploy.reliability import Reliability
+from capt_deploy.core.errors import ConfigError
+from capt_deploy.metrics.calibration import Floats
+from capt_deploy.metrics.intervals import wilson
+from capt_deploy.metrics.reliability import Reliability
 from capt_deploy.report.data import ZERO_SHOT
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.decisions import Decisions
+from capt_deploy.confidence.decisions import Decisions
 from capt_deploy.report.data import ReportData
 from capt_deploy.report.measure import probabilities_among, scope_columns
 

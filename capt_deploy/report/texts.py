@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from capt_deploy.evaluation.summary import worse_than_zero_shot
 from capt_deploy.report.contents import Contents
 from capt_deploy.report.data import ReportData
 from capt_deploy.report.measure import ACCURACIES, Model
 from capt_deploy.report.promises import Promise
-from capt_deploy.summary import worse_than_zero_shot
 
 NONE = "–"
 ACCURACY = "accuracy,\N{NO-BREAK SPACE}%"

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.errors import ConfigError
-from capt_deploy.files import write_bytes, write_json
+from capt_deploy.core.errors import ConfigError
+from capt_deploy.core.files import write_bytes, write_json
+from capt_deploy.core.version import __version__
 from capt_deploy.report.classes import confusion_counts
 from capt_deploy.report.contents import Contents, find_contents
 from capt_deploy.report.data import ReportData, checked
@@ -20,7 +21,6 @@ from capt_deploy.report.markdown import markdown
 from capt_deploy.report.measure import Model
 from capt_deploy.report.page import MADE_BY, page
 from capt_deploy.report.plots import check_plotting
-from capt_deploy.version import __version__
 
 FILES = ("report.json", "report.md", "report.html")
 _START = 2000  # bytes in which a file says who made it

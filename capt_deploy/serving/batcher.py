@@ -15,11 +15,11 @@ from typing import Generic, TypeVar
 import numpy as np
 from PIL import Image
 
-from capt_deploy.cores import usable_cores
-from capt_deploy.errors import BackendError
-from capt_deploy.images import ImageInput
-from capt_deploy.process import Process
-from capt_deploy.requests import BatcherOptions, Pixels, Request, RequestQueue
+from capt_deploy.core.cores import usable_cores
+from capt_deploy.core.errors import BackendError
+from capt_deploy.core.process import Process
+from capt_deploy.data.images import ImageInput
+from capt_deploy.serving.requests import BatcherOptions, Pixels, Request, RequestQueue
 
 __all__ = ["Batcher", "BatcherOptions"]
 T = TypeVar("T")

@@ -18,18 +18,18 @@ from capt_deploy.backends import (
     start,
 )
 from capt_deploy.backends.choice import first_that_works
-from capt_deploy.batcher import Batcher, BatcherOptions
-from capt_deploy.batches import in_batches
-from capt_deploy.decisions import USUAL, DecisionOptions, wanted_decisions
-from capt_deploy.errors import BackendError
-from capt_deploy.graphs import open_graphs
-from capt_deploy.images import ImageInput
-from capt_deploy.known_classes import KnownClasses
-from capt_deploy.manifest import Manifest
-from capt_deploy.monitor import Monitor
-from capt_deploy.prediction import Prediction
-from capt_deploy.preprocess import preprocess
-from capt_deploy.process import Process
+from capt_deploy.bundle.graphs import open_graphs
+from capt_deploy.bundle.manifest import Manifest
+from capt_deploy.confidence.decisions import USUAL, DecisionOptions, wanted_decisions
+from capt_deploy.confidence.monitor import Monitor
+from capt_deploy.core.errors import BackendError
+from capt_deploy.core.process import Process
+from capt_deploy.data.batches import in_batches
+from capt_deploy.data.images import ImageInput
+from capt_deploy.data.preprocess import preprocess
+from capt_deploy.serving.batcher import Batcher, BatcherOptions
+from capt_deploy.serving.known_classes import KnownClasses
+from capt_deploy.serving.prediction import Prediction
 
 _BATCHER = BatcherOptions()
 

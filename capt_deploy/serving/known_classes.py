@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from capt_deploy.backends import Outputs
-from capt_deploy.bundle import Bundle
-from capt_deploy.decisions import USUAL, DecisionOptions
-from capt_deploy.errors import BundleError
-from capt_deploy.manifest import Manifest
-from capt_deploy.monitor import Monitor
-from capt_deploy.prediction import Judge, Prediction
+from capt_deploy.bundle.manifest import Manifest
+from capt_deploy.bundle.read import Bundle
+from capt_deploy.confidence.decisions import USUAL, DecisionOptions
+from capt_deploy.confidence.monitor import Monitor
+from capt_deploy.core.errors import BundleError
+from capt_deploy.serving.prediction import Judge, Prediction
 
 if TYPE_CHECKING:
-    from capt_deploy.open_vocabulary import Head, TextSide
+    from capt_deploy.serving.open_vocabulary import Head, TextSide
 
 
 class KnownClasses:
@@ -57,7 +57,7 @@ class KnownClasses:
             BundleError: the bundle was not exported with `--open-vocab`, was changed, or a package
                 is missing; or sets or rejection were asked for when it was loaded.
         """
-        from capt_deploy.open_vocabulary import Head, TextSide
+        from capt_deploy.serving.open_vocabulary import Head, TextSide
 
         if self._bundle is None:
             raise BundleError("a lone graph has no text side; load the whole bundle to add classes")

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capt_deploy.batches import preprocess_files
-from capt_deploy.classifier import Classifier
-from capt_deploy.errors import DataError
-from capt_deploy.files import expand_home, visible_files
-from capt_deploy.images import IMAGE_SUFFIXES
-from capt_deploy.prediction import Prediction
+from capt_deploy.core.errors import DataError
+from capt_deploy.core.files import expand_home, visible_files
+from capt_deploy.data.batches import preprocess_files
+from capt_deploy.data.images import IMAGE_SUFFIXES
+from capt_deploy.serving.classifier import Classifier
+from capt_deploy.serving.prediction import Prediction
 
 CSV_HEADER = ("path", "label", "confidence", "error", "prediction_set", "rejected")
 

@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capt_deploy.backends.onnxruntime import start_session
-from capt_deploy.bundle import Bundle
-from capt_deploy.class_names import distinct_names
-from capt_deploy.distance_aware import TunedTexts, applied
-from capt_deploy.errors import BundleError, ConfigError
-from capt_deploy.manifest import OpenVocabulary
-from capt_deploy.top_label_map import TopLabelMap, probabilities_of
+from capt_deploy.bundle.manifest import OpenVocabulary
+from capt_deploy.bundle.read import Bundle
+from capt_deploy.confidence.distance_aware import TunedTexts, applied
+from capt_deploy.confidence.top_label import TopLabelMap, probabilities_of
+from capt_deploy.core.errors import BundleError, ConfigError
+from capt_deploy.data.class_names import distinct_names
 
 ROWS = ("rows", "hand_written")  # outputs of the graph; the second one with DAC only
 _AT_ONCE = 64  # names

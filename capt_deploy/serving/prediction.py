@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.decisions import Decided, DecisionOptions, Decisions, partners
-from capt_deploy.errors import BackendError, BundleError
-from capt_deploy.manifest import Manifest
-from capt_deploy.monitor import Monitor
+from capt_deploy.bundle.manifest import Manifest
+from capt_deploy.confidence.decisions import Decided, DecisionOptions, Decisions, partners
+from capt_deploy.confidence.monitor import Monitor
+from capt_deploy.core.errors import BackendError, BundleError
 
 
 @dataclass(frozen=True, eq=False)  # arrays have no single truth value to compare by

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.errors import BackendError, BusyError, ConfigError
+from capt_deploy.core.errors import BackendError, BusyError, ConfigError
 
 Pixels = NDArray[np.uint8]
 T = TypeVar("T")

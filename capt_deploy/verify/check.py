@@ -8,16 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capt_deploy.backends import Backend, Outputs, joined
-from capt_deploy.batches import frugal_batch, preprocess_files
-from capt_deploy.bundle import Bundle, open_bundle
-from capt_deploy.classifier import Classifier
-from capt_deploy.console import progress, say
-from capt_deploy.distance_aware import undone
-from capt_deploy.errors import DataError, GateError, UnavailableError
-from capt_deploy.files import expand_home
-from capt_deploy.gate import GateResult, compare, gate_table
-from capt_deploy.preprocess import PreprocessConfig
-from capt_deploy.reference import Reference, chosen, patterns
+from capt_deploy.bundle.read import Bundle, open_bundle
+from capt_deploy.confidence.distance_aware import undone
+from capt_deploy.core.console import progress, say
+from capt_deploy.core.errors import DataError, GateError, UnavailableError
+from capt_deploy.core.files import expand_home
+from capt_deploy.data.batches import frugal_batch, preprocess_files
+from capt_deploy.data.preprocess import PreprocessConfig
+from capt_deploy.serving.classifier import Classifier
+from capt_deploy.verify.gate import GateResult, compare, gate_table
+from capt_deploy.verify.reference import Reference, chosen, patterns
 
 _ROWS = 1e-3  # by how much logits of the rows for tools may differ
 

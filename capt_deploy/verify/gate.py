@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capt_deploy.backends import Outputs
-from capt_deploy.console import table
-from capt_deploy.distance_aware import aligned
-from capt_deploy.metrics import (
+from capt_deploy.confidence.distance_aware import aligned
+from capt_deploy.core.console import table
+from capt_deploy.metrics.calibration import (
     accuracy,
     expected_calibration_error,
     negative_log_likelihood,

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capt_deploy.backends import Outputs
-from capt_deploy.bundle import REFERENCE, Bundle
-from capt_deploy.console import track
-from capt_deploy.errors import BundleError, DataError
-from capt_deploy.files import sha256_file, visible_files
+from capt_deploy.bundle.read import REFERENCE, Bundle
+from capt_deploy.core.console import track
+from capt_deploy.core.errors import BundleError, DataError
+from capt_deploy.core.files import sha256_file, visible_files
 
 PATTERNS = 8
 

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from capt_deploy.metrics import Floats, Ints
-from capt_deploy.top_label_map import TopLabelMap, probabilities_of, top_log_odds
-from capt_deploy.vector_scaling import VectorScaling
-from capt_train.calibration import fit_temperature
-from capt_train.label_noise import fit_label_noise
+from capt_deploy.confidence.top_label import TopLabelMap, probabilities_of, top_log_odds
+from capt_deploy.confidence.vector_scaling import VectorScaling
+from capt_deploy.metrics.calibration import Floats, Ints
+from capt_train.calibrate.label_noise import fit_label_noise
+from capt_train.calibrate.temperature import fit_temperature
+from capt_train.calibrate.top_label import fit_isotonic, fit_line
+from capt_train.calibrate.vector import fit_vector
 from capt_train.parts import CALIBRATORS
-from capt_train.top_label_fit import fit_isotonic, fit_line
-from capt_train.vector_fit import fit_vector
 
 NONE, TEMPERATURE, LINE, ISOTONIC, VECTOR = "none", *CALIBRATORS
 KINDS = CALIBRATORS  # from simple to complex

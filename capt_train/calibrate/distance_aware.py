@@ -1,10 +1,10 @@
-"""The factors of distance-aware calibration of a tuned model; see `capt_deploy.distance_aware`."""
+"""Compute the factors of distance-aware calibration of a tuned model."""
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from capt_deploy.distance_aware import TunedTexts
+from capt_deploy.confidence.distance_aware import TunedTexts
 
 
 def tuned_texts(

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from capt_train.calibration import fit_temperature
-from capt_train.losses import noisy_likelihood, right_probabilities
+from capt_train.calibrate.temperature import fit_temperature
+from capt_train.method.losses import noisy_likelihood, right_probabilities
 
 _LOWEST, _HIGHEST = 0.05, 20.0  # of T
 _PRIOR_DEVIATION = 0.5  # of log T, as in `calibration`

@@ -1,10 +1,10 @@
-"""Fit a map of the top label's log-odds; see `capt_deploy.top_label_map`."""
+"""Fit a map of the top label's log-odds; see `capt_deploy.confidence.top_label`."""
 
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.metrics import Floats
-from capt_deploy.top_label_map import TopLabelMap
+from capt_deploy.confidence.top_label import TopLabelMap
+from capt_deploy.metrics.calibration import Floats
 
 # Standard deviations of Gaussian priors, on slope − 1 and on the offset (ours), as for the
 # temperature: with a handful of images the line stays near the identity.

@@ -1,9 +1,9 @@
-"""Fit vector scaling on few images; see `capt_deploy.vector_scaling`."""
+"""Fit vector scaling on few images; see `capt_deploy.confidence.vector_scaling`."""
 
 import torch
 from torch.nn import functional
 
-from capt_deploy.metrics import Floats, Ints
+from capt_deploy.metrics.calibration import Floats, Ints
 
 # Standard deviations of Gaussian priors (ours) on log a_c and, in units of the temperature, on b_c:
 # twenty images of a class say little of both.

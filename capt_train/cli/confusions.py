@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from capt_deploy.console import Command, PathInHome, print_json, say, table
-from capt_deploy.version import __version__
+from capt_deploy.core.console import Command, PathInHome, print_json, say, table
+from capt_deploy.core.version import __version__
 
 if TYPE_CHECKING:
-    from capt_train.confusions import ConfusedPair, Confusions
+    from capt_train.confusion.confusions import ConfusedPair, Confusions
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
@@ -44,12 +44,12 @@ def main(run: Path, top: int, as_json: bool, csv_file: Path | None, png_file: Pa
         _refuse_existing(file)
     confusions = _read(run)
     if csv_file is not None and not csv_on_stdout:
-        from capt_deploy.files import write_bytes
+        from capt_deploy.core.files import write_bytes
 
         write_bytes(csv_file, _csv(confusions).encode())
         say(f"wrote {csv_file}")
     if png_file is not None:
-        from capt_train.confusion_plot import plot_confusions
+        from capt_train.confusion.plot import plot_confusions
 
         before, after = confusions.matrices()
         plot_confusions(png_file, before, after, confusions.class_names)
@@ -63,15 +63,15 @@ def main(run: Path, top: int, as_json: bool, csv_file: Path | None, png_file: Pa
 
 
 def _refuse_existing(file: Path | None) -> None:
-    from capt_deploy.errors import ConfigError
+    from capt_deploy.core.errors import ConfigError
 
     if file is not None and file != Path("-") and file.exists():
         raise ConfigError(f"{file}: already there, and nothing is overwritten; choose another name")
 
 
 def _read(run: Path) -> "Confusions":
-    from capt_deploy.errors import RunError
-    from capt_train.confusions import CONFUSIONS, read_confusions
+    from capt_deploy.core.errors import RunError
+    from capt_train.confusion.confusions import CONFUSIONS, read_confusions
 
     if not (run / CONFUSIONS).is_file():
         raise RunError(

@@ -5,8 +5,8 @@ from typing import Any
 
 import click
 
-from capt_deploy.console import Command, PathInHome, print_json, say
-from capt_deploy.version import __version__
+from capt_deploy.core.console import Command, PathInHome, print_json, say
+from capt_deploy.core.version import __version__
 from capt_train.config import TrainConfig
 from capt_train.parts import GROUPS, METHODS, PARTS
 
@@ -106,7 +106,7 @@ def main(
             given[name] = tuple(part.strip() for part in parts if part.strip())
     config = _config(out, resume, given)
     from capt_train.pipeline import dry_run, train
-    from capt_train.run import CONFIG
+    from capt_train.run.folder import CONFIG
 
     if llm_dry_run:
         asked = dry_run(config, out, options["split_from"])
@@ -121,7 +121,7 @@ def main(
         raise
     if as_json:
         print_json(report)
-    from capt_deploy.summary import confused_pairs_table, summary
+    from capt_deploy.evaluation.summary import confused_pairs_table, summary
 
     say(f"\n{summary(report)}\n\n{confused_pairs_table(report)}")
     say(f"\ncalibrator {report['calibrator']}, temperature {report['temperature']:.3f}")
@@ -136,7 +136,7 @@ def _config(out: Path, resume: bool, given: dict[str, Any]) -> TrainConfig:
     if resume:
         from dataclasses import replace
 
-        from capt_train.run import read_config
+        from capt_train.run.folder import read_config
 
         written, _ = read_config(out)
         return replace(written, **given).with_settings(settings)

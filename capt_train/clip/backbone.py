@@ -12,12 +12,12 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from capt_deploy.preprocess import PreprocessConfig
-from capt_train.colour_map import ColourMap
-from capt_train.text_tokens import TextTokens
-from capt_train.text_tower import TextTower
-from capt_train.vision_tower import Tower, open_tower
-from capt_train.vocabulary import whole_words
+from capt_deploy.data.preprocess import PreprocessConfig
+from capt_train.clip.colour_map import ColourMap
+from capt_train.clip.text_tokens import TextTokens
+from capt_train.clip.text_tower import TextTower
+from capt_train.clip.vision_tower import Tower, open_tower
+from capt_train.clip.vocabulary import whole_words
 
 
 class Backbone:

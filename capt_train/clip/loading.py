@@ -7,9 +7,9 @@ from textwrap import shorten
 
 import torch
 
-from capt_deploy.errors import ModelError
-from capt_deploy.preprocess import PreprocessConfig
-from capt_train.backbone import Backbone
+from capt_deploy.core.errors import ModelError
+from capt_deploy.data.preprocess import PreprocessConfig
+from capt_train.clip.backbone import Backbone
 
 # What open_clip imports, or what that imports, only for some tokenizers.
 _OPTIONAL = ("transformers", "sentencepiece", "tiktoken")

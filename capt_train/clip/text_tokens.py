@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from capt_deploy.errors import ModelError
-from capt_train.vocabulary import vocabulary
+from capt_deploy.core.errors import ModelError
+from capt_train.clip.vocabulary import vocabulary
 
 _PROBED = 16  # tokens
 

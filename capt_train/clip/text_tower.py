@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from capt_deploy.errors import ModelError
-from capt_train.text_tokens import TextTokens
+from capt_deploy.core.errors import ModelError
+from capt_train.clip.text_tokens import TextTokens
 
 
 class TextTower:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from capt_deploy.errors import ModelError
+from capt_deploy.core.errors import ModelError
 
 # Byte-pair entries that close a word end in `</w>`, SentencePiece's that open one begin with ▁;
 # shorter ones are mostly parts of words.

@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from capt_deploy.errors import RunError
-from capt_deploy.evaluation import Pair
-from capt_deploy.files import write_bytes
+from capt_deploy.core.errors import RunError
+from capt_deploy.core.files import write_bytes
+from capt_deploy.evaluation.evaluate import Pair
 
 _FORMAT = {"format": "capt-confusion-bank 1"}  # two keys would be written in any order
 _RETRIEVAL_CHUNK = 256  # rows; bounds the memory of queries × confused samples

@@ -10,12 +10,12 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from capt_deploy.errors import RunError
-from capt_deploy.evaluation import Pair
-from capt_deploy.files import read_json, write_json
+from capt_deploy.core.errors import RunError
+from capt_deploy.core.files import read_json, write_json
+from capt_deploy.evaluation.evaluate import Pair
 
 if TYPE_CHECKING:
-    from capt_train.bank import ConfusionBank
+    from capt_train.confusion.bank import ConfusionBank
 
 CONFUSIONS = "confusions.json"
 _SCHEMA = 1

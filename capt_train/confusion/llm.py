@@ -14,9 +14,10 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
-from capt_deploy.errors import ConfigError, RunError
-from capt_deploy.version import __version__
-from capt_train.sentences import KINDS, Pair, PairSentences, clean
+from capt_deploy.core.errors import ConfigError, RunError
+from capt_deploy.core.version import __version__
+from capt_train.confusion.sentences import Pair, PairSentences, clean
+from capt_train.parts import SENTENCE_KINDS
 
 KEY_VARIABLES = ("CAPT_LLM_KEY", "OPENAI_API_KEY")
 _MAX_RESPONSE_BYTES = 2**20
@@ -239,7 +240,7 @@ def _retry_after_s(headers: Message) -> float:
 def _parse(text: str) -> PairSentences | None:
     """Read the last JSON object of a message, if it is of the very form that was asked for."""
     value = _last_object(text) if len(text) <= _MAX_ANSWER_CHARACTERS else None
-    if not isinstance(value, dict) or {*value} != {*KINDS}:
+    if not isinstance(value, dict) or {*value} != {*SENTENCE_KINDS}:
         return None
     for texts in value.values():
         if not isinstance(texts, list) or not 0 < len(texts) <= _MAX_SENTENCES:
@@ -248,7 +249,7 @@ def _parse(text: str) -> PairSentences | None:
             return None
         if max(map(len, texts)) > _MAX_SENTENCE_CHARACTERS:
             return None
-    return PairSentences(*(clean(value[kind]) for kind in KINDS))
+    return PairSentences(*(clean(value[kind]) for kind in SENTENCE_KINDS))
 
 
 def _last_object(text: str) -> Any:

@@ -4,11 +4,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from capt_deploy.console import progress, say
-from capt_deploy.errors import DataError, RunError
-from capt_train.llm import LlmClient, prompt
-from capt_train.sentence_files import read_pair_file, write_pair_file
-from capt_train.sentences import KINDS, Pair, PairSentences, Sentences, list_names, pair_key
+from capt_deploy.core.console import progress, say
+from capt_deploy.core.errors import DataError, RunError
+from capt_train.confusion.llm import LlmClient, prompt
+from capt_train.confusion.sentence_files import read_pair_file, write_pair_file
+from capt_train.confusion.sentences import Pair, PairSentences, Sentences, list_names, pair_key
+from capt_train.parts import SENTENCE_KINDS
 
 _HOPELESS = 5  # pairs in a row without a single answer before: the address must be wrong
 _ANSWER_TOKENS = 500
@@ -64,7 +65,7 @@ def read_cache(cache: Path, pairs: Iterable[Pair]) -> dict[Pair, PairSentences]:
         found = read_pair_file(cache, names)
     except DataError as error:
         raise RunError(f"damaged answers of the LLM: {error}; mend or delete the file") from error
-    return {pair: texts for pair, texts in found.items() if all(map(texts.of, KINDS))}
+    return {pair: texts for pair, texts in found.items() if all(map(texts.of, SENTENCE_KINDS))}
 
 
 @dataclass(frozen=True)

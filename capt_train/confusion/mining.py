@@ -7,15 +7,16 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from capt_deploy.console import say, table
-from capt_train.backbone import Backbone
-from capt_train.bank import ConfusionBank, pairs
+from capt_deploy.core.console import say, table
+from capt_train.clip.backbone import Backbone
 from capt_train.config import TrainConfig
-from capt_train.llm import LlmClient, key_from_environment
-from capt_train.llm_answers import DryRun, ask_all, dry_run, read_cache
-from capt_train.semantic_experts import cluster
-from capt_train.sentence_files import read_class_file, read_pair_file, write_pair_file
-from capt_train.sentences import KINDS, Coverage, Gathered, Pair, gather, pair_key
+from capt_train.confusion.bank import ConfusionBank, pairs
+from capt_train.confusion.llm import LlmClient, key_from_environment
+from capt_train.confusion.llm_answers import DryRun, ask_all, dry_run, read_cache
+from capt_train.confusion.sentence_files import read_class_file, read_pair_file, write_pair_file
+from capt_train.confusion.sentences import Coverage, Gathered, Pair, gather, pair_key
+from capt_train.method.semantic_experts import cluster
+from capt_train.parts import SENTENCE_KINDS
 
 SENTENCES, ANSWERS = "sentences.json", "llm_answers.json"
 
@@ -72,7 +73,7 @@ def _by_class(coverage: Coverage) -> str:
         for row in coverage.rows
         if row.pairs
     ]
-    return table(["class in confused pairs", "pairs", *KINDS, "from"], rows)
+    return table(["class in confused pairs", "pairs", *SENTENCE_KINDS, "from"], rows)
 
 
 def would_ask(
@@ -90,7 +91,7 @@ def find_centres(
     """Return the centres M_e of both kinds of sentences (METHOD 5)."""
     by_kind = [
         list(dict.fromkeys(text for own in found.sentences.values() for text in own.of(kind)))
-        for kind in KINDS
+        for kind in SENTENCE_KINDS
     ]
     embedded = [backbone.sentence_embeddings(texts) for texts in by_kind]
     return cluster(embedded, config.centres, config.seed)
@@ -101,7 +102,7 @@ def _files(config: TrainConfig, names: Sequence[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if config.sentences is not None:
         found["pair_sentences"] = read_pair_file(Path(config.sentences), names)
-    for kind, file in zip(KINDS, (config.commonality, config.difference), strict=True):
+    for kind, file in zip(SENTENCE_KINDS, (config.commonality, config.difference), strict=True):
         if file is not None:
             found[kind] = read_class_file(Path(file), names)
     return found

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from capt_deploy.files import write_bytes
+from capt_deploy.core.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

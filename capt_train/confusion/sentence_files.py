@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from capt_deploy.errors import DataError
-from capt_deploy.files import read_json, write_json
-from capt_train.sentences import (
-    KINDS,
+from capt_deploy.core.errors import DataError
+from capt_deploy.core.files import read_json, write_json
+from capt_train.confusion.sentences import (
     Pair,
     PairSentences,
     Sentences,
@@ -18,6 +17,7 @@ from capt_train.sentences import (
     pair_key,
     plain_name,
 )
+from capt_train.parts import SENTENCE_KINDS
 
 _PAIR_FORM = '{"a|b": {"commonality": ["…"], "difference": ["…"]}} (--sentences)'
 _CLASS_FORM = '{"class": ["sentence", "…"]} (--commonality, --difference)'
@@ -71,7 +71,7 @@ def read_pair_file(path: Path, class_names: Sequence[str]) -> dict[Pair, PairSen
     lookup = _lookup(class_names)
     found: dict[Pair, PairSentences] = {}
     for key, kinds in _read_object(path, _PAIR_FORM).items():
-        if not isinstance(kinds, dict) or not set(kinds) <= set(KINDS):
+        if not isinstance(kinds, dict) or not set(kinds) <= set(SENTENCE_KINDS):
             raise _wrong_form(path, key, kinds, _PAIR_FORM)
         # Names may hold a | themselves: the split that gives two classes, else the first one.
         splits = [(key[: bar.start()], key[bar.end() :]) for bar in re.finditer(r"\|", key)]
@@ -80,15 +80,20 @@ def read_pair_file(path: Path, class_names: Sequence[str]) -> dict[Pair, PairSen
         if not a or not b or a == b:
             raise DataError(f"{path}: expected two classes, as in {_PAIR_FORM}, came {key!r}")
         old = found.get(pair_key(a, b), PairSentences())
-        texts = {kind: _texts(kinds.get(kind, []), path, key, _PAIR_FORM) for kind in KINDS}
-        merged = (clean([*old.of(kind), *texts[kind]]) for kind in KINDS)
+        texts = {
+            kind: _texts(kinds.get(kind, []), path, key, _PAIR_FORM) for kind in SENTENCE_KINDS
+        }
+        merged = (clean([*old.of(kind), *texts[kind]]) for kind in SENTENCE_KINDS)
         found[pair_key(a, b)] = PairSentences(*merged)
     return found
 
 
 def write_pair_file(path: Path, sentences: Sentences) -> None:
     """Write, atomically, what `read_pair_file` reads."""
-    content = {"|".join(p): {k: list(texts.of(k)) for k in KINDS} for p, texts in sentences.items()}
+    content = {
+        "|".join(p): {k: list(texts.of(k)) for k in SENTENCE_KINDS}
+        for p, texts in sentences.items()
+    }
     write_json(path, content)
 
 

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-KINDS = ("commonality", "difference")
+from capt_train.parts import SENTENCE_KINDS
+
 SOURCES = ("pair file", "class file", "llm", "templates")  # the first that has sentences wins
 # By sound, not by letter: a unicorn, a ewe, an hour, an x-ray, an MD-80.
 _TAKES_AN = re.compile(
@@ -26,7 +27,7 @@ class PairSentences:
     difference: tuple[str, ...] = ()
 
     def of(self, kind: str) -> tuple[str, ...]:
-        """Return the sentences of one of `KINDS`."""
+        """Return the sentences of one of `SENTENCE_KINDS`."""
         return self.commonality if kind == "commonality" else self.difference
 
 
@@ -129,17 +130,17 @@ class Gathered:
 
     def _row(self, name: str) -> ClassCoverage:
         pairs = [pair for pair in self.sentences if name in pair]
-        found: dict[str, set[str]] = {kind: set() for kind in KINDS}
+        found: dict[str, set[str]] = {kind: set() for kind in SENTENCE_KINDS}
         sources = set()
         for pair in pairs:
-            for kind in KINDS:
+            for kind in SENTENCE_KINDS:
                 texts, source = set(self.sentences[pair].of(kind)), self.sources[pair][kind]
                 if source == "class file":
                     texts &= set((self.class_files[kind] or {}).get(name, ()))
                 if texts:
                     found[kind] |= texts
                     sources.add(source)
-        common, different = (len(found[kind]) for kind in KINDS)
+        common, different = (len(found[kind]) for kind in SENTENCE_KINDS)
         in_order = tuple(source for source in SOURCES if source in sources)
         return ClassCoverage(name, len(pairs), common, different, in_order)
 
@@ -162,7 +163,7 @@ def gather(
         pair_sentences: of `sentence_files.read_pair_file`; None where there is no file, as below.
         commonality: of `sentence_files.read_class_file`.
         difference: of `read_class_file`.
-        llm: answers, of `capt_train.llm_answers.ask_all`.
+        llm: answers, of `capt_train.confusion.llm_answers.ask_all`.
     """
     class_files = {"commonality": commonality, "difference": difference}
     sentences, sources = {}, {}
@@ -170,7 +171,7 @@ def gather(
         fallback = templates(*pair)
         written, answered = ((of or {}).get(pair, PairSentences()) for of in (pair_sentences, llm))
         chosen = {}
-        for kind in KINDS:
+        for kind in SENTENCE_KINDS:
             by_class = _of_both(pair, class_files[kind] or {}, only_if_named=kind == "difference")
             offers = zip(SOURCES, (written.of(kind), by_class, answered.of(kind)), strict=False)
             own = (offer for offer in offers if offer[1] not in ((), fallback.of(kind)))
@@ -202,6 +203,11 @@ def _of_both(pair: Pair, file: ClassSentences, only_if_named: bool) -> tuple[str
 
 def _fit_of_pairs(file: Sentences, class_names: Sequence[str]) -> dict[str, tuple[str, ...]]:
     unknown = tuple(dict.fromkeys(n for pair in file for n in pair if n not in class_names))
-    gaps = [(pair, kind) for pair, texts in file.items() for kind in KINDS if not texts.of(kind)]
+    gaps = [
+        (pair, kind)
+        for pair, texts in file.items()
+        for kind in SENTENCE_KINDS
+        if not texts.of(kind)
+    ]
     empty = (f"{'|'.join(pair)} ({kind})" for pair, kind in gaps if not {*pair} & {*unknown})
     return {"unknown": unknown, "empty": tuple(empty)}

@@ -13,8 +13,8 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 
-from capt_deploy.console import say
-from capt_deploy.files import cache_folder
+from capt_deploy.core.console import say
+from capt_deploy.core.files import cache_folder
 
 Floats = NDArray[np.float32]
 _PIXELS_VERSION = 1  # to be raised when decoding or preprocessing changes its pixels

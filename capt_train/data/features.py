@@ -14,12 +14,12 @@ from jaxtyping import Bool, Float, Int, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
-from capt_deploy.console import progress, say
-from capt_deploy.datasets import Dataset, Item, Skipped
-from capt_deploy.errors import ImageError
-from capt_deploy.preprocess import PreprocessConfig, preprocess
-from capt_train.backbone import Backbone
-from capt_train.embedding_cache import EmbeddingCache
+from capt_deploy.core.console import progress, say
+from capt_deploy.core.errors import ImageError
+from capt_deploy.data.datasets import Dataset, Item, Skipped
+from capt_deploy.data.preprocess import PreprocessConfig, preprocess
+from capt_train.clip.backbone import Backbone
+from capt_train.data.embedding_cache import EmbeddingCache
 
 _BATCH = 64
 

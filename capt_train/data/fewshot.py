@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capt_deploy.console import track
-from capt_deploy.datasets import Dataset, Item, Skipped
-from capt_deploy.errors import DataError, ImageError, RunError
-from capt_deploy.files import is_inside, read_json, sha256_file, write_json
-from capt_deploy.images import load_image
+from capt_deploy.core.console import track
+from capt_deploy.core.errors import DataError, ImageError, RunError
+from capt_deploy.core.files import is_inside, read_json, sha256_file, write_json
+from capt_deploy.data.datasets import Dataset, Item, Skipped
+from capt_deploy.data.images import load_image
 
 
 @dataclass(frozen=True)

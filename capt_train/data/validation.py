@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from capt_deploy.errors import RunError
-from capt_deploy.files import write_bytes
+from capt_deploy.core.errors import RunError
+from capt_deploy.core.files import write_bytes
 
 VALIDATION = "validation.safetensors"
 _NAMES = ("embeddings", "labels")

@@ -7,15 +7,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from capt_train.backbone import Backbone
+from capt_train.clip.backbone import Backbone
+from capt_train.clip.vision_tower import Tower
 from capt_train.config import TrainConfig
-from capt_train.fewshot import FewShotSplit
-from capt_train.parts import GROUPS
-from capt_train.prompt import PromptLearner
-from capt_train.semantic_experts import SemanticExperts
-from capt_train.sentences import KINDS
-from capt_train.vision_tower import Tower
-from capt_train.visual_tuner import Encoded, VisualParts, VisualTuner
+from capt_train.data.fewshot import FewShotSplit
+from capt_train.method.prompt import PromptLearner
+from capt_train.method.semantic_experts import SemanticExperts
+from capt_train.method.visual_tuner import Encoded, VisualParts, VisualTuner
+from capt_train.parts import GROUPS, SENTENCE_KINDS
 
 _EMBEDDED_AT_ONCE = 256
 
@@ -212,7 +211,7 @@ def make_learner(
     generator = torch.Generator().manual_seed(config.seed)
     semantic = None
     if "semantic-experts" in parts:
-        shape = (len(KINDS), config.centres, zero_shot.shape[1])
+        shape = (len(SENTENCE_KINDS), config.centres, zero_shot.shape[1])
         own = zero_shot.new_zeros(shape) if centres is None else centres.to(zero_shot)
         semantic = SemanticExperts(own, config.centre_temperature)
     learner = Learner(

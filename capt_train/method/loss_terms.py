@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from capt_train import losses
+from capt_train.method import losses
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from capt_deploy.errors import ModelError, RunError
-from capt_train.losses import cross_entropy
+from capt_deploy.core.errors import ModelError, RunError
+from capt_train.method.losses import cross_entropy
 
 STEPS = 1000
 LEARNING_RATE = 0.5

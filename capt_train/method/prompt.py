@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from capt_train.backbone import Backbone
+from capt_train.clip.backbone import Backbone
 
 
 class PromptLearner(nn.Module):

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from capt_train.vision_tower import FeedForward, Tower
+from capt_train.clip.vision_tower import FeedForward, Tower
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Evaluate a tuned model in torch, as it was trained; `capt_deploy.scoring` does it for bundles."""
+"""Evaluate a tuned model in torch, as it was trained."""
 
 from contextlib import closing
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-from capt_deploy.console import say
-from capt_deploy.datasets import Dataset, Skipped, read_dataset
-from capt_deploy.errors import DataError
-from capt_deploy.evaluation import Report, Scores, evaluate
-from capt_train.embedding_cache import EmbeddingCache
-from capt_train.features import embed
-from capt_train.loading import choose_device
-from capt_train.run import TunedModel, load_run
+from capt_deploy.core.console import say
+from capt_deploy.core.errors import DataError
+from capt_deploy.data.datasets import Dataset, Skipped, read_dataset
+from capt_deploy.evaluation.evaluate import Report, Scores, evaluate
+from capt_train.clip.loading import choose_device
+from capt_train.data.embedding_cache import EmbeddingCache
+from capt_train.data.features import embed
+from capt_train.run.folder import TunedModel, load_run
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from capt_deploy.evaluation import Pair
-from capt_train.calibrators import UNCALIBRATED, Calibration
-from capt_train.mixture import Mixture
+from capt_deploy.evaluation.evaluate import Pair
+from capt_train.calibrate.calibrators import UNCALIBRATED, Calibration
+from capt_train.method.mixture import Mixture
 
 
 @dataclass(frozen=True)

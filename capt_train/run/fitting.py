@@ -8,11 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from capt_deploy.console import say
-from capt_deploy.files import write_json
-from capt_train import run as runs
-from capt_train.bank import ConfusionBank, confused_pairs
-from capt_train.calibrators import (
+from capt_deploy.core.console import say
+from capt_deploy.core.files import write_json
+from capt_train.calibrate.calibrators import (
     KINDS,
     TEMPERATURE,
     VECTOR,
@@ -20,21 +18,23 @@ from capt_train.calibrators import (
     choose_calibration,
     fit_calibration,
 )
-from capt_train.checkpoint import TuningState, load_checkpoint
-from capt_train.confusion_plot import plot_confusions
-from capt_train.confusions import CONFUSIONS, write_confusions
-from capt_train.cross_validation import out_of_fold_logits
-from capt_train.features import Embedded
-from capt_train.fitted import Fitted
-from capt_train.label_noise import fit_label_noise
-from capt_train.learner import Learner
-from capt_train.mixture import Mixture, fit_inside, fit_outside
-from capt_train.run import TunedModel
-from capt_train.setup import Setup
-from capt_train.stages import TuningTask
-from capt_train.strength import Trial, choose_strength
-from capt_train.validation import VALIDATION, Validation
-from capt_train.views import Views
+from capt_train.calibrate.label_noise import fit_label_noise
+from capt_train.confusion.bank import ConfusionBank, confused_pairs
+from capt_train.confusion.confusions import CONFUSIONS, write_confusions
+from capt_train.confusion.plot import plot_confusions
+from capt_train.data.features import Embedded
+from capt_train.data.validation import VALIDATION, Validation
+from capt_train.method.learner import Learner
+from capt_train.method.mixture import Mixture, fit_inside, fit_outside
+from capt_train.run import folder as runs
+from capt_train.run.fitted import Fitted
+from capt_train.run.folder import TunedModel
+from capt_train.run.setup import Setup
+from capt_train.tune.checkpoint import TuningState, load_checkpoint
+from capt_train.tune.cross_validation import out_of_fold_logits
+from capt_train.tune.stages import TuningTask
+from capt_train.tune.strength import Trial, choose_strength
+from capt_train.tune.views import Views
 
 _FEW_FOR_CALIBRATION = 50
 

@@ -26,23 +26,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from capt_deploy.errors import RunError
-from capt_deploy.files import expand_home, read_json, write_json
-from capt_deploy.version import __version__
-from capt_train.backbone import Backbone
-from capt_train.checkpoint import load_checkpoint
-from capt_train.colours import ColourFit
+from capt_deploy.core.errors import RunError
+from capt_deploy.core.files import expand_home, read_json, write_json
+from capt_deploy.core.version import __version__
+from capt_train.clip.backbone import Backbone
+from capt_train.clip.loading import load_backbone
 from capt_train.config import TrainConfig
-from capt_train.fewshot import FewShotSplit
-from capt_train.fitted import Fitted
-from capt_train.learner import Learner, make_learner
-from capt_train.loading import load_backbone
-from capt_train.mixture import Mixture
-from capt_train.stages import TEXT
-from capt_train.strength import Trial
-from capt_train.tuning import BEST
-from capt_train.validation import VALIDATION, Validation
-from capt_train.visual_tuner import VisualTuner
+from capt_train.data.fewshot import FewShotSplit
+from capt_train.data.validation import VALIDATION, Validation
+from capt_train.method.learner import Learner, make_learner
+from capt_train.method.mixture import Mixture
+from capt_train.method.visual_tuner import VisualTuner
+from capt_train.run.fitted import Fitted
+from capt_train.tune.checkpoint import load_checkpoint
+from capt_train.tune.colours import ColourFit
+from capt_train.tune.stages import TEXT
+from capt_train.tune.strength import Trial
+from capt_train.tune.tune import BEST
 
 CONFIG, SPLIT, RESULT, METRICS = "config.json", "split.json", "result.json", "metrics.json"
 BANK, MATRIX = "bank.safetensors", "confusions.png"

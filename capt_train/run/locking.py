@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from capt_deploy.errors import RunError
+from capt_deploy.core.errors import RunError
 
 
 @contextmanager

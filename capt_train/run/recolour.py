@@ -6,15 +6,15 @@ from pathlib import Path
 
 import torch
 
-from capt_deploy.console import say
-from capt_deploy.datasets import Item
-from capt_deploy.errors import ImageError
-from capt_deploy.files import write_json
-from capt_train.backbone import Backbone
-from capt_train.colours import ColourFit, Labelled, fit_colours
-from capt_train.features import Embedded, Features, embed, every_second, read_pixels
-from capt_train.run import COLOURS, read_colours
-from capt_train.setup import Setup
+from capt_deploy.core.console import say
+from capt_deploy.core.errors import ImageError
+from capt_deploy.core.files import write_json
+from capt_deploy.data.datasets import Item
+from capt_train.clip.backbone import Backbone
+from capt_train.data.features import Embedded, Features, embed, every_second, read_pixels
+from capt_train.run.folder import COLOURS, read_colours
+from capt_train.run.setup import Setup
+from capt_train.tune.colours import ColourFit, Labelled, fit_colours
 
 _MOST = 1024  # images on either side: twelve numbers need no more
 

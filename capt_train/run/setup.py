@@ -7,21 +7,21 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from capt_deploy.console import say
-from capt_deploy.datasets import Dataset, read_dataset
-from capt_deploy.errors import ConfigError, RunError
-from capt_deploy.files import expand_home
-from capt_train import run as runs
-from capt_train.backbone import Backbone
-from capt_train.bank import ConfusionBank
+from capt_deploy.core.console import say
+from capt_deploy.core.errors import ConfigError, RunError
+from capt_deploy.core.files import expand_home
+from capt_deploy.data.datasets import Dataset, read_dataset
+from capt_train.clip.backbone import Backbone
+from capt_train.clip.loading import choose_device, load_backbone
 from capt_train.config import TrainConfig
-from capt_train.features import Features
-from capt_train.fewshot import FewShotSplit, choose
-from capt_train.learner import left_out, make_learner
-from capt_train.loading import choose_device, load_backbone
-from capt_train.mining import SENTENCES, check_sources
-from capt_train.mixture import pseudo_class_names
-from capt_train.stages import zero_shot_bank
+from capt_train.confusion.bank import ConfusionBank
+from capt_train.confusion.mining import SENTENCES, check_sources
+from capt_train.data.features import Features
+from capt_train.data.fewshot import FewShotSplit, choose
+from capt_train.method.learner import left_out, make_learner
+from capt_train.method.mixture import pseudo_class_names
+from capt_train.run import folder as runs
+from capt_train.tune.stages import zero_shot_bank
 
 _SENTENCE_FILES = ("sentences", "commonality", "difference")
 _ASKING = ("llm_url", "llm_model", "llm_timeout_s", "llm_retries", "llm_backoff_s")

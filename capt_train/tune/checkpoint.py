@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from capt_deploy.errors import RunError
-from capt_deploy.files import write_bytes
+from capt_deploy.core.errors import RunError
+from capt_deploy.core.files import write_bytes
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
-from capt_deploy.console import progress
-from capt_train.backbone import Backbone
-from capt_train.calibration import calibrated_losses
-from capt_train.colour_map import ColourMap
-from capt_train.schedule import learning_rate
+from capt_deploy.core.console import progress
+from capt_train.calibrate.temperature import calibrated_losses
+from capt_train.clip.backbone import Backbone
+from capt_train.clip.colour_map import ColourMap
+from capt_train.tune.schedule import learning_rate
 
 _ROUNDS = 4  # of steps, each followed by a look at the images that decide
 _BATCH = 64

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from capt_deploy.console import say
-from capt_train.learner import Learner
-from capt_train.stages import TuningTask, refilled, stages, with_rows
-from capt_train.tuning import DivergenceError, tune
+from capt_deploy.core.console import say
+from capt_train.method.learner import Learner
+from capt_train.tune.stages import TuningTask, refilled, stages, with_rows
+from capt_train.tune.tune import DivergenceError, tune
 
 _FOLDS, _FOLDS_OF_BOTH_SIDES = 4, 2  # each costs a tuning; with the visual side minutes
 _FEWEST = 8  # images that can be left out in turns

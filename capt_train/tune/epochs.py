@@ -8,16 +8,16 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from capt_train.bank import mined_classes, retrieve
-from capt_train.calibration import calibrated_nll
-from capt_train.checkpoint import TuningState, load_checkpoint, part_of, save_checkpoint
+from capt_train.calibrate.label_noise import fit_label_noise
+from capt_train.calibrate.temperature import calibrated_nll
 from capt_train.config import TrainConfig
-from capt_train.label_noise import fit_label_noise
-from capt_train.learner import Learner
-from capt_train.loss_terms import Step, loss_terms, weighted_sum
-from capt_train.precision import Precision
-from capt_train.schedule import learning_rate
-from capt_train.stages import Stage, TuningTask
+from capt_train.confusion.bank import mined_classes, retrieve
+from capt_train.method.learner import Learner
+from capt_train.method.loss_terms import Step, loss_terms, weighted_sum
+from capt_train.tune.checkpoint import TuningState, load_checkpoint, part_of, save_checkpoint
+from capt_train.tune.precision import Precision
+from capt_train.tune.schedule import learning_rate
+from capt_train.tune.stages import Stage, TuningTask
 
 
 class Epochs:

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from capt_train.bank import ConfusionBank
 from capt_train.config import TrainConfig
-from capt_train.features import Features
-from capt_train.learner import Learner
-from capt_train.views import Views
+from capt_train.confusion.bank import ConfusionBank
+from capt_train.data.features import Features
+from capt_train.method.learner import Learner
+from capt_train.tune.views import Views
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from capt_deploy.console import say
-from capt_train.calibration import calibrated_losses
-from capt_train.features import every_second
-from capt_train.learner import Learner
-from capt_train.stages import TuningTask, refilled, stages, with_rows
-from capt_train.tuning import DivergenceError, tune
+from capt_deploy.core.console import say
+from capt_train.calibrate.temperature import calibrated_losses
+from capt_train.data.features import every_second
+from capt_train.method.learner import Learner
+from capt_train.tune.stages import TuningTask, refilled, stages, with_rows
+from capt_train.tune.tune import DivergenceError, tune
 
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0)  # of κ
 _STANDARD_ERRORS = 2.0  # by which a gain must be above 0

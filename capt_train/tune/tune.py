@@ -3,13 +3,13 @@
 from dataclasses import replace
 from pathlib import Path
 
-from capt_deploy.console import progress
-from capt_deploy.errors import RunError
-from capt_train.bank import ConfusionBank
-from capt_train.checkpoint import TuningState, load_checkpoint, save_checkpoint
-from capt_train.epochs import Epochs
-from capt_train.learner import Learner
-from capt_train.stages import Stage, TuningTask
+from capt_deploy.core.console import progress
+from capt_deploy.core.errors import RunError
+from capt_train.confusion.bank import ConfusionBank
+from capt_train.method.learner import Learner
+from capt_train.tune.checkpoint import TuningState, load_checkpoint, save_checkpoint
+from capt_train.tune.epochs import Epochs
+from capt_train.tune.stages import Stage, TuningTask
 
 BEST, LAST = "best.safetensors", "last.safetensors"
 

@@ -9,11 +9,11 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from capt_deploy.console import progress, say
-from capt_deploy.datasets import Dataset, Item
-from capt_train.backbone import Backbone
-from capt_train.features import read_pixels
-from capt_train.learner import Learner
+from capt_deploy.core.console import progress, say
+from capt_deploy.data.datasets import Dataset, Item
+from capt_train.clip.backbone import Backbone
+from capt_train.data.features import read_pixels
+from capt_train.method.learner import Learner
 
 _BATCH = 64
 _MUCH_MEMORY = 2**30  # bytes of tokens, from which on it is said

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from capt_deploy.console import Command, PathInHome, say
-from capt_deploy.errors import ConfigError
+from capt_deploy.core.console import Command, PathInHome, say
+from capt_deploy.core.errors import ConfigError
 
 _NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 _STOP_SECONDS = 60  # for requests under way, once the server has been told to end
@@ -64,9 +64,9 @@ def main(
     import numpy as np
     import uvicorn
 
-    from capt_deploy.batcher import BatcherOptions
-    from capt_deploy.classifier import Classifier
-    from capt_deploy.decisions import wanted_decisions
+    from capt_deploy.confidence.decisions import wanted_decisions
+    from capt_deploy.serving.batcher import BatcherOptions
+    from capt_deploy.serving.classifier import Classifier
     from examples.server.app import make_app
     from examples.server.limits import Limits
 

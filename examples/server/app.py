@@ -19,10 +19,10 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
-from capt_deploy.classifier import Classifier
-from capt_deploy.errors import BackendError, BusyError, ImageError
-from capt_deploy.prediction import Prediction
-from capt_deploy.version import __version__
+from capt_deploy.core.errors import BackendError, BusyError, ImageError
+from capt_deploy.core.version import __version__
+from capt_deploy.serving.classifier import Classifier
+from capt_deploy.serving.prediction import Prediction
 from examples.server.bodies import BODY, read_images
 from examples.server.limits import Limits, RefusedError, TokenBuckets
 from examples.server.metrics import MeasuredRequests, Metrics

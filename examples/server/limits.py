@@ -4,7 +4,7 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from capt_deploy.errors import ConfigError
+from capt_deploy.core.errors import ConfigError
 
 _CLIENTS = 10_000  # remembered at once; one more makes room by forgetting who was quiet longest
 

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from capt_deploy.backends import Backend, Outputs
-from capt_deploy.classifier import Classifier
-from capt_deploy.monitor import MonitorSummary
-from capt_deploy.prediction import Prediction
-from capt_deploy.version import __version__
+from capt_deploy.confidence.monitor import MonitorSummary
+from capt_deploy.core.version import __version__
+from capt_deploy.serving.classifier import Classifier
+from capt_deploy.serving.prediction import Prediction
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)

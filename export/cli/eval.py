@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from capt_deploy.console import Command, PathInHome, print_json, say
-from capt_deploy.evaluation import SCOPES
-from capt_deploy.version import __version__
+from capt_deploy.core.console import Command, PathInHome, print_json, say
+from capt_deploy.core.version import __version__
+from capt_deploy.evaluation.evaluate import SCOPES
 
 if TYPE_CHECKING:
-    from capt_deploy.evaluation import Report
+    from capt_deploy.evaluation.evaluate import Report
 
 _Asked = tuple[Path, str, Path | None]  # data set, split, class names
 
@@ -47,9 +47,9 @@ def main(
       capt-eval mine.capt --data photos --split val --json
       capt-eval runs/mine --data photos --exported mine.capt --report page
     """
-    from capt_deploy.bundle import is_bundle
-    from capt_deploy.errors import RunError
-    from capt_deploy.summary import confused_pairs_table, summary
+    from capt_deploy.bundle.read import is_bundle
+    from capt_deploy.core.errors import RunError
+    from capt_deploy.evaluation.summary import confused_pairs_table, summary
 
     if not run_or_bundle.exists():
         raise RunError(f"{run_or_bundle}: no such run or bundle")
@@ -62,7 +62,7 @@ def main(
         if classes is not None:
             raise click.UsageError("--report shows all classes; leave --classes out")
         if exported is not None:
-            from capt_deploy.bundle import open_bundle
+            from capt_deploy.bundle.read import open_bundle
 
             open_bundle(exported)
     asked = (data, split, class_names)
@@ -79,7 +79,7 @@ def _bundle(
     bundle: Path, asked: _Asked, scope: str | None, backend: str, folder: Path | None
 ) -> "Report":
     if folder is None:
-        from capt_deploy.scoring import score_bundle
+        from capt_deploy.evaluation.scoring import score_bundle
 
         return score_bundle(bundle, *asked, backend).report(scope)
     from export.report import ask_all, of_bundle, split_notes, write
@@ -99,7 +99,7 @@ def _run(
     folder: Path | None,
     exported: Path | None,
 ) -> "Report":
-    from capt_train.evaluate import score_run
+    from capt_train.run.evaluate import score_run
 
     scored = score_run(run, *asked)
     report = scored.report(scope)

@@ -7,8 +7,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from capt_deploy.console import Command, PathInHome, print_json, say
-from capt_deploy.version import __version__
+from capt_deploy.core.console import Command, PathInHome, print_json, say
+from capt_deploy.core.version import __version__
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
@@ -63,7 +63,7 @@ def main(
       capt-export --check mine.capt --gate-data photos
     """
     if check is not None:
-        from capt_deploy.check import check_bundle
+        from capt_deploy.verify.check import check_bundle
 
         _refuse_others()
         report = check_bundle(check, gate_data, backend)
@@ -92,12 +92,12 @@ def _refuse_others() -> None:
 def _export(
     runs: tuple[Path, ...], out: Path, gate_data: Path | None, options: dict[str, Any]
 ) -> Any:
-    from capt_deploy.bundle import REPORT, open_bundle
-    from capt_deploy.errors import BundleError, ConfigError
-    from capt_deploy.files import read_json, refuse_existing
-    from export.classes import read_class_list
-    from export.precision import PRECISIONS
-    from export.triton import write_triton
+    from capt_deploy.bundle.read import REPORT, open_bundle
+    from capt_deploy.core.errors import BundleError, ConfigError
+    from capt_deploy.core.files import read_json, refuse_existing
+    from export.graph.lower import PRECISIONS
+    from export.source.classes import read_class_list
+    from export.triton.repository import write_triton
     from export.writer import ExportOptions, export_run
 
     wanted = tuple(name for name in PRECISIONS if options.pop(name, False))

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from capt_deploy.errors import ModelError
-from capt_deploy.files import write_bytes
-from capt_deploy.manifest import METADATA_KEY, PRECISION_KEY, Graph
-from export.fold import Head
+from capt_deploy.bundle.manifest import METADATA_KEY, PRECISION_KEY, Graph
+from capt_deploy.core.errors import ModelError
+from capt_deploy.core.files import write_bytes
+from export.source.fold import Head
 
 OPSET = 20
 BF16_OPSET = 22  # the first with a convolution of bfloat16

@@ -8,15 +8,15 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
-from capt_deploy.errors import ModelError
-from capt_deploy.top_label_map import LEAD, TopLabelMap
-from capt_train.backbone import Backbone
-from capt_train.vision_tower import open_tower
-from capt_train.visual_tuner import VisualTuner
-from export.attention import simplify_attention
-from export.convolutions import simplified_convolutions
-from export.fold import Head
-from export.precision import lower
+from capt_deploy.confidence.top_label import LEAD, TopLabelMap
+from capt_deploy.core.errors import ModelError
+from capt_train.clip.backbone import Backbone
+from capt_train.clip.vision_tower import open_tower
+from capt_train.method.visual_tuner import VisualTuner
+from export.graph.attention import simplify_attention
+from export.graph.convolutions import simplified_convolutions
+from export.graph.lower import lower
+from export.source.fold import Head
 
 _PIXEL_UNIT = 256.0  # in half precision pixels are counted in these
 

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from capt_deploy.errors import ConfigError, ModelError
-from export.sensitivity import Candidate, find_candidates, logits_of, measure
-from export.visual import VisualClassifier
+from capt_deploy.core.errors import ConfigError, ModelError
+from export.graph.visual import VisualClassifier
+from export.precision.sensitivity import Candidate, find_candidates, logits_of, measure
 
 # Of the logits' spread over images. On the photo model, whose classes are close to each other,
 # 0.015 kept the class of 99 % of the images, 0.03 of 97 %, and 0.05 of 94 %.

@@ -9,8 +9,14 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from export.attention import SelfAttention
-from export.int8_layers import LARGEST, can_be_int8, fake_quantised, half_scale, int8_layer
+from export.graph.attention import SelfAttention
+from export.precision.int8_layers import (
+    LARGEST,
+    can_be_int8,
+    fake_quantised,
+    half_scale,
+    int8_layer,
+)
 
 _BATCH = 8  # images at once; bounds what activations take
 _CLIPS = tuple(0.8**step for step in range(9))  # down to a sixth of the largest input

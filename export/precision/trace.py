@@ -9,16 +9,16 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from capt_deploy.backends import Outputs
-from capt_deploy.batches import preprocess_files
-from capt_deploy.console import say
-from capt_deploy.errors import DataError, GateError
-from capt_deploy.gate import LIMITS
-from capt_deploy.reference import patterns
-from export.onnx_graph import BF16_OPSET, OnnxGraph, trace
-from export.precision import BF16, DTYPES, FP32, INT8
-from export.quantize import Quantisation, quantize
-from export.source import Source, spread
-from export.visual import VisualClassifier
+from capt_deploy.core.console import say
+from capt_deploy.core.errors import DataError, GateError
+from capt_deploy.data.batches import preprocess_files
+from capt_deploy.verify.gate import LIMITS
+from capt_deploy.verify.reference import patterns
+from export.graph.lower import BF16, DTYPES, FP32, INT8
+from export.graph.onnx_graph import BF16_OPSET, OnnxGraph, trace
+from export.graph.visual import VisualClassifier
+from export.precision.quantize import Quantisation, quantize
+from export.source.model import Source, spread
 
 _FUSED_OPSET = 23  # from here on ONNX has an Attention operator
 _CALIBRATED_ON = 128  # images, at most

@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 
 from capt_deploy.backends import Outputs
 from capt_deploy.backends.onnxruntime import OnnxRuntime
-from capt_deploy.check import ask_backend
-from capt_deploy.classifier import Classifier
-from capt_deploy.errors import GateError
-from capt_deploy.gate import GateResult, compare
-from export.emulation import write_widened
-from export.gate import Question, temperature_factor
-from export.graphs import Traced
-from export.precision import BF16, FP32
-from export.source import Source
+from capt_deploy.core.errors import GateError
+from capt_deploy.serving.classifier import Classifier
+from capt_deploy.verify.check import ask_backend
+from capt_deploy.verify.gate import GateResult, compare
+from export.graph.lower import BF16, FP32
+from export.precision.emulation import write_widened
+from export.precision.trace import Traced
+from export.proof.question import Question, temperature_factor
+from export.source.model import Source
 
 _WORTH_REFITTING = 1e-3  # of a temperature; less shows in no figure
 _LAST_LOOK = 4  # images that the finished bundle is asked about

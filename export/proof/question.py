@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from capt_deploy.backends import Outputs, joined
-from capt_deploy.batches import frugal_batch, preprocess_files
-from capt_deploy.console import progress, say
-from capt_deploy.errors import DataError
-from capt_deploy.files import sha256_file
-from capt_deploy.reference import Reference, patterns
-from capt_deploy.top_label_map import probabilities_of
-from capt_train.calibration import match_temperature
-from export.source import Photo, Source, spread
+from capt_deploy.confidence.top_label import probabilities_of
+from capt_deploy.core.console import progress, say
+from capt_deploy.core.errors import DataError
+from capt_deploy.core.files import sha256_file
+from capt_deploy.data.batches import frugal_batch, preprocess_files
+from capt_deploy.verify.reference import Reference, patterns
+from capt_train.calibrate.temperature import match_temperature
+from export.source.model import Photo, Source, spread
 
 _FEW = 50
 

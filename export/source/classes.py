@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from capt_deploy.class_names import distinct_names, spelled_alike
-from capt_deploy.errors import ConfigError, DataError
-from capt_deploy.files import expand_home, read_json
-from capt_train.run import TunedModel
-from export.source import KnownImages, Photo, Source
+from capt_deploy.core.errors import ConfigError, DataError
+from capt_deploy.core.files import expand_home, read_json
+from capt_deploy.data.class_names import distinct_names, spelled_alike
+from capt_train.run.folder import TunedModel
+from export.source.model import KnownImages, Photo, Source
 
 _AT_ONCE = 256  # names
 

@@ -1,16 +1,16 @@
-"""The validation images' scores for a bundle's own classes; see `capt_deploy.decisions`."""
+"""Compute the validation images' scores for a bundle's own classes."""
 
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from capt_deploy.console import say
-from capt_deploy.decisions import FEWEST_IMAGES, Decisions
-from capt_deploy.distance_aware import applied
-from capt_deploy.top_label_map import probabilities_of
-from capt_train.calibrators import cross_fitted
-from export.source import Source
+from capt_deploy.confidence.decisions import FEWEST_IMAGES, Decisions
+from capt_deploy.confidence.distance_aware import applied
+from capt_deploy.confidence.top_label import probabilities_of
+from capt_deploy.core.console import say
+from capt_train.calibrate.calibrators import cross_fitted
+from export.source.model import Source
 
 
 @torch.no_grad()

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from capt_deploy.vector_scaling import VectorScaling
-from capt_train.backbone import Backbone
+from capt_deploy.confidence.vector_scaling import VectorScaling
+from capt_train.clip.backbone import Backbone
 
 
 @dataclass(frozen=True)

@@ -19,19 +19,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from capt_deploy.class_names import distinct_names
-from capt_deploy.console import say
-from capt_deploy.datasets import Dataset, Item
-from capt_deploy.errors import ConfigError, DataError
-from capt_deploy.files import expand_home
-from capt_deploy.version import __version__
-from capt_train.calibration import fit_temperature
-from capt_train.calibrators import Calibration
-from capt_train.embedding_cache import EmbeddingCache
-from capt_train.features import embed
-from capt_train.run import TunedModel
-from export.classes import hand_written_rows, untuned_rows
-from export.source import (
+from capt_deploy.core.console import say
+from capt_deploy.core.errors import ConfigError, DataError
+from capt_deploy.core.files import expand_home
+from capt_deploy.core.version import __version__
+from capt_deploy.data.class_names import distinct_names
+from capt_deploy.data.datasets import Dataset, Item
+from capt_train.calibrate.calibrators import Calibration
+from capt_train.calibrate.temperature import fit_temperature
+from capt_train.data.embedding_cache import EmbeddingCache
+from capt_train.data.features import embed
+from capt_train.run.folder import TunedModel
+from export.source.classes import hand_written_rows, untuned_rows
+from export.source.model import (
     Photo,
     Source,
     is_the_data_set,

@@ -10,18 +10,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from capt_deploy.console import say
-from capt_deploy.datasets import SPLITS, Item, read_dataset
-from capt_deploy.distance_aware import TunedTexts
-from capt_deploy.errors import DataError
-from capt_deploy.files import expand_home, sha256_file, visible_files
-from capt_deploy.version import __version__
-from capt_train.calibrators import Calibration
-from capt_train.distance_aware import distance_aware_factors, tuned_texts
-from capt_train.fewshot import FewShotSplit
-from capt_train.learner import Learner
-from capt_train.run import TunedModel
-from export.fold import Head, folded
+from capt_deploy.confidence.distance_aware import TunedTexts
+from capt_deploy.core.console import say
+from capt_deploy.core.errors import DataError
+from capt_deploy.core.files import expand_home, sha256_file, visible_files
+from capt_deploy.core.version import __version__
+from capt_deploy.data.datasets import SPLITS, Item, read_dataset
+from capt_train.calibrate.calibrators import Calibration
+from capt_train.calibrate.distance_aware import distance_aware_factors, tuned_texts
+from capt_train.data.fewshot import FewShotSplit
+from capt_train.method.learner import Learner
+from capt_train.run.folder import TunedModel
+from export.source.fold import Head, folded
 
 _LOOKED_INTO = 16  # images of a data set
 # What a reader of the bundle may want to know; folders of the machine it came from are not in it.

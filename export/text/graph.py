@@ -11,19 +11,19 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from capt_deploy.console import say
-from capt_deploy.errors import GateError
-from capt_deploy.files import write_bytes
-from capt_deploy.manifest import OpenVocabulary
-from capt_deploy.open_vocabulary import ROWS, TextSide
-from capt_train.backbone import Backbone
-from capt_train.prompt import PromptLearner
-from capt_train.run import TunedModel
-from capt_train.semantic_experts import SemanticExperts
-from export.classes import hand_written_rows, untuned_rows
-from export.onnx_graph import OPSET, OnnxGraph, external_name, to_onnx
-from export.precision import FP32
-from export.tokenizer import cleaning_of, prove_tokens, tokenizer_json
+from capt_deploy.bundle.manifest import OpenVocabulary
+from capt_deploy.core.console import say
+from capt_deploy.core.errors import GateError
+from capt_deploy.core.files import write_bytes
+from capt_deploy.serving.open_vocabulary import ROWS, TextSide
+from capt_train.clip.backbone import Backbone
+from capt_train.method.prompt import PromptLearner
+from capt_train.method.semantic_experts import SemanticExperts
+from capt_train.run.folder import TunedModel
+from export.graph.lower import FP32
+from export.graph.onnx_graph import OPSET, OnnxGraph, external_name, to_onnx
+from export.source.classes import hand_written_rows, untuned_rows
+from export.text.tokenizer import cleaning_of, prove_tokens, tokenizer_json
 
 _PROBED = 16  # class names that the written graph is asked about
 _LIMIT = 1e-4  # of a logit (METHOD 9)

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from capt_deploy.errors import ModelError
-from capt_deploy.open_vocabulary import CLEANINGS, PromptTokens
-from capt_train.text_tokens import TextTokens
-from capt_train.vocabulary import vocabulary
+from capt_deploy.core.errors import ModelError
+from capt_deploy.serving.open_vocabulary import CLEANINGS, PromptTokens
+from capt_train.clip.text_tokens import TextTokens
+from capt_train.clip.vocabulary import vocabulary
 
 _LETTERS = re.compile("[a-z]{3,}")
 _WORDS = 400  # of the vocabulary

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from capt_deploy.backends import Outputs
-from capt_deploy.errors import BundleError
-from capt_deploy.preprocess import PreprocessConfig
-from export.pbtxt import Word, entries
+from capt_deploy.core.errors import BundleError
+from capt_deploy.data.preprocess import PreprocessConfig
+from export.triton.pbtxt import Word, entries
 
 LABELS = "labels.txt"
 _QUEUE_DELAY_US = 1000  # how long a request may wait for others to share a batch with

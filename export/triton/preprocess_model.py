@@ -1,8 +1,8 @@
 """The preprocessing model of a Triton repository, for Triton's Python backend.
 
-Encoded images in, pixels of the graph out: `capt_deploy.preprocess` and nothing else, so that the
-server sees the very pixels that the model was tuned and checked on. capt must be installed in the
-server's Python environment: `pip install capt`.
+Encoded images in, pixels of the graph out: `capt_deploy.data.preprocess` and nothing else, so that
+the server sees the very pixels that the model was tuned and checked on. capt must be installed in
+the server's Python environment: `pip install capt`.
 """
 
 import json
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]  # Triton's own
 
-from capt_deploy.errors import ImageError
-from capt_deploy.preprocess import PreprocessConfig, preprocess
+from capt_deploy.core.errors import ImageError
+from capt_deploy.data.preprocess import PreprocessConfig, preprocess
 
 
 class TritonPythonModel:

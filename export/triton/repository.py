@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capt_deploy.batch_sizes import BATCHES, check_batches
-from capt_deploy.bundle import Bundle
-from capt_deploy.errors import BundleError, ConfigError
-from capt_deploy.files import expand_home, new_folder, refuse_existing
-from export.pbtxt import to_pbtxt
-from export.triton_configs import (
+from capt_deploy.backends.batch_sizes import BATCHES, check_batches
+from capt_deploy.bundle.read import Bundle
+from capt_deploy.core.errors import BundleError, ConfigError
+from capt_deploy.core.files import expand_home, new_folder, refuse_existing
+from export.triton.configs import (
     LABELS,
     Signature,
     ensemble_config,
@@ -23,6 +22,7 @@ from export.triton_configs import (
     shape,
     tensorrt_config,
 )
+from export.triton.pbtxt import to_pbtxt
 
 ONNX = "model.onnx"
 CONFIG = "config.pbtxt"
@@ -207,7 +207,7 @@ def _guide(
     images = variants[0].signature.images
     rows = [
         f"| {name} | encoded images | {steps[0]}, then {steps[1]} |",
-        f"| {steps[0]} | encoded images | `capt_deploy.preprocess`, in Python |",
+        f"| {steps[0]} | encoded images | `capt_deploy.data.preprocess`, in Python |",
     ]
     plans = []
     for variant in variants:

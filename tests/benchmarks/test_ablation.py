@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks import ablation, cell, record, search
-from capt_deploy.errors import ConfigError
+from capt_deploy.core.errors import ConfigError
 from capt_train.config import TrainConfig
 from capt_train.parts import GROUPS, PARTS
 

@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks import families, record
-from capt_train.loading import load_backbone
+from capt_train.clip.loading import load_backbone
 from tests.families import FAMILIES, family
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from benchmarks import gpu, gpu_steps
 from benchmarks.exported import make_whole
-from capt_deploy.driver import gpu_problem
+from capt_deploy.core.driver import gpu_problem
 
 ROOT = Path(__file__).parents[2]
 

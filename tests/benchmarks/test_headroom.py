@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import ablation, cell, headroom, record
 from capt_train.config import TrainConfig
-from capt_train.stages import Stage, TuningTask
+from capt_train.tune.stages import Stage, TuningTask
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,11 +11,11 @@ from benchmarks import latency
 from benchmarks.exported import Exported
 from benchmarks.plain_open_clip import PlainOpenClip, same_labels
 from benchmarks.record import load_cells
-from capt_deploy.bench import BenchOptions
-from capt_deploy.bench_cases import Photos, Wanted
-from capt_deploy.bench_compare import compare_rows
-from capt_deploy.bench_images import synthetic_photos
-from capt_deploy.classifier import Classifier
+from capt_deploy.bench.cases import Photos, Wanted
+from capt_deploy.bench.compare import compare_rows
+from capt_deploy.bench.images import synthetic_photos
+from capt_deploy.bench.measure import BenchOptions
+from capt_deploy.serving.classifier import Classifier
 from capt_train.config import TrainConfig
 from capt_train.pipeline import train
 from export.writer import export_run

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.metrics_speed import CASES, Case, made, measure
-from capt_deploy.probabilities import require_both
+from capt_deploy.metrics.probabilities import require_both
 
 
 @pytest.mark.parametrize("case", CASES[2:], ids=lambda case: case.function)

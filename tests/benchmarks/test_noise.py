@@ -13,10 +13,10 @@ from click.testing import CliRunner
 from benchmarks import cell, noise, record
 from benchmarks.cell import World
 from benchmarks.noise import Trouble
-from capt_deploy.datasets import Item, read_dataset
+from capt_deploy.data.datasets import Item, read_dataset
+from capt_train.clip.loading import load_backbone
 from capt_train.config import TrainConfig
-from capt_train.fewshot import choose
-from capt_train.loading import load_backbone
+from capt_train.data.fewshot import choose
 from tests.conftest import PER_CLASS
 
 OTHERS = [[1, 2], [0, 2], [0, 1]] * 10

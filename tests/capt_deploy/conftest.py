@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from capt_deploy.bundle import REFERENCE
+from capt_deploy.bundle.read import REFERENCE
 
 CIFAR = Path(__file__).resolve().parents[3] / "shared" / "data" / "cifar100"
 

@@ -49,25 +49,33 @@ def call_without_torch(module, *arguments):
 
 def test_a_bundle_is_evaluated_and_used_where_torch_is_missing():
     bundle, photos = GOLDEN / "tiny.capt", GOLDEN / "photos"
-    done = call_without_torch("export.cli_eval", bundle, "--data", photos, "--json")
+    done = call_without_torch("export.cli.eval", bundle, "--data", photos, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["all"]["n"] == 3
-    done = call_without_torch("capt_deploy.cli", bundle, photos, "--json")
+    done = call_without_torch("capt_deploy.cli.predict", bundle, photos, "--json")
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)) == 3
 
 
 def test_what_needs_torch_says_how_to_install_it(tmp_path):
     cases = (
-        ("capt_train.cli", "--data", GOLDEN / "photos", "--model", "x", "--out", tmp_path / "run"),
-        ("export.cli", tmp_path, "--out", tmp_path / "x.capt"),
-        ("export.cli_eval", tmp_path, "--data", GOLDEN / "photos"),
+        (
+            "capt_train.cli.train",
+            "--data",
+            GOLDEN / "photos",
+            "--model",
+            "x",
+            "--out",
+            tmp_path / "run",
+        ),
+        ("export.cli.export", tmp_path, "--out", tmp_path / "x.capt"),
+        ("export.cli.eval", tmp_path, "--data", GOLDEN / "photos"),
     )
     for case in cases:
         done = call_without_torch(*case)
         assert done.returncode == 2
         assert "pip install 'capt[export]'" in done.stderr
         assert "Traceback" not in done.stderr
-    done = call_without_torch("export.cli_eval", "typo.capt", "--data", GOLDEN / "photos")
+    done = call_without_torch("export.cli.eval", "typo.capt", "--data", GOLDEN / "photos")
     assert (done.returncode, done.stderr) == (2, "Error: typo.capt: no such run or bundle\n")
     assert list(tmp_path.iterdir()) == []

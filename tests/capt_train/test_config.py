@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from capt_deploy.errors import ConfigError, RunError
+from capt_deploy.core.errors import ConfigError, RunError
 from capt_train.config import LossWeights, TrainConfig
 from capt_train.parts import GROUPS, METHODS, PARTS
 

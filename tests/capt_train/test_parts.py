@@ -13,12 +13,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from capt_deploy.errors import CaptError, ConfigError
+from capt_deploy.core.errors import CaptError, ConfigError
 from capt_train import pipeline
-from capt_train.cli import main
+from capt_train.cli.train import main
 from capt_train.config import LossWeights, TrainConfig
 from capt_train.parts import GROUPS, METHODS, PARTS
-from capt_train.run import TunedModel, load_run
+from capt_train.run.folder import TunedModel, load_run
 from export.writer import export_run
 
 Configure = Callable[..., TrainConfig]

@@ -17,26 +17,27 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from capt_deploy.datasets import read_dataset
-from capt_deploy.errors import ConfigError, RunError
-from capt_deploy.files import sha256_file
-from capt_deploy.preprocess import preprocess
-from capt_train import pipeline, strength
-from capt_train import run as runs
-from capt_train.backbone import Backbone
-from capt_train.bank import ConfusionBank
+from capt_deploy.core.errors import ConfigError, RunError
+from capt_deploy.core.files import sha256_file
+from capt_deploy.data.datasets import read_dataset
+from capt_deploy.data.preprocess import preprocess
+from capt_train import pipeline
+from capt_train.calibrate.label_noise import fit_label_noise
+from capt_train.clip.backbone import Backbone
 from capt_train.config import TrainConfig
-from capt_train.fewshot import FewShotSplit, choose
-from capt_train.fitting import Outcome, fit
-from capt_train.label_noise import fit_label_noise
-from capt_train.learner import Learner
+from capt_train.confusion.bank import ConfusionBank
+from capt_train.data.fewshot import FewShotSplit, choose
+from capt_train.method.learner import Learner
 from capt_train.parts import PARTS
 from capt_train.pipeline import dry_run, train
-from capt_train.run import TunedModel, load_run
-from capt_train.setup import Setup
-from capt_train.stages import TuningTask
-from capt_train.strength import Trial
-from capt_train.tuning import tune
+from capt_train.run import folder as runs
+from capt_train.run.fitting import Outcome, fit
+from capt_train.run.folder import TunedModel, load_run
+from capt_train.run.setup import Setup
+from capt_train.tune import strength
+from capt_train.tune.stages import TuningTask
+from capt_train.tune.strength import Trial
+from capt_train.tune.tune import tune
 
 Configure = Callable[..., TrainConfig]
 RUN_FILES = {

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.server_load import Server, running_server
-from capt_deploy.classifier import Classifier
+from capt_deploy.serving.classifier import Classifier
 
 
 @pytest.fixture(scope="session")

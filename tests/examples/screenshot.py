@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.server_load import running_server
-from capt_deploy.files import write_bytes
+from capt_deploy.core.files import write_bytes
 from tests.examples.browser import find_chromium, open_page
 
 PICTURE = Path(__file__).parents[2] / "docs" / "images" / "server.png"

@@ -20,7 +20,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from capt_deploy.classifier import Classifier
+from capt_deploy.serving.classifier import Classifier
 from examples.edge_camera import main, watched
 from tests.conftest import COLOURS
 

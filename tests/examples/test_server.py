@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from benchmarks.server_load import Server, Task, is_right, load, post_file, running_server
-from capt_deploy.classifier import Classifier
-from capt_deploy.decisions import DecisionOptions
+from capt_deploy.confidence.decisions import DecisionOptions
+from capt_deploy.serving.classifier import Classifier
 from tests.examples.clients import FORM, JSON, count, encoded, form, get, picture, send
 
 GOOD = picture(0)

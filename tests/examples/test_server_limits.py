@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.server_load import Server, post_file, running_server
-from capt_deploy.errors import ConfigError
+from capt_deploy.core.errors import ConfigError
 from examples.server import limits
 from examples.server.__main__ import main
 from examples.server.limits import Limits, TokenBuckets

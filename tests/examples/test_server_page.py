@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.server_load import Server, running_server
-from capt_deploy.classifier import Classifier
+from capt_deploy.serving.classifier import Classifier
 from tests.examples.browser import Page, find_chromium, open_page
 
 PHOTO = Path(__file__).parents[1] / "golden" / "photos" / "test" / "green_leaf" / "0.png"

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from capt_train.calibrators import Calibration
+from capt_train.calibrate.calibrators import Calibration
 from capt_train.config import TrainConfig
-from capt_train.mixture import Mixture
+from capt_train.method.mixture import Mixture
 from capt_train.pipeline import train
-from capt_train.run import TunedModel, load_run, mixed_rows
+from capt_train.run.folder import TunedModel, load_run, mixed_rows
 
 TRAINED = {"shots": 4, "epochs": 2, "text_depth": 2, "prompts": 2}
 TEMPLATES = ("a photo of a {}.", "the {} in a picture")

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from capt_train.run import TunedModel
+from capt_train.run.folder import TunedModel
 
 
 def factor_by_hand(row: Tensor, hand_written: Tensor, rows: Tensor, hand_rows: Tensor) -> float:

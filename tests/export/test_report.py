@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from export.cli_eval import main
+from export.cli.eval import main
 
 FILES = {"report.html", "report.md", "report.json"}
 
@@ -106,7 +106,7 @@ def test_what_takes_from_the_figures_is_said_on_the_page(tuned_run, bundle, phot
 def test_a_page_about_a_bundle_needs_no_torch(bundle, photos, tmp_path):
     code = (
         "import sys; sys.modules['torch'] = sys.modules['open_clip'] = None\n"
-        "from export.cli_eval import main; main()"
+        "from export.cli.eval import main; main()"
     )
     command = [sys.executable, "-c", code, bundle, "--data", photos, "--report", tmp_path / "page"]
     root = str(Path(__file__).parents[2])

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from capt_deploy.bundle import open_bundle
-from capt_deploy.classifier import Classifier
-from capt_deploy.errors import (
+from capt_deploy.bundle.read import open_bundle
+from capt_deploy.core.errors import (
     BackendError,
     BundleError,
     ConfigError,
@@ -17,10 +16,11 @@ from capt_deploy.errors import (
     GateError,
     RunError,
 )
-from capt_deploy.gate import LIMITS
-from capt_train.run import load_run
-from export import onnx_graph
-from export.visual import VisualClassifier
+from capt_deploy.serving.classifier import Classifier
+from capt_deploy.verify.gate import LIMITS
+from capt_train.run.folder import load_run
+from export.graph import onnx_graph
+from export.graph.visual import VisualClassifier
 from export.writer import ExportOptions, export_run
 
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from capt_deploy.preprocess import preprocess
+from capt_deploy.data.preprocess import preprocess
 from capt_train.config import TrainConfig
 from capt_train.pipeline import train
-from capt_train.run import load_run
+from capt_train.run.folder import load_run
 from export.writer import export_run
 from tests.conftest import COLOURS, write_photos, write_tiny_model
 

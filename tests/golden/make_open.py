@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from capt_deploy.preprocess import preprocess
+from capt_deploy.data.preprocess import preprocess
 from capt_train.config import TrainConfig
 from capt_train.pipeline import train
-from capt_train.run import load_run
-from export.classes import with_classes
-from export.source import Source, source_of
-from export.text_graph import write_open_vocabulary
+from capt_train.run.folder import load_run
+from export.source.classes import with_classes
+from export.source.model import Source, source_of
+from export.text.graph import write_open_vocabulary
 from export.writer import ExportOptions, export
 from tests.conftest import write_photos, write_tiny_model
 from tests.export.conftest import TRAINED, shaken

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from capt_deploy.backends import Backend, DeviceTimed, Outputs, RuntimeOptions, create
 from capt_deploy.backends.choice import why_not
-from capt_deploy.bundle import Bundle, open_bundle
-from capt_deploy.classifier import Classifier
-from capt_deploy.errors import UnavailableError
-from capt_deploy.gate import compare
-from capt_deploy.reference import patterns
+from capt_deploy.bundle.read import Bundle, open_bundle
+from capt_deploy.core.errors import UnavailableError
+from capt_deploy.serving.classifier import Classifier
+from capt_deploy.verify.gate import compare
+from capt_deploy.verify.reference import patterns
 
 pytestmark = pytest.mark.gpu
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny.capt"
@@ -172,7 +172,7 @@ def test_auto_takes_a_gpu_and_labels_as_the_cpu_does(name: str) -> None:
 
 
 def test_bench_has_rows_of_the_device(name: str) -> None:
-    from capt_deploy.cli_bench import main
+    from capt_deploy.cli.bench import main
 
     options = ["--backend", name, "--batch", "1,8", "--seconds", "0.1", "--json"]
     result = CliRunner().invoke(main, [str(GOLDEN), *options])

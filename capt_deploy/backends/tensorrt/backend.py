@@ -19,18 +19,18 @@ from capt_deploy.backends import (
     check_timed,
     in_parts,
 )
-from capt_deploy.backends.pool import Pool
 from capt_deploy.backends.probe import probe
-from capt_deploy.backends.tensorrt_execution import Execution, Layout, read_layout
-from capt_deploy.backends.tensorrt_kernels import Kernels
-from capt_deploy.console import say
-from capt_deploy.device import Device, open_device
-from capt_deploy.engine import LIBRARIES, load_library, make_logger, start_runtime
-from capt_deploy.engine_cache import EngineCache
-from capt_deploy.engine_store import Target, key_of, obtain
-from capt_deploy.errors import BackendError
-from capt_deploy.graphs import StoredGraph
-from capt_deploy.process import Process, never_free_in_copies
+from capt_deploy.backends.tensorrt.cache import EngineCache
+from capt_deploy.backends.tensorrt.device import Device, open_device
+from capt_deploy.backends.tensorrt.engine import LIBRARIES, load_library, make_logger, start_runtime
+from capt_deploy.backends.tensorrt.execution import Execution, Layout, read_layout
+from capt_deploy.backends.tensorrt.kernels import Kernels
+from capt_deploy.backends.tensorrt.pool import Pool
+from capt_deploy.backends.tensorrt.store import Target, key_of, obtain
+from capt_deploy.bundle.graphs import StoredGraph
+from capt_deploy.core.console import say
+from capt_deploy.core.errors import BackendError
+from capt_deploy.core.process import Process, never_free_in_copies
 
 
 class TensorRT:

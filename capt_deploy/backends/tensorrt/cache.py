@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from capt_deploy.console import say
-from capt_deploy.engine_entry import DamagedError, EngineKey, encode, read_body, read_key
-from capt_deploy.errors import BackendError, ConfigError
-from capt_deploy.file_lock import file_lock, file_lock_if_free
-from capt_deploy.files import cache_folder, write_bytes
+from capt_deploy.backends.tensorrt.entry import DamagedError, EngineKey, encode, read_body, read_key
+from capt_deploy.core.console import say
+from capt_deploy.core.errors import BackendError, ConfigError
+from capt_deploy.core.file_lock import file_lock, file_lock_if_free
+from capt_deploy.core.files import cache_folder, write_bytes
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.errors import BackendError
+from capt_deploy.core.errors import BackendError
 
 _NVML = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
 _LONGEST_VERSION = 80  # NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE

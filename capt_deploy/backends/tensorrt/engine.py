@@ -16,9 +16,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from capt_deploy.batch_sizes import BATCHES, check_batches
-from capt_deploy.engine_progress import make_monitor
-from capt_deploy.errors import BackendError, UnavailableError
+from capt_deploy.backends.batch_sizes import BATCHES, check_batches
+from capt_deploy.backends.tensorrt.progress import make_monitor
+from capt_deploy.core.errors import BackendError, UnavailableError
 
 LIBRARIES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}  # module: extra to install
 

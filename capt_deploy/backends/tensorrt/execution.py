@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capt_deploy.backends import Outputs
-from capt_deploy.batch_sizes import buckets
-from capt_deploy.device import Device
-from capt_deploy.errors import BackendError
-from capt_deploy.process import never_free_in_copies
+from capt_deploy.backends.batch_sizes import buckets
+from capt_deploy.backends.tensorrt.device import Device
+from capt_deploy.core.errors import BackendError
+from capt_deploy.core.process import never_free_in_copies
 
 INPUT = "images"
 _SCRATCH = "scratch"  # beside the names of tensors

@@ -4,10 +4,10 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from capt_deploy.device import Device
-from capt_deploy.engine_cache import EngineCache
-from capt_deploy.engine_entry import EngineKey
-from capt_deploy.process import Process, never_free_in_copies
+from capt_deploy.backends.tensorrt.cache import EngineCache
+from capt_deploy.backends.tensorrt.device import Device
+from capt_deploy.backends.tensorrt.entry import EngineKey
+from capt_deploy.core.process import Process, never_free_in_copies
 
 
 class Kernels:

@@ -4,10 +4,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from capt_deploy.backends.tensorrt_execution import Execution
-from capt_deploy.device import Device
-from capt_deploy.errors import BackendError
-from capt_deploy.process import Process
+from capt_deploy.backends.tensorrt.device import Device
+from capt_deploy.backends.tensorrt.execution import Execution
+from capt_deploy.core.errors import BackendError
+from capt_deploy.core.process import Process
 
 _MOST = 4  # executions, each with its own memory; more threads wait, as the GPU is busy
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from capt_deploy.console import Progress
+from capt_deploy.core.console import Progress
 
 T = TypeVar("T")
 _SECONDS_BETWEEN_LOOKS = 0.2

@@ -9,17 +9,17 @@ from dataclasses import dataclass, replace
 from threading import Event
 from typing import TypeVar
 
-from capt_deploy.batch_sizes import BATCHES, check_batches
-from capt_deploy.console import say
-from capt_deploy.engine import Timings, build_engine, load_library
-from capt_deploy.engine_cache import EngineCache
-from capt_deploy.engine_entry import EngineKey
-from capt_deploy.engine_progress import cancellable
-from capt_deploy.errors import BackendError
-from capt_deploy.files import sha256_file, visible_files
-from capt_deploy.graphs import StoredGraph
-from capt_deploy.manifest import Manifest
-from capt_deploy.onnx_metadata import read_metadata
+from capt_deploy.backends.batch_sizes import BATCHES, check_batches
+from capt_deploy.backends.tensorrt.cache import EngineCache
+from capt_deploy.backends.tensorrt.engine import Timings, build_engine, load_library
+from capt_deploy.backends.tensorrt.entry import EngineKey
+from capt_deploy.backends.tensorrt.progress import cancellable
+from capt_deploy.bundle.graphs import StoredGraph
+from capt_deploy.bundle.manifest import Manifest
+from capt_deploy.bundle.onnx_metadata import read_metadata
+from capt_deploy.core.console import say
+from capt_deploy.core.errors import BackendError
+from capt_deploy.core.files import sha256_file, visible_files
 
 T = TypeVar("T")
 

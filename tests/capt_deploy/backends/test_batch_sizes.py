@@ -2,7 +2,7 @@
 
 import pytest
 
-from capt_deploy.batch_sizes import buckets
+from capt_deploy.backends.batch_sizes import buckets
 
 
 @pytest.mark.parametrize(

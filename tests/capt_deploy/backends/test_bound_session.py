@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from capt_deploy.backends import in_parts
-from capt_deploy.backends.bound import BoundSession, Place
+from capt_deploy.backends.bound_session import BoundSession, Place
 from capt_deploy.backends.onnxruntime import OnnxRuntime, start_session
-from capt_deploy.errors import BackendError
+from capt_deploy.core.errors import BackendError
 
 ONNX = (Path(__file__).parents[2] / "golden" / "tiny.capt" / "model.onnx").read_bytes()
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)

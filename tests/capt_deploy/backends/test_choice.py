@@ -10,8 +10,8 @@ from capt_deploy import BackendError, BundleError, Classifier
 from capt_deploy.backends import AUTO, NAMES, RuntimeOptions, candidates, preferred_precision
 from capt_deploy.backends.choice import cuda_provider_problem, first_that_works, why_not
 from capt_deploy.backends.onnxruntime import import_library
-from capt_deploy.driver import gpu_problem
-from capt_deploy.errors import ConfigError, UnavailableError
+from capt_deploy.core.driver import gpu_problem
+from capt_deploy.core.errors import ConfigError, UnavailableError
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "tiny.capt"
 without_gpu = pytest.mark.skipif(gpu_problem() is None, reason="there is a GPU here")

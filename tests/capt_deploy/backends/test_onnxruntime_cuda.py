@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from capt_deploy.backends import bound, create
+from capt_deploy.backends import bound_session as bound
+from capt_deploy.backends import create
 from capt_deploy.backends import onnxruntime_cuda as own
-from capt_deploy.backends.bound import BoundSession, Place
+from capt_deploy.backends.bound_session import BoundSession, Place
 from capt_deploy.backends.onnxruntime import import_library, start_session
-from capt_deploy.driver import gpu_problem
-from capt_deploy.errors import BackendError, UnavailableError
-from tests.capt_deploy.backends.host_device import HostDevice
+from capt_deploy.core.driver import gpu_problem
+from capt_deploy.core.errors import BackendError, UnavailableError
+from tests.capt_deploy.backends.tensorrt.host_device import HostDevice
 
 ONNX = (Path(__file__).parents[2] / "golden" / "tiny.capt" / "model.onnx").read_bytes()
 pytestmark = pytest.mark.skipif(gpu_problem() is None, reason="there is a GPU here")

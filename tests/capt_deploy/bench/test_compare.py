@@ -5,10 +5,10 @@ from statistics import stdev
 import numpy as np
 import pytest
 
-from capt_deploy.bench_cases import Wanted
-from capt_deploy.bench_compare import compare_rows, load_rows
-from capt_deploy.bench_stats import summarize
-from capt_deploy.errors import ConfigError
+from capt_deploy.bench.cases import Wanted
+from capt_deploy.bench.compare import compare_rows, load_rows
+from capt_deploy.bench.statistics import summarize
+from capt_deploy.core.errors import ConfigError
 
 
 def row(p50=10.0, cv=0.01, iterations=400, **own):

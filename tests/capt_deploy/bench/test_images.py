@@ -3,8 +3,8 @@ import io
 import pytest
 from PIL import Image
 
-from capt_deploy.bench_images import folder_photos, synthetic_photos
-from capt_deploy.errors import DataError, ImageError
+from capt_deploy.bench.images import folder_photos, synthetic_photos
+from capt_deploy.core.errors import DataError, ImageError
 
 
 def test_synthetic_photos_are_jpegs_of_one_size_from_a_seed():

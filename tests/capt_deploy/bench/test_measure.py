@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from capt_deploy.bench import BenchOptions, Case, Memory, Threads, Turn, measure
+from capt_deploy.bench.measure import BenchOptions, Case, Memory, Threads, Turn, measure
 
 NOW = Memory.now()
 QUICK = BenchOptions(seconds=0.02, rounds=4, least=8, warm_up_seconds=0.02)

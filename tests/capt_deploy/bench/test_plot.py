@@ -1,7 +1,7 @@
 import pytest
 from PIL import Image
 
-from capt_deploy.bench_plot import plot_rows
+from capt_deploy.bench.plot import plot_rows
 
 pytest.importorskip("matplotlib")
 

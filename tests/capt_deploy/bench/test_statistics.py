@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capt_deploy.bench_stats import has_settled, summarize
+from capt_deploy.bench.statistics import has_settled, summarize
 
 LATENCIES = st.lists(st.floats(0.001, 1e5), min_size=1, max_size=60)
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capt_deploy.errors import BundleError
-from capt_deploy.manifest import SCHEMA_VERSION, FileRecord, Graph, Manifest
-from capt_deploy.preprocess import PreprocessConfig
+from capt_deploy.bundle.manifest import SCHEMA_VERSION, FileRecord, Graph, Manifest
+from capt_deploy.core.errors import BundleError
+from capt_deploy.data.preprocess import PreprocessConfig
 
 PREPROCESS = PreprocessConfig((224, 200), (0.48, 0.45, 0.4), (0.27, 0.26, 0.25), fill_color=3)
 

@@ -3,10 +3,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from capt_deploy.manifest import METADATA_KEY, Manifest
-from capt_deploy.onnx_metadata import read_metadata
+from capt_deploy.bundle.manifest import METADATA_KEY, Manifest
+from capt_deploy.bundle.onnx_metadata import read_metadata
 
-ONNX = (Path(__file__).parents[1] / "golden" / "tiny.capt" / "model.onnx").read_bytes()
+ONNX = (Path(__file__).parents[2] / "golden" / "tiny.capt" / "model.onnx").read_bytes()
 
 
 def test_it_reads_what_the_graph_carries() -> None:

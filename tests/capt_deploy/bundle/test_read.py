@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from capt_deploy.bundle import MANIFEST, TEXT_EMBEDDINGS, Bundle, is_bundle, open_bundle
-from capt_deploy.errors import BundleError
-from capt_deploy.manifest import FileRecord, Graph, Manifest
-from capt_deploy.preprocess import PreprocessConfig
+from capt_deploy.bundle.manifest import FileRecord, Graph, Manifest
+from capt_deploy.bundle.read import MANIFEST, TEXT_EMBEDDINGS, Bundle, is_bundle, open_bundle
+from capt_deploy.core.errors import BundleError
+from capt_deploy.data.preprocess import PreprocessConfig
 
 ROWS = {
     "text_embeddings": np.arange(6, dtype=np.float32).reshape(2, 3),

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from capt_deploy.cli_bench import _print_table, main
-from capt_deploy.cores import usable_cores
-from capt_deploy.driver import gpu_problem
+from capt_deploy.cli.bench import _print_table, main
+from capt_deploy.core.cores import usable_cores
+from capt_deploy.core.driver import gpu_problem
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 BUNDLE = GOLDEN / "tiny.capt"
 QUICK = ("--seconds", 0.05)
 
@@ -109,8 +109,8 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(tmp_pa
     code = f"""
 import sys
 sys.modules["matplotlib"] = None
-from capt_deploy.cli_bench import main
-from capt_deploy.driver import gpu_problem
+from capt_deploy.cli.bench import main
+from capt_deploy.core.driver import gpu_problem
 main({[str(BUNDLE), "--plot", str(tmp_path / "x.png")]})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from capt_deploy.cli_build import main
-from capt_deploy.driver import gpu_problem
-from capt_deploy.engine_cache import LIMIT
+from capt_deploy.backends.tensorrt.cache import LIMIT
+from capt_deploy.cli.build import main
+from capt_deploy.core.driver import gpu_problem
 
 builds = pytest.mark.skipif(
     find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed here"
@@ -164,7 +164,7 @@ def test_a_bundle_whose_check_had_failed_is_warned_of(golden, cache, tmp_path):
 
 
 def test_help_needs_no_library():
-    code = "import sys\nfrom capt_deploy.cli_build import main\n"
+    code = "import sys\nfrom capt_deploy.cli.build import main\n"
     code += "main(['--help'], standalone_mode=False)\n"
     code += "print(sorted({'numpy', 'tensorrt_rtx', 'onnxruntime'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

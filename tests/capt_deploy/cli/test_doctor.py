@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from capt_deploy.cli_doctor import main
-from capt_deploy.driver import gpu_problem
+from capt_deploy.cli.doctor import main
+from capt_deploy.core.driver import gpu_problem
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 def run(*arguments):
@@ -49,7 +49,7 @@ def test_the_exit_code_is_1_where_no_backend_works(tmp_path):
     (tmp_path / "onnxruntime.py").write_text("raise ImportError('broken')\n")
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     done = subprocess.run(
-        [sys.executable, "-c", "from capt_deploy.cli_doctor import main; main()"],
+        [sys.executable, "-c", "from capt_deploy.cli.doctor import main; main()"],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -63,7 +63,7 @@ def test_the_exit_code_is_1_where_no_backend_works(tmp_path):
 def test_torch_is_looked_up_and_never_imported():
     code = """
 import sys
-from capt_deploy.cli_doctor import main
+from capt_deploy.cli.doctor import main
 main(["--json"], standalone_mode=False)
 print("torch" in sys.modules, file=sys.stderr)
 """

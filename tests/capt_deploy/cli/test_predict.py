@@ -13,9 +13,9 @@ from click.testing import CliRunner
 from PIL import Image
 
 from capt_deploy.backends import NAMES
-from capt_deploy.cli import main
+from capt_deploy.cli.predict import main
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 BUNDLE, PHOTOS = str(GOLDEN / "tiny.capt"), GOLDEN / "photos"
 
 
@@ -129,7 +129,7 @@ def test_ctrl_c_ends_it_at_once_without_a_traceback(tmp_path, form):
     photo = next(iter(PHOTOS.rglob("*.png")))
     for number in range(6_000):
         (tmp_path / f"{number}.png").hardlink_to(photo)
-    code = "from capt_deploy.cli import main; main()"
+    code = "from capt_deploy.cli.predict import main; main()"
     with subprocess.Popen(
         [sys.executable, "-c", code, BUNDLE, str(tmp_path), *form],
         stdout=subprocess.PIPE,

@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from capt_deploy.conformal import (
+from capt_deploy.confidence.conformal import (
     METHODS,
     RapsPenalty,
     ScoreTable,

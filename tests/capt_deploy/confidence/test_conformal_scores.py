@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capt_deploy.conformal_scores import (
+from capt_deploy.confidence.conformal_scores import (
     METHODS,
     RapsPenalty,
     class_quantiles,

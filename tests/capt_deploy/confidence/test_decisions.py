@@ -12,10 +12,10 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-from capt_deploy import decisions
-from capt_deploy.decisions import DecisionOptions, Decisions, partners
-from capt_deploy.errors import BundleError, ConfigError
-from capt_deploy.metrics import softmax
+from capt_deploy.confidence import decisions
+from capt_deploy.confidence.decisions import DecisionOptions, Decisions, partners
+from capt_deploy.core.errors import BundleError, ConfigError
+from capt_deploy.metrics.calibration import softmax
 
 CLASSES, IMAGES = 4, 800
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capt_deploy.distance_aware import TunedTexts, aligned, applied, undone
+from capt_deploy.confidence.distance_aware import TunedTexts, aligned, applied, undone
 
 FACTORS = np.array([1.0, 0.9, 1.1, 0.7], np.float32)
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capt_deploy import familiarity
-from capt_deploy.familiarity import FamiliarityTable, auroc
+from capt_deploy.confidence import familiarity
+from capt_deploy.confidence.familiarity import FamiliarityTable, auroc
 
 
 def test_scores_of_a_case_done_by_hand() -> None:

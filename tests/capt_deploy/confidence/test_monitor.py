@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from capt_deploy.monitor import CONFIDENCE_EDGES, Monitor, Reference, confidence_counts
+from capt_deploy.confidence.monitor import CONFIDENCE_EDGES, Monitor, Reference, confidence_counts
 
 NAMES = ("cat", "dog", "owl")
 

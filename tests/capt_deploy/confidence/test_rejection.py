@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from capt_deploy.rejection import RejectionTable, lower_bound
+from capt_deploy.confidence.rejection import RejectionTable, lower_bound
 
 DRAWS = 500
 # Binomial: more misses than this happen to a promise that is kept once in 1000 tests.

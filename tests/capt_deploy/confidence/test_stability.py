@@ -5,7 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from capt_deploy.stability import Comparison, chance_limit, compare, population_stability_index
+from capt_deploy.confidence.stability import (
+    Comparison,
+    chance_limit,
+    compare,
+    population_stability_index,
+)
 
 
 def test_the_index_of_a_case_done_by_hand() -> None:

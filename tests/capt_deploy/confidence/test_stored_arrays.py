@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from capt_deploy.stored_arrays import vector
+from capt_deploy.confidence.stored_arrays import vector
 
 ARRAYS = {
     "floats": np.array([0.5, 1.0], np.float32),

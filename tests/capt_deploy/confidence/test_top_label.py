@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from capt_deploy.metrics import softmax
-from capt_deploy.top_label_map import LEAD, TopLabelMap, probabilities_of
+from capt_deploy.confidence.top_label import LEAD, TopLabelMap, probabilities_of
+from capt_deploy.metrics.calibration import softmax
 
 LINE = TopLabelMap((0.0,), (0.5,), 0.7, 0.7)
 STEPS = TopLabelMap((-1.0, 0.3, 0.9, 4.0), (-0.8, -0.8, 1.1, 2.5), 0.4, 1.5)

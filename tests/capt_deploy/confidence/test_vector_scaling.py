@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from capt_deploy.vector_scaling import VectorScaling
+from capt_deploy.confidence.vector_scaling import VectorScaling
 
 OWN = VectorScaling((2.0, 0.5, 1.0), (0.25, -1.0, 0.0))
 

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capt_deploy import console
-from capt_deploy.errors import BackendError, BundleError, CaptError, DataError, GateError
+from capt_deploy.core import console
+from capt_deploy.core.errors import BackendError, BundleError, CaptError, DataError, GateError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def command(error: BaseException | None) -> click.Command:
@@ -59,8 +59,8 @@ def test_a_bug_is_not_hidden_as_an_expected_error(capsys: pytest.CaptureFixture[
 
 def test_a_process_ends_with_the_line_and_no_traceback() -> None:
     script = (
-        "import click; from capt_deploy.console import Command\n"
-        "from capt_deploy.errors import GateError\n"
+        "import click; from capt_deploy.core.console import Command\n"
+        "from capt_deploy.core.errors import GateError\n"
         "@click.command(cls=Command)\n"
         "def run(): raise GateError('logits differ by 3')\n"
         "run()\n"
@@ -136,7 +136,7 @@ def test_track_yields_everything_and_counts_it(capsys: pytest.CaptureFixture[str
 def test_progress_on_a_terminal_is_a_bar_with_its_note() -> None:
     master, slave = os.openpty()
     script = (
-        "from capt_deploy.console import progress\n"
+        "from capt_deploy.core.console import progress\n"
         "with progress('reading', 4, 'images') as counter:\n"
         "    for n in range(4): counter.advance(note=f'photo{n}')\n"
     )
@@ -228,7 +228,7 @@ def test_a_terminated_process_leaves_nothing_half_written(tmp_path: Path) -> Non
     code = (
         "import sys, time, click\n"
         "from pathlib import Path\n"
-        "from capt_deploy import console, files\n"
+        "from capt_deploy.core import console, files\n"
         "@click.command(cls=console.Command)\n"
         "def run():\n"
         "    with files.new_folder(Path(sys.argv[1])) as folder:\n"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from capt_deploy.cores import usable_cores
+from capt_deploy.core.cores import usable_cores
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from capt_deploy import driver
-from capt_deploy.driver import gpu_problem, nvidia_gpu_is_here
+from capt_deploy.core import driver
+from capt_deploy.core.driver import gpu_problem, nvidia_gpu_is_here
 
 
 def put_card(root: Path, slot: str, vendor: str, kind: str) -> None:

@@ -7,12 +7,12 @@ import time
 
 import pytest
 
-from capt_deploy.file_lock import file_lock, file_lock_if_free
+from capt_deploy.core.file_lock import file_lock, file_lock_if_free
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from capt_deploy.file_lock import file_lock
+from capt_deploy.core.file_lock import file_lock
 with file_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -100,7 +100,7 @@ def test_what_is_written_in_the_file_does_not_matter(tmp_path):
 FORK = """
 import os, sys, time
 from pathlib import Path
-from capt_deploy.file_lock import file_lock
+from capt_deploy.core.file_lock import file_lock
 with file_lock(Path(sys.argv[1])):
     if os.fork() == 0:
         if sys.argv[2] == "leave":

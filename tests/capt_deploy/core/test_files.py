@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capt_deploy.errors import BundleError, ConfigError, DataError
-from capt_deploy.files import (
+from capt_deploy.core.errors import BundleError, ConfigError, DataError
+from capt_deploy.core.files import (
     cache_folder,
     expand_home,
     is_inside,
@@ -25,7 +25,7 @@ from capt_deploy.files import (
     write_json,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 posix_only = pytest.mark.skipif(os.name != "posix", reason="needs POSIX limits and signals")
 
 
@@ -43,7 +43,7 @@ def test_a_full_disk_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> 
     path.write_bytes(b"old")
     script = (
         "import resource, signal, sys; from pathlib import Path\n"
-        "from capt_deploy.files import write_bytes\n"
+        "from capt_deploy.core.files import write_bytes\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try: write_bytes(Path(sys.argv[1]), b'x' * 100_000)\n"

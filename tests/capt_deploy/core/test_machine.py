@@ -4,7 +4,7 @@ import subprocess
 import sys
 from importlib import metadata
 
-from capt_deploy import machine
+from capt_deploy.core import machine
 
 
 def test_versions_are_those_that_are_installed():
@@ -24,7 +24,7 @@ def test_the_machine_can_be_written_as_json():
 def test_resident_memory_grows_with_what_is_held():
     # In a process of its own: one that has run other tests gives back memory of theirs meanwhile.
     code = (
-        "from capt_deploy.machine import resident_memory as now\n"
+        "from capt_deploy.core.machine import resident_memory as now\n"
         "before = now(); held = b'x' * 30_000_000; after = now()\n"
         "print(before is None or 25e6 < after - before < 60e6)\n"
     )

@@ -1,6 +1,6 @@
 import pytest
 
-from capt_deploy.nvidia import Gpu, find_driver, parse_smi, query_gpus
+from capt_deploy.core.nvidia import Gpu, find_driver, parse_smi, query_gpus
 
 H100 = "NVIDIA H100 80GB HBM3, 9.0, 580.159.04, 81559, 512, 345, 1980, 2619, 700.00\n"
 ORIN = "Orin (nvgpu), [N/A], 540.4.0, [N/A], [N/A], [N/A], [N/A], [N/A], [N/A]\n"

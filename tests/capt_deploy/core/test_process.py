@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from capt_deploy.errors import BackendError
-from capt_deploy.process import Process
+from capt_deploy.core.errors import BackendError
+from capt_deploy.core.process import Process
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
 # In a process of its own: pytest's has libraries loaded that do not survive a fork.

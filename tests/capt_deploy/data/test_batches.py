@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from capt_deploy.batches import preprocess_files
-from capt_deploy.preprocess import PreprocessConfig, preprocess
+from capt_deploy.data.batches import preprocess_files
+from capt_deploy.data.preprocess import PreprocessConfig, preprocess
 
 CONFIG = PreprocessConfig((6, 5), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from capt_deploy.class_names import distinct_names
-from capt_deploy.datasets import read_dataset
-from capt_deploy.errors import ConfigError, DataError
+from capt_deploy.core.errors import ConfigError, DataError
+from capt_deploy.data.class_names import distinct_names
+from capt_deploy.data.datasets import read_dataset
 
 
 def test_names_of_absent_classes_are_an_error_only_where_asked_for(

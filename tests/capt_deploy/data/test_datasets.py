@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from capt_deploy.datasets import SPLITS, Dataset, Item, Skipped, read_dataset
-from capt_deploy.errors import DataError
+from capt_deploy.core.errors import DataError
+from capt_deploy.data.datasets import SPLITS, Dataset, Item, Skipped, read_dataset
 
 NAMES = [f"{label}/{number:02}.jpg" for label in ("ape", "big_cat") for number in range(20)]
 

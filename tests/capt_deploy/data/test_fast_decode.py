@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from capt_deploy import Classifier, ImageError
-from capt_deploy.images import load_image, load_shrunk
-from capt_deploy.preprocess import PreprocessConfig, preprocess
+from capt_deploy.data.images import load_image, load_shrunk
+from capt_deploy.data.preprocess import PreprocessConfig, preprocess
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 def config(size: tuple[int, int] = (32, 32), **options: object) -> PreprocessConfig:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from capt_deploy.errors import ImageError
-from capt_deploy.images import IMAGE_SUFFIXES, load_image
+from capt_deploy.core.errors import ImageError
+from capt_deploy.data.images import IMAGE_SUFFIXES, load_image
 
 Image.init()
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 8, 3), dtype=np.uint8)

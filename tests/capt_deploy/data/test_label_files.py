@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capt_deploy.errors import DataError
-from capt_deploy.label_files import Listing, Row, read_csv, read_jsonl, read_pairs, read_zhou
+from capt_deploy.core.errors import DataError
+from capt_deploy.data.label_files import Listing, Row, read_csv, read_jsonl, read_pairs, read_zhou
 
 
 def write(folder: Path, name: str, content: str | bytes) -> Path:

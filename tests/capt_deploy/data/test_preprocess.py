@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from capt_deploy.errors import BundleError, CaptError, ConfigError, ImageError
-from capt_deploy.preprocess import PreprocessConfig, preprocess
+from capt_deploy.core.errors import BundleError, CaptError, ConfigError, ImageError
+from capt_deploy.data.preprocess import PreprocessConfig, preprocess
 
 MEAN, STD = (0.48, 0.45, 0.4), (0.27, 0.26, 0.25)
 SIZES = [(1, 1), (1, 9), (9, 1), (32, 32), (31, 33), (7, 5), (64, 40), (200, 133), (33, 500)]

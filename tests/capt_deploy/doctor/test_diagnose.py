@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 
 from capt_deploy.backends import AUTO
-from capt_deploy.doctor import Facts, Finding, diagnose, fix_of, problems
-from capt_deploy.doctor_probe import Trial
-from capt_deploy.errors import BundleError
-from capt_deploy.nvidia import Driver, Gpu
+from capt_deploy.core.errors import BundleError
+from capt_deploy.core.nvidia import Driver, Gpu
+from capt_deploy.doctor.diagnose import Facts, Finding, diagnose, fix_of, problems
+from capt_deploy.doctor.probe import Trial
 
 ADA, HOPPER = Gpu("NVIDIA L4", 89), Gpu("NVIDIA H100", 90)
 NO_GPU = Driver((), "no driver")

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from capt_deploy.backends import Outputs, create
-from capt_deploy.doctor_graph import SIDE, expected_outputs, make_graph
+from capt_deploy.doctor.graph import SIDE, expected_outputs, make_graph
 
 
 def test_a_backend_says_of_the_graph_what_numpy_says():
@@ -28,6 +28,6 @@ def test_onnx_itself_takes_the_file():
 
 def test_tensorrt_can_build_it():
     pytest.importorskip("tensorrt_rtx")
-    from capt_deploy.engine import build_engine
+    from capt_deploy.backends.tensorrt.engine import build_engine
 
     assert len(build_engine(make_graph(), sm=89)) > 10_000

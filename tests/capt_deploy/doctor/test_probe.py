@@ -3,10 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from capt_deploy import doctor_graph, doctor_probe
-from capt_deploy.doctor_probe import try_backend
+from capt_deploy.doctor import graph as doctor_graph
+from capt_deploy.doctor import probe as doctor_probe
+from capt_deploy.doctor.probe import try_backend
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capt_deploy.errors import ConfigError
-from capt_deploy.evaluation import Scores, confused_pairs, evaluate, harmonic_mean
-from capt_deploy.metrics import all_metrics, softmax
+from capt_deploy.core.errors import ConfigError
+from capt_deploy.evaluation.evaluate import Scores, confused_pairs, evaluate, harmonic_mean
+from capt_deploy.metrics.calibration import all_metrics, softmax
 
 NAMES = ("ape", "bee", "cow", "dog", "elk")
 TUNED = (True, False, True, True, False)  # not the first half: columns must not be taken by place

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from capt_deploy import BundleError, Classifier, DataError
-from capt_deploy.metrics import all_metrics
-from capt_deploy.scoring import evaluate_bundle
+from capt_deploy.evaluation.scoring import evaluate_bundle
+from capt_deploy.metrics.calibration import all_metrics
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 BUNDLE, PHOTOS = GOLDEN / "tiny.capt", GOLDEN / "photos"
 
 

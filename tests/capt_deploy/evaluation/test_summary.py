@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from capt_deploy.evaluation import Scores, evaluate
-from capt_deploy.summary import confused_pairs_table, summary, worse_than_zero_shot
+from capt_deploy.evaluation.evaluate import Scores, evaluate
+from capt_deploy.evaluation.summary import confused_pairs_table, summary, worse_than_zero_shot
 
 NAMES = ("ape", "bee", "cow")
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capt_deploy.bins import bin_of, class_sums, edges, top_sums
-from capt_deploy.metrics import softmax
+from capt_deploy.metrics.bins import bin_of, class_sums, edges, top_sums
+from capt_deploy.metrics.calibration import softmax
 
 
 def exact_bin(value: float, bins: int) -> int:

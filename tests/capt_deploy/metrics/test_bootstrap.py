@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from capt_deploy import metrics
-from capt_deploy.bootstrap import bootstrap_intervals, metric_intervals
+from capt_deploy.metrics import calibration as metrics
+from capt_deploy.metrics.bootstrap import bootstrap_intervals, metric_intervals
 
 FUNCTIONS = {
     "accuracy": metrics.accuracy,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capt_deploy import metrics
+from capt_deploy.metrics import calibration as metrics
 
 
 def sample(seed: int, n: int = 200, classes: int = 5, sharpness: float = 2.0) -> tuple:

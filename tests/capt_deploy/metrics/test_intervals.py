@@ -3,8 +3,12 @@
 import numpy as np
 import pytest
 
-from capt_deploy.evaluation import harmonic_mean
-from capt_deploy.intervals import accuracy_interval, interval_of_harmonic_mean, wilson
+from capt_deploy.metrics.intervals import (
+    accuracy_interval,
+    harmonic_mean,
+    interval_of_harmonic_mean,
+    wilson,
+)
 
 
 def test_wilsons_ends_are_the_shares_from_which_the_observed_one_is_two_errors_away() -> None:

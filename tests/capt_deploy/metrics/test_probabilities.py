@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from capt_deploy.metrics import softmax
-from capt_deploy.probabilities import require_both, require_labels, require_probabilities
+from capt_deploy.metrics.calibration import softmax
+from capt_deploy.metrics.probabilities import require_both, require_labels, require_probabilities
 
 ROW = np.array([[0.5, 0.5]])
 

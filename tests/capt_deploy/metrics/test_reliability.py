@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capt_deploy import metrics
-from capt_deploy.reliability import (
+from capt_deploy.metrics import calibration as metrics
+from capt_deploy.metrics.reliability import (
     accuracy_coverage,
     calibrated_ece,
     classwise_reliability,

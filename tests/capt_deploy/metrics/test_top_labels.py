@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capt_deploy.top_labels import TopLabels, top_labels
+from capt_deploy.metrics.top_labels import TopLabels, top_labels
 
 # few confidences, so that many are tied
 TIED = st.lists(st.tuples(st.sampled_from([0.25, 0.5, 0.75, 1.0]), st.booleans()), min_size=1)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from capt_deploy.errors import DataError
+from capt_deploy.core.errors import DataError
 from capt_deploy.report.data import Answers, checked, printable
 
 

@@ -5,13 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from capt_deploy.distance_aware import applied
-from capt_deploy.metrics import expected_calibration_error, negative_log_likelihood, softmax
-from capt_deploy.reliability import reliability
+from capt_deploy.confidence.distance_aware import applied
+from capt_deploy.confidence.top_label import TopLabelMap
+from capt_deploy.confidence.vector_scaling import VectorScaling
+from capt_deploy.metrics.calibration import (
+    expected_calibration_error,
+    negative_log_likelihood,
+    softmax,
+)
+from capt_deploy.metrics.reliability import reliability
 from capt_deploy.report.data import Answers
 from capt_deploy.report.measure import measure, probabilities_among, scope_columns
-from capt_deploy.top_label_map import TopLabelMap
-from capt_deploy.vector_scaling import VectorScaling
 
 HALF = (True, True, False, False)
 

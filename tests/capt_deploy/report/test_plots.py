@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from capt_deploy.errors import ConfigError
-from capt_deploy.reliability import reliability, risk_coverage
+from capt_deploy.core.errors import ConfigError
+from capt_deploy.metrics.reliability import reliability, risk_coverage
 from capt_deploy.report import plots
 
 pytest.importorskip("matplotlib")

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from capt_deploy.decisions import DecisionOptions, Decisions
-from capt_deploy.metrics import softmax
+from capt_deploy.confidence.decisions import DecisionOptions, Decisions
+from capt_deploy.metrics.calibration import softmax
 from capt_deploy.report.contents import find_contents
 from capt_deploy.report.data import ReportData
 from capt_deploy.report.markdown import markdown

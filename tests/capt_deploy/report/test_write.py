@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from capt_deploy.errors import ConfigError, DataError
+from capt_deploy.core.errors import ConfigError, DataError
 from capt_deploy.report import check_folder, write_report
 from capt_deploy.report.data import Answers
 

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from capt_deploy import BackendError, BatcherOptions, BusyError, Classifier, ImageError
-from capt_deploy.batcher import Batcher
-from capt_deploy.errors import ConfigError
+from capt_deploy.core.errors import ConfigError
+from capt_deploy.serving.batcher import Batcher
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 PHOTOS = sorted((GOLDEN / "photos").rglob("*.png"))
 LONG = 60.0  # seconds that nothing takes unless it hangs
 HOUR_MS = 3.6e6

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from capt_deploy import BackendError, BundleError, Classifier, DecisionOptions, ImageError
-from capt_deploy.batcher import BatcherOptions
-from capt_deploy.batches import in_batches
-from capt_deploy.errors import ConfigError
+from capt_deploy.core.errors import ConfigError
+from capt_deploy.data.batches import in_batches
+from capt_deploy.serving.batcher import BatcherOptions
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 PHOTOS = sorted((GOLDEN / "photos").rglob("*.png"))
 
 

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from capt_deploy.backends import Outputs
-from capt_deploy.classifier import Classifier
-from capt_deploy.errors import DataError
-from capt_deploy.labelling import find_images, label_files
-from capt_deploy.manifest import Graph, Manifest
-from capt_deploy.preprocess import PreprocessConfig
+from capt_deploy.bundle.manifest import Graph, Manifest
+from capt_deploy.core.errors import DataError
+from capt_deploy.data.preprocess import PreprocessConfig
+from capt_deploy.serving.classifier import Classifier
+from capt_deploy.serving.labelling import find_images, label_files
 
 
 class ColourBackend:

@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from capt_deploy.bundle import Bundle, open_bundle
-from capt_deploy.classifier import Classifier
-from capt_deploy.errors import BundleError, ConfigError
-from capt_deploy.metrics import softmax
-from capt_deploy.open_vocabulary import CLEANINGS, Head, TextSide
-from capt_deploy.preprocess import preprocess
+from capt_deploy.bundle.read import Bundle, open_bundle
+from capt_deploy.core.errors import BundleError, ConfigError
+from capt_deploy.data.preprocess import preprocess
+from capt_deploy.metrics.calibration import softmax
+from capt_deploy.serving.classifier import Classifier
+from capt_deploy.serving.open_vocabulary import CLEANINGS, Head, TextSide
 
 for library in ("tokenizers", "ftfy"):
     pytest.importorskip(library, reason=f"{library} is not installed: pip install .[open-vocab]")
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 EXPECTED = json.loads((GOLDEN / "open.json").read_text())
 LOGITS = {GOLDEN / "photos" / name: np.array(row) for name, row in EXPECTED["logits"].items()}
 PHOTOS = [*LOGITS]

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from capt_deploy.decisions import DecisionOptions, Decisions
-from capt_deploy.errors import BackendError, BundleError, ConfigError
-from capt_deploy.manifest import Manifest
-from capt_deploy.metrics import softmax
-from capt_deploy.monitor import Monitor
-from capt_deploy.prediction import Judge, Prediction
+from capt_deploy.bundle.manifest import Manifest
+from capt_deploy.confidence.decisions import DecisionOptions, Decisions
+from capt_deploy.confidence.monitor import Monitor
+from capt_deploy.core.errors import BackendError, BundleError, ConfigError
+from capt_deploy.metrics.calibration import softmax
+from capt_deploy.serving.prediction import Judge, Prediction
 
 NAMES = ("beaver", "otter", "seal")
 

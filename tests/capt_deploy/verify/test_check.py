@@ -10,15 +10,21 @@ import pytest
 from click.testing import CliRunner
 
 from capt_deploy.backends import Outputs
-from capt_deploy.check import check_bundle
-from capt_deploy.classifier import Classifier
-from capt_deploy.errors import BackendError, BundleError, DataError, GateError, UnavailableError
-from capt_deploy.files import sha256_file
-from capt_deploy.preprocess import preprocess
-from capt_deploy.reference import Reference, patterns
-from export.cli import main
+from capt_deploy.core.errors import (
+    BackendError,
+    BundleError,
+    DataError,
+    GateError,
+    UnavailableError,
+)
+from capt_deploy.core.files import sha256_file
+from capt_deploy.data.preprocess import preprocess
+from capt_deploy.serving.classifier import Classifier
+from capt_deploy.verify.check import check_bundle
+from capt_deploy.verify.reference import Reference, patterns
+from export.cli.export import main
 
-PHOTOS = Path(__file__).parents[1] / "golden" / "photos"
+PHOTOS = Path(__file__).parents[2] / "golden" / "photos"
 
 
 @pytest.fixture
@@ -75,7 +81,7 @@ def test_a_graph_that_cannot_be_loaded_is_no_pass(
     def refuse(*_: object, **__: object) -> None:
         raise BackendError("cannot load the graph")
 
-    monkeypatch.setattr("capt_deploy.classifier.start", refuse)
+    monkeypatch.setattr("capt_deploy.serving.classifier.start", refuse)
     with pytest.raises(BackendError, match="cannot load"):
         check_bundle(with_reference(reference.save()))
 
@@ -106,7 +112,7 @@ def test_what_cannot_run_here_is_said_and_is_no_pass(
     def refuse(*_: object, **__: object) -> None:
         raise UnavailableError("no such device")
 
-    monkeypatch.setattr("capt_deploy.classifier.start", refuse)
+    monkeypatch.setattr("capt_deploy.serving.classifier.start", refuse)
     with pytest.raises(UnavailableError, match="none of its graphs can run here"):
         check_bundle(with_reference(reference.save()))
     assert "fp32: not checked: no such device" in capsys.readouterr().err

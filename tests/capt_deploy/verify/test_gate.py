@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from capt_deploy.backends import Outputs
-from capt_deploy.distance_aware import applied
-from capt_deploy.gate import LIMITS, GateResult, compare, gate_table
-from capt_deploy.metrics import accuracy, expected_calibration_error, softmax
+from capt_deploy.confidence.distance_aware import applied
+from capt_deploy.metrics.calibration import accuracy, expected_calibration_error, softmax
+from capt_deploy.verify.gate import LIMITS, GateResult, compare, gate_table
 
 PERFECT = GateResult("fp16", 1000, 1000, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0)
 

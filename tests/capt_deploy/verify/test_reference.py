@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from capt_deploy.backends import Outputs
-from capt_deploy.bundle import REFERENCE, open_bundle
-from capt_deploy.errors import BundleError, DataError
-from capt_deploy.files import sha256_file
-from capt_deploy.reference import PATTERNS, Reference, chosen, patterns
+from capt_deploy.bundle.read import REFERENCE, open_bundle
+from capt_deploy.core.errors import BundleError, DataError
+from capt_deploy.core.files import sha256_file
+from capt_deploy.verify.reference import PATTERNS, Reference, chosen, patterns
 
 
 def answers(count: int) -> Outputs:

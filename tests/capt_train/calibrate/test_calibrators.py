@@ -15,19 +15,19 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
-from capt_deploy.metrics import softmax
-from capt_deploy.top_label_map import TopLabelMap
-from capt_deploy.vector_scaling import VectorScaling
-from capt_train import calibrators
-from capt_train.calibration import fit_temperature
-from capt_train.calibrators import (
+from capt_deploy.confidence.top_label import TopLabelMap
+from capt_deploy.confidence.vector_scaling import VectorScaling
+from capt_deploy.metrics.calibration import softmax
+from capt_train.calibrate import calibrators
+from capt_train.calibrate.calibrators import (
     KINDS,
     Calibration,
     choose_calibration,
     cross_fitted,
     fit_calibration,
 )
-from capt_train.fitted import Fitted
+from capt_train.calibrate.temperature import fit_temperature
+from capt_train.run.fitted import Fitted
 
 CLASSES = 10
 Drawn = tuple[NDArray[Any], NDArray[Any]]

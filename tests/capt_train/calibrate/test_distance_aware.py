@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from capt_train.distance_aware import distance_aware_factors, tuned_texts
+from capt_train.calibrate.distance_aware import distance_aware_factors, tuned_texts
 
 
 def closeness(text: Tensor, tuned: Tensor) -> float:

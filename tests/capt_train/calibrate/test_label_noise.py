@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from capt_train.calibration import fit_temperature
-from capt_train.label_noise import LabelNoise, fit_label_noise
-from capt_train.losses import noisy_likelihood
+from capt_train.calibrate.label_noise import LabelNoise, fit_label_noise
+from capt_train.calibrate.temperature import fit_temperature
+from capt_train.method.losses import noisy_likelihood
 
 IMAGES, CLASSES, TEMPERATURE = 2000, 12, 1.6
 

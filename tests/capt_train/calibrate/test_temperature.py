@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from capt_train.calibration import fit_temperature
+from capt_train.calibrate.temperature import fit_temperature
 
 GRID = np.geomspace(0.05, 20, 1201)  # steps of 0.5 %
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
-from capt_deploy.top_label_map import top_log_odds
-from capt_train.top_label_fit import fit_isotonic, fit_line
+from capt_deploy.confidence.top_label import top_log_odds
+from capt_train.calibrate.top_label import fit_isotonic, fit_line
 
 SLOPES, OFFSETS = np.linspace(0.05, 3, 296), np.linspace(-3, 3, 301)
 

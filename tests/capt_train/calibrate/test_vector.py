@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import logsumexp
 
-from capt_train.calibrators import fit_calibration
-from capt_train.vector_fit import fit_vector
+from capt_train.calibrate.calibrators import fit_calibration
+from capt_train.calibrate.vector import fit_vector
 
 
 def drawn(

@@ -12,9 +12,9 @@ import torch
 from click.testing import CliRunner, Result
 from torch.nn import functional
 
-from capt_train.bank import ConfusionBank
-from capt_train.cli_confusions import main
-from capt_train.confusions import CONFUSIONS, read_confusions, write_confusions
+from capt_train.cli.confusions import main
+from capt_train.confusion.bank import ConfusionBank
+from capt_train.confusion.confusions import CONFUSIONS, read_confusions, write_confusions
 
 NAMES = ("sea otter, wild", "beaver", "mink")
 LABELS = (0, 0, 0, 1, 1, 2)
@@ -149,7 +149,7 @@ def test_the_picture_gets_the_matrices_in_order(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[object] = []
-    monkeypatch.setattr("capt_train.confusion_plot.plot_confusions", lambda *own: drawn.extend(own))
+    monkeypatch.setattr("capt_train.confusion.plot.plot_confusions", lambda *own: drawn.extend(own))
     confusions(run, "--png", tmp_path / "a.png")
     path, before, after, names = drawn
     own_before, own_after = read_confusions(run / CONFUSIONS).matrices().tolist()
@@ -159,7 +159,7 @@ def test_the_picture_gets_the_matrices_in_order(
 
 def test_help_has_an_example_and_needs_neither_torch_nor_numpy() -> None:
     program = (
-        "import sys; from capt_train.cli_confusions import main; main(['-h'], 'x', None, False);"
+        "import sys; from capt_train.cli.confusions import main; main(['-h'], 'x', None, False);"
         "print(sorted({'torch', 'numpy', 'matplotlib'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", program]

@@ -11,10 +11,10 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from capt_deploy.datasets import read_dataset
-from capt_deploy.preprocess import preprocess
-from capt_train.backbone import Backbone
-from capt_train.cli import main
+from capt_deploy.data.datasets import read_dataset
+from capt_deploy.data.preprocess import preprocess
+from capt_train.cli.train import main
+from capt_train.clip.backbone import Backbone
 from capt_train.config import LossWeights
 
 HEAVY = {"torch", "numpy", "open_clip", "PIL", "onnxruntime", "safetensors"}
@@ -225,7 +225,8 @@ def test_an_existing_run_is_not_overwritten(base: list[str], finished: Path) -> 
 
 def test_help_imports_nothing_heavy() -> None:
     script = (
-        "import sys; from capt_train.cli import main; main(['--help'], standalone_mode=False); "
+        "import sys; from capt_train.cli.train import main;"
+        "main(['--help'], standalone_mode=False); "
         f"print(sorted({HEAVY} & set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run(

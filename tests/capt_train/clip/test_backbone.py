@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
-from capt_deploy.errors import ModelError
-from capt_deploy.preprocess import preprocess
-from capt_train.backbone import Backbone
-from capt_train.loading import load_backbone
+from capt_deploy.core.errors import ModelError
+from capt_deploy.data.preprocess import preprocess
+from capt_train.clip.backbone import Backbone
+from capt_train.clip.loading import load_backbone
 
 CPU = torch.device("cpu")
 WEIGHTS = "open_clip_model.safetensors"

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from capt_train.backbone import Backbone
-from capt_train.colour_map import ColourMap
+from capt_train.clip.backbone import Backbone
+from capt_train.clip.colour_map import ColourMap
 
 MATRIX = [[1.5, -0.3, 0.1], [0.2, 0.7, -0.4], [-0.6, 0.05, 1.1]]
 OFFSET = [0.3, -0.2, 0.05]

@@ -14,12 +14,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from capt_deploy.preprocess import preprocess
+from capt_deploy.data.preprocess import preprocess
+from capt_train.clip.loading import load_backbone
 from capt_train.config import TrainConfig
-from capt_train.loading import load_backbone
+from capt_train.method.prompt import PromptLearner
 from capt_train.pipeline import train
-from capt_train.prompt import PromptLearner
-from capt_train.run import TunedModel, load_run
+from capt_train.run.folder import TunedModel, load_run
 from tests.families import FAMILIES
 
 NAMES = ["cat", "small grey dog", "x"]

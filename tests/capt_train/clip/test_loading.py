@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from capt_deploy.errors import ConfigError, ModelError
-from capt_train.backbone import Backbone
-from capt_train.loading import choose_device, load_backbone
+from capt_deploy.core.errors import ConfigError, ModelError
+from capt_train.clip.backbone import Backbone
+from capt_train.clip.loading import choose_device, load_backbone
 
 CPU = torch.device("cpu")
 WEIGHTS = "open_clip_model.safetensors"

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.random_models import write_tokenizer
-from capt_deploy.errors import ModelError
-from capt_train.text_tokens import TextTokens
+from capt_deploy.core.errors import ModelError
+from capt_train.clip.text_tokens import TextTokens
 
 LENGTH = 12
 # Of a table of whole words; what stands around them is the layout.

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import BertConfig
 
-from capt_deploy.errors import ModelError
-from capt_train.backbone import Backbone
-from capt_train.loading import load_backbone
-from capt_train.prompt import PromptLearner
+from capt_deploy.core.errors import ModelError
+from capt_train.clip.backbone import Backbone
+from capt_train.clip.loading import load_backbone
+from capt_train.method.prompt import PromptLearner
 from tests.families import family
 
 CPU = torch.device("cpu")

@@ -13,12 +13,12 @@ from timm.models import VisionTransformer
 from torch import nn
 from torch.nn import functional
 
-from capt_train.backbone import Backbone
+from capt_train.clip.backbone import Backbone
+from capt_train.clip.loading import load_backbone
+from capt_train.clip.vision_tower import OpenClipTower, TimmTower, open_tower
 from capt_train.config import TrainConfig
-from capt_train.fewshot import FewShotSplit
-from capt_train.learner import left_out, make_learner
-from capt_train.loading import load_backbone
-from capt_train.vision_tower import OpenClipTower, TimmTower, open_tower
+from capt_train.data.fewshot import FewShotSplit
+from capt_train.method.learner import left_out, make_learner
 
 OPEN_CLIP: dict[str, dict[str, Any]] = {
     "token": {},

@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from capt_deploy.errors import ModelError
-from capt_train.vocabulary import whole_words
+from capt_deploy.core.errors import ModelError
+from capt_train.clip.vocabulary import whole_words
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from capt_deploy.errors import RunError
-from capt_train.bank import (
+from capt_deploy.core.errors import RunError
+from capt_train.confusion.bank import (
     ConfusionBank,
     confused_pairs,
     intensity,

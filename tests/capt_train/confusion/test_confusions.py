@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from capt_deploy.errors import RunError
-from capt_train.bank import ConfusionBank, confused_pairs
-from capt_train.confusions import (
+from capt_deploy.core.errors import RunError
+from capt_train.confusion.bank import ConfusionBank, confused_pairs
+from capt_train.confusion.confusions import (
     CONFUSIONS,
     ConfusedPair,
     Confusions,
@@ -163,7 +163,8 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 def test_reading_needs_no_torch(path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from capt_train.confusions import read_confusions;"
+        "import sys; from pathlib import Path;"
+        "from capt_train.confusion.confusions import read_confusions;"
         "print(len(read_confusions(Path(sys.argv[1])).pairs), 'torch' in sys.modules)"
     )
     command = [sys.executable, "-c", program, str(path)]

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from capt_deploy.errors import CaptError, ConfigError, RunError
-from capt_train.llm import LlmClient, key_from_environment, prompt
-from capt_train.sentences import PairSentences
+from capt_deploy.core.errors import CaptError, ConfigError, RunError
+from capt_train.confusion.llm import LlmClient, key_from_environment, prompt
+from capt_train.confusion.sentences import PairSentences
 
 KEY = "sk-very/secret+key=="
 PAIR = ("beaver", "otter")
@@ -182,7 +182,7 @@ def test_after_all_tries_it_says_what_came(
 def test_answers_of_any_size_are_read_only_so_far(
     client: LlmClient, server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("capt_train.llm._MAX_RESPONSE_BYTES", 3000)
+    monkeypatch.setattr("capt_train.confusion.llm._MAX_RESPONSE_BYTES", 3000)
     padding = " " * 3000
     server.replies = [http(200, json.dumps({"choices": []}) + padding)] * 3
     with pytest.raises(RunError, match="more than 3000 bytes"):

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from capt_deploy.errors import ConfigError, RunError
-from capt_train.llm import LlmClient, prompt
-from capt_train.llm_answers import ask_all, dry_run
-from capt_train.sentences import PairSentences
+from capt_deploy.core.errors import ConfigError, RunError
+from capt_train.confusion.llm import LlmClient, prompt
+from capt_train.confusion.llm_answers import ask_all, dry_run
+from capt_train.confusion.sentences import PairSentences
 
 KEY = "sk-very/secret+key=="
 PAIR = ("beaver", "otter")

@@ -13,11 +13,17 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from capt_train.backbone import Backbone
-from capt_train.bank import ConfusionBank
-from capt_train.cli import main
+from capt_train.cli.train import main
+from capt_train.clip.backbone import Backbone
 from capt_train.config import TrainConfig
-from capt_train.mining import ANSWERS, SENTENCES, find_centres, find_sentences, mined_names
+from capt_train.confusion.bank import ConfusionBank
+from capt_train.confusion.mining import (
+    ANSWERS,
+    SENTENCES,
+    find_centres,
+    find_sentences,
+    mined_names,
+)
 from capt_train.pipeline import dry_run, train
 
 Configure = Callable[..., TrainConfig]
@@ -133,7 +139,7 @@ def test_a_run_asks_about_every_mined_pair_once_and_uses_the_answers(
 def test_an_interrupted_run_asks_nothing_twice_and_ends_the_same(
     with_llm: TrainConfig, llm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from capt_train.llm import LlmClient
+    from capt_train.confusion.llm import LlmClient
 
     ask, calls = LlmClient.ask, []
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from capt_train.confusion_plot import plot_confusions
+from capt_train.confusion.plot import plot_confusions
 
 Counts = NDArray[np.float32]
 LONG = "the black-throated warbler of the very far northern islands"

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from capt_deploy.errors import DataError
-from capt_train.sentence_files import read_class_file, read_pair_file, write_pair_file
-from capt_train.sentences import PairSentences, clean, gather
+from capt_deploy.core.errors import DataError
+from capt_train.confusion.sentence_files import read_class_file, read_pair_file, write_pair_file
+from capt_train.confusion.sentences import PairSentences, clean, gather
 
 CLASSES = ("maine coon", "otter", "t-shirt")
 OTTER = ("an otter has webbed feet",)
@@ -129,7 +129,7 @@ def test_files_that_are_missing_or_huge_are_refused(
             read(file, CLASSES)
         with pytest.raises(DataError, match="Is a directory"):
             read(file.parent, CLASSES)
-    monkeypatch.setattr("capt_train.sentence_files._MAX_MIB", 0)
+    monkeypatch.setattr("capt_train.confusion.sentence_files._MAX_MIB", 0)
     with pytest.raises(DataError, match="at most 0 MiB"):
         read_class_file(write(file, {}), CLASSES)
 

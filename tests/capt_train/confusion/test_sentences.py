@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
-from capt_train.sentences import PairSentences, gather, list_names, pair_key, templates
+from capt_train.confusion.sentences import PairSentences, gather, list_names, pair_key, templates
 
 OTTER = ("an otter has webbed feet",)
 
 
 def test_it_needs_no_torch() -> None:
-    code = "import sys, capt_train.llm_answers; sys.exit('torch' in sys.modules)"
+    code = "import sys, capt_train.confusion.llm_answers; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -9,8 +9,8 @@ import PIL
 import pytest
 from numpy.typing import NDArray
 
-from capt_train import embedding_cache
-from capt_train.embedding_cache import EmbeddingCache
+from capt_train.data import embedding_cache
+from capt_train.data.embedding_cache import EmbeddingCache
 
 Floats = NDArray[np.float32]
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from capt_deploy.datasets import Dataset, Item, read_dataset
-from capt_deploy.preprocess import preprocess
-from capt_train.backbone import Backbone
-from capt_train.embedding_cache import EmbeddingCache
-from capt_train.features import embed
-from capt_train.loading import load_backbone
+from capt_deploy.data.datasets import Dataset, Item, read_dataset
+from capt_deploy.data.preprocess import preprocess
+from capt_train.clip.backbone import Backbone
+from capt_train.clip.loading import load_backbone
+from capt_train.data.embedding_cache import EmbeddingCache
+from capt_train.data.features import embed
 
 
 @pytest.fixture

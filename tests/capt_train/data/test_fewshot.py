@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from capt_deploy.datasets import Dataset, Item, read_dataset
-from capt_deploy.errors import DataError, RunError
-from capt_train.fewshot import FewShotSplit, choose
+from capt_deploy.core.errors import DataError, RunError
+from capt_deploy.data.datasets import Dataset, Item, read_dataset
+from capt_train.data.fewshot import FewShotSplit, choose
 
 
 @pytest.fixture

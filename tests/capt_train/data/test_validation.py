@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from capt_deploy.errors import RunError
-from capt_train.validation import Validation
+from capt_deploy.core.errors import RunError
+from capt_train.data.validation import Validation
 
 EMBEDDINGS, LABELS = torch.randn(5, 8), torch.tensor([0, 3, 3, 1, 0])
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.nn.functional import normalize
 
-from capt_train import losses
+from capt_train.method import losses
 
 
 def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:

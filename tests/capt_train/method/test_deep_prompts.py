@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from capt_deploy.errors import ModelError
-from capt_train.backbone import Backbone
-from capt_train.loading import load_backbone
-from capt_train.prompt import PromptLearner
+from capt_deploy.core.errors import ModelError
+from capt_train.clip.backbone import Backbone
+from capt_train.clip.loading import load_backbone
+from capt_train.method.prompt import PromptLearner
 
 NAMES = ("cat", "large dog", "boat")
 

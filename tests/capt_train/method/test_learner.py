@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from capt_train.backbone import Backbone
-from capt_train.colour_map import ColourMap
+from capt_train.clip.backbone import Backbone
+from capt_train.clip.colour_map import ColourMap
 from capt_train.config import TrainConfig
-from capt_train.fewshot import FewShotSplit
-from capt_train.learner import Learner, left_out, make_learner
+from capt_train.data.fewshot import FewShotSplit
+from capt_train.method.learner import Learner, left_out, make_learner
 
 NAMES = ("cat", "dog", "boat", "tree", "car")
 SPLIT = FewShotSplit(NAMES, (0, 1, 2), (), (), {})

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from capt_train import loss_terms, losses
 from capt_train.config import LossWeights
-from capt_train.loss_terms import Step, weighted_sum
+from capt_train.method import loss_terms, losses
+from capt_train.method.loss_terms import Step, weighted_sum
 
 ALL = {field.name: 1.0 for field in fields(LossWeights)} | {"consistency": 1.0}
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from capt_train import losses
+from capt_train.method import losses
 
 Floats = NDArray[np.float64]
 

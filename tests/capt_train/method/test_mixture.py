@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.nn.functional import normalize
 
-from capt_deploy.errors import ModelError, RunError
-from capt_train.mixture import (
+from capt_deploy.core.errors import ModelError, RunError
+from capt_train.method.mixture import (
     Mixture,
     fit_inside,
     fit_outside,

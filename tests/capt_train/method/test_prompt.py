@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from capt_deploy.errors import ModelError
-from capt_train.backbone import Backbone
-from capt_train.loading import load_backbone
-from capt_train.prompt import PromptLearner
+from capt_deploy.core.errors import ModelError
+from capt_train.clip.backbone import Backbone
+from capt_train.clip.loading import load_backbone
+from capt_train.method.prompt import PromptLearner
 
 NAMES = ("cat", "big brown dog", "x", "electric guitar")
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.nn.functional import normalize
 
-from capt_train.losses import balance
-from capt_train.semantic_experts import SemanticExperts, cluster
+from capt_train.method.losses import balance
+from capt_train.method.semantic_experts import SemanticExperts, cluster
 
 TAU = 0.3
 

@@ -15,14 +15,14 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from capt_deploy.preprocess import preprocess
-from capt_train.backbone import Backbone
+from capt_deploy.data.preprocess import preprocess
+from capt_train.clip.backbone import Backbone
+from capt_train.clip.loading import load_backbone
+from capt_train.clip.vision_tower import FeedForward, open_tower
 from capt_train.config import TrainConfig
-from capt_train.fewshot import FewShotSplit
-from capt_train.learner import Learner, make_learner
-from capt_train.loading import load_backbone
-from capt_train.vision_tower import FeedForward, open_tower
-from capt_train.visual_tuner import (
+from capt_train.data.fewshot import FewShotSplit
+from capt_train.method.learner import Learner, make_learner
+from capt_train.method.visual_tuner import (
     DiffMannerAdapter,
     SampleExperts,
     VisualParts,
@@ -459,7 +459,7 @@ def test_embedding_cached_tokens_in_parts_keeps_their_order(make_backbone, monke
     learner = shake(learner_of(backbone))
     tokens = learner.prefix(some_pixels(backbone, 7))
     whole = learner.embed_tokens(tokens)
-    monkeypatch.setattr("capt_train.learner._EMBEDDED_AT_ONCE", 3)
+    monkeypatch.setattr("capt_train.method.learner._EMBEDDED_AT_ONCE", 3)
     torch.testing.assert_close(learner.embed_tokens(tokens), whole, rtol=0, atol=1e-6)
     assert not whole.requires_grad
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from capt_deploy.datasets import read_dataset
-from capt_deploy.errors import ConfigError, DataError
-from capt_deploy.preprocess import preprocess
+from capt_deploy.core.errors import ConfigError, DataError
+from capt_deploy.data.datasets import read_dataset
+from capt_deploy.data.preprocess import preprocess
 from capt_train.config import TrainConfig
-from capt_train.evaluate import evaluate_run
 from capt_train.pipeline import train
-from capt_train.run import load_run
+from capt_train.run.evaluate import evaluate_run
+from capt_train.run.folder import load_run
 
 
 def measured(report: dict[str, Any]) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from capt_train import pipeline
 from capt_train.config import TrainConfig
-from capt_train.embedding_cache import EmbeddingCache
-from capt_train.fitting import Outcome, fit
-from capt_train.mixture import Mixture, fit_inside, fit_outside
-from capt_train.setup import Setup, prepare
+from capt_train.data.embedding_cache import EmbeddingCache
+from capt_train.method.mixture import Mixture, fit_inside, fit_outside
+from capt_train.run.fitting import Outcome, fit
+from capt_train.run.setup import Setup, prepare
 
 MARGIN = 0.02  # not the default
 Tuned = tuple[Setup, Outcome, Mixture]

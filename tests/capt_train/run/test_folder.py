@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from capt_deploy.errors import RunError
-from capt_train.backbone import Backbone
-from capt_train.calibrators import UNCALIBRATED, Calibration
+from capt_deploy.core.errors import RunError
+from capt_train.calibrate.calibrators import UNCALIBRATED, Calibration
+from capt_train.clip.backbone import Backbone
 from capt_train.config import TrainConfig
-from capt_train.fitted import Fitted
-from capt_train.mixture import Mixture
+from capt_train.method.mixture import Mixture
+from capt_train.method.prompt import PromptLearner
 from capt_train.pipeline import train
-from capt_train.prompt import PromptLearner
-from capt_train.run import load_run, read_config
+from capt_train.run.fitted import Fitted
+from capt_train.run.folder import load_run, read_config
 
 
 @pytest.fixture

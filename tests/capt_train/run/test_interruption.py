@@ -13,19 +13,19 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from capt_deploy.errors import RunError
-from capt_train.cli import main
+from capt_deploy.core.errors import RunError
+from capt_train.cli.train import main
 from capt_train.config import TrainConfig
-from capt_train.locking import locked
 from capt_train.pipeline import train
+from capt_train.run.locking import locked
 
 # Where the tests themselves run in the background, a child would ignore Ctrl-C.
 START = (
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "from capt_train.cli import main; main()"
+    "from capt_train.cli.train import main; main()"
 )
 HOLD = (
-    "import sys, time; from pathlib import Path; from capt_train.locking import locked\n"
+    "import sys, time; from pathlib import Path; from capt_train.run.locking import locked\n"
     "with locked(Path(sys.argv[1])):\n"
     "    print('locked', flush=True)\n"
     "    time.sleep(60)\n"

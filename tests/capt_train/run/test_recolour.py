@@ -15,20 +15,20 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from capt_deploy.classifier import Classifier
-from capt_deploy.datasets import Item, read_dataset
-from capt_deploy.errors import RunError
-from capt_train import recolour as recolouring
-from capt_train.colour_map import ColourMap
-from capt_train.colours import ColourFit, Labelled
+from capt_deploy.core.errors import RunError
+from capt_deploy.data.datasets import Item, read_dataset
+from capt_deploy.serving.classifier import Classifier
+from capt_train.clip.colour_map import ColourMap
 from capt_train.config import TrainConfig
-from capt_train.evaluate import evaluate_run
-from capt_train.features import Embedded, embed, read_pixels
+from capt_train.data.features import Embedded, embed, read_pixels
 from capt_train.pipeline import train
-from capt_train.recolour import recolour
-from capt_train.run import COLOURS, TunedModel, load_run
-from capt_train.setup import Setup, load
-from export.cli import main as capt_export
+from capt_train.run import recolour as recolouring
+from capt_train.run.evaluate import evaluate_run
+from capt_train.run.folder import COLOURS, TunedModel, load_run
+from capt_train.run.recolour import recolour
+from capt_train.run.setup import Setup, load
+from capt_train.tune.colours import ColourFit, Labelled
+from export.cli.export import main as capt_export
 
 Configure = Callable[..., TrainConfig]
 MAP = ColourMap(torch.diag(torch.tensor([2.0, 0.5, 1.0])), torch.tensor([0.1, 0.0, -0.3]))

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from capt_deploy.errors import CaptError, DataError, RunError
-from capt_train import epochs
+from capt_deploy.core.errors import CaptError, DataError, RunError
 from capt_train.config import TrainConfig
 from capt_train.pipeline import train
-from capt_train.tuning import LAST
+from capt_train.tune import epochs
+from capt_train.tune.tune import LAST
 
 Configure = Callable[..., TrainConfig]
 

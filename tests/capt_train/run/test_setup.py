@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from capt_deploy.errors import CaptError, ConfigError, DataError, ModelError, RunError
+from capt_deploy.core.errors import CaptError, ConfigError, DataError, ModelError, RunError
 from capt_train.config import TrainConfig
 from capt_train.pipeline import train
-from capt_train.run import read_config
+from capt_train.run.folder import read_config
 
 Configure = Callable[..., TrainConfig]
 

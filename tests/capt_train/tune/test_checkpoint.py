@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from capt_deploy.errors import RunError
-from capt_train.checkpoint import TuningState, load_checkpoint, part_of, save_checkpoint
+from capt_deploy.core.errors import RunError
+from capt_train.tune.checkpoint import TuningState, load_checkpoint, part_of, save_checkpoint
 
 STATE = TuningState(3, 2, 0.1 + 0.2, ({"coa": 1 / 3}, {"coa": 0.1, "val_nll": 2.0}))
 OPTIMIZERS = {

@@ -15,14 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from capt_train import colours
-from capt_train.backbone import Backbone
-from capt_train.calibration import fit_temperature
-from capt_train.colour_map import ColourMap
-from capt_train.colours import ColourFit, Labelled, fit_colours
-from capt_train.loading import load_backbone
+from capt_train.calibrate.temperature import fit_temperature
+from capt_train.clip.backbone import Backbone
+from capt_train.clip.colour_map import ColourMap
+from capt_train.clip.loading import load_backbone
+from capt_train.tune import colours
+from capt_train.tune.colours import ColourFit, Labelled, fit_colours
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 # The examples are no part of the installed package.
 sys.path.insert(0, str(ROOT))
 

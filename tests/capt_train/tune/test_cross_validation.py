@@ -15,16 +15,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from capt_train import cross_validation
-from capt_train.backbone import Backbone
+from capt_train.clip.backbone import Backbone
 from capt_train.config import TrainConfig
-from capt_train.cross_validation import out_of_fold_logits
-from capt_train.learner import Learner
+from capt_train.method.learner import Learner
 from capt_train.pipeline import train
-from capt_train.run import load_run
-from capt_train.stages import Stage, TuningTask, with_rows
-from capt_train.tuning import tune
-from tests.capt_train.test_strength import config, learner, make, numbered, without_val
+from capt_train.run.folder import load_run
+from capt_train.tune import cross_validation
+from capt_train.tune.cross_validation import out_of_fold_logits
+from capt_train.tune.stages import Stage, TuningTask, with_rows
+from capt_train.tune.tune import tune
+from tests.capt_train.tune.test_strength import config, learner, make, numbered, without_val
 
 TUNED = (0, 1, 3, 4, 6)
 

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from capt_train.backbone import Backbone
+from capt_train.clip.backbone import Backbone
 from capt_train.config import TrainConfig
-from capt_train.fewshot import FewShotSplit
-from capt_train.learner import Learner, make_learner
-from capt_train.loss_terms import Step, loss_terms, weighted_sum
-from capt_train.precision import Precision
+from capt_train.data.fewshot import FewShotSplit
+from capt_train.method.learner import Learner, make_learner
+from capt_train.method.loss_terms import Step, loss_terms, weighted_sum
+from capt_train.tune.precision import Precision
 
 CPU = torch.device("cpu")
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}

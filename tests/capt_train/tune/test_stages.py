@@ -14,19 +14,20 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from capt_deploy.errors import RunError
-from capt_train import epochs, loss_terms
-from capt_train.backbone import Backbone
-from capt_train.bank import ConfusionBank, mined_classes
-from capt_train.checkpoint import TuningState
+from capt_deploy.core.errors import RunError
+from capt_train.clip.backbone import Backbone
 from capt_train.config import TrainConfig
-from capt_train.features import Features
-from capt_train.fewshot import FewShotSplit
-from capt_train.learner import Learner, make_learner
-from capt_train.loss_terms import Step
-from capt_train.stages import Stage, TuningTask, stages
-from capt_train.tuning import BEST, LAST, tune
-from capt_train.views import Views
+from capt_train.confusion.bank import ConfusionBank, mined_classes
+from capt_train.data.features import Features
+from capt_train.data.fewshot import FewShotSplit
+from capt_train.method import loss_terms
+from capt_train.method.learner import Learner, make_learner
+from capt_train.method.loss_terms import Step
+from capt_train.tune import epochs
+from capt_train.tune.checkpoint import TuningState
+from capt_train.tune.stages import Stage, TuningTask, stages
+from capt_train.tune.tune import BEST, LAST, tune
+from capt_train.tune.views import Views
 
 NAMES = ("cat", "dog", "boat", "tree", "car")
 TUNED = (0, 1, 2, 4)

@@ -13,17 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from capt_train import strength
-from capt_train.backbone import Backbone
-from capt_train.bank import ConfusionBank
-from capt_train.calibration import fit_temperature
-from capt_train.checkpoint import TuningState
+from capt_train.calibrate.temperature import fit_temperature
+from capt_train.clip.backbone import Backbone
 from capt_train.config import TrainConfig
-from capt_train.features import Features
-from capt_train.fewshot import FewShotSplit
-from capt_train.learner import Learner, make_learner
-from capt_train.stages import Stage, TuningTask
-from capt_train.strength import (
+from capt_train.confusion.bank import ConfusionBank
+from capt_train.data.features import Features
+from capt_train.data.fewshot import FewShotSplit
+from capt_train.method.learner import Learner, make_learner
+from capt_train.tune import strength
+from capt_train.tune.checkpoint import TuningState
+from capt_train.tune.stages import Stage, TuningTask
+from capt_train.tune.strength import (
     GRID,
     Gains,
     Trial,
@@ -32,7 +32,7 @@ from capt_train.strength import (
     promises,
     try_out,
 )
-from capt_train.views import Views
+from capt_train.tune.views import Views
 
 NAMES = ("cat", "dog", "boat", "tree", "car", "bus", "sun")
 SHOTS, VAL = 4, 3

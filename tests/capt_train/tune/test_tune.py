@@ -14,17 +14,17 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from capt_deploy.errors import RunError
-from capt_train import epochs
-from capt_train.backbone import Backbone
-from capt_train.checkpoint import TuningState
+from capt_deploy.core.errors import RunError
+from capt_train.clip.backbone import Backbone
 from capt_train.config import TrainConfig
-from capt_train.features import Features
-from capt_train.learner import Learner
-from capt_train.loss_terms import Step, loss_terms
-from capt_train.prompt import PromptLearner
-from capt_train.stages import TuningTask, stages
-from capt_train.tuning import BEST, LAST, DivergenceError, tune
+from capt_train.data.features import Features
+from capt_train.method.learner import Learner
+from capt_train.method.loss_terms import Step, loss_terms
+from capt_train.method.prompt import PromptLearner
+from capt_train.tune import epochs
+from capt_train.tune.checkpoint import TuningState
+from capt_train.tune.stages import TuningTask, stages
+from capt_train.tune.tune import BEST, LAST, DivergenceError, tune
 
 NAMES = ("cat", "dog", "boat", "tree", "car")
 TUNED = (1, 2, 4)  # labels of the data set, not positions among the tuned ones

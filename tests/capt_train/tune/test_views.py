@@ -11,15 +11,15 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from capt_deploy.datasets import Dataset, Item, read_dataset
-from capt_deploy.errors import ImageError
-from capt_deploy.preprocess import preprocess
-from capt_train.backbone import Backbone
-from capt_train.colour_map import ColourMap
+from capt_deploy.core.errors import ImageError
+from capt_deploy.data.datasets import Dataset, Item, read_dataset
+from capt_deploy.data.preprocess import preprocess
+from capt_train.clip.backbone import Backbone
+from capt_train.clip.colour_map import ColourMap
 from capt_train.config import TrainConfig
-from capt_train.fewshot import FewShotSplit
-from capt_train.learner import Learner, make_learner
-from capt_train.views import Views, augment, embed_views
+from capt_train.data.fewshot import FewShotSplit
+from capt_train.method.learner import Learner, make_learner
+from capt_train.tune.views import Views, augment, embed_views
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_without_a_visual_side_there_are_no_tokens(tiny_backbone, dataset):
 def test_many_images_keep_their_order(tiny_backbone, dataset, monkeypatch):
     items = dataset.splits["train"][:7]
     learner = make(tiny_backbone)
-    monkeypatch.setattr("capt_train.views._BATCH", 3)
+    monkeypatch.setattr("capt_train.tune.views._BATCH", 3)
     views = embed(tiny_backbone, learner, dataset, items)
     assert views.embeddings.shape[:2] == views.tokens.shape[:2] == (3, 7)
     expected = tiny_backbone.image_embeddings(pixels_of(tiny_backbone, dataset, items))
@@ -120,7 +120,7 @@ class _HalfPrecision(TorchDispatchMode):
 def test_tokens_are_in_memory_once(tiny_backbone, dataset, monkeypatch):
     items = dataset.splits["train"][:8]
     learner = make(tiny_backbone)
-    monkeypatch.setattr("capt_train.views._BATCH", 1)
+    monkeypatch.setattr("capt_train.tune.views._BATCH", 1)
     with _HalfPrecision() as memory:
         tokens = embed(tiny_backbone, learner, dataset, items).tokens
     assert tokens.nbytes <= memory.peak <= 1.2 * tokens.nbytes
@@ -130,7 +130,7 @@ def test_tokens_are_in_memory_once(tiny_backbone, dataset, monkeypatch):
 def test_much_memory_for_tokens_is_said_before_they_are_made(
     limit, told, tiny_backbone, dataset, monkeypatch, capsys
 ):
-    monkeypatch.setattr("capt_train.views._MUCH_MEMORY", limit)
+    monkeypatch.setattr("capt_train.tune.views._MUCH_MEMORY", limit)
     embed(tiny_backbone, make(tiny_backbone), dataset, dataset.splits["train"][:5])
     printed = capsys.readouterr().err
     assert printed.startswith("note: tokens of photos need 0.0 GiB of memory\n") == told

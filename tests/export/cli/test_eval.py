@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from capt_deploy.classifier import Classifier
-from capt_deploy.preprocess import preprocess
+from capt_deploy.data.preprocess import preprocess
+from capt_deploy.serving.classifier import Classifier
 from capt_train.config import TrainConfig
 from capt_train.pipeline import train
-from capt_train.run import load_run
-from export.cli_eval import main
+from capt_train.run.folder import load_run
+from export.cli.eval import main
 from export.writer import export_run
 
 

@@ -4,10 +4,10 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 
-from capt_deploy.bundle import open_bundle
-from capt_deploy.classifier import Classifier
-from capt_deploy.gate import LIMITS
-from export.cli import main
+from capt_deploy.bundle.read import open_bundle
+from capt_deploy.serving.classifier import Classifier
+from capt_deploy.verify.gate import LIMITS
+from export.cli.export import main
 
 
 def run(*arguments):

@@ -3,7 +3,7 @@ import torch
 from open_clip.transformer import ResidualAttentionBlock
 from torch import nn
 
-from export.attention import SelfAttention, simplify_attention
+from export.graph.attention import SelfAttention, simplify_attention
 
 
 def attention(heads=3, width=36, bias=True):

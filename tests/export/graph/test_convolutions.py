@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from export.convolutions import simplified_convolutions
+from export.graph.convolutions import simplified_convolutions
 
 
 def settled(network):

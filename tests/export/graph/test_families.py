@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from capt_deploy.backends.onnxruntime import OnnxRuntime
-from capt_deploy.engine import build_engine
-from capt_train.loading import load_backbone
-from export.emulation import write_widened
-from export.fold import Head
-from export.onnx_graph import BF16_OPSET, OPSET, trace
-from export.precision import DTYPES
-from export.quantize import quantize
-from export.visual import VisualClassifier
+from capt_deploy.backends.tensorrt.engine import build_engine
+from capt_train.clip.loading import load_backbone
+from export.graph.lower import DTYPES
+from export.graph.onnx_graph import BF16_OPSET, OPSET, trace
+from export.graph.visual import VisualClassifier
+from export.precision.emulation import write_widened
+from export.precision.quantize import quantize
+from export.source.fold import Head
 from tests.families import FAMILIES
 
 # int8 may move the logits by a fifth of their spread here, so that most layers of these towers

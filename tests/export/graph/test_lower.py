@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from capt_train.loading import load_backbone
-from export.emulation import widened
-from export.fold import Head
-from export.onnx_graph import BF16_OPSET, OPSET, OUTPUTS, trace
-from export.precision import Float32, lower
-from export.visual import VisualClassifier
+from capt_train.clip.loading import load_backbone
+from export.graph.lower import Float32, lower
+from export.graph.onnx_graph import BF16_OPSET, OPSET, OUTPUTS, trace
+from export.graph.visual import VisualClassifier
+from export.precision.emulation import widened
+from export.source.fold import Head
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 ONNX_TYPES = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}

@@ -6,9 +6,9 @@ import onnxruntime
 import pytest
 from torch import nn
 
-from capt_deploy.errors import ModelError
-from capt_deploy.manifest import METADATA_KEY
-from export.onnx_graph import OPSET, OUTPUTS, trace
+from capt_deploy.bundle.manifest import METADATA_KEY
+from capt_deploy.core.errors import ModelError
+from export.graph.onnx_graph import OPSET, OUTPUTS, trace
 
 
 @pytest.fixture(scope="module")

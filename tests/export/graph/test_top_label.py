@@ -14,21 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from capt_deploy.bundle import open_bundle
-from capt_deploy.classifier import Classifier
-from capt_deploy.errors import GateError
-from capt_deploy.evaluation import Report
-from capt_deploy.metrics import softmax
-from capt_deploy.scoring import evaluate_bundle
-from capt_deploy.top_label_map import TopLabelMap
-from capt_deploy.vector_scaling import VectorScaling
-from capt_train.calibrators import Calibration
-from capt_train.run import TunedModel
-from export import visual
-from export.classes import with_classes
-from export.source import Source, distance_aware, source_of
-from export.text_graph import write_open_vocabulary
-from export.visual import _TopLabel
+from capt_deploy.bundle.read import open_bundle
+from capt_deploy.confidence.top_label import TopLabelMap
+from capt_deploy.confidence.vector_scaling import VectorScaling
+from capt_deploy.core.errors import GateError
+from capt_deploy.evaluation.evaluate import Report
+from capt_deploy.evaluation.scoring import evaluate_bundle
+from capt_deploy.metrics.calibration import softmax
+from capt_deploy.serving.classifier import Classifier
+from capt_train.calibrate.calibrators import Calibration
+from capt_train.run.folder import TunedModel
+from export.graph import visual
+from export.graph.visual import _TopLabel
+from export.source.classes import with_classes
+from export.source.model import Source, distance_aware, source_of
+from export.text.graph import write_open_vocabulary
 from export.writer import ExportOptions, export
 from tests.export.distances import adjusted, coloured_noise, factors_by_hand
 
@@ -129,7 +129,7 @@ def test_bundle_and_lone_graph_say_how_they_are_calibrated(exported: Any, case: 
 
 
 def test_old_bundles_know_nothing_of_it() -> None:
-    golden = Path(__file__).parents[1] / "golden"
+    golden = Path(__file__).parents[2] / "golden"
     for name in ("tiny.capt", "open.capt"):
         bundle = open_bundle(golden / name)
         assert (bundle.manifest.top_label, bundle.manifest.vector_scaling) == (None, None)
@@ -263,7 +263,7 @@ def test_ties_and_extreme_logits() -> None:
     ],
 )
 def test_engines_are_built(exported: Any, case: str, precision: str, sm: int) -> None:
-    from capt_deploy.engine import build_engine
+    from capt_deploy.backends.tensorrt.engine import build_engine
 
     _, graph = open_bundle(exported(case)[2]).graph(precision)
     assert len(build_engine(graph, sm=sm)) > 10_000

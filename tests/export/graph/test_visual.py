@@ -4,11 +4,11 @@ import onnxruntime
 import pytest
 import torch
 
-from capt_train.colour_map import ColourMap
-from capt_train.loading import load_backbone
-from export.fold import Head
-from export.onnx_graph import OUTPUTS, trace
-from export.visual import VisualClassifier
+from capt_train.clip.colour_map import ColourMap
+from capt_train.clip.loading import load_backbone
+from export.graph.onnx_graph import OUTPUTS, trace
+from export.graph.visual import VisualClassifier
+from export.source.fold import Head
 
 TOWERS = {
     "vit": ({}, False),

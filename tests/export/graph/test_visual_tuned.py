@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from capt_deploy.preprocess import preprocess
-from capt_train.backbone import Backbone
-from capt_train.colour_map import ColourMap
+from capt_deploy.data.preprocess import preprocess
+from capt_train.clip.backbone import Backbone
+from capt_train.clip.colour_map import ColourMap
+from capt_train.clip.loading import load_backbone
 from capt_train.config import TrainConfig
-from capt_train.fewshot import FewShotSplit
-from capt_train.learner import Learner, make_learner
-from capt_train.loading import load_backbone
-from export.fold import Head
-from export.onnx_graph import OUTPUTS, OnnxGraph, trace
-from export.visual import VisualClassifier
+from capt_train.data.fewshot import FewShotSplit
+from capt_train.method.learner import Learner, make_learner
+from export.graph.onnx_graph import OUTPUTS, OnnxGraph, trace
+from export.graph.visual import VisualClassifier
+from export.source.fold import Head
 
 VOCABULARY = 49408
 TOWERS: dict[str, dict[str, Any]] = {

@@ -5,7 +5,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export.emulation import widened
+from export.precision.emulation import widened
 
 OPSET = 22
 

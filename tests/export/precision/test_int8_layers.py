@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from export.int8_layers import can_be_int8, fake_quantised, half_scale, int8_layer
-from export.precision import lower
+from export.graph.lower import lower
+from export.precision.int8_layers import can_be_int8, fake_quantised, half_scale, int8_layer
 
 LAYERS = {
     "linear": (lambda: nn.Linear(12, 7), (5, 12)),

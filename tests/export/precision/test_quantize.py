@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from capt_deploy.errors import ConfigError, ModelError
-from capt_train.loading import load_backbone
-from capt_train.run import load_run
-from export.attention import SelfAttention
-from export.fold import Head
-from export.int8_layers import Int8Convolution, Int8Layer, Int8Linear
-from export.onnx_graph import OUTPUTS, trace
-from export.quantize import quantize
-from export.source import source_of
-from export.visual import VisualClassifier
+from capt_deploy.core.errors import ConfigError, ModelError
+from capt_train.clip.loading import load_backbone
+from capt_train.run.folder import load_run
+from export.graph.attention import SelfAttention
+from export.graph.onnx_graph import OUTPUTS, trace
+from export.graph.visual import VisualClassifier
+from export.precision.int8_layers import Int8Convolution, Int8Layer, Int8Linear
+from export.precision.quantize import quantize
+from export.source.fold import Head
+from export.source.model import source_of
 
 LINEAR = (nn.Linear, nn.Conv2d)
 TOWERS = {

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from export.sensitivity import find_candidates, logits_of, measure
+from export.precision.sensitivity import find_candidates, logits_of, measure
 
 
 class Network(nn.Module):

@@ -7,8 +7,8 @@ from collections import Counter
 import onnx
 import pytest
 
-from capt_deploy.engine import build_engine
-from capt_deploy.errors import BackendError
+from capt_deploy.backends.tensorrt.engine import build_engine
+from capt_deploy.core.errors import BackendError
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed"

@@ -8,16 +8,16 @@ import pytest
 from onnx import numpy_helper
 
 from capt_deploy.backends import create
-from capt_deploy.check import ask_backend
-from capt_deploy.classifier import Classifier
-from capt_deploy.errors import DataError, GateError
-from capt_deploy.gate import compare
-from capt_train.calibrators import Calibration
-from capt_train.run import load_run
-from export.gate import ask_torch, temperature_factor
-from export.graphs import trace_precision
-from export.source import Photo, source_of
-from export.visual import VisualClassifier
+from capt_deploy.core.errors import DataError, GateError
+from capt_deploy.serving.classifier import Classifier
+from capt_deploy.verify.check import ask_backend
+from capt_deploy.verify.gate import compare
+from capt_train.calibrate.calibrators import Calibration
+from capt_train.run.folder import load_run
+from export.graph.visual import VisualClassifier
+from export.precision.trace import trace_precision
+from export.proof.question import ask_torch, temperature_factor
+from export.source.model import Photo, source_of
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from capt_deploy.classifier import Classifier
-from capt_deploy.errors import ConfigError, DataError, ModelError
-from capt_train.run import TunedModel, load_run
-from export.classes import read_class_list, with_classes
-from export.source import source_of
+from capt_deploy.core.errors import ConfigError, DataError, ModelError
+from capt_deploy.serving.classifier import Classifier
+from capt_train.run.folder import TunedModel, load_run
+from export.source.classes import read_class_list, with_classes
+from export.source.model import source_of
 from export.writer import ExportOptions, export
 from tests.export.conftest import by_hand
 

@@ -13,18 +13,18 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from capt_deploy.bundle import CALIBRATION
-from capt_deploy.classifier import Classifier
-from capt_deploy.decisions import DecisionOptions, Decisions
-from capt_train import calibrators
-from capt_train.calibrators import KINDS, fit_calibration
-from capt_train.run import TunedModel, load_run
-from capt_train.validation import Validation
-from export import decisions
-from export.classes import with_classes
-from export.decisions import decisions_of
-from export.merge import merged
-from export.source import distance_aware, source_of
+from capt_deploy.bundle.read import CALIBRATION
+from capt_deploy.confidence.decisions import DecisionOptions, Decisions
+from capt_deploy.serving.classifier import Classifier
+from capt_train.calibrate import calibrators
+from capt_train.calibrate.calibrators import KINDS, fit_calibration
+from capt_train.data.validation import Validation
+from capt_train.run.folder import TunedModel, load_run
+from export.source import decisions
+from export.source.classes import with_classes
+from export.source.decisions import decisions_of
+from export.source.merge import merged
+from export.source.model import distance_aware, source_of
 from export.writer import ExportOptions, export
 from tests.export.distances import adjusted, coloured_noise
 

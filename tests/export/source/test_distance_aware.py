@@ -17,19 +17,19 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from capt_deploy.backends import create
-from capt_deploy.bundle import Bundle, open_bundle
-from capt_deploy.check import ask_backend, check_bundle
-from capt_deploy.classifier import Classifier
-from capt_deploy.datasets import read_dataset
-from capt_deploy.errors import GateError
-from capt_deploy.gate import compare
-from capt_deploy.metrics import all_metrics, softmax
-from capt_deploy.preprocess import preprocess
-from capt_deploy.scoring import evaluate_bundle
-from capt_train.run import TunedModel
-from export.gate import ask_torch
-from export.source import Source, distance_aware, source_of
-from export.visual import VisualClassifier
+from capt_deploy.bundle.read import Bundle, open_bundle
+from capt_deploy.core.errors import GateError
+from capt_deploy.data.datasets import read_dataset
+from capt_deploy.data.preprocess import preprocess
+from capt_deploy.evaluation.scoring import evaluate_bundle
+from capt_deploy.metrics.calibration import all_metrics, softmax
+from capt_deploy.serving.classifier import Classifier
+from capt_deploy.verify.check import ask_backend, check_bundle
+from capt_deploy.verify.gate import compare
+from capt_train.run.folder import TunedModel
+from export.graph.visual import VisualClassifier
+from export.proof.question import ask_torch
+from export.source.model import Source, distance_aware, source_of
 from export.writer import ExportOptions, export
 from tests.export.distances import adjusted, coloured_noise, factors_by_hand
 
@@ -207,7 +207,7 @@ def test_each_scope_has_the_factors_of_its_own_most_probable_classes(
     [("fp32", 80), ("fp16", 75), ("fp16", 120), ("int8", 89), ("bf16", 80), ("bf16", 120)],
 )
 def test_engines_are_built(dac_bundle: Path, precision: str, sm: int) -> None:
-    from capt_deploy.engine import build_engine
+    from capt_deploy.backends.tensorrt.engine import build_engine
 
     _, graph = open_bundle(dac_bundle).graph(precision)
     assert len(build_engine(graph, sm=sm)) > 10_000

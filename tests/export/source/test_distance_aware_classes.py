@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from capt_deploy.bundle import Bundle, open_bundle
-from capt_deploy.classifier import Classifier
-from capt_deploy.errors import BundleError, GateError
-from capt_deploy.manifest import OpenVocabulary
-from capt_deploy.open_vocabulary import TextSide
-from capt_train.run import TunedModel, load_run
-from export.classes import with_classes
-from export.merge import merged
-from export.source import Source, distance_aware, source_of
-from export.text_graph import prove_rows, write_open_vocabulary
+from capt_deploy.bundle.manifest import OpenVocabulary
+from capt_deploy.bundle.read import Bundle, open_bundle
+from capt_deploy.core.errors import BundleError, GateError
+from capt_deploy.serving.classifier import Classifier
+from capt_deploy.serving.open_vocabulary import TextSide
+from capt_train.run.folder import TunedModel, load_run
+from export.source.classes import with_classes
+from export.source.merge import merged
+from export.source.model import Source, distance_aware, source_of
+from export.text.graph import prove_rows, write_open_vocabulary
 from export.writer import ExportOptions, export
 from tests.export.conftest import by_hand, shaken
 from tests.export.distances import adjusted, coloured_noise, factor_by_hand, factors_by_hand
@@ -140,7 +140,7 @@ def test_the_text_graph_knows_the_hand_written_rows(
     np.testing.assert_allclose(texts.both_rows(NEW)[1], wanted, atol=1e-5)
     prove_rows(texts, open_models, NEW, hand_written=True)
     other = normalize(torch.ones(len(NEW), 32))
-    monkeypatch.setattr("export.text_graph.hand_written_rows", lambda *_: other)
+    monkeypatch.setattr("export.text.graph.hand_written_rows", lambda *_: other)
     with pytest.raises(GateError, match="differ by"):
         prove_rows(texts, open_models, NEW, hand_written=True)
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from capt_train.run import load_run
-from export.fold import folded
+from capt_train.run.folder import load_run
+from export.source.fold import folded
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_folded_logits_are_the_tuned_models(model):
 
 
 def test_a_sigmoid_models_bias_stays_in_the_logits(write_model):
-    from capt_train.loading import load_backbone
+    from capt_train.clip.loading import load_backbone
 
     folder = write_model(init_logit_bias=-10.0, custom_text=True)
     backbone = load_backbone(str(folder), None, torch.device("cpu"))

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from capt_deploy.classifier import Classifier
-from capt_deploy.errors import ConfigError, DataError
-from capt_deploy.preprocess import preprocess
-from capt_train.calibrators import Calibration
-from capt_train.run import TunedModel, load_run
-from export.classes import with_classes
-from export.merge import merged
-from export.source import Source, source_of
+from capt_deploy.core.errors import ConfigError, DataError
+from capt_deploy.data.preprocess import preprocess
+from capt_deploy.serving.classifier import Classifier
+from capt_train.calibrate.calibrators import Calibration
+from capt_train.run.folder import TunedModel, load_run
+from export.source.classes import with_classes
+from export.source.merge import merged
+from export.source.model import Source, source_of
 from export.writer import ExportOptions, export
 from tests.export.conftest import by_hand, shaken
 

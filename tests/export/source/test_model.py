@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from capt_deploy.errors import DataError
-from capt_train.run import load_run
-from export.source import Photo, source_of, spread
+from capt_deploy.core.errors import DataError
+from capt_train.run.folder import load_run
+from export.source.model import Photo, source_of, spread
 
 
 @pytest.fixture(scope="module")

@@ -14,24 +14,24 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 from torch.nn.functional import normalize
 
-from capt_deploy.bundle import open_bundle
-from capt_deploy.classifier import Classifier
-from capt_deploy.datasets import Item
-from capt_deploy.decisions import DecisionOptions
-from capt_deploy.errors import BundleError, ConfigError, GateError
-from capt_deploy.manifest import OpenVocabulary
-from capt_deploy.open_vocabulary import TextSide
+from capt_deploy.bundle.manifest import OpenVocabulary
+from capt_deploy.bundle.read import open_bundle
+from capt_deploy.confidence.decisions import DecisionOptions
+from capt_deploy.core.errors import BundleError, ConfigError, GateError
+from capt_deploy.data.datasets import Item
+from capt_deploy.serving.classifier import Classifier
+from capt_deploy.serving.open_vocabulary import TextSide
+from capt_train.clip.loading import load_backbone
 from capt_train.config import TrainConfig
-from capt_train.fewshot import FewShotSplit
-from capt_train.fitted import Fitted
-from capt_train.learner import make_learner
-from capt_train.loading import load_backbone
-from capt_train.mixture import Mixture
-from capt_train.run import TunedModel, load_run
-from export.classes import untuned_rows, with_classes
-from export.cli import main
-from export.source import Source, source_of
-from export.text_graph import prove_rows, write_open_vocabulary
+from capt_train.data.fewshot import FewShotSplit
+from capt_train.method.learner import make_learner
+from capt_train.method.mixture import Mixture
+from capt_train.run.fitted import Fitted
+from capt_train.run.folder import TunedModel, load_run
+from export.cli.export import main
+from export.source.classes import untuned_rows, with_classes
+from export.source.model import Source, source_of
+from export.text.graph import prove_rows, write_open_vocabulary
 from export.writer import ExportOptions, export
 from tests.export.conftest import TEMPLATES, TRAINED, shaken
 
@@ -230,7 +230,9 @@ def test_what_was_promised_is_not_given_up_for_more_classes(
 def test_weights_that_one_file_cannot_hold_lie_in_a_second(
     text_model: TunedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("export.onnx_graph._LARGEST_BYTES", 2**20)  # less than the vocabulary's
+    monkeypatch.setattr(
+        "export.graph.onnx_graph._LARGEST_BYTES", 2**20
+    )  # less than the vocabulary's
     out = open_export(text_model, tmp_path / "x.capt")
     assert (out / "text.onnx").stat().st_size < 2**19 < (out / "text.onnx.data").stat().st_size
     classifier = Classifier.load(out)

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer
 
-from capt_deploy.errors import BundleError, ModelError
-from capt_deploy.manifest import OpenVocabulary
-from capt_deploy.open_vocabulary import CLEANINGS, PromptTokens
-from capt_train.loading import load_backbone
-from capt_train.text_tokens import TextTokens
-from export.tokenizer import cleaning_of, prove_tokens, tokenizer_json
+from capt_deploy.bundle.manifest import OpenVocabulary
+from capt_deploy.core.errors import BundleError, ModelError
+from capt_deploy.serving.open_vocabulary import CLEANINGS, PromptTokens
+from capt_train.clip.loading import load_backbone
+from capt_train.clip.text_tokens import TextTokens
+from export.text.tokenizer import cleaning_of, prove_tokens, tokenizer_json
 
 TRAINING = {cleaning: SimpleTokenizer(clean=cleaning) for cleaning in CLEANINGS}
 JSON = tokenizer_json(TRAINING["lower"])

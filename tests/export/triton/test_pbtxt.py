@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from export.pbtxt import Word, entries, to_pbtxt
+from export.triton.pbtxt import Word, entries, to_pbtxt
 
 
 def parsed(message):

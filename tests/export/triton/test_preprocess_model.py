@@ -18,12 +18,12 @@ from google.protobuf import json_format, text_format
 from PIL import Image
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from capt_deploy.bundle import open_bundle
-from capt_deploy.classifier import Classifier
-from capt_deploy.preprocess import preprocess
-from export.triton import write_triton
+from capt_deploy.bundle.read import open_bundle
+from capt_deploy.data.preprocess import preprocess
+from capt_deploy.serving.classifier import Classifier
+from export.triton.repository import write_triton
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "tiny.capt"
+GOLDEN = Path(__file__).parents[2] / "golden" / "tiny.capt"
 PHOTOS = sorted((GOLDEN.parent / "photos").rglob("*.png"))
 
 

@@ -15,12 +15,12 @@ from google.protobuf import text_format
 from onnx import TensorProto
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup
 
-from capt_deploy.bundle import open_bundle
-from capt_deploy.errors import BackendError, BundleError, ConfigError
-from capt_deploy.manifest import METADATA_KEY
-from export.triton import write_triton
+from capt_deploy.bundle.manifest import METADATA_KEY
+from capt_deploy.bundle.read import open_bundle
+from capt_deploy.core.errors import BackendError, BundleError, ConfigError
+from export.triton.repository import write_triton
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "tiny.capt"
+GOLDEN = Path(__file__).parents[2] / "golden" / "tiny.capt"
 KINDS = {TensorProto.UINT8: "TYPE_UINT8", TensorProto.FLOAT: "TYPE_FP32"}
 
 

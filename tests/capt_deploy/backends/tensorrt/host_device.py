@@ -12,8 +12,8 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 
 from capt_deploy.backends import Outputs
-from capt_deploy.backends.tensorrt_execution import INPUT, Layout
-from capt_deploy.errors import BackendError
+from capt_deploy.backends.tensorrt.execution import INPUT, Layout
+from capt_deploy.core.errors import BackendError
 
 PIXELS, COLUMNS = (4, 4, 3), {"logits": 3, "probabilities": 3, "embedding": 5}
 LAYOUT = Layout(PIXELS, COLUMNS, (1, 2, 4, 8))

@@ -11,17 +11,23 @@ import pytest
 
 from capt_deploy.backends import Backend, DeviceTimed, Outputs, RuntimeOptions
 from capt_deploy.backends.onnxruntime import OnnxRuntime
-from capt_deploy.backends.tensorrt import TensorRT
-from capt_deploy.driver import gpu_problem
-from capt_deploy.engine import make_logger
-from capt_deploy.engine_cache import EngineCache
-from capt_deploy.engine_store import Target, key_of
-from capt_deploy.errors import BackendError, UnavailableError
-from capt_deploy.graphs import StoredGraph
-from tests.capt_deploy.backends.host_device import PIXELS, Engine, HostDevice, answer, library
+from capt_deploy.backends.tensorrt.backend import TensorRT
+from capt_deploy.backends.tensorrt.cache import EngineCache
+from capt_deploy.backends.tensorrt.engine import make_logger
+from capt_deploy.backends.tensorrt.store import Target, key_of
+from capt_deploy.bundle.graphs import StoredGraph
+from capt_deploy.core.driver import gpu_problem
+from capt_deploy.core.errors import BackendError, UnavailableError
+from tests.capt_deploy.backends.tensorrt.host_device import (
+    PIXELS,
+    Engine,
+    HostDevice,
+    answer,
+    library,
+)
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
-STAND_INS = "tests.capt_deploy.backends.host_device"
+STAND_INS = "tests.capt_deploy.backends.tensorrt.host_device"
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +65,7 @@ def on_host(request, monkeypatch, tmp_path):
     version = {"tensorrt": "10.13.0", "tensorrt_rtx": "1.7.1"}[request.param]
     module = library(request.param, version, device)
     monkeypatch.setitem(sys.modules, request.param, module)
-    monkeypatch.setattr("capt_deploy.backends.tensorrt.open_device", lambda ordinal: device)
+    monkeypatch.setattr("capt_deploy.backends.tensorrt.backend.open_device", lambda ordinal: device)
     make_logger.cache_clear()
 
     def start(entry=b"an engine", **options):
@@ -255,7 +261,7 @@ def test_an_engine_that_does_not_load_is_built_again(on_host, entry, monkeypatch
         built.append(options["sm"])
         return b"an engine"
 
-    monkeypatch.setattr("capt_deploy.engine_store.build_engine", build)
+    monkeypatch.setattr("capt_deploy.backends.tensorrt.store.build_engine", build)
     assert len(on_host(entry).run(small(2)).logits) == 2
     assert built == [89 if on_host.library == "tensorrt_rtx" else None]
 

@@ -13,9 +13,9 @@ from importlib.util import find_spec
 
 import pytest
 
-from capt_deploy.engine_cache import LIMIT, EngineCache
-from capt_deploy.engine_entry import EngineKey, encode, read_key
-from capt_deploy.errors import BackendError, ConfigError
+from capt_deploy.backends.tensorrt.cache import LIMIT, EngineCache
+from capt_deploy.backends.tensorrt.entry import EngineKey, encode, read_key
+from capt_deploy.core.errors import BackendError, ConfigError
 
 KEY = EngineKey(
     *("tensorrt_rtx", "1.7.1.116", "linux-x86_64", 89),
@@ -31,7 +31,7 @@ def engine(golden):
     """Return an engine of the committed bundle, or something like one."""
     if find_spec("tensorrt_rtx") is None:
         return bytes(range(256)) * 4000
-    from capt_deploy.engine import build_engine
+    from capt_deploy.backends.tensorrt.engine import build_engine
 
     return build_engine((golden / "model.onnx").read_bytes(), sm=89)
 
@@ -277,8 +277,8 @@ def test_threads_at_once_build_once(cache, engine):
 SLOW = f"""
 import sys, time
 from pathlib import Path
-from capt_deploy.engine_cache import EngineCache
-from capt_deploy.engine_entry import EngineKey
+from capt_deploy.backends.tensorrt.cache import EngineCache
+from capt_deploy.backends.tensorrt.entry import EngineKey
 KEY = {KEY}
 log = Path(sys.argv[2])
 def build():
@@ -344,8 +344,8 @@ def test_half_an_entry_of_a_killed_process_is_cleared_away(cache, builder, engin
 FULL = f"""
 import resource, sys
 from pathlib import Path
-from capt_deploy.engine_cache import EngineCache
-from capt_deploy.engine_entry import EngineKey
+from capt_deploy.backends.tensorrt.cache import EngineCache
+from capt_deploy.backends.tensorrt.entry import EngineKey
 KEY = {KEY}
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 print(len(EngineCache(Path(sys.argv[1])).obtain(KEY, lambda: bytes(100_000), lambda body: body)))

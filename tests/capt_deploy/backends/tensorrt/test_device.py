@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from capt_deploy import device as device_module
-from capt_deploy import device_cuda
-from capt_deploy.device import open_device
-from capt_deploy.driver import gpu_problem
-from capt_deploy.errors import BackendError, UnavailableError
+from capt_deploy.backends.tensorrt import device as device_module
+from capt_deploy.backends.tensorrt import device_cuda
+from capt_deploy.backends.tensorrt.device import open_device
+from capt_deploy.core.driver import gpu_problem
+from capt_deploy.core.errors import BackendError, UnavailableError
 
 PACKAGES = ("pycuda.driver", "cuda.bindings.runtime", "cuda.cudart")
 
@@ -46,7 +46,10 @@ def test_every_call_of_cuda_python_exists():
 
 
 def test_importing_it_imports_no_cuda():
-    code = "import sys, capt_deploy.device; print([m for m in sys.modules if 'cuda.' in m])"
+    code = (
+        "import sys, capt_deploy.backends.tensorrt.device;"
+        "print([m for m in sys.modules if 'cuda.' in m])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 

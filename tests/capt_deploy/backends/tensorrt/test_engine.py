@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from capt_deploy.engine import build_engine
-from capt_deploy.errors import BackendError
+from capt_deploy.backends.tensorrt.engine import build_engine
+from capt_deploy.core.errors import BackendError
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "tiny.capt" / "model.onnx"
+GOLDEN = Path(__file__).parents[3] / "golden" / "tiny.capt" / "model.onnx"
 SMS = (75, 80, 86, 89, 120, 121)
 
 builds = pytest.mark.skipif(
@@ -179,7 +179,7 @@ def test_builds_in_threads_do_not_mix_up_their_errors():
 def test_nothing_is_printed():
     code = f"""
 from pathlib import Path
-from capt_deploy.engine import build_engine
+from capt_deploy.backends.tensorrt.engine import build_engine
 build_engine(Path({str(GOLDEN)!r}).read_bytes(), sm=89)
 try:
     build_engine(b"no graph", sm=89)

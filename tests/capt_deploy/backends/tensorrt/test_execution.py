@@ -3,13 +3,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from capt_deploy.backends.tensorrt_execution import (
+from capt_deploy.backends.tensorrt.execution import (
     INPUT,
     Execution,
     read_layout,
 )
-from capt_deploy.errors import BackendError
-from tests.capt_deploy.backends.host_device import (
+from capt_deploy.core.errors import BackendError
+from tests.capt_deploy.backends.tensorrt.host_device import (
     LAYOUT,
     PIXELS,
     Context,

@@ -5,10 +5,16 @@ from functools import partial
 import numpy as np
 import pytest
 
-from capt_deploy.backends.pool import Pool
-from capt_deploy.backends.tensorrt_execution import Execution
-from capt_deploy.errors import BackendError
-from tests.capt_deploy.backends.host_device import LAYOUT, PIXELS, Context, HostDevice, answer
+from capt_deploy.backends.tensorrt.execution import Execution
+from capt_deploy.backends.tensorrt.pool import Pool
+from capt_deploy.core.errors import BackendError
+from tests.capt_deploy.backends.tensorrt.host_device import (
+    LAYOUT,
+    PIXELS,
+    Context,
+    HostDevice,
+    answer,
+)
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ from importlib.util import find_spec
 
 import pytest
 
-from capt_deploy.engine_progress import cancellable, make_monitor
+from capt_deploy.backends.tensorrt.progress import cancellable, make_monitor
 
 BUILDS = """
 import sys, time
 from pathlib import Path
-from capt_deploy.engine import build_engine
-from capt_deploy.engine_progress import cancellable
+from capt_deploy.backends.tensorrt.engine import build_engine
+from capt_deploy.backends.tensorrt.progress import cancellable
 onnx = Path(sys.argv[1]).read_bytes()
 def build(cancelled):
     while True:  # builds of so small a graph end before anybody could stop them

@@ -10,12 +10,12 @@ from importlib.util import find_spec
 
 import pytest
 
-from capt_deploy.engine_cache import EngineCache
-from capt_deploy.engine_store import Target, key_of, obtain
-from capt_deploy.errors import BackendError
-from capt_deploy.graphs import StoredGraph
-from capt_deploy.manifest import METADATA_KEY
-from capt_deploy.onnx_metadata import read_metadata
+from capt_deploy.backends.tensorrt.cache import EngineCache
+from capt_deploy.backends.tensorrt.store import Target, key_of, obtain
+from capt_deploy.bundle.graphs import StoredGraph
+from capt_deploy.bundle.manifest import METADATA_KEY
+from capt_deploy.bundle.onnx_metadata import read_metadata
+from capt_deploy.core.errors import BackendError
 
 pytestmark = pytest.mark.skipif(
     find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed here"
@@ -24,9 +24,9 @@ pytestmark = pytest.mark.skipif(
 BUILD = """
 import sys
 from pathlib import Path
-from capt_deploy.engine_cache import EngineCache
-from capt_deploy.engine_store import Target, key_of, obtain
-from capt_deploy.graphs import StoredGraph
+from capt_deploy.backends.tensorrt.cache import EngineCache
+from capt_deploy.backends.tensorrt.store import Target, key_of, obtain
+from capt_deploy.bundle.graphs import StoredGraph
 graph = StoredGraph(Path(sys.argv[1]).read_bytes(), "fp32")
 key = key_of(graph, "tensorrt_rtx", Target(89))
 print("starting", flush=True)

@@ -1,0 +1,1 @@
+"""Measure the latency and throughput of a bundle, and compare two measurements."""

@@ -1,0 +1,1 @@
+"""The bundle format: manifest, graphs and files, read and checked."""

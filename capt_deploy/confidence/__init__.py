@@ -1,0 +1,1 @@
+"""Calibrate probabilities; prediction sets, rejection, familiarity and monitoring."""

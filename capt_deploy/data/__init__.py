@@ -1,0 +1,1 @@
+"""Images, preprocessing, labelled data sets and class names."""

@@ -1,0 +1,1 @@
+"""Evaluate predictions on labelled images, and print the report as text."""

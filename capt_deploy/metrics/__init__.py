@@ -1,0 +1,1 @@
+"""Accuracy and calibration metrics on arrays of probabilities."""

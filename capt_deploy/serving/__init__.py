@@ -1,0 +1,1 @@
+"""The classifier that applications embed, and what it answers."""

@@ -1,0 +1,1 @@
+"""Check that a graph answers as the trained model does."""

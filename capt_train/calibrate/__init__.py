@@ -1,0 +1,1 @@
+"""Fit and choose calibrations, and estimate label noise."""

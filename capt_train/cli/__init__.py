@@ -1,0 +1,1 @@
+"""The commands capt-train and capt-confusions."""

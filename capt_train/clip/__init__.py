@@ -1,0 +1,1 @@
+"""The frozen open_clip model and its towers."""

@@ -1,0 +1,1 @@
+"""Choose few-shot images, embed them and cache the embeddings."""

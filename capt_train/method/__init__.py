@@ -1,0 +1,1 @@
+"""Everything that is trained, its loss terms, and the mixture."""

@@ -1,0 +1,1 @@
+"""The training loop: stages, epochs, trials, cross-validation and checkpoints."""

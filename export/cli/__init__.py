@@ -1,0 +1,1 @@
+"""The commands capt-export and capt-eval."""

@@ -1,0 +1,1 @@
+"""Check an exported graph against the torch model."""

@@ -1,0 +1,1 @@
+"""The text tower and tokenizer of a bundle with an open vocabulary."""
