@@ -3,20 +3,20 @@
     python -m benchmarks.ablation --world cifar100
 
 Every row of the table but the last three is CoOp with one part added. Cells that are measured stay
-in benchmarks/results/ablation-WORLD.json; what is missing, or was measured with other settings, is
-measured now. `--again` measures cells anew, `--only-table` prints what is there.
+in benchmarks/results/ablation-WORLD.json; missing cells are measured. `--again` measures anew,
+`--only-table` prints what is there.
 """
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from benchmarks.cell import World, fill, open_world
-from benchmarks.record import load_cells, write_docs
-from capt_deploy.core.console import Command
+from benchmarks.cell import World, measure, open_world
+from benchmarks.record import add_cells, load_cells, write_docs
+from capt_deploy.core.console import Command, say
 from capt_train.config import TrainConfig
 from capt_train.parts import GROUPS
 
@@ -79,7 +79,7 @@ def main(
     table = markdown(load(world))
     click.echo(table)
     if docs:
-        write_docs(DOCS, world, table)
+        write_docs(DOCS, world, markdown(load(world), shots=(16,)))
         write_docs(DOCS, "goals", goals({name: load(name) for name in GOALS}))
 
 
@@ -87,9 +87,13 @@ def _measure(world: str, rows: list[str], shots: list[int], seeds: list[int], ag
     with open_world(world) as place:
         # Seeds are the outer loop, so that an interrupted table has all rows.
         for count, seed, row in ((c, s, r) for c in shots for s in seeds for r in rows):
-            own = {"row": row, "shots": count, "seed": seed}
-            config = config_of(place, row, count, seed)
-            fill(f"ablation-{world}", f"{row} / {count} / {seed}", own, config, "test", again)
+            key = f"{row} / {count} / {seed}"
+            if key in load(world) and not again:
+                continue
+            say(f"ablation-{world}: {key}")
+            values = measure(config_of(place, row, count, seed), "test")
+            cell = {"row": row, "shots": count, "seed": seed, **values}
+            add_cells(f"ablation-{world}", {key: cell})
 
 
 def config_of(place: World, row: str, shots: int, seed: int) -> TrainConfig:
@@ -110,18 +114,18 @@ def load(world: str) -> dict[str, dict[str, Any]]:
     return load_cells(f"ablation-{world}")
 
 
-def markdown(cells: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return one table for each number of shots, mean ± std over seeds (if not three: how many)."""
+def markdown(cells: Mapping[str, Mapping[str, Any]], shots: Collection[int] = (16, 4, 1)) -> str:
+    """Return one table for each number of shots: mean ± std, in brackets other than three seeds."""
     parts = []
-    for shots in sorted({cell["shots"] for cell in cells.values()}, reverse=True):
+    for count in sorted({cell["shots"] for cell in cells.values()} & {*shots}, reverse=True):
         lines = [
-            f"### {shots} {'shots' if shots > 1 else 'shot'}",
+            f"### {count} {'shots' if count > 1 else 'shot'}",
             "",
             "| | " + " | ".join(title for title, *_ in COLUMNS) + " | κ |",
             "|---" * (len(COLUMNS) + 2) + "|",
         ]
         for row in ROWS:
-            if own := cells_of(cells, row, shots):
+            if own := cells_of(cells, row, count):
                 texts = (mean(own, key, share) for _, key, share in COLUMNS)
                 lines.append(f"| {row} | " + " | ".join(texts) + f" | {_strength(row, own)} |")
         parts.append("\n".join(lines))

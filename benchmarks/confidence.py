@@ -27,7 +27,7 @@ from benchmarks.confidence_tables import (
     rest_table,
     sets_table,
 )
-from benchmarks.record import add_cells, describe, load_cells, write_docs
+from benchmarks.record import add_cells, load_cells, write_docs
 from capt_deploy.bundle.read import REPORT
 from capt_deploy.confidence.conformal import METHODS, ScoreTable
 from capt_deploy.confidence.decisions import DecisionOptions, Decisions
@@ -76,8 +76,7 @@ def main(folder: Path | None, worlds: str, seeds: str, again: bool, docs: bool) 
         say(f"{NAME}: {key}")
         with open_world(world) as place, TemporaryDirectory() as other:
             cell = _measure(place, (folder or Path(other)) / world, seed)
-        cell = {"world": world, "seed": seed, **cell, "measured": describe()}
-        add_cells(NAME, {key: cell})
+        add_cells(NAME, {key: {"world": world, "seed": seed, **cell}})
     cells = load_cells(NAME)
     for mark, table in (
         ("ece", ece_table(cells)),

@@ -23,7 +23,7 @@ from typing import Any
 import click
 
 from benchmarks.exported import copy_photos
-from benchmarks.record import describe, load_cells, write_docs, write_result
+from benchmarks.record import add_cells, load_cells, write_docs
 from capt_deploy.core.console import Command, say
 from capt_deploy.core.errors import DataError
 from capt_deploy.core.files import read_json
@@ -47,6 +47,10 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 SMS = (75, 80, 86, 89, 120)
 DOCS = Path(__file__).parents[1] / "docs" / "export.md"
 NAME = "export_matrix"
+_GATE = (
+    *("images", "top1_agreement", "max_logit_difference", "embedding_cosine"),
+    *("accuracy_difference", "ece_difference", "passed", "failures"),
+)
 _SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -101,13 +105,10 @@ def _measure(family: str, precisions: list[str], rows: dict[str, dict[str, Any]]
         _tune(photos, model, run, method)
         for precision in precisions:
             say(f"{family}, {precision}")
-            rows[f"{family} / {precision}"] = {
-                "family": family,
-                "precision": precision,
-                **_export(run, folder / f"{precision}.capt", precision, images),
-                "measured": describe(),
-            }
-            write_result(NAME, {"cells": rows})
+            measured = _export(run, folder / f"{precision}.capt", precision, images)
+            key = f"{family} / {precision}"
+            rows[key] = {"family": family, "precision": precision, **measured}
+            add_cells(NAME, {key: rows[key]})
 
 
 def _tune(photos: Path, model: Path, run: Path, method: str) -> None:
@@ -127,8 +128,8 @@ def _export(run: Path, out: Path, precision: str, images: int) -> dict[str, Any]
         "seconds": seconds,
         "peak_bytes": done["peak_bytes"],
         "weight_bytes_float32": _model_bytes(run),
-        "graph": report["graphs"][precision],
-        "gate": report["gate"][precision],
+        "graph": {key: report["graphs"][precision][key] for key in ("nodes", "weight_bytes")},
+        "gate": {key: report["gate"][precision][key] for key in _GATE},
         "engines": {str(sm): _engine(onnx, sm) for sm in SMS},
     }
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.random_models import random_backbone
-from benchmarks.record import describe, load_cells, write_docs, write_result
+from benchmarks.record import add_cells, load_cells, write_docs
 from capt_deploy.core.console import Command, say
 from capt_deploy.core.errors import ModelError
 from capt_train.clip.backbone import Backbone
@@ -60,7 +60,7 @@ def main(models: str, only_table: bool, docs: bool) -> None:
         say(name)
         rows[name] = support(random_backbone(name))
         gc.collect()
-        write_result("families", {**describe(), "cells": rows})
+        add_cells("families", {name: rows[name]})
     table = markdown(rows)
     click.echo(table)
     if docs:

@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from benchmarks.exported import MODELS, Exported, export_model
-from benchmarks.record import QUIET, add_cells, describe, load_average
+from benchmarks.record import QUIET, add_cells, load_average
 from capt_deploy.bench.cases import Photos, Wanted, open_cases
 from capt_deploy.bench.images import synthetic_photos
 from capt_deploy.bench.measure import BenchOptions, Case, Threads, measure
@@ -131,7 +131,6 @@ def compare(
         ),
         "threads": wanted.threads,
         "load_before": load,
-        "measured": describe(),
     }
 
 

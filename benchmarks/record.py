@@ -1,5 +1,6 @@
 """Where benchmark figures go, and under which conditions they were measured."""
 
+import json
 import os
 import platform
 import subprocess
@@ -50,10 +51,29 @@ def load_cells(name: str) -> dict[str, dict[str, Any]]:
 
 
 def add_cells(name: str, cells: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put cells into `results/NAME.json`, where another process may be adding its own."""
+    """Put cells, one a line, into `results/NAME.json`; other processes may add theirs.
+
+    Each keeps the commit that it was measured at; versions and machine are those of the last.
+    """
     RESULTS.mkdir(parents=True, exist_ok=True)
+    measured = describe()
+    stamped = {key: {**cell, "commit": measured["commit"][:12]} for key, cell in cells.items()}
     with file_lock(RESULTS / f".{name}.lock"):
-        write_result(name, {"cells": {**load_cells(name), **cells}})
+        lines = [
+            f"  {json.dumps(key)}: {json.dumps(_rounded(cell), ensure_ascii=False)}"
+            for key, cell in {**load_cells(name), **stamped}.items()
+        ]
+        text = f' "measured": {json.dumps(measured)},\n "cells": {{\n' + ",\n".join(lines)
+        write_bytes(RESULTS / f"{name}.json", f"{{\n{text}\n }}\n}}\n".encode())
+
+
+def _rounded(value: Any) -> Any:
+    """Return JSON whose floats have eight significant digits."""
+    if isinstance(value, float):
+        return float(f"{value:.8g}")
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def write_docs(path: Path, mark: str, text: str) -> None:

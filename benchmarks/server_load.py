@@ -22,7 +22,7 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.record import QUIET, add_cells, describe, load_average, load_cells, write_docs
+from benchmarks.record import QUIET, add_cells, load_average, load_cells, write_docs
 from capt_deploy.core.console import Command, PathInHome, print_json, say
 from capt_deploy.core.errors import BackendError, ConfigError, DataError
 from capt_deploy.data.images import IMAGE_SUFFIXES
@@ -228,7 +228,7 @@ def main(
             rows.append(load(server, task, number, max(1, requests // number)))
             say(json.dumps(rows[-1]))
     cell = {"backend": backend, "photos": len(encoded), "load_before": round(others, 1)}
-    cell |= {"rows": rows, **describe()}
+    cell |= {"rows": rows}
     add_cells("server_load", {name: cell})
     if docs:
         write_docs(DOCS, "server load", markdown(load_cells("server_load")))

@@ -31,14 +31,3 @@ def test_the_readme_shows_rows_of_them() -> None:
     measured = rows_of(ece_table(load_cells("confidence")))
     for row, name in ROWS.items():
         assert shown[row] == measured[name]
-
-
-def test_cells_of_few_seeds_say_so() -> None:
-    cells = load_cells("confidence")
-    one = {key: cell for key, cell in cells.items() if cell["seed"] == 1}
-    line = rows_of(ece_table(one))["capt"]
-    assert line == " | ".join(
-        f"{100 * one[f'{world} / 1']['ece_15']['capt'][scope]:.1f} (1)"
-        for world in ("cifar100", "cifar100-camera")
-        for scope in ("base", "new")
-    )

@@ -34,23 +34,3 @@ def test_a_server_is_loaded_and_a_row_kept(tmp_path: Path, monkeypatch: pytest.M
         assert (row["lost"], row["wrong"]) == (0, 0)
         assert 0 < row["p50_ms"] <= row["p99_ms"] <= row["max_ms"]
     assert kept["photos"] == 3
-
-
-def test_the_docs_are_not_written_on_a_busy_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(record, "RESULTS", tmp_path)
-    monkeypatch.setattr(server_load, "DOCS", tmp_path / "docs.md")
-    command = [str(GOLDEN / "tiny.capt"), str(tmp_path), "--name", "tiny"]
-    for load, reason in ((0.6, "came 0.60: wait until nothing else runs"), (0.5, "found none")):
-        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 0.0, 0.0), raising=False)
-        done = CliRunner().invoke(server_load.main, [*command, "--docs"])
-        assert (done.exit_code, reason in done.output) == (2, True), done.output
-        assert "found none" in CliRunner().invoke(server_load.main, command).output
-    assert [*tmp_path.iterdir()] == []
-
-
-def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
-    done = CliRunner().invoke(server_load.main, [str(tmp_path), str(tmp_path), "--name", "none"])
-    assert done.exit_code == 2
-    assert "expected images, found none" in done.output
