@@ -28,12 +28,12 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
     "+ TCPT": {"method": "coop", "added": ("tcpt",)},
     "+ bank, InfoNCE": {"method": "coop", "added": ("bank",)},
     "+ colours": {"method": "coop", "added": ("colours",)},
-    "+ adapter": {"method": "coop", "added": ("adapter",), "strength": "1"},
+    "+ adapter": {"method": "coop", "added": ("adapter",), "visual.strength": 1.0},
     "+ semantic experts": {"method": "coop", "added": ("semantic-experts",)},
-    "+ sample experts": {"method": "coop", "added": ("sample-experts",), "strength": "1"},
+    "+ sample experts": {"method": "coop", "added": ("sample-experts",), "visual.strength": 1.0},
     "+ mixture": {"method": "coop", "added": ("mixture",)},
     "all": {"method": "full"},
-    "all, κ = 1": {"method": "full", "strength": "1"},
+    "all, κ = 1": {"method": "full", "visual.strength": 1.0},
     DEFAULT: {"method": "capt"},
 }
 # Title, key of the cell, and whether it is a share, shown in %.
@@ -98,15 +98,9 @@ def _measure(world: str, rows: list[str], shots: list[int], seeds: list[int], ag
 
 def config_of(place: World, row: str, shots: int, seed: int) -> TrainConfig:
     """Return the settings of one cell's run."""
-    return TrainConfig(
-        data=place.data,
-        model=place.model,
-        classes="base",
-        shots=shots,
-        seed=seed,
-        calibrator="temperature",  # for all rows alike
-        **ROWS[row],
-    )
+    config = TrainConfig(place.data, place.model, classes="base", shots=shots, seed=seed)
+    alike = {"calibration.calibrator": "temperature"}  # for all rows
+    return config.with_settings({**alike, **ROWS[row]})
 
 
 def load(world: str) -> dict[str, dict[str, Any]]:

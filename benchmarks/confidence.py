@@ -47,7 +47,7 @@ from capt_deploy.evaluation.evaluate import Report
 from capt_deploy.evaluation.scoring import score_bundle
 from capt_deploy.metrics.calibration import Floats, Ints, softmax
 from capt_deploy.metrics.reliability import calibrated_ece
-from capt_train.config import TrainConfig
+from capt_train.config import CalibrationSettings, TrainConfig
 from capt_train.data.features import embed
 from capt_train.pipeline import train
 from capt_train.run.evaluate import RunScores, score_run
@@ -97,7 +97,7 @@ def _measure(place: World, folder: Path, seed: int) -> dict[str, Any]:
             method=method,
             classes="base",
             seed=seed,
-            calibrator=calibrator,
+            calibration=CalibrationSettings(calibrator),
         )
         if not (runs[method] / METRICS).exists():
             train(config, runs[method], resume=runs[method].exists())

@@ -25,7 +25,7 @@ from capt_deploy.core.console import Command, say
 from capt_deploy.core.errors import ModelError
 from capt_train.clip.backbone import Backbone
 from capt_train.clip.colour_map import ColourMap
-from capt_train.config import TrainConfig
+from capt_train.config import PromptSettings, TrainConfig
 from capt_train.data.fewshot import FewShotSplit
 from capt_train.method.learner import Learner, left_out, make_learner
 from capt_train.method.mixture import pseudo_class_names
@@ -104,7 +104,7 @@ def support(backbone: Backbone) -> dict[str, Any]:
         data="",
         model="",
         method="full",
-        text_depth=min(3, depth),
+        prompt=PromptSettings(depth=min(3, depth)),
         without=("text-prompts",) if depth == 1 else (),
     )
     notes += left_out(backbone, config)
@@ -148,9 +148,9 @@ def _check_prompt(backbone: Backbone) -> None:
 
 def _learner(backbone: Backbone, config: TrainConfig) -> Learner:
     split = FewShotSplit(_NAMES, (0, 1), (), (), {})
-    zero_shot = backbone.class_embeddings(_NAMES, config.templates)
+    zero_shot = backbone.class_embeddings(_NAMES, config.prompt.templates)
     draw = torch.Generator().manual_seed(0)
-    shape = (len(SENTENCE_KINDS), config.centres, zero_shot.shape[1])
+    shape = (len(SENTENCE_KINDS), config.experts.centres, zero_shot.shape[1])
     centres = functional.normalize(torch.randn(shape, generator=draw), dim=-1)
     return make_learner(backbone, config, split, zero_shot, centres)
 

@@ -3,7 +3,6 @@
 python -m benchmarks.training --device cuda
 """
 
-from dataclasses import replace
 from typing import Any
 
 import click
@@ -13,7 +12,7 @@ from capt_deploy.core.console import Command, print_json
 from capt_train.config import TrainConfig
 
 # Few, of all kinds: enough to tell devices apart.
-_EPOCHS: dict[str, Any] = {"epochs": 10, "visual_epochs": 2, "far_epochs": 1}
+_EPOCHS: dict[str, Any] = {"tuning.epochs": 10, "visual.epochs": 2, "visual.far_epochs": 1}
 
 
 @click.command(cls=Command)
@@ -31,9 +30,13 @@ def timed(world: str, device: str, autocast: str) -> dict[str, Any]:
 
     with open_world(world) as own:
         config = TrainConfig(
-            data=own.data, model=own.model, classes="base", device=device, autocast=autocast
+            own.data,
+            own.model,
+            classes="base",
+            device=device,
         )
-        figures = measure(replace(config, **_EPOCHS), "val")
+        changes = {"tuning.autocast": autocast, **_EPOCHS}
+        figures = measure(config.with_settings(changes), "val")
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     kept = ("seconds", "harmonic", "base", "new")
     return {

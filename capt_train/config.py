@@ -1,265 +1,366 @@
-"""All settings of a run, with their defaults, in one place; JSON on disk."""
+"""All settings of a run, with defaults, ranges and help; JSON on disk."""
 
-import math
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, get_args, get_type_hints
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from functools import cache
+from typing import Any
 
 from capt_deploy.core.errors import CaptError, ConfigError
-from capt_train.parts import CALIBRATORS, GROUPS, METHODS, PARTS, members
+from capt_train.parts import CALIBRATORS, GROUPS, LOSSES, METHODS, PARTS, members
+from capt_train.settings import (
+    ABOVE_0,
+    SHARE,
+    Allowed,
+    Setting,
+    SettingsGroup,
+    at_least,
+    nearest,
+    one_of,
+    setting,
+)
+
+_TEMPLATES = Allowed(
+    "at least one text, each with {} where the class name goes",
+    lambda texts: bool(texts) and all("{}" in text for text in texts),
+)
+_AREA = Allowed("above 0 and up to 1", lambda share: 0 < share <= 1)
+_MOMENTUM = Allowed("0 or more, below 1", lambda value: 0 <= value < 1)
+_NOISE = Allowed("0 to 0.5", lambda share: 0 <= share <= 0.5)
+_SEED = Allowed("0 to 2**32 - 1", lambda seed: 0 <= seed < 2**32)
 
 
 @dataclass(frozen=True)
-class LossWeights:
-    """Weights of the loss terms (METHOD 6); the terms themselves are unweighted."""
+class PromptSettings(SettingsGroup, group="prompt"):
+    """The hand-written prompt and the learned ones."""
 
-    cross_entropy: float = 1.0
-    coa: float = 1.0  # w of CoCoA-Mix (arXiv 2506.07484); 1 is ours
-    infonce: float = 1.0  # CAPT (arXiv 2603.02557)
-    margin: float = 1.0  # TCPT (arXiv 2602.19024)
-    moments: float = 5.0  # TCPT
-    balance: float = 0.01  # importance loss of the routers, wherever there are experts
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """One run. Paths are as the user gave them; `capt_train.pipeline` makes them absolute."""
-
-    data: str
-    model: str  # anything open_clip takes: ViT-B-16, hf-hub:…, local-dir:…
-    pretrained: str | None = None  # open_clip's tag or a checkpoint file
-    class_names: str | None = None  # file that renames classes
-    method: str = "capt"
-    added: tuple[str, ...] = ()  # parts or groups on top of the method's
-    without: tuple[str, ...] = ()  # parts or groups that are left out
-    classes: str = "all"  # or "base": the first half in label order
-    shots: int = 16  # images per class
-    seed: int = 1
-    device: str = "auto"
-
-    # colours
-    colour_steps: int = 100
-    colour_learning_rate: float = 0.15
-
-    # text side
-    templates: tuple[str, ...] = ("a photo of a {}.",)  # of the hand-written prompt t⁰
-    prompts: int = 1  # K learned prompts
-    context_init: str = "a photo of a"  # words whose embeddings the context starts from
-    context_tokens: int = 0  # M > 0: that many random vectors instead of the words
-    class_specific: bool = False  # one context per class instead of a shared one
-    text_depth: int = 3  # blocks with context vectors of their own, the input counted
-
-    # confusion bank and miners
-    mined_pairs: int = 3  # k, of each sample
-    bank_momentum: float = 0.9  # ρ
-    sentences: str | None = None  # JSON file {"a|b": {"commonality": […], "difference": […]}}
-    commonality: str | None = None  # JSON file {class: [sentence, …]}
-    difference: str | None = None  # likewise
-    llm_url: str | None = None  # an OpenAI-compatible endpoint
-    llm_model: str | None = None
-    llm_timeout_s: float = 60.0  # of one request
-    llm_retries: int = 5
-    llm_backoff_s: float = 1.0  # before the first retry, doubled for each further one
-
-    # experts, adapter and prompts
-    centres: int = 5  # Q, of each kind of sentences
-    centre_temperature: float = 0.1  # τ_e; ours
-    experts: int = 2  # sample experts
-    expert_rank: int = 8
-    adapter_blocks: int = 3  # n_a
-    adapter_scale: float = 1.0  # s of α = s·cᵞ
-    # γ of α = s·cᵞ; with 0, images in training get the very α of inference (ours): with 1 the sure
-    # ones are trained with a smaller α than they meet later, which lost accuracy on validation
-    adapter_exponent: float = 0.0
-    visual_depth: int = 3  # of the last blocks have visual prompts
-    visual_tokens: int = 4  # in each of them
-    strength: str = "auto"  # κ, 0 to 1; auto: by a trial, as far as unseen classes gain too
-    views: int = 5  # of each image; the first is the image itself, the last is never tuned on
-    view_area: float = 0.6  # smallest share of the image that a view shows
-    mixture_margin: float = 0.1  # d, nats; ours
-    # auto: the simplest that other images agree with; or temperature, line, isotonic, vector
-    calibrator: str = "auto"
-
-    # tuning: first the text side on cached embeddings, then both sides on cached tokens
-    optimizer: str = "adamw"  # or "sgd"
-    learning_rate: float = 0.002  # of the text side
-    visual_learning_rate: float = 0.002
-    text_rate_beside_visual: float = 0.25  # × learning_rate, in the second stage
-    momentum: float = 0.9  # of sgd
-    weight_decay: float = 0.0005
-    clip_norm: float = 1.0  # of the whole gradient; 0 leaves it as it is
-    batch_size: int = 32
-    epochs: int = 50  # of the text side
-    visual_epochs: int = 6  # of both sides, the visual one near the frozen one
-    far_epochs: int = 8  # and then far from it, if that helps on validation images; 0 never tries
-    far_patience: int = 3
-    consistency: float = 20.0  # weight of 1 − cos(f, f⁰) while near; ours
-    far_consistency: float = 1.0  # and while far
-    warmup_epochs: int = 1  # all but one where there are no more
-    patience: int = 10  # epochs without a better validation NLL; 0 trains all epochs
-    autocast: str = "auto"  # or "off", "bf16", "fp16"; auto: bf16 on GPUs that have it
-    # ε, the share of labels that are wrong by chance, 0 to 0.5; auto: as the frozen model sees it,
-    # 0 unless that is sure (capt_train.calibrate.label_noise)
-    label_noise: str = "auto"
-    weights: LossWeights = LossWeights()
+    templates: tuple[str, ...] = setting(
+        ("a photo of a {}.",),
+        "hand-written prompts, {} where the class name goes",
+        _TEMPLATES,
+        option="--template",
+    )
+    count: int = setting(1, "learned prompts (K)", at_least(1))
+    words: str = setting("a photo of a", "words that the learned context starts from")
+    random_tokens: int = setting(
+        0, "start from so many random vectors instead of the words; 0 takes the words", at_least(0)
+    )
+    class_specific: bool = setting(False, "learn a context for each class, not a shared one")
+    depth: int = setting(
+        3, "blocks of the text tower with context vectors of their own, input included", at_least(1)
+    )
 
     def __post_init__(self) -> None:
-        checks = [
-            (self.method in METHODS, "method", f"one of {', '.join(METHODS)}"),
-            (self.classes in ("all", "base"), "classes", "all or base"),
-            (self.optimizer in ("adamw", "sgd"), "optimizer", "adamw or sgd"),
-            (self.shots >= 1, "shots", "at least 1"),
-            (self.epochs >= 1, "epochs", "at least 1"),
-            (self.batch_size >= 1, "batch_size", "at least 1"),
-            (self.warmup_epochs >= 0, "warmup_epochs", "0 or more"),
-            (self.patience >= 0, "patience", "0 or more"),
-            (self.context_tokens >= 0, "context_tokens", "0 or more"),
-            (0 <= self.seed < 2**32, "seed", "0 up to 2**32 - 1"),
-            (self.colour_steps >= 4, "colour_steps", "at least 4"),
-            (0 < self.colour_learning_rate < math.inf, "colour_learning_rate", "a number above 0"),
-            (0 < self.learning_rate < math.inf, "learning_rate", "a number above 0"),
-            (0 <= self.momentum < 1, "momentum", "0 up to below 1"),
-            (0 <= self.weight_decay < math.inf, "weight_decay", "a number, 0 or more"),
-            (0 <= self.bank_momentum <= 1, "bank_momentum", "0 up to 1"),
-            (0 < self.centre_temperature < math.inf, "centre_temperature", "a number above 0"),
-            (0 <= self.adapter_scale < math.inf, "adapter_scale", "a number, 0 or more"),
-            (0 <= self.adapter_exponent < math.inf, "adapter_exponent", "a number, 0 or more"),
-            (0 < self.view_area <= 1, "view_area", "above 0 up to 1"),
-            (0 <= self.mixture_margin < math.inf, "mixture_margin", "a number, 0 or more"),
-            (0 < self.visual_learning_rate < math.inf, "visual_learning_rate", "above 0"),
-            (0 <= self.text_rate_beside_visual <= 1, "text_rate_beside_visual", "0 up to 1"),
-            (0 <= self.clip_norm < math.inf, "clip_norm", "a number, 0 or more"),
-            (self.autocast in ("auto", "off", "bf16", "fp16"), "autocast", "auto, off, bf16, fp16"),
-            (bool(self.llm_url) == bool(self.llm_model), "llm_url", "both llm_url and llm_model"),
-            (_is_share(self.strength, 1.0), "strength", "auto, or a number from 0 to 1"),
-            (_is_share(self.label_noise, 0.5), "label_noise", "auto, or a number from 0 to 0.5"),
-            (
-                self.calibrator in ("auto", *CALIBRATORS),
-                "calibrator",
-                f"one of auto, {', '.join(CALIBRATORS)}",
-            ),
-            (
-                self.calibrator != "vector" or self.classes == "all",
-                "calibrator",
-                "another one with classes base, for vector leaves the others no factor",
-            ),
-            (self.views >= 2, "views", "at least 2, for one of them is not tuned on"),
-            (bool(self.templates), "templates", "at least one"),
-            (all("{}" in text for text in self.templates), "templates", "{} where the name goes"),
-            (bool(self.context_init.split()) or self.context_tokens, "context_init", "words"),
-        ]
-        known = f"parts {', '.join(PARTS)} or groups {', '.join(GROUPS)}"
-        for name in ("added", "without"):
-            checks.append(({*getattr(self, name)} <= {*PARTS, *GROUPS}, name, known))
-        for name in ("prompts", "text_depth", "mined_pairs", "centres", "experts", "expert_rank"):
-            checks.append((getattr(self, name) >= 1, name, "at least 1"))
-        for name in (
-            "visual_depth",
-            "visual_tokens",
-            "adapter_blocks",
-            "visual_epochs",
-            "far_patience",
-        ):
-            checks.append((getattr(self, name) >= 1, name, "at least 1"))
-        for name in ("consistency", "far_consistency", "far_epochs"):
-            checks.append((0 <= getattr(self, name) < math.inf, name, "a number, 0 or more"))
-        own = tuple(asdict(self.weights).values())
-        checks.append((all(0 <= w < math.inf for w in own), "weights", "numbers, 0 or more"))
-        if self.method in METHODS and "semantic-experts" not in self.parts:
+        super().__post_init__()
+        if not self.words.split() and not self.random_tokens:
+            raise self.declared()["words"].error("words", self.words)
+
+
+@dataclass(frozen=True)
+class ConfusionSettings(SettingsGroup, group="confusion"):
+    """The confusion bank, its miners, and sentences about confused pairs."""
+
+    pairs: int = setting(3, "pairs mined for each image (k)", at_least(1))
+    momentum: float = setting(0.9, "share of the old counts at a write-back (ρ)", SHARE)
+    sentences: str | None = setting(
+        None, 'JSON {"a|b": {"commonality": […], "difference": […]}}', option="--sentences"
+    )
+    commonality: str | None = setting(
+        None, "JSON {class: [what it shares with others, …]}", option="--commonality"
+    )
+    difference: str | None = setting(
+        None, "JSON {class: [what tells it from others, …]}", option="--difference"
+    )
+    llm_url: str | None = setting(
+        None, "OpenAI-compatible endpoint to ask for sentences, ending in /v1", option="--llm-url"
+    )
+    llm_model: str | None = setting(
+        None, "model to ask there; the key is taken from $CAPT_LLM_KEY", option="--llm-model"
+    )
+    llm_timeout_s: float = setting(60.0, "seconds to wait for an answer")
+    llm_retries: int = setting(5, "further attempts after a failed request")
+    llm_backoff_s: float = setting(1.0, "seconds before the first retry, doubled for each further")
+
+
+@dataclass(frozen=True)
+class ExpertSettings(SettingsGroup, group="experts"):
+    """Semantic experts of the text side and sample experts of the visual tower."""
+
+    centres: int = setting(5, "K-means centres for each kind of sentences (Q)", at_least(1))
+    temperature: float = setting(0.1, "temperature of the attention over centres (τ_e)", ABOVE_0)
+    count: int = setting(2, "sample experts", at_least(1))
+    rank: int = setting(8, "rank of a sample expert's update", at_least(1))
+
+
+@dataclass(frozen=True)
+class VisualSettings(SettingsGroup, group="visual"):
+    """Parts of the visual tower, and how they are tuned beside the text side."""
+
+    adapter_depth: int = setting(3, "blocks with a Diff-Manner Adapter (n_a)", at_least(1))
+    adapter_scale: float = setting(1.0, "s of the adapter's α = s·cᵞ", at_least(0))
+    # With 1, images that the model is sure of are trained with a smaller α than they meet at
+    # inference, which lost accuracy on validation images.
+    adapter_exponent: float = setting(
+        0.0, "γ of α = s·cᵞ; 0 trains with the α of inference", at_least(0)
+    )
+    prompt_depth: int = setting(3, "last blocks that have visual prompts", at_least(1))
+    prompt_tokens: int = setting(4, "visual prompts in each of these blocks", at_least(1))
+    learning_rate: float = setting(0.002, "peak learning rate of the visual side", ABOVE_0)
+    text_rate: float = setting(
+        0.25, "factor on tuning.learning_rate for the text side beside it", SHARE
+    )
+    epochs: int = setting(6, "epochs of both sides, near the frozen image embeddings", at_least(1))
+    consistency: float = setting(20.0, "weight of 1 − cos(f, f⁰) in these epochs", at_least(0))
+    far_epochs: int = setting(
+        8, "epochs after that, kept if validation images gain; 0 for none", at_least(0)
+    )
+    far_consistency: float = setting(1.0, "weight of 1 − cos(f, f⁰) in those epochs", at_least(0))
+    far_patience: int = setting(
+        3, "end them after so many without a better validation loss", at_least(1)
+    )
+    strength: float | None = setting(
+        None,
+        "share of the visual tuning to keep (κ); auto: by a trial run and validation images",
+        SHARE,
+        none="auto",
+    )
+    views: int = setting(
+        5, "views of each image; the first is the image itself, the last is held out", at_least(2)
+    )
+    view_area: float = setting(0.6, "smallest share of the image in a view", _AREA)
+
+
+@dataclass(frozen=True)
+class ColourSettings(SettingsGroup, group="colours"):
+    """The map of the input's colours."""
+
+    steps: int = setting(100, "optimizer steps", at_least(4))
+    learning_rate: float = setting(0.15, "peak learning rate", ABOVE_0)
+
+
+@dataclass(frozen=True)
+class MixtureSettings(SettingsGroup, group="mixture"):
+    """The mixture of hand-written and learned prompts."""
+
+    margin: float = setting(
+        0.1, "nats by which learned prompts shall be less sure outside their classes", at_least(0)
+    )
+
+
+@dataclass(frozen=True)
+class TuningSettings(SettingsGroup, group="tuning"):
+    """Optimizer and epochs of the text side, which is tuned first; batches of both sides."""
+
+    epochs: int = setting(50, "epochs of the text side", at_least(1), option="--epochs")
+    learning_rate: float = setting(
+        0.002, "peak learning rate of the text side", ABOVE_0, option="--lr"
+    )
+    batch_size: int = setting(32, "images in a batch", at_least(1), option="--batch-size")
+    optimizer: str = setting("adamw", "adamw or sgd", one_of(("adamw", "sgd")))
+    momentum: float = setting(0.9, "momentum of sgd", _MOMENTUM)
+    weight_decay: float = setting(0.0005, "weight decay", at_least(0))
+    clip_norm: float = setting(1.0, "largest norm of the gradient; 0 for any", at_least(0))
+    warmup_epochs: int = setting(
+        1, "epochs in which the learning rate rises, at most all but one", at_least(0)
+    )
+    patience: int = setting(
+        10, "stop after so many epochs without a better validation loss; 0 never", at_least(0)
+    )
+    autocast: str = setting(
+        "auto",
+        "precision of the towers; auto: bf16 on GPUs that have it",
+        one_of(("auto", "off", "bf16", "fp16")),
+    )
+    label_noise: float | None = setting(
+        None,
+        "share of labels that are wrong by chance (ε); auto: as the frozen model sees it",
+        _NOISE,
+        none="auto",
+    )
+
+
+@dataclass(frozen=True)
+class CalibrationSettings(SettingsGroup, group="calibration"):
+    """How confidences are calibrated."""
+
+    calibrator: str | None = setting(
+        None,
+        f"{', '.join(CALIBRATORS)}; auto: the simplest that held-out images agree with",
+        one_of(CALIBRATORS),
+        none="auto",
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig(SettingsGroup):
+    """Everything that decides a run. `capt_train.pipeline` makes the paths absolute."""
+
+    data: str = setting(MISSING, "data set", option="--data")
+    model: str = setting(
+        MISSING,
+        "open_clip model: ViT-B-16-quickgelu, hf-hub:NAME, or local-dir:FOLDER",
+        option="--model",
+    )
+    pretrained: str | None = setting(
+        None, "open_clip's tag of the weights (openai) or a checkpoint file", option="--pretrained"
+    )
+    class_names: str | None = setting(
+        None, "JSON {label: name} or two-column CSV that renames classes", option="--class-names"
+    )
+    method: str = setting("capt", "which parts are trained", one_of(METHODS), option="--method")
+    added: tuple[str, ...] = setting((), "parts to add", option="--with")
+    without: tuple[str, ...] = setting((), "parts to leave out", option="--without")
+    classes: str = setting(
+        "all",
+        "all, or base: tune on the first half of the classes, the others stay new",
+        one_of(("all", "base")),
+        option="--classes",
+    )
+    shots: int = setting(16, "images of each class to tune on", at_least(1), option="--shots")
+    seed: int = setting(1, "seed of all random choices", _SEED, option="--seed")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1 …", option="--device")
+    tuning: TuningSettings = TuningSettings()
+    prompt: PromptSettings = PromptSettings()
+    confusion: ConfusionSettings = ConfusionSettings()
+    experts: ExpertSettings = ExpertSettings()
+    visual: VisualSettings = VisualSettings()
+    colours: ColourSettings = ColourSettings()
+    mixture: MixtureSettings = MixtureSettings()
+    calibration: CalibrationSettings = CalibrationSettings()
+    losses: Mapping[str, float] = field(default_factory=dict)  # weights; the rest by default
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "losses", {**default_losses(), **self.losses})
+        for name, value in self.losses.items():
+            _known(f"losses.{name}").check(value)
+        for option, names in (("--with", self.added), ("--without", self.without)):
+            for name in {*names} - {*PARTS, *GROUPS}:
+                raise ConfigError(
+                    f"{option}: no part {name!r}{_suggestion(name, (*PARTS, *GROUPS))}"
+                )
+        for name in self.added:
+            if {*members([name])} <= {*members(self.without)}:
+                raise ConfigError(f"--with {name}: --without takes it out again; drop one of them")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise a ConfigError for settings that do not go together."""
+        confusion = self.confusion
+        if bool(confusion.llm_url) != bool(confusion.llm_model):
+            missing, given = ("url", "model") if confusion.llm_model else ("model", "url")
+            raise ConfigError(f"--llm-{given}: expected --llm-{missing} beside it")
+        if "semantic-experts" not in self.parts:
             for name in ("sentences", "commonality", "difference", "llm_url"):
-                unused = f"--with semantic-experts, which alone reads it, or no {name}"
-                checks.append((getattr(self, name) is None, name, unused))
-        for fine, name, expected in checks:
-            if not fine:
-                raise ConfigError(f"{name}: expected {expected}, came {getattr(self, name)!r}")
-        goals = {**asdict(self.loss_weights), "balance": 0.0}  # balance alone teaches nothing
+                if getattr(confusion, name) is not None:
+                    label = _known(f"confusion.{name}").label
+                    raise ConfigError(
+                        f"{label}: only semantic experts read sentences; add "
+                        "--with semantic-experts, or leave it out"
+                    )
+        if self.calibration.calibrator == "vector" and self.classes == "base":
+            raise ConfigError(
+                "--set calibration.calibrator: expected another one with --classes base, for "
+                "vector has no factor for the classes that are not tuned on"
+            )
+        goals = {**self.loss_weights, "balance": 0.0}  # balance alone teaches nothing
         if self.parts and not any(goals.values()):
-            raise ConfigError(f"weights: expected at least one above 0, came {goals!r}")
+            raise ConfigError(f"--set losses: expected at least one above 0, came {goals!r}")
 
     @property
     def parts(self) -> frozenset[str]:
-        """What is switched on. The method `zeroshot` has nothing."""
-        on = {*METHODS[self.method], *members(self.added)} - {*members(self.without)}
-        return frozenset(on)
+        """Return the parts that are switched on; none for the method `zeroshot`."""
+        return frozenset({*METHODS[self.method], *members(self.added)} - {*members(self.without)})
 
     @property
-    def fixed_strength(self) -> float | None:
-        """κ where it is given, None where it is to be found."""
-        return None if self.strength == "auto" else float(self.strength)
+    def loss_weights(self) -> dict[str, float]:
+        """Return the weights in force: 0 where a part is off."""
+        off = {*self.losses} & {*PARTS} - self.parts
+        return {**self.losses, **dict.fromkeys(off, 0.0)}
 
-    @property
-    def fixed_label_noise(self) -> float | None:
-        """ε where it is given, None where it is to be found."""
-        return None if self.label_noise == "auto" else float(self.label_noise)
-
-    @property
-    def loss_weights(self) -> LossWeights:
-        """The weights in force: 0 where a part is off."""
-        off = {*asdict(self.weights)} & {*PARTS} - self.parts
-        return replace(self.weights, **dict.fromkeys(off, 0.0))
+    def values(self) -> dict[str, Any]:
+        """Return every setting by its name with the group, as `with_settings` takes them."""
+        return _flat(asdict(self))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
-        return asdict(self) | {name: list(getattr(self, name)) for name in _TUPLES}
+        return asdict(self, dict_factory=_with_lists)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], error: type[CaptError]) -> "TrainConfig":
         """Read the JSON form.
 
         Raises:
-            error: a key is unknown or a value cannot be used.
+            error: a key is unknown or missing, or a value cannot be used.
         """
+        flat = _flat(values)
+        if different := sorted({*flat} ^ {*settings()}):
+            raise error(
+                f"configuration: written by another version of capt (it differs in "
+                f"{different[0]}, {len(different)} settings in all); tune again"
+            )
         try:
-            weights = LossWeights(**values["weights"])
-            tuples = {name: tuple(values[name]) for name in _TUPLES}
-            return cls(**{**values, "weights": weights, **tuples})
-        except (TypeError, KeyError, ConfigError) as cause:
+            tuples = {name: tuple(own) for name, own in flat.items() if isinstance(own, list)}
+            return cls(str(flat["data"]), str(flat["model"])).with_settings({**flat, **tuples})
+        except ConfigError as cause:
             raise error(f"configuration: {cause}") from cause
 
-    def with_settings(self, settings: Mapping[str, str]) -> "TrainConfig":
-        """Return a copy with `NAME=VALUE` settings from the command line applied.
+    def with_settings(self, values: Mapping[str, Any]) -> "TrainConfig":
+        """Return a copy with other values, given by names such as `tuning.epochs`.
 
-        Loss weights are set by their own names.
+        Text is read as the command line does it: `auto` or `none` for None, `true`, `0.001`.
 
         Raises:
-            ConfigError: unknown name, or a value of another type.
+            ConfigError: unknown name, or a value that cannot be used.
         """
-        own: dict[str, Any] = {}
-        weights: dict[str, float] = {}
-        weight_names = {f.name for f in fields(LossWeights)}
-        types = get_type_hints(type(self))
-        for name, text in settings.items():
-            if name in weight_names:
-                weights[name] = _parse(name, text, float)
-            elif name in types and types[name] in (int, float, bool, str):
-                own[name] = _parse(name, text, types[name])
-            else:
-                scalars = [n for n in types if not get_args(types[n]) and n != "weights"]
-                raise ConfigError(
-                    f"no setting {name!r}; there are {sorted(weight_names)}, {scalars}"
-                )
-        changed = replace(self, **own)
-        if not weights:
-            return changed
-        return replace(changed, weights=replace(changed.weights, **weights))
+        changes: dict[str, dict[str, Any]] = defaultdict(dict)
+        for name, value in values.items():
+            known = _known(name)
+            group, _, leaf = name.rpartition(".")
+            changes[group][leaf] = known.parse(value) if isinstance(value, str) else value
+            known.check(changes[group][leaf])
+        top = changes.pop("", {})
+        for group, new in changes.items():
+            old = getattr(self, group)
+            top[group] = {**old, **new} if group == "losses" else replace(old, **new)
+        return replace(self, **top)
 
 
-def _is_share(text: str, most: float) -> bool:
-    try:
-        return text == "auto" or 0 <= float(text) <= most
-    except (TypeError, ValueError):
-        return False
+@cache
+def settings() -> Mapping[str, Setting]:
+    """Return all settings of a run by name, group after group."""
+    found = [*TrainConfig.declared().values()]
+    for one in fields(TrainConfig):
+        if isinstance(one.default, SettingsGroup):
+            found += one.default.declared().values()
+    for name, (default, help) in LOSSES.items():
+        found.append(Setting(f"losses.{name}", float, default, help, at_least(0)))
+    return {known.name: known for known in found}
 
 
-_TUPLES = ("templates", "added", "without")
+def default_losses() -> dict[str, float]:
+    """Return the default weight of every loss term."""
+    return {name: default for name, (default, _) in LOSSES.items()}
 
 
-def _parse(name: str, text: str, kind: Any) -> Any:
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise ConfigError(f"{name}: expected true or false, came {text!r}")
-        return text.lower() == "true"
-    try:
-        return kind(text)
-    except ValueError as cause:
-        raise ConfigError(f"{name}: expected {kind.__name__}, came {text!r}") from cause
+def _known(name: str) -> Setting:
+    if name not in settings():
+        raise ConfigError(f"--set: no setting {name!r}{_suggestion(name, settings())}")
+    return settings()[name]
+
+
+def _suggestion(name: str, known: Any) -> str:
+    best = nearest(name, known)
+    return f"; did you mean {best}?" if best else "; docs/training.md lists all"
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = value.items() if isinstance(value, dict) else None
+        flat |= {name: value} if inner is None else {f"{name}.{leaf}": own for leaf, own in inner}
+    return flat
+
+
+def _with_lists(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in pairs}

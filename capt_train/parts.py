@@ -18,6 +18,15 @@ PARTS: Mapping[str, str] = {
     "moments": "moment term of TCPT",
     "mixture": "weights of hand-written and learned prompt, inside and outside the training domain",
 }
+# Loss terms (METHOD 6) with their default weights; a term named like a part has 0 without it.
+LOSSES: Mapping[str, tuple[float, str]] = {
+    "cross_entropy": (1.0, "weight of the cross-entropy"),
+    "coa": (1.0, "weight of the confusion-aware loss of CoCoA-Mix (arXiv 2506.07484)"),
+    "infonce": (1.0, "weight of the confusion-restricted InfoNCE of CAPT (arXiv 2603.02557)"),
+    "margin": (1.0, "weight of the margin term of TCPT (arXiv 2602.19024)"),
+    "moments": (5.0, "weight of the moment term of TCPT"),
+    "balance": (0.01, "weight of the importance loss of the experts' routers"),
+}
 # Short names for parts that belong together.
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "tcpt": ("margin", "moments"),

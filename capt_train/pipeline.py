@@ -116,7 +116,7 @@ def _tune(setup: Setup, cache: EmbeddingCache, out: Path) -> Outcome:
     trial = None
     if learner.visual is not None:
         task = _with_visual_side(setup, learner, task)
-        fixed = config.fixed_strength
+        fixed = config.visual.strength
         trial = _tried(task, make, out) if fixed is None else None
         learner.set_strength(float(promises(task, trial) if fixed is None else fixed > 0))
     states, before = [], None
@@ -139,7 +139,7 @@ def _tried(task: TuningTask, make: Callable[[tuple[int, ...]], Learner], out: Pa
 
 
 def _wanted(setup: Setup, bank: ConfusionBank) -> list[tuple[str, str]]:
-    return mined_names(bank, setup.tuned_names, setup.config.mined_pairs)
+    return mined_names(bank, setup.tuned_names, setup.config.confusion.pairs)
 
 
 def _views(
@@ -152,14 +152,14 @@ def _views(
 ) -> Views:
     """Embed views of the images behind `features`, which may be fewer than `items`."""
     config = setup.config
-    usual = config.views if learner.visual is not None else _TEXT_SIDE_VIEWS
+    usual = config.visual.views if learner.visual is not None else _TEXT_SIDE_VIEWS
     return embed_views(
         setup.backbone,
         learner,
         setup.dataset,
         features.kept(items),
         views=views or usual,
-        area=config.view_area,
+        area=config.visual.view_area,
         seed=config.seed,
         label=label,
     )
@@ -196,7 +196,7 @@ def _with_visual_side(setup: Setup, learner: Learner, task: TuningTask) -> Tunin
         assert val.tokens is not None
         task = replace(task, val_tokens=val.tokens[0])
     logits = task.scale * task.train.embeddings.to(task.reference.device) @ task.reference.T
-    alpha = config.adapter_scale * intensity(logits) ** config.adapter_exponent
+    alpha = config.visual.adapter_scale * intensity(logits) ** config.visual.adapter_exponent
     assert learner.visual is not None
     learner.visual.set_constants(alpha=float(alpha.mean()))
     return replace(task, alpha=alpha.cpu())

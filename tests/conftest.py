@@ -156,14 +156,22 @@ def tuned_run(tiny_model_dir: Path, photos: Path, tmp_path_factory: pytest.TempP
 
     The visual side learns fast, so that what an export leaves out would show.
     """
-    from capt_train.config import TrainConfig
     from capt_train.pipeline import train
+    from tests.configs import changed, train_config
 
     run = tmp_path_factory.mktemp("runs") / "run"
     model = f"local-dir:{tiny_model_dir}"
-    few = {"shots": 4, "epochs": 5, "visual_epochs": 3, "far_epochs": 2, "text_depth": 2}
-    config = TrainConfig(data=str(photos), model=model, method="full", classes="base", **few)
-    fast = replace(config, visual_learning_rate=0.02, adapter_exponent=1.0, strength="0.75")
+    few = {
+        "shots": 4,
+        "tuning_epochs": 5,
+        "visual_epochs": 3,
+        "visual_far_epochs": 2,
+        "prompt_depth": 2,
+    }
+    config = train_config(data=str(photos), model=model, method="full", classes="base", **few)
+    fast = changed(
+        config, visual_learning_rate=0.02, visual_adapter_exponent=1.0, visual_strength="0.75"
+    )
     train(replace(fast, without=("visual-prompts",)), run)
     return run
 

@@ -1,5 +1,6 @@
 """`capt-train`."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,70 +8,105 @@ import click
 
 from capt_deploy.core.console import Command, PathInHome, print_json, say
 from capt_deploy.core.version import __version__
-from capt_train.config import TrainConfig
+from capt_train.config import TrainConfig, settings
 from capt_train.parts import GROUPS, METHODS, PARTS
 
-_DEFAULT = TrainConfig(data="", model="")
+_SETTINGS = settings()
 _HELP = {"help_option_names": ["-h", "--help"]}
 
 
-class _CommandOfParts(Command):
-    """A command whose help ends with all parts and groups."""
+class _SectionOption(click.Option):
+    """An option that belongs to a section of the help."""
+
+    def __init__(self, *args: Any, section: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.section = section
+
+
+class _SectionedCommand(Command):
+    """A command whose help shows options in sections, and ends with methods, parts and groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options section by section."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                sections.setdefault(getattr(parameter, "section", "Other"), []).append(record)
+        for section, records in sections.items():
+            with formatter.section(section):
+                formatter.write_dl(records, col_max=22)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write them as lists."""
+        """Write methods, parts and groups as lists."""
         with formatter.section("Parts"):
             formatter.write_dl([*PARTS.items()])
         with formatter.section("Groups of parts"):
             formatter.write_dl([(name, ", ".join(parts)) for name, parts in GROUPS.items()])
 
 
-@click.command(cls=_CommandOfParts, context_settings=_HELP)
-@click.option("--data", help="Folder, .csv, .jsonl, or split_zhou_*.json (see above).")
-@click.option("--model", help="open_clip model: ViT-B-16, hf-hub:NAME, or local-dir:FOLDER.")
-@click.option("--pretrained", help="open_clip tag (openai) or a checkpoint file.")
-@click.option("--out", required=True, type=PathInHome(), help="Run folder to write.")
-@click.option(
-    "--method", type=click.Choice(list(METHODS)), default=_DEFAULT.method, show_default=True
-)
-@click.option("--with", "added", multiple=True, metavar="PARTS", help="Parts to add.")
-@click.option("--without", multiple=True, metavar="PARTS", help="Parts to leave out.")
-@click.option(
-    "--classes",
-    type=click.Choice(["all", "base"]),
-    default="all",
-    show_default=True,
-    help="base: tune on the first half of the classes, the others stay new.",
-)
-@click.option(
-    "--shots", type=int, default=_DEFAULT.shots, show_default=True, help="Images a class."
-)
-@click.option("--seed", type=int, default=_DEFAULT.seed, show_default=True)
-@click.option("--class-names", help="JSON {label: name} or two-column CSV that renames classes.")
-@click.option(
-    "--template", "templates", multiple=True, help="Of the hand-written prompt, with {} in it."
-)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 …")
-@click.option(
-    "--split-from",
-    type=PathInHome(),
-    help="Run whose images, --shots and --classes to use again.",
-)
-@click.option("--sentences", help='JSON {"a|b": {"commonality": […], "difference": […]}}.')
-@click.option("--commonality", help="JSON {class: [what it shares with others, …]}.")
-@click.option("--difference", help="JSON {class: [what tells it from others, …]}.")
-@click.option("--llm-url", help="OpenAI-compatible endpoint to ask for sentences, ending in /v1.")
-@click.option("--llm-model", help="Of that endpoint; the key is taken from $CAPT_LLM_KEY.")
-@click.option("--llm-dry-run", is_flag=True, help="Print what would be asked, and stop.")
-@click.option(
+def _option(section: str, *names: str, **attributes: Any) -> Callable[[Any], Any]:
+    return click.option(*names, cls=_SectionOption, section=section, **attributes)
+
+
+def _setting(section: str, name: str, **attributes: Any) -> Callable[[Any], Any]:
+    """Return the option of a setting, with the type, default and help of its declaration."""
+    known = _SETTINGS[name]
+    several = known.type is tuple
+    shown = not several and isinstance(known.default, (int, float, str))
+    usual = {
+        "help": f"{known.help[0].upper()}{known.help[1:]}.",
+        "type": str if several else known.type,
+        "multiple": several,
+        "default": known.default if shown else None,
+        "show_default": shown,
+    }
+    return _option(section, str(known.option), _identifier(name), **{**usual, **attributes})
+
+
+def _identifier(name: str) -> str:
+    return name.replace(".", "__")
+
+
+@click.command(cls=_SectionedCommand, context_settings=_HELP)
+@_setting("Data", "data", help="Folder, .csv, .jsonl, or split_zhou_*.json (see above).")
+@_setting("Data", "classes", type=click.Choice(["all", "base"]))
+@_setting("Data", "shots")
+@_setting("Data", "class_names")
+@_option("Data", "--split-from", type=PathInHome(), help="Run whose images to use again.")
+@_setting("Model", "model")
+@_setting("Model", "pretrained")
+@_setting("Model", "device")
+@_setting("Method", "method", type=click.Choice(list(METHODS)))
+@_setting("Method", "added", metavar="PARTS")
+@_setting("Method", "without", metavar="PARTS")
+@_setting("Method", "prompt.templates")
+@_setting("Training", "tuning.epochs")
+@_setting("Training", "tuning.learning_rate")
+@_setting("Training", "tuning.batch_size")
+@_setting("Training", "seed")
+@_option(
+    "Training",
     "--set",
     "settings",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Any other setting or loss weight, e.g. epochs=100, moments=0.",
+    help="Any setting of docs/training.md, as in visual.epochs=10 or losses.moments=0.",
 )
-@click.option("--resume", is_flag=True, help="Continue the interrupted run in --out.")
-@click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON on stdout.")
+@_setting("Confusion sentences", "confusion.sentences")
+@_setting("Confusion sentences", "confusion.commonality")
+@_setting("Confusion sentences", "confusion.difference")
+@_setting("Confusion sentences", "confusion.llm_url")
+@_setting("Confusion sentences", "confusion.llm_model")
+@_option(
+    "Confusion sentences",
+    "--llm-dry-run",
+    is_flag=True,
+    help="Print what would be asked, and stop.",
+)
+@_option("Output", "--out", required=True, type=PathInHome(), help="Run folder to write.")
+@_option("Output", "--resume", is_flag=True, help="Continue the interrupted run in --out.")
+@_option("Output", "--json", "as_json", is_flag=True, help="Print the metrics as JSON on stdout.")
 @click.version_option(__version__, prog_name="capt")
 @click.pass_context
 def main(
@@ -91,30 +127,34 @@ def main(
 
     \b
     Example:
-      capt-train --data photos --model ViT-B-16 --pretrained openai --out mine
+      capt-train --data photos --model ViT-B-16-quickgelu --pretrained openai --out mine
       capt-train --data photos --model local-dir:clip --out text --without visual
       capt-train --resume --out mine
     """
     given = {
-        name: value
-        for name, value in options.items()
-        if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+        name: options[_identifier(name)]
+        for name in _SETTINGS
+        if ctx.get_parameter_source(_identifier(name)) == click.core.ParameterSource.COMMANDLINE
     }
     for name in ("added", "without"):
         if name in given:
             parts = ",".join(given[name]).split(",")
             given[name] = tuple(part.strip() for part in parts if part.strip())
+    given |= parse_settings(options["settings"])
+    split_from = options["split_from"]
+    if split_from is not None and {"shots", "classes"} & given.keys():
+        raise click.UsageError("--split-from brings its own --shots and --classes; leave them out")
     config = _config(out, resume, given)
     from capt_train.pipeline import dry_run, train
     from capt_train.run.folder import CONFIG
 
     if llm_dry_run:
-        asked = dry_run(config, out, options["split_from"])
+        asked = dry_run(config, out, split_from)
         click.echo(asked.text())
         return
 
     try:
-        report = train(config, out, resume=resume, split_from=options["split_from"])
+        report = train(config, out, resume=resume, split_from=split_from)
     except KeyboardInterrupt:
         if (out / CONFIG).exists():  # else there is nothing to go on with
             say(f"\nto go on where it stopped: capt-train --resume --out {out}")
@@ -129,25 +169,24 @@ def main(
 
 
 def _config(out: Path, resume: bool, given: dict[str, Any]) -> TrainConfig:
-    """Settings of the command line; a resumed run supplies those that are not given."""
-    settings = parse_settings(given.pop("settings", ()))
-    if given.pop("split_from", None) and {"shots", "classes"} & {*given, *settings}:
-        raise click.UsageError("--split-from brings its own --shots and --classes; leave them out")
+    """Return the settings of the command line; a resumed run supplies those that are missing."""
     if resume:
-        from dataclasses import replace
-
         from capt_train.run.folder import read_config
 
         written, _ = read_config(out)
-        return replace(written, **given).with_settings(settings)
+        return written.with_settings(given)
     for name in ("data", "model"):
         if name not in given:
             raise click.UsageError(f"missing option --{name} (only --resume can do without it)")
-    return TrainConfig(**given).with_settings(settings)
+    return TrainConfig(given["data"], given["model"]).with_settings(given)
 
 
 def parse_settings(texts: tuple[str, ...]) -> dict[str, str]:
-    """Split `NAME=VALUE` texts. Raises click's UsageError where there is no `=`."""
+    """Split `NAME=VALUE` texts.
+
+    Raises:
+        click.UsageError: a text has no `=`.
+    """
     settings = {}
     for text in texts:
         name, equals, value = text.partition("=")

@@ -94,29 +94,31 @@ def find_centres(
         for kind in SENTENCE_KINDS
     ]
     embedded = [backbone.sentence_embeddings(texts) for texts in by_kind]
-    return cluster(embedded, config.centres, config.seed)
+    return cluster(embedded, config.experts.centres, config.seed)
 
 
 def _files(config: TrainConfig, names: Sequence[str]) -> dict[str, Any]:
     """Read the sentence files that are given, as keywords of `gather`."""
     found: dict[str, Any] = {}
-    if config.sentences is not None:
-        found["pair_sentences"] = read_pair_file(Path(config.sentences), names)
-    for kind, file in zip(SENTENCE_KINDS, (config.commonality, config.difference), strict=True):
-        if file is not None:
+    files = config.confusion
+    if files.sentences is not None:
+        found["pair_sentences"] = read_pair_file(Path(files.sentences), names)
+    for kind in SENTENCE_KINDS:
+        if (file := getattr(files, kind)) is not None:
             found[kind] = read_class_file(Path(file), names)
     return found
 
 
 def _client(config: TrainConfig) -> LlmClient | None:
     """Return whom to ask; None where no endpoint is given."""
-    if config.llm_url is None or config.llm_model is None:
+    llm = config.confusion
+    if llm.llm_url is None or llm.llm_model is None:
         return None
     return LlmClient(
-        config.llm_url,
-        config.llm_model,
+        llm.llm_url,
+        llm.llm_model,
         key=key_from_environment(),
-        timeout_s=config.llm_timeout_s,
-        retries=config.llm_retries,
-        backoff_s=config.llm_backoff_s,
+        timeout_s=llm.llm_timeout_s,
+        retries=llm.llm_retries,
+        backoff_s=llm.llm_backoff_s,
     )

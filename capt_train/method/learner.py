@@ -211,9 +211,9 @@ def make_learner(
     generator = torch.Generator().manual_seed(config.seed)
     semantic = None
     if "semantic-experts" in parts:
-        shape = (len(SENTENCE_KINDS), config.centres, zero_shot.shape[1])
+        shape = (len(SENTENCE_KINDS), config.experts.centres, zero_shot.shape[1])
         own = zero_shot.new_zeros(shape) if centres is None else centres.to(zero_shot)
-        semantic = SemanticExperts(own, config.centre_temperature)
+        semantic = SemanticExperts(own, config.experts.temperature)
     learner = Learner(
         backbone,
         zero_shot,
@@ -225,7 +225,7 @@ def make_learner(
 
 
 def _count(config: TrainConfig) -> int:
-    return config.prompts if "prompt" in config.parts else 0
+    return config.prompt.count if "prompt" in config.parts else 0
 
 
 def _prompt(
@@ -240,10 +240,10 @@ def _prompt(
         backbone,
         split.class_names,
         split.tuned,
-        words=config.context_init,
-        random_tokens=config.context_tokens,
-        class_specific=config.class_specific,
-        depth=config.text_depth if "text-prompts" in config.parts else 1,
+        words=config.prompt.words,
+        random_tokens=config.prompt.random_tokens,
+        class_specific=config.prompt.class_specific,
+        depth=config.prompt.depth if "text-prompts" in config.parts else 1,
         generator=generator,
     )
     if number:
@@ -260,11 +260,11 @@ def _visual_tuner(
     if tower is None:
         return None
     own = VisualParts(
-        adapter_blocks=config.adapter_blocks if "adapter" in wanted else 0,
-        experts=config.experts if "sample-experts" in wanted else 0,
-        expert_rank=config.expert_rank,
-        prompt_depth=config.visual_depth if "visual-prompts" in wanted else 0,
-        prompt_tokens=config.visual_tokens,
+        adapter_blocks=config.visual.adapter_depth if "adapter" in wanted else 0,
+        experts=config.experts.count if "sample-experts" in wanted else 0,
+        expert_rank=config.experts.rank,
+        prompt_depth=config.visual.prompt_depth if "visual-prompts" in wanted else 0,
+        prompt_tokens=config.visual.prompt_tokens,
     )
     tuner = VisualTuner(tower, own, generator)
     return tuner if any(True for _ in tuner.parameters()) else None

@@ -64,7 +64,7 @@ def fit(setup: Setup, outcome: Outcome, out: Path) -> TunedModel:
     """Fit strength, mixture and calibration; write the banks and `result.json`."""
     learner, task, split = outcome.learner, outcome.task, setup.split
     if outcome.before is not None:
-        fixed = setup.config.fixed_strength
+        fixed = setup.config.visual.strength
         if fixed is None:
             choose_strength(learner, task, outcome.trial, outcome.before)
             if learner.trainable:
@@ -119,12 +119,12 @@ def _mixture(setup: Setup, outcome: Outcome) -> Mixture:
     labels = outcome.task.train.labels_among(split.tuned).to(images.device)
     texts = runs.all_texts(learner, setup.zero_shot)[:, list(split.tuned)]
     names = setup.pseudo_class_names()
-    hand_written = setup.backbone.class_embeddings(names, config.templates)
+    hand_written = setup.backbone.class_embeddings(names, config.prompt.templates)
     learned = learner.texts_of(names, hand_written).embeddings
     pseudo = torch.cat([hand_written[None], learned])
     return Mixture(
         fit_inside(images, labels, texts, scale),
-        fit_outside(images, pseudo, scale, config.mixture_margin),
+        fit_outside(images, pseudo, scale, config.mixture.margin),
     )
 
 
@@ -157,7 +157,7 @@ def _calibration(
         return None
     if len(labels) < _FEW_FOR_CALIBRATION:
         say(f"note: confidences are calibrated on no more than {len(labels)} images")
-    noise = fit_label_noise(raw.cpu(), labels, setup.config.fixed_label_noise)
+    noise = fit_label_noise(raw.cpu(), labels, setup.config.tuning.label_noise)
     if noise.share:
         say(
             f"note: about {noise.share:.0%} of the labels are taken for wrong; "
@@ -168,9 +168,9 @@ def _calibration(
     # Factors of single classes would leave other classes behind or push them forward.
     complete = len(tuned) == len(setup.split.class_names)
     kinds = KINDS if complete else tuple(kind for kind in KINDS if kind != VECTOR)
-    wanted = setup.config.calibrator
+    wanted = setup.config.calibration.calibrator
     return choose_calibration(
-        raw.double().numpy(), labels.numpy(), kinds if wanted == "auto" else (wanted,)
+        raw.double().numpy(), labels.numpy(), kinds if wanted is None else (wanted,)
     )
 
 
@@ -187,7 +187,7 @@ def _calibrated(setup: Setup, model: TunedModel, outcome: Outcome, choice: Choic
         model.fitted,
         calibration=choice.calibration,
         zero_shot_temperature=fit_label_noise(
-            before, asked.labels_among(tuned), setup.config.fixed_label_noise
+            before, asked.labels_among(tuned), setup.config.tuning.label_noise
         ).temperature,
     )
 

@@ -172,7 +172,7 @@ def load_run(folder: str | Path, device: torch.device | None = None) -> TunedMod
             f"{folder}: tuned on a model with SHA-256 {written['model_sha256'][:12]}…, but "
             f"{config.model} now has {fingerprint[:12]}…; restore that model or tune again"
         )
-    zero_shot = backbone.class_embeddings(split.class_names, config.templates)
+    zero_shot = backbone.class_embeddings(split.class_names, config.prompt.templates)
     colours = read_colours(folder).colours if "colours" in config.parts else None
     learner = make_learner(backbone.recoloured(colours), config, split, zero_shot)
     try:

@@ -80,8 +80,8 @@ def _fit(setup: Setup, frozen: Embedded) -> ColourFit:
         setup.zero_shot[list(split.tuned)],
         _labelled(setup, fitted),
         _labelled(setup, deciding),
-        steps=config.colour_steps,
-        rate=config.colour_learning_rate,
+        steps=config.colours.steps,
+        rate=config.colours.learning_rate,
         seed=config.seed,
     )
 

@@ -23,8 +23,10 @@ from capt_train.method.mixture import pseudo_class_names
 from capt_train.run import folder as runs
 from capt_train.tune.stages import zero_shot_bank
 
-_SENTENCE_FILES = ("sentences", "commonality", "difference")
-_ASKING = ("llm_url", "llm_model", "llm_timeout_s", "llm_retries", "llm_backoff_s")
+_SENTENCE_FILES = tuple(f"confusion.{name}" for name in ("sentences", "commonality", "difference"))
+_ASKING = tuple(
+    f"confusion.llm_{name}" for name in ("url", "model", "timeout_s", "retries", "backoff_s")
+)
 # What may change before a run is resumed. Images, names and model may lie elsewhere: they are
 # checked by their content. Sentences may come from elsewhere until the run has its own.
 _MAY_MOVE = {"data", "class_names", "model", "pretrained", "device", *_SENTENCE_FILES, *_ASKING}
@@ -106,7 +108,7 @@ def load(config: TrainConfig, split_from: Path | None = None, *, sources: bool =
     backbone = load_backbone(config.model, config.pretrained, device)
     for notice in (*split.notices, *left_out(backbone, config)):
         say(f"note: {notice}")
-    zero_shot = backbone.class_embeddings(split.class_names, config.templates)
+    zero_shot = backbone.class_embeddings(split.class_names, config.prompt.templates)
     # What may be wrong with names, sizes, sentence files or endpoint shows before time is spent.
     make_learner(backbone, config, split, zero_shot)
     if sources and "semantic-experts" in config.parts:
@@ -120,8 +122,9 @@ def load(config: TrainConfig, split_from: Path | None = None, *, sources: bool =
 def absolute(config: TrainConfig) -> TrainConfig:
     """Make paths independent of the folder the command was started in."""
     changes: dict[str, Any] = {"data": str(expand_home(config.data).resolve())}
+    values = config.values()
     for name in ("class_names", *_SENTENCE_FILES):
-        if (value := getattr(config, name)) is not None:
+        if (value := values[name]) is not None:
             changes[name] = str(expand_home(value).resolve())
     folder = expand_home(config.model.removeprefix("local-dir:"))
     # any other folder may just be called like an architecture, as a run folder may
@@ -129,7 +132,7 @@ def absolute(config: TrainConfig) -> TrainConfig:
         changes["model"] = f"local-dir:{folder.resolve()}"
     if config.pretrained is not None and expand_home(config.pretrained).is_file():
         changes["pretrained"] = str(expand_home(config.pretrained).resolve())
-    return replace(config, **changes)
+    return config.with_settings(changes)
 
 
 def _check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
@@ -143,7 +146,7 @@ def _check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
     if not resume:
         raise RunError(f"{out}: holds a run; continue it with --resume, or choose another --out")
     written, _ = runs.read_config(out)
-    was, now = written.to_dict(), config.to_dict()
+    was, now = written.values(), config.values()
     different = [
         f"{key} {was[key]!r} → {now[key]!r}"
         for key in was
@@ -156,11 +159,12 @@ def _check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
 def _with_own_sentences(config: TrainConfig, out: Path) -> TrainConfig:
     """Return the settings with the sources that the run's sentences have come from."""
     written, _ = runs.read_config(out)
-    own = {name: getattr(written, name) for name in (*_SENTENCE_FILES, *_ASKING)}
-    other = [name for name, value in own.items() if getattr(config, name) != value]
+    values, before = config.values(), written.values()
+    sources = {name: before[name] for name in (*_SENTENCE_FILES, *_ASKING)}
+    other = [name for name, value in sources.items() if values[name] != value]
     if other:
         say(f"note: the run goes on with its own {SENTENCES}; not used: {', '.join(other)}")
-    return replace(config, **own)
+    return config.with_settings(sources)
 
 
 def _is_foreign(file: Path) -> bool:

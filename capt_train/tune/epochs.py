@@ -1,7 +1,7 @@
 """The epochs of a tuning. What varies from step to step is a function of seed and step alone."""
 
 import zlib
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ class Epochs:
         self._rates = [rate for parameters, rate in groups if parameters]
         self._optimizer = _optimizer([own for own, _ in groups if own], config)
         self._parameters = [one for own, _ in groups for one in own]
-        self._precision = Precision(config.autocast, self._device)
+        self._precision = Precision(config.tuning.autocast, self._device)
         self._labels = task.train.labels_among(task.tuned).to(self._device)
         self._label_noise = _label_noise(task)
         self.bank = task.bank
@@ -46,9 +46,9 @@ class Epochs:
         config, samples = self._task.config, len(self._labels)
         draw = _generator(config.seed, self._stage, number)
         order = torch.randperm(samples, generator=draw)
-        batches = -(-samples // config.batch_size)
+        batches = -(-samples // config.tuning.batch_size)
         mined, partners = self._mine()
-        weights = {**asdict(config.loss_weights), "consistency": self._stage.consistency}
+        weights = {**config.loss_weights, "consistency": self._stage.consistency}
         means: dict[str, float] = {}
         for batch in range(batches):
             self._set_rates(number * batches + batch, batches)
@@ -65,7 +65,8 @@ class Epochs:
                     raise FloatingPointError(f"the {name} term became {value.item()}")
                 means[name] = means.get(name, 0.0) + value.item() / batches
             loss = weighted_sum(terms, weights)
-            if not self._precision.step(loss, self._optimizer, self._parameters, config.clip_norm):
+            clip_norm = config.tuning.clip_norm
+            if not self._precision.step(loss, self._optimizer, self._parameters, clip_norm):
                 again = loss_terms(self._step(rows, views, step.mined), weights)  # as a new graph
                 raise FloatingPointError(f"the gradient of {self._culprit(again)} became nan")
         return means
@@ -107,7 +108,7 @@ class Epochs:
         """Return mined classes of every image, and the confused samples retrieved for it."""
         if self.bank is None:
             return None, None
-        mined = mined_classes(self.bank, self._task.config.mined_pairs)
+        mined = mined_classes(self.bank, self._task.config.confusion.pairs)
         if "retrieval" not in self._task.config.parts:
             return mined, None
         return mined, retrieve(self.bank, torch.arange(len(mined), device=mined.device), mined)
@@ -121,7 +122,7 @@ class Epochs:
         texts = self._learner.mean_texts(self._task.tuned)
         images = views.held_embeddings(self._learner if self._stage.visual else None)
         logits = self._task.scale * images.to(self._device) @ texts.T
-        self.bank = self.bank.updated(logits, self._task.config.bank_momentum)
+        self.bank = self.bank.updated(logits, self._task.config.confusion.momentum)
 
     @torch.no_grad()
     def validation_nll(self) -> float | None:
@@ -165,7 +166,7 @@ class Epochs:
         return state
 
     def _set_rates(self, step: int, batches: int) -> None:
-        epochs, warmup = self._stage.epochs, self._task.config.warmup_epochs
+        epochs, warmup = self._stage.epochs, self._task.config.tuning.warmup_epochs
         for group, peak in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = learning_rate(
                 step, epochs * batches, min(warmup, epochs - 1) * batches, peak
@@ -184,7 +185,7 @@ class Epochs:
 
 def _label_noise(task: TuningTask) -> float:
     """Return the share of wrong labels among the training images, as the frozen model sees it."""
-    fixed = task.config.fixed_label_noise
+    fixed = task.config.tuning.label_noise
     if fixed is not None:
         return fixed
     images = task.train.embeddings.to(task.reference.device)
@@ -204,9 +205,10 @@ def _optimizer(
     groups: list[list[torch.nn.Parameter]], config: TrainConfig
 ) -> torch.optim.Optimizer:
     own = [{"params": parameters} for parameters in groups]
-    rate, decay = config.learning_rate, config.weight_decay
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(own, rate, config.momentum, weight_decay=decay)
+    tuning = config.tuning
+    rate, decay = tuning.learning_rate, tuning.weight_decay
+    if tuning.optimizer == "sgd":
+        return torch.optim.SGD(own, rate, tuning.momentum, weight_decay=decay)
     return torch.optim.AdamW(own, rate, weight_decay=decay)
 
 

@@ -95,19 +95,19 @@ def stages(task: TuningTask, learner: Learner) -> list[Stage]:
     move far; where that does not help on validation images, it is taken back, and where there are
     none, it is not tried.
     """
-    config = task.config
-    text = Stage("", config.epochs, config.learning_rate, patience=config.patience)
+    tuning, visual = task.config.tuning, task.config.visual
+    text = Stage("", tuning.epochs, tuning.learning_rate, patience=tuning.patience)
     if learner.visual is None:
         return [text] if learner.text_parameters else []
-    slower = config.learning_rate * config.text_rate_beside_visual
-    near = Stage("", config.visual_epochs, slower, config.visual_learning_rate, config.consistency)
+    slower = tuning.learning_rate * visual.text_rate
+    near = Stage("", visual.epochs, slower, visual.learning_rate, visual.consistency)
     far = replace(
         near,
-        epochs=config.far_epochs,
-        consistency=config.far_consistency,
-        patience=config.far_patience,
+        epochs=visual.far_epochs,
+        consistency=visual.far_consistency,
+        patience=visual.far_patience,
     )
     order = [replace(text, name=TEXT)] if learner.text_parameters else []
-    if not len(task.val) or not config.far_epochs:
+    if not len(task.val) or not visual.far_epochs:
         return [*order, near]
     return [*order, replace(near, name="near-"), far]

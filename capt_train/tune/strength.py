@@ -181,8 +181,9 @@ def _halved(task: TuningTask) -> tuple[TuningTask, _Question, _Question]:
         odd = every_second(own.train.labels)
         seen = _training_images(own, odd)
         own = with_rows(own, ~odd)
-    names = ("epochs", "visual_epochs", "far_epochs")
-    shorter = replace(config, **{name: -(-getattr(config, name) // 2) for name in names})
+    names = ("tuning.epochs", "visual.epochs", "visual.far_epochs")
+    values = config.values()
+    shorter = config.with_settings({name: -(-values[name] // 2) for name in names})
     return refilled(replace(own, config=shorter)), seen, unseen
 
 

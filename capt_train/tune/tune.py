@@ -72,7 +72,7 @@ def tune(
                 nll = loop.validation_nll()
             except FloatingPointError as cause:
                 kept = f"; the state before that epoch is in {last.name}" if state.epoch else ""
-                rate = "visual_learning_rate" if stage.visual else "learning_rate"
+                rate = f"{'visual' if stage.visual else 'tuning'}.learning_rate"
                 reason = f"in epoch {state.epoch + 1} {cause}"
                 raise DivergenceError(folder, reason, rate, kept) from cause
             loop.write_back()

@@ -96,7 +96,7 @@ def untuned_rows(
 
 
 def _untuned_rows(model: TunedModel, names: Sequence[str]) -> Float[Tensor, "classes dim"]:
-    hand_written = model.backbone.class_embeddings(names, model.config.templates)
+    hand_written = model.backbone.class_embeddings(names, model.config.prompt.templates)
     learned = model.learner.texts_of(names, hand_written).embeddings
     embeddings = torch.cat([hand_written[None], learned])
     return model.fitted.mixture.rows(embeddings, [False] * len(names))
@@ -108,7 +108,7 @@ def hand_written_rows(
     """Return t⁰_c by all templates that one of the runs has."""
     if not names:
         return models[0].zero_shot[:0]
-    templates = dict.fromkeys(text for model in models for text in model.config.templates)
+    templates = dict.fromkeys(text for model in models for text in model.config.prompt.templates)
     return models[0].backbone.class_embeddings(names, list(templates))
 
 

@@ -126,7 +126,7 @@ def _rows(models: Sequence[TunedModel], names: Sequence[str]) -> Float[Tensor, "
 def _hand_written(
     models: Sequence[TunedModel], names: Sequence[str]
 ) -> Float[Tensor, "classes dim"]:
-    if len({model.config.templates for model in models}) > 1:
+    if len({model.config.prompt.templates for model in models}) > 1:
         return hand_written_rows(models, names)
     known = {n: row for m in models for n, row in zip(m.class_names, m.zero_shot, strict=True)}
     return torch.stack([known[name] for name in names])

@@ -26,7 +26,7 @@ from export.source.fold import Head, folded
 _LOOKED_INTO = 16  # images of a data set
 # What a reader of the bundle may want to know; folders of the machine it came from are not in it.
 _PROVENANCE = (
-    *("method", "added", "without", "classes", "shots", "seed", "templates", "context_init"),
+    *("method", "added", "without", "classes", "shots", "seed"),
     *("data_fingerprint", "model_sha256", "versions"),
 )
 
@@ -215,6 +215,8 @@ def provenance(model: TunedModel) -> dict[str, Any]:
         "model": spec,
         "pretrained": model.config.pretrained and Path(model.config.pretrained).name,
         **{key: model.provenance[key] for key in _PROVENANCE},
+        "templates": list(model.config.prompt.templates),
+        "context_init": model.config.prompt.words,
         "parts": sorted(model.learner.parts(model.config)),
         "strength": model.fitted.strength,
     }

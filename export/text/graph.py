@@ -53,11 +53,13 @@ class TextRows(nn.Module):
         self.learners = nn.ModuleList([model.learner for model in models])
         # Where the hand-written prompt has no weight, nobody needs to compute it.
         written = [
-            m.config.templates if m.fitted.mixture.outside[0] or not m.learner.prompts else ()
+            m.config.prompt.templates
+            if m.fitted.mixture.outside[0] or not m.learner.prompts
+            else ()
             for m in models
         ]
         self.hand_written = hand_written
-        needed = [m.config.templates for m in models] if hand_written else written
+        needed = [m.config.prompt.templates for m in models] if hand_written else written
         self._templates = [*dict.fromkeys(template for own in needed for template in own)]
         self._learned = [own for model in models for own in _learned(model)]
         places = iter(range(len(self._templates), len(self._templates) + len(self._learned)))
@@ -200,7 +202,7 @@ def prove_rows(
     backbone = models[0].backbone
     expected = backbone.scale * untuned_rows(models, names).cpu().numpy()
     # There are no images here; texts' embeddings show as well by how much logits may differ.
-    shown = backbone.class_embeddings(names, models[0].config.templates).cpu().numpy()
+    shown = backbone.class_embeddings(names, models[0].config.prompt.templates).cpu().numpy()
     difference = float(np.abs((texts.rows(names) - expected) @ shown.T).max())
     if hand_written:
         written = hand_written_rows(models, names).cpu().numpy()

@@ -12,9 +12,9 @@ from benchmarks.record import load_cells
 from capt_deploy.bench.cases import Wanted
 from capt_deploy.bench.compare import compare_rows
 from capt_deploy.bench.measure import BenchOptions
-from capt_train.config import TrainConfig
 from capt_train.pipeline import train
 from export.writer import export_run
+from tests.configs import train_config
 
 QUICK = BenchOptions(seconds=0.02, rounds=2, least=2, warm_up_seconds=0.02)
 
@@ -25,7 +25,7 @@ def exported(
 ) -> Exported:
     """Return a tiny model with the hand-written prompt, as benchmarks/exported.py makes them."""
     folder = tmp_path_factory.mktemp("exported")
-    config = TrainConfig(data=str(photos), model=f"local-dir:{tiny_model_dir}", method="zeroshot")
+    config = train_config(data=str(photos), model=f"local-dir:{tiny_model_dir}", method="zeroshot")
     train(config, folder / "run")
     return Exported(tiny_model_dir, export_run(folder / "run", folder / "tiny.capt"))
 

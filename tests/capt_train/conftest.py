@@ -13,6 +13,7 @@ import pytest
 
 from capt_train.config import TrainConfig
 from capt_train.pipeline import train
+from tests.configs import train_config
 
 
 @pytest.fixture(scope="session")
@@ -20,9 +21,15 @@ def configure(photos: Path, tiny_model_dir: Path) -> Callable[..., TrainConfig]:
     """Return a function that makes the configuration of a run of a second, of prompts alone."""
 
     def configure(**settings: Any) -> TrainConfig:
-        tiny = {"shots": 3, "epochs": 3, "warmup_epochs": 1, "visual_epochs": 2, "device": "cpu"}
+        tiny = {
+            "shots": 3,
+            "tuning_epochs": 3,
+            "tuning_warmup_epochs": 1,
+            "visual_epochs": 2,
+            "device": "cpu",
+        }
         own: dict[str, Any] = {"data": str(photos), "model": f"local-dir:{tiny_model_dir}"}
-        return TrainConfig(**{"method": "prompt", **own, **tiny, **settings})
+        return train_config(**{"method": "prompt", **own, **tiny, **settings})
 
     return configure
 
@@ -41,7 +48,7 @@ def finished(
 def inputs(photos: Path, tiny_model_dir: Path) -> list[str]:
     """Return the arguments of a run of a second, all but --shots and --out."""
     arguments = ["--data", str(photos), "--model", f"local-dir:{tiny_model_dir}"]
-    few = ["--set", "epochs=2", "--set", "visual_epochs=1", "--set", "views=2"]
+    few = ["--epochs", "2", "--set", "visual.epochs=1", "--set", "visual.views=2"]
     return [*arguments, "--device", "cpu", *few]
 
 

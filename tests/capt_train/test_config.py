@@ -1,30 +1,32 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from capt_deploy.core.errors import ConfigError, RunError
-from capt_train.config import LossWeights, TrainConfig
+from capt_train.config import TrainConfig, TuningSettings, default_losses, settings
 from capt_train.parts import GROUPS, METHODS, PARTS
+from tests.configs import changed
 
 CONFIG = TrainConfig(data="photos", model="ViT-B-16")
 
 
 def test_json_gives_the_same_configuration_back() -> None:
-    config = replace(
+    config = changed(
         CONFIG,
-        templates=("a {}.", "the {}."),
-        weights=LossWeights(margin=0.25),
+        prompt_templates=("a {}.", "the {}."),
+        losses_margin=0.25,
         added=("mixture",),
         without=("experts", "coa"),
-        consistency=4.0,
-        far_epochs=0,
-        class_specific=True,
+        visual_consistency=4.0,
+        visual_far_epochs=0,
+        visual_strength=0.5,
+        prompt_class_specific=True,
         pretrained="openai",
-        epochs=7,
+        tuning_epochs=7,
     )
     stored = json.loads(json.dumps(config.to_dict()))
     assert TrainConfig.from_dict(stored, RunError) == config
@@ -34,11 +36,13 @@ def test_json_gives_the_same_configuration_back() -> None:
     "change",
     [
         {"colour": 1},
-        {"weights": {"colour": 1.0}},
-        {"weights": None},
+        {"losses": {"colour": 1.0}},
+        {"losses": None},
         {"shots": 0},
         {"shots": "many"},
-        {"templates": []},
+        {"shots": True},
+        {"prompt": {**CONFIG.to_dict()["prompt"], "templates": []}},
+        {"prompt": {**CONFIG.to_dict()["prompt"], "depth": 1.5}},
         {"data": 3, "colour": 1},
     ],
 )
@@ -47,21 +51,10 @@ def test_json_that_does_not_fit_raises_the_error_asked_for(change: dict[str, Any
         TrainConfig.from_dict({**CONFIG.to_dict(), **change}, RunError)
 
 
-def test_json_of_before_there_was_label_noise_is_read() -> None:
-    stored = CONFIG.to_dict()
-    del stored["label_noise"]
-    assert TrainConfig.from_dict(stored, RunError) == CONFIG
-
-
-def test_label_noise_is_found_or_given() -> None:
-    assert CONFIG.fixed_label_noise is None
-    assert CONFIG.with_settings({"label_noise": "0.25"}).fixed_label_noise == 0.25
-
-
-def test_json_without_weights_is_refused() -> None:
-    stored = CONFIG.to_dict()
-    del stored["weights"]
-    with pytest.raises(RunError, match="weights"):
+def test_json_of_another_version_is_refused_in_words() -> None:
+    stored = {**CONFIG.to_dict(), "epochs": 50, "strength": "auto"}
+    del stored["tuning"]
+    with pytest.raises(RunError, match=r"written by another version of capt.*tune again"):
         TrainConfig.from_dict(stored, RunError)
 
 
@@ -70,176 +63,216 @@ def test_json_without_weights_is_refused() -> None:
     [
         ("method", "magic"),
         ("classes", "new"),
-        ("optimizer", "adam"),
+        ("tuning_optimizer", "adam"),
         ("shots", 0),
         ("seed", -1),
         ("seed", 2**80),
-        ("epochs", 0),
-        ("batch_size", 0),
-        ("warmup_epochs", -1),
-        ("patience", -1),
-        ("context_tokens", -1),
-        ("learning_rate", 0.0),
-        ("learning_rate", float("nan")),
-        ("learning_rate", float("inf")),
-        ("momentum", -0.5),
-        ("momentum", 1.0),
-        ("weight_decay", -0.1),
-        ("weight_decay", float("nan")),
-        ("templates", ()),
-        ("templates", ("a photo",)),
-        ("context_init", "  "),
-        ("weights", LossWeights(margin=float("nan"))),
-        ("weights", LossWeights(margin=-1.0)),
-        ("weights", LossWeights(**dict.fromkeys(asdict(LossWeights()), 0.0))),
-        ("weights", LossWeights(0.0, 0.0, 0.0, 0.0, 0.0, balance=1.0)),
-        ("added", ("magic",)),
-        ("without", ("adapters",)),
-        ("prompts", 0),
-        ("text_depth", 0),
-        ("mined_pairs", 0),
-        ("bank_momentum", 1.5),
-        ("llm_url", "http://localhost/v1"),
-        ("centres", 0),
-        ("centre_temperature", 0.0),
-        ("experts", 0),
-        ("expert_rank", 0),
-        ("adapter_blocks", 0),
-        ("adapter_scale", -1.0),
-        ("adapter_exponent", float("nan")),
-        ("visual_depth", 0),
-        ("visual_tokens", 0),
-        ("views", 0),
-        ("view_area", 0.0),
-        ("view_area", 1.5),
+        ("tuning_epochs", 0),
+        ("tuning_batch_size", 0),
+        ("tuning_warmup_epochs", -1),
+        ("tuning_patience", -1),
+        ("prompt_random_tokens", -1),
+        ("tuning_learning_rate", 0.0),
+        ("tuning_learning_rate", float("nan")),
+        ("tuning_learning_rate", float("inf")),
+        ("tuning_momentum", -0.5),
+        ("tuning_momentum", 1.0),
+        ("tuning_weight_decay", -0.1),
+        ("tuning_weight_decay", float("nan")),
+        ("prompt_templates", ()),
+        ("prompt_templates", ("a photo",)),
+        ("prompt_words", "  "),
+        ("losses_margin", float("nan")),
+        ("losses_margin", -1.0),
+        ("prompt_count", 0),
+        ("prompt_depth", 0),
+        ("confusion_pairs", 0),
+        ("confusion_momentum", 1.5),
+        ("experts_centres", 0),
+        ("experts_temperature", 0.0),
+        ("experts_count", 0),
+        ("experts_rank", 0),
+        ("visual_adapter_depth", 0),
+        ("visual_adapter_scale", -1.0),
+        ("visual_adapter_exponent", float("nan")),
+        ("visual_prompt_depth", 0),
+        ("visual_prompt_tokens", 0),
+        ("visual_views", 0),
+        ("visual_view_area", 0.0),
+        ("visual_view_area", 1.5),
         ("mixture_margin", -0.1),
         ("visual_learning_rate", 0.0),
-        ("text_rate_beside_visual", 1.5),
-        ("clip_norm", -1.0),
+        ("visual_text_rate", 1.5),
+        ("tuning_clip_norm", -1.0),
         ("visual_epochs", 0),
-        ("autocast", "fp8"),
-        ("consistency", -1.0),
-        ("far_consistency", float("inf")),
-        ("far_epochs", -1),
-        ("far_patience", -1),
-        ("label_noise", "0.6"),
-        ("label_noise", "-0.1"),
-        ("label_noise", "nan"),
-        ("label_noise", "some"),
+        ("tuning_autocast", "fp8"),
+        ("visual_consistency", -1.0),
+        ("visual_far_consistency", float("inf")),
+        ("visual_far_epochs", -1),
+        ("visual_far_patience", -1),
+        ("visual_strength", 1.5),
+        ("tuning_label_noise", 0.6),
+        ("tuning_label_noise", -0.1),
+        ("tuning_label_noise", float("nan")),
+        ("tuning_label_noise", "some"),
+        ("calibration_calibrator", "magic"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_named_with_what_is_expected(name: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=f"^{name}: expected .*, came "):
-        replace(CONFIG, **{name: value})
+    with pytest.raises(ConfigError, match=r"^--.*: expected .*, came "):
+        changed(CONFIG, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"tuning_epochs": 0}, "--epochs (--set tuning.epochs): expected 1 or more, came 0"),
+        ({"shots": 0}, "--shots: expected 1 or more, came 0"),
+        ({"visual_epochs": 0}, "--set visual.epochs: expected 1 or more, came 0"),
+        ({"visual_strength": 2.0}, "--set visual.strength: expected auto or 0 to 1, came 2.0"),
+        ({"prompt_templates": ("a",)}, "--template: expected at least one text"),
+        ({"added": ("magic",)}, "--with: no part 'magic'"),
+        ({"without": ("adapters",)}, "--without: no part 'adapters'; did you mean adapter?"),
+        ({"added": ("coa",), "without": ("coa",)}, "--with coa: --without takes it out again"),
+        ({"added": ("tcpt",), "without": ("margin", "moments")}, "--with tcpt: --without takes"),
+        ({"confusion_llm_url": "http://x/v1"}, "--llm-url: expected --llm-model beside it"),
+        ({"confusion_llm_model": "tiny"}, "--llm-model: expected --llm-url beside it"),
+        ({"confusion_sentences": "x"}, "--sentences (--set confusion.sentences): only semantic"),
+        ({"calibration_calibrator": "vector", "classes": "base"}, "calibration.calibrator: expec"),
+        (
+            {f"losses_{name}": 0.0 for name in default_losses() if name != "balance"},
+            "--set losses: expected at least one above 0",
+        ),
+    ],
+)
+def test_an_error_names_the_option(values: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        changed(CONFIG, **values)
+    assert expected in str(error.value)
 
 
 @pytest.mark.parametrize("warmup_epochs", [0, 2, 3, 99])
 def test_warm_up_may_be_longer_than_the_tuning(warmup_epochs: int) -> None:
-    config = replace(CONFIG, epochs=3, warmup_epochs=warmup_epochs)
-    assert config.warmup_epochs == warmup_epochs
-    assert TrainConfig.from_dict(config.to_dict(), RunError).warmup_epochs == warmup_epochs
-
-
-def test_one_epoch_needs_no_other_setting() -> None:
-    assert CONFIG.with_settings({"epochs": "1"}) == replace(CONFIG, epochs=1)
+    config = changed(CONFIG, tuning_epochs=3, tuning_warmup_epochs=warmup_epochs)
+    assert config.tuning.warmup_epochs == warmup_epochs
+    assert TrainConfig.from_dict(config.to_dict(), RunError) == config
 
 
 def test_empty_context_words_are_fine_for_a_random_context() -> None:
-    assert replace(CONFIG, context_init="", context_tokens=4).context_tokens == 4
+    assert changed(CONFIG, prompt_words="", prompt_random_tokens=4).prompt.random_tokens == 4
 
 
 def test_every_method_makes_a_configuration() -> None:
     for method, parts in METHODS.items():
         config = replace(CONFIG, method=method)
         assert config.parts == {*parts} <= {*PARTS}
-        assert config.weights == LossWeights()
+        assert config.losses == default_losses()
     assert METHODS["full"] == tuple(PARTS)
 
 
 def test_every_part_and_group_can_be_switched_alone() -> None:
     for name in (*PARTS, *GROUPS):
-        own = {*GROUPS.get(name, (name,))}
-        assert own <= {*PARTS}
-        assert replace(CONFIG, method="full", without=(name,)).parts == {*PARTS} - own
-        assert replace(CONFIG, method="zeroshot", added=(name,)).parts == own
-        assert replace(CONFIG, added=(name,), without=(name,)).parts == CONFIG.parts - own
+        members = {*GROUPS.get(name, (name,))}
+        assert members <= {*PARTS}
+        assert replace(CONFIG, method="full", without=(name,)).parts == {*PARTS} - members
+        assert replace(CONFIG, method="zeroshot", added=(name,)).parts == members
+    assert replace(CONFIG, method="zeroshot", added=("tcpt",), without=("margin",)).parts == {
+        "moments"
+    }
 
 
 def test_only_terms_of_parts_that_are_on_have_a_weight() -> None:
-    weights = LossWeights(2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
+    names = ("cross_entropy", "coa", "infonce", "margin", "moments", "balance")
+    weights = dict(zip(names, (2.0, 3.0, 4.0, 5.0, 6.0, 7.0), strict=True))
     on = {
         "coop": {"cross_entropy", "balance"},
         "coa": {"cross_entropy", "balance", "coa"},
         "tcpt": {"cross_entropy", "balance", "margin", "moments"},
         "prompt": {"cross_entropy", "balance", "coa", "margin", "moments"},
         "capt": {"cross_entropy", "balance", "infonce"},
-        "full": {*asdict(weights)},
+        "full": {*weights},
     }
-    for method, names in on.items():
-        in_force = asdict(replace(CONFIG, method=method, weights=weights).loss_weights)
-        expected = {name: own if name in names else 0.0 for name, own in asdict(weights).items()}
+    for method, terms in on.items():
+        in_force = replace(CONFIG, method=method, losses=weights).loss_weights
+        expected = {name: own if name in terms else 0.0 for name, own in weights.items()}
         assert in_force == expected
-    off = replace(CONFIG, method="coop", added=("tcpt",), without=("margin",), weights=weights)
-    assert (off.loss_weights.margin, off.loss_weights.moments) == (0.0, weights.moments)
+    off = replace(CONFIG, method="coop", added=("tcpt",), without=("margin",), losses=weights)
+    assert (off.loss_weights["margin"], off.loss_weights["moments"]) == (0.0, weights["moments"])
 
 
 def test_what_trains_nothing_needs_no_weight() -> None:
-    nothing = LossWeights(**dict.fromkeys(asdict(LossWeights()), 0.0))
-    assert replace(CONFIG, method="zeroshot", weights=nothing).parts == frozenset()
+    nothing = dict.fromkeys(default_losses(), 0.0)
+    assert replace(CONFIG, method="zeroshot", losses=nothing).parts == frozenset()
 
 
-def test_settings_are_parsed_by_type_and_loss_weights_by_their_names() -> None:
-    changed = CONFIG.with_settings(
-        {
-            "epochs": "7",
-            "learning_rate": "1e-3",
-            "class_specific": "True",
-            "context_init": "this is",
-            "moments": "0",
-            "far_consistency": "0.5",
-        }
-    )
-    expected = replace(
+def test_text_is_parsed_by_type() -> None:
+    texts = {
+        "tuning.epochs": "7",
+        "tuning.learning_rate": "1e-3",
+        "prompt.class_specific": "True",
+        "prompt.words": "this is",
+        "losses.moments": "0",
+        "visual.far_consistency": "0.5",
+        "visual.strength": "0.25",
+        "tuning.label_noise": "auto",
+        "confusion.sentences": "none",
+    }
+    expected = changed(
         CONFIG,
-        epochs=7,
-        learning_rate=1e-3,
-        class_specific=True,
-        context_init="this is",
-        weights=replace(CONFIG.weights, moments=0.0),
-        far_consistency=0.5,
+        tuning_epochs=7,
+        tuning_learning_rate=1e-3,
+        prompt_class_specific=True,
+        prompt_words="this is",
+        losses_moments=0.0,
+        visual_far_consistency=0.5,
+        visual_strength=0.25,
     )
-    assert changed == expected
+    assert CONFIG.with_settings(texts) == expected
+    back = {"visual.strength": "auto", "tuning.epochs": "50"}
+    assert expected.with_settings(back).visual.strength is None
+    assert CONFIG.with_settings({"tuning.epochs": "1"}).tuning == TuningSettings(epochs=1)
 
 
 def test_a_method_given_as_a_setting_brings_its_parts() -> None:
-    changed = CONFIG.with_settings({"method": "coa", "coa": "0.5", "margin": "9"})
-    assert changed.method == "coa"
-    assert changed.parts == {"prompt", "coa"}
-    expected = LossWeights(coa=0.5, infonce=0.0, margin=0.0, moments=0.0)
-    assert changed.loss_weights == expected
-    assert changed.weights.margin == 9.0  # kept, for the day the part is on
+    changes = {"method": "coa", "losses.coa": "0.5", "losses.margin": "9"}
+    config = CONFIG.with_settings(changes)
+    assert config.method == "coa"
+    assert config.parts == {"prompt", "coa"}
+    off = dict.fromkeys(("infonce", "margin", "moments"), 0.0)
+    assert config.loss_weights == {**default_losses(), "coa": 0.5, **off}
+    assert config.losses["margin"] == 9.0  # kept, for the day the part is on
 
 
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("epochs", "many", "epochs: expected int, came 'many'"),
-        ("epochs", "1.5", "epochs: expected int"),
-        ("learning_rate", "fast", "learning_rate: expected float"),
-        ("class_specific", "1", "class_specific: expected true or false"),
-        ("margin", "", "margin: expected float"),
-        ("weights", "1", "no setting 'weights'"),
-        ("templates", "{}", "no setting 'templates'"),
-        ("epochs", "0", "epochs: expected at least 1"),
-        ("method", "magic", "method: expected one of"),
-        ("added", "coa", "no setting 'added'"),
+        ("tuning.epochs", "many", "tuning.epochs): expected a whole number, came 'many'"),
+        ("tuning.epochs", "1.5", "tuning.epochs): expected a whole number"),
+        ("visual.learning_rate", "fast", "--set visual.learning_rate: expected a number"),
+        ("visual.strength", "much", "--set visual.strength: expected a number or auto"),
+        ("prompt.class_specific", "1", "--set prompt.class_specific: expected true or false"),
+        ("losses.margin", "", "--set losses.margin: expected a number"),
+        ("losses", "1", "no setting 'losses'"),
+        ("prompt.templates", "{}", "--set prompt.templates: give --template instead"),
+        ("added", "coa", "--set added: give --with instead"),
+        ("method", "magic", "--method: expected one of"),
+        ("tuning.epoch", "3", "--set: no setting 'tuning.epoch'; did you mean tuning.epochs?"),
+        ("learning_rate", "3", "no setting 'learning_rate'; did you mean tuning.learning_rate?"),
+        ("momnts", "3", "no setting 'momnts'; did you mean losses.moments?"),
+        ("zzz", "3", "no setting 'zzz'; docs/training.md lists all"),
     ],
 )
 def test_a_setting_that_cannot_be_used_is_refused(name: str, text: str, expected: str) -> None:
-    with pytest.raises(ConfigError, match=expected):
+    with pytest.raises(ConfigError) as error:
         CONFIG.with_settings({name: text})
+    assert expected in str(error.value)
 
 
-def test_an_unknown_setting_is_answered_with_those_there_are() -> None:
-    with pytest.raises(ConfigError, match=r"no setting 'epoch'.*margin.*epochs"):
-        CONFIG.with_settings({"epoch": "3"})
+def test_every_setting_is_listed_with_its_default_as_the_command_line_takes_it() -> None:
+    for name, known in settings().items():
+        assert known.name == name and known.help and known.type_name
+        if known.type is tuple or name in ("data", "model"):
+            continue
+        assert known.parse(known.default_text) == CONFIG.values()[name] == known.default
+    assert settings()["visual.strength"].default_text == "auto"
+    assert settings()["losses.moments"].default_text == "5.0"

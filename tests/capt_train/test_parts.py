@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from click.testing import CliRunner
 from capt_deploy.core.errors import CaptError, ConfigError
 from capt_train import pipeline
 from capt_train.cli.train import main
-from capt_train.config import LossWeights, TrainConfig
+from capt_train.config import TrainConfig, default_losses
 from capt_train.parts import GROUPS, METHODS, PARTS
 from capt_train.run.folder import TunedModel, load_run
 from export.writer import export_run
@@ -36,7 +35,7 @@ LEARNED_FROM = (*TERMS, "retrieval", "text-prompts")
 
 
 def config(**settings: Any) -> TrainConfig:
-    return TrainConfig(data="", model="", **settings)
+    return train_config(data="", model="", **settings)
 
 
 @pytest.fixture
@@ -62,9 +61,20 @@ def tiny(configure: Configure) -> Configure:
     """Return a function for configurations of runs of all parts in which κ is not 0."""
 
     def tiny(**settings: Any) -> TrainConfig:
-        own = {"classes": "all", "method": "full", "epochs": 1, "visual_epochs": 1, "views": 3}
-        own |= {"strength": "0.75", "text_depth": 2, "visual_depth": 2, "visual_tokens": 2}
-        return configure(**{**own, "learning_rate": 0.02, "patience": 0, **settings})
+        own = {
+            "classes": "all",
+            "method": "full",
+            "tuning_epochs": 1,
+            "visual_epochs": 1,
+            "visual_views": 3,
+        }
+        own |= {
+            "visual_strength": "0.75",
+            "prompt_depth": 2,
+            "visual_prompt_depth": 2,
+            "visual_prompt_tokens": 2,
+        }
+        return configure(**{**own, "tuning_learning_rate": 0.02, "tuning_patience": 0, **settings})
 
     return tiny
 
@@ -122,9 +132,9 @@ def test_leaving_out_wins_over_adding() -> None:
 
 @pytest.mark.parametrize("part", TERMS)
 def test_a_loss_that_is_off_weighs_nothing_the_others_as_set(part: str) -> None:
-    weights = LossWeights(coa=2.0, infonce=3.0, margin=4.0, moments=6.0)
-    expected = {**asdict(weights), part: 0.0}
-    assert asdict(config(method="full", without=(part,), weights=weights).loss_weights) == expected
+    weights = {**default_losses(), "coa": 2.0, "infonce": 3.0, "margin": 4.0, "moments": 6.0}
+    in_force = config(method="full", without=(part,), losses=weights).loss_weights
+    assert in_force == {**weights, part: 0.0}
 
 
 @pytest.mark.parametrize("name", ["added", "without"])

@@ -38,6 +38,7 @@ from capt_train.tune import strength
 from capt_train.tune.stages import TuningTask
 from capt_train.tune.strength import Trial
 from capt_train.tune.tune import tune
+from tests.configs import changed
 
 Configure = Callable[..., TrainConfig]
 RUN_FILES = {
@@ -69,7 +70,13 @@ def read(path: Path) -> Any:
 def staged(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Staged:
     """Return a run of both sides, and of each of its stages the task and the last bank."""
     run = tmp_path_factory.mktemp("runs") / "staged"
-    few = {"epochs": 1, "visual_epochs": 1, "far_epochs": 1, "views": 2, "strength": "1"}
+    few = {
+        "tuning_epochs": 1,
+        "visual_epochs": 1,
+        "visual_far_epochs": 1,
+        "visual_views": 2,
+        "visual_strength": "1",
+    }
     config = configure(method="capt", without=("colours",), **few)
     tasks: list[TuningTask] = []
     banks: list[ConfusionBank | None] = []
@@ -82,7 +89,7 @@ def staged(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> St
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "tune", noting)
-        train(replace(config, adapter_scale=0.5, adapter_exponent=2.0), run)
+        train(changed(config, visual_adapter_scale=0.5, visual_adapter_exponent=2.0), run)
     return run, tasks, banks
 
 
@@ -191,7 +198,7 @@ def test_each_model_has_the_best_temperature_for_validation_images_of_the_tuned_
 def test_with_wrong_labels_the_temperature_is_that_of_right_ones(
     configure: Configure, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = configure(classes="base", label_noise="0.3", calibrator="isotonic")
+    config = configure(classes="base", tuning_label_noise="0.3", calibration_calibrator="isotonic")
     train(config, tmp_path / "run")
     assert "about 30% of the labels are taken for wrong" in capsys.readouterr().err
     model, dataset = load_run(tmp_path / "run"), read_dataset(photos)
@@ -298,7 +305,7 @@ def test_a_visual_side_that_promises_nothing_is_not_tuned(
         return promising
 
     monkeypatch.setattr(pipeline, "promises", promises)
-    config = configure(method="capt", classes="all", views=2, far_epochs=1)
+    config = configure(method="capt", classes="all", visual_views=2, visual_far_epochs=1)
     report = train(config, tmp_path / "run")
     (trial,) = asked
     assert trial is not None and trial.unseen is not None
@@ -316,7 +323,9 @@ def test_a_visual_side_that_promises_nothing_is_not_tuned(
 
 
 def test_a_given_strength_is_taken_without_a_trial(configure: Configure, tmp_path: Path) -> None:
-    config = configure(method="capt", classes="all", views=2, far_epochs=1, strength="0.25")
+    config = configure(
+        method="capt", classes="all", visual_views=2, visual_far_epochs=1, visual_strength="0.25"
+    )
     report = train(config, tmp_path / "run")
     result = read(tmp_path / "run" / "result.json")
     assert result["trial"] is None
@@ -362,7 +371,7 @@ def test_each_stage_goes_on_with_the_bank_of_the_one_before(staged: Staged) -> N
 def test_without_strength_or_text_side_a_run_is_the_zero_shot_model(
     configure: Configure, tmp_path: Path
 ) -> None:
-    config = configure(method="zeroshot", added=("adapter",), strength="0", views=2)
+    config = configure(method="zeroshot", added=("adapter",), visual_strength="0", visual_views=2)
     train(config, tmp_path / "run")
     model = load_run(tmp_path / "run")
     assert model.visual is None
@@ -374,7 +383,9 @@ def test_a_strength_of_zero_ends_with_the_prompt_of_the_text_side_alone(
 ) -> None:
     monkeypatch.setattr(pipeline, "promises", lambda *_: True)
     monkeypatch.setattr(strength, "best_strength", lambda *_: 0.0)
-    config = configure(method="capt", classes="all", views=2, far_epochs=1, without=("colours",))
+    config = configure(
+        method="capt", classes="all", visual_views=2, visual_far_epochs=1, without=("colours",)
+    )
     fitted: list[TunedModel] = []
     measure = pipeline._measure
     monkeypatch.setattr(
@@ -399,7 +410,7 @@ def test_a_strength_of_zero_ends_with_the_prompt_of_the_text_side_alone(
 def test_a_resumed_run_decides_by_the_trial_that_it_has_written(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    config = configure(method="capt", classes="all", views=2, far_epochs=1)
+    config = configure(method="capt", classes="all", visual_views=2, visual_far_epochs=1)
     train(config, tmp_path / "run")
     trial = (tmp_path / "run" / "trial.json").read_bytes()
     report = read(tmp_path / "run" / "metrics.json")
@@ -416,7 +427,7 @@ def test_a_resumed_run_decides_by_the_trial_that_it_has_written(
 def test_a_run_whose_trial_diverges_keeps_to_the_text_side_also_when_resumed(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    own = {"method": "capt", "classes": "all", "views": 2, "far_epochs": 1}
+    own = {"method": "capt", "classes": "all", "visual_views": 2, "visual_far_epochs": 1}
     config, run = configure(visual_learning_rate=1e30, **own), tmp_path / "run"
     report = train(config, run)
     result = (run / "result.json").read_bytes()
@@ -456,7 +467,7 @@ def test_of_many_validation_images_the_visual_side_gets_a_sample_by_seed(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = configure(method="capt", views=2, strength="1")
+    config = configure(method="capt", visual_views=2, visual_strength="1")
     everyone = drawn(config, tmp_path / "all", 16, monkeypatch)
     assert len({*everyone}) == 16
     assert "validation images are used" not in capsys.readouterr().err
@@ -487,7 +498,9 @@ def test_all_that_is_known_of_sampled_validation_images_belongs_together(
     monkeypatch.setattr(pipeline, "fit", noting)
     monkeypatch.setattr(pipeline, "_MOST_VALIDATED", 7)
     run = tmp_path / "run"
-    config = configure(method="capt", views=2, far_epochs=1, strength="0.5", data=str(data))
+    config = configure(
+        method="capt", visual_views=2, visual_far_epochs=1, visual_strength="0.5", data=str(data)
+    )
     report = train(config, run)
     [outcome] = outcomes
     val, frozen, learner = outcome.task.val, outcome.frozen.val, outcome.learner

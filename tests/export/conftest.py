@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from capt_train.calibrate.calibrators import Calibration
-from capt_train.config import TrainConfig
 from capt_train.method.mixture import Mixture
 from capt_train.pipeline import train
 from capt_train.run.folder import TunedModel, load_run, mixed_rows
+from tests.configs import train_config
 
-TRAINED = {"shots": 4, "epochs": 2, "text_depth": 2, "prompts": 2}
+TRAINED = {"shots": 4, "tuning_epochs": 2, "prompt_depth": 2, "prompt_count": 2}
 TEMPLATES = ("a photo of a {}.", "the {} in a picture")
 
 
@@ -45,7 +45,7 @@ def shaken(model: TunedModel, seed: int = 0) -> TunedModel:
 def by_hand(model: TunedModel, name: str) -> Tensor:
     """Return Ŵ_c of a class that nobody was tuned on, one prompt after the other."""
     backbone, learner = model.backbone, model.learner
-    texts = [template.replace("{}", name) for template in model.config.templates]
+    texts = [template.replace("{}", name) for template in model.config.prompt.templates]
     embeddings = [normalize(backbone.text_embeddings(texts).mean(dim=0), dim=0)]
     tokens = backbone.tokenize([f"a a a a {name}."])
     for prompt in learner.prompts:
@@ -66,9 +66,14 @@ def text_run(
         if repr(settings) not in runs:
             run = tmp_path_factory.mktemp("text-runs") / "run"
             model = f"local-dir:{tiny_model_dir}"
-            own = {"data": str(photos), "model": model, "method": "full", "templates": TEMPLATES}
+            own = {
+                "data": str(photos),
+                "model": model,
+                "method": "full",
+                "prompt_templates": TEMPLATES,
+            }
             own |= {"without": ("colours", "visual"), "classes": "base", **TRAINED}
-            train(TrainConfig(**{**own, **settings}), run)
+            train(train_config(**{**own, **settings}), run)
             runs[repr(settings)] = run
         return runs[repr(settings)]
 

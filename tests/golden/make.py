@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 from capt_deploy.data.preprocess import preprocess
-from capt_train.config import TrainConfig
 from capt_train.pipeline import train
 from capt_train.run.folder import load_run
 from export.writer import export_run
+from tests.configs import train_config
 from tests.conftest import COLOURS, write_photos, write_tiny_model
 
 FOLDER = Path(__file__).parent
@@ -33,8 +33,8 @@ def main() -> None:
         temporary = Path(name)
         model = write_tiny_model(temporary / "tiny")
         photos = write_photos(temporary / "photos")
-        config = TrainConfig(
-            data=str(photos), model=f"local-dir:{model}", classes="base", shots=4, epochs=5
+        config = train_config(
+            data=str(photos), model=f"local-dir:{model}", classes="base", shots=4, tuning_epochs=5
         )
         train(config, temporary / "run")
         export_run(temporary / "run", BUNDLE)

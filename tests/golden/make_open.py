@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 from capt_deploy.data.preprocess import preprocess
-from capt_train.config import TrainConfig
 from capt_train.pipeline import train
 from capt_train.run.folder import load_run
 from export.source.classes import with_classes
 from export.source.model import Source, source_of
 from export.text.graph import write_open_vocabulary
 from export.writer import ExportOptions, export
+from tests.configs import train_config
 from tests.conftest import write_photos, write_tiny_model
 from tests.export.conftest import TRAINED, shaken
 from tests.families import family
@@ -35,13 +35,13 @@ def main() -> None:
         temporary = Path(name)
         model = write_tiny_model(temporary / "siglip", **family("ViT-B-16-SigLIP"))
         photos = write_photos(temporary / "photos")
-        config = TrainConfig(
+        config = train_config(
             data=str(photos),
             model=f"local-dir:{model}",
             method="full",
             without=("colours", "visual"),
             classes="base",
-            **{**TRAINED, "prompts": 1},
+            **{**TRAINED, "prompt_count": 1},
         )
         train(config, temporary / "run")
         run = shaken(load_run(temporary / "run"))

@@ -73,13 +73,13 @@ def every_precision(
 ) -> Bundle:
     """Return a tiny bundle with a graph in each precision."""
     pytest.importorskip("torch")
-    from capt_train.config import TrainConfig
     from capt_train.pipeline import train
     from export.writer import ExportOptions, export_run
+    from tests.configs import train_config
 
     photos, model = (request.getfixturevalue(name) for name in ("photos", "tiny_model_dir"))
     folder = tmp_path_factory.mktemp("precisions")
-    train(TrainConfig(str(photos), f"local-dir:{model}", method="zeroshot"), folder / "run")
+    train(train_config(str(photos), f"local-dir:{model}", method="zeroshot"), folder / "run")
     options = ExportOptions(precisions=("fp32", "fp16", "bf16", "int8"))
     return open_bundle(export_run(folder / "run", folder / "all.capt", options=options))
 

@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 
 pytestmark = pytest.mark.gpu
-FEW = {"shots": 4, "epochs": 1, "visual_epochs": 1, "far_epochs": 0, "warmup_epochs": 0}
+FEW = {
+    "shots": 4,
+    "tuning_epochs": 1,
+    "visual_epochs": 1,
+    "visual_far_epochs": 0,
+    "tuning_warmup_epochs": 0,
+}
 Train = Callable[[str, str], dict[str, Any]]
 
 
@@ -19,21 +25,21 @@ def train_on(request: pytest.FixtureRequest, tmp_path: Path) -> Train:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("this torch sees no GPU")
-    from capt_train.config import TrainConfig
     from capt_train.pipeline import train
+    from tests.configs import train_config
 
     photos, model = (request.getfixturevalue(name) for name in ("photos", "tiny_model_dir"))
 
     def run(device: str, autocast: str) -> dict[str, Any]:
-        config = TrainConfig(
+        config = train_config(
             data=str(photos),
             model=f"local-dir:{model}",
             classes="base",
             method="full",
             without=("visual-prompts", "text-prompts"),
-            strength="1",  # the visual side counts, whatever images say of it
+            visual_strength="1",  # the visual side counts, whatever images say of it
             device=device,
-            autocast=autocast,
+            tuning_autocast=autocast,
             **FEW,
         )
         return train(config, tmp_path / f"{device}-{autocast}")

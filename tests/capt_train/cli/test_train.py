@@ -15,7 +15,7 @@ from capt_deploy.data.datasets import read_dataset
 from capt_deploy.data.preprocess import preprocess
 from capt_train.cli.train import main
 from capt_train.clip.backbone import Backbone
-from capt_train.config import LossWeights
+from capt_train.config import default_losses
 
 HEAVY = {"torch", "numpy", "open_clip", "PIL", "onnxruntime", "safetensors"}
 
@@ -47,24 +47,33 @@ def test_every_option_reaches_the_configuration(base: list[str], tmp_path: Path)
         *(*base, "--classes", "base", "--seed", 7, "--method", "coop", "--class-names", names),
         *(
             "--set",
-            "text_depth=2",
+            "prompt.depth=2",
             "--with",
             "mixture, text-prompts",
             "--without",
             "moments",
             "--without",
-            "mixture",
+            "infonce",
         ),
-        *("--set", "context_init=this is", "--set", " margin = 0.5", "--out", tmp_path / "run"),
+        *(
+            "--set",
+            "prompt.words=this is",
+            "--set",
+            " losses.margin = 0.5",
+            "--out",
+            tmp_path / "run",
+        ),
+        *("--epochs", 4, "--lr", 0.01, "--batch-size", 5),
     )
     assert result.exit_code == 0, result.stderr
     config = json.loads((tmp_path / "run/config.json").read_text())["config"]
-    expected = {"classes": "base", "seed": 7, "method": "coop", "shots": 3, "epochs": 2}
-    assert config.items() >= {**expected, "context_init": "this is"}.items()
-    assert config["weights"]["margin"] == 0.5
-    assert config["weights"]["moments"] == LossWeights().moments
+    assert config.items() >= {"classes": "base", "seed": 7, "method": "coop", "shots": 3}.items()
+    assert config["prompt"].items() >= {"words": "this is", "depth": 2}.items()
+    tuning = {"epochs": 4, "learning_rate": 0.01, "batch_size": 5}
+    assert config["tuning"].items() >= tuning.items()
+    assert config["losses"] == {**default_losses(), "margin": 0.5}
     assert config["added"] == ["mixture", "text-prompts"]
-    assert config["without"] == ["moments", "mixture"]
+    assert config["without"] == ["moments", "infonce"]
     assert "ball" in json.loads((tmp_path / "run/split.json").read_text())["class_names"]
 
 
@@ -76,7 +85,7 @@ def test_resume_needs_no_other_option_and_refuses_others(base: list[str], tmp_pa
     result = call("--resume", "--out", run)
     assert result.exit_code == 0, result.stderr
     assert (run / "best.safetensors").read_bytes() == weights
-    for changed in (["--shots", "2"], ["--set", "epochs=9"]):
+    for changed in (["--shots", "2"], ["--epochs", "9"]):
         result = call("--resume", "--out", run, *changed)
         assert result.exit_code == 2
         assert "was begun with other settings" in result.stderr
@@ -120,7 +129,7 @@ def test_a_run_that_has_moved_is_resumed_with_its_new_paths(
 
 
 def test_one_epoch_needs_no_other_setting(base: list[str], tmp_path: Path) -> None:
-    settings = ("--set", "epochs=1", "--set", "strength=1")
+    settings = ("--epochs", "1", "--set", "visual.strength=1")
     result = call(*base, *settings, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.stderr
     stages = json.loads((tmp_path / "run/result.json").read_text())["stages"]
@@ -142,7 +151,12 @@ def test_tuning_that_made_it_worse_is_said(
         target = own / "test" / name / item.path.replace("/", "-")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(dataset.path(item), target)
-    settings = ["epochs=20", "learning_rate=0.05", "class_specific=true", "patience=0"]
+    settings = [
+        "tuning.epochs=20",
+        "tuning.learning_rate=0.05",
+        "prompt.class_specific=true",
+        "tuning.patience=0",
+    ]
     changes = [word for setting in settings for word in ("--set", setting)]
     result = call(*base, "--data", own, "--method", "coop", *changes, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.stderr
@@ -166,26 +180,38 @@ BAD = {
     "no tag": (["--model", "ViT-B-16"], "pass --pretrained"),
     "unknown architecture": (["--model", "ViT-B-17", "--pretrained", "x"], "'ViT-B-17'"),
     "no device": (["--device", "toaster"], "device 'toaster'"),
-    "no shots": (["--shots", "0"], "shots: expected at least 1"),
-    "huge seed": (["--seed", str(10**30)], "seed: expected"),
-    "unknown setting": (["--set", "epoch=3"], "no setting 'epoch'"),
-    "setting of another type": (["--set", "epochs=many"], "expected int, came 'many'"),
-    "setting without value": (["--set", "epochs"], "expected NAME=VALUE"),
-    "weight that is no number": (["--set", "moments=nan"], "weights: expected"),
-    "infinite rate": (["--set", "learning_rate=inf"], "learning_rate: expected"),
+    "no shots": (["--shots", "0"], "--shots: expected 1 or more, came 0"),
+    "huge seed": (["--seed", str(10**30)], "--seed: expected"),
+    "unknown setting": (["--set", "epoch=3"], "no setting 'epoch'; did you mean tuning.epochs?"),
+    "setting of another type": (
+        ["--set", "visual.epochs=many"],
+        "expected a whole number, came 'many'",
+    ),
+    "setting without value": (["--set", "tuning.epochs"], "expected NAME=VALUE"),
+    "weight that is no number": (
+        ["--set", "losses.moments=nan"],
+        "losses.moments: expected 0 or more",
+    ),
+    "infinite rate": (["--lr", "inf"], "--lr (--set tuning.learning_rate): expected"),
     "no class names": (["--class-names", "nowhere.json"], "nowhere.json"),
-    "template without a place": (["--template", "a photo"], "templates: expected"),
+    "template without a place": (["--template", "a photo"], "--template: expected"),
     "no split": (["--split-from", "nowhere"], "nowhere"),
-    "long context": (["--set", "context_tokens=99"], "too long for the model's 16 tokens"),
+    "long context": (["--set", "prompt.random_tokens=99"], "too long for the model's 16 tokens"),
     "nothing to resume": (["--resume"], "config.json is missing"),
     "unknown method": (["--method", "magic"], "magic"),
-    "unknown part": (["--without", "adapters"], "without: expected parts colours,"),
+    "unknown part": (
+        ["--without", "adapters"],
+        "--without: no part 'adapters'; did you mean adapter?",
+    ),
     "no sentences": (
         ["--with", "semantic-experts", "--sentences", "nowhere.json"],
         "nowhere.json",
     ),
-    "sentences that nothing reads": (["--sentences", "x.json"], "--with semantic-experts"),
-    "no address of an LLM": (["--llm-model", "tiny"], "llm_url: expected both"),
+    "sentences that nothing reads": (
+        ["--sentences", "x.json"],
+        "--sentences (--set confusion.sentences): only semantic",
+    ),
+    "no address of an LLM": (["--llm-model", "tiny"], "--llm-model: expected --llm-url beside it"),
 }
 
 

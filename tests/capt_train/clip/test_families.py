@@ -16,10 +16,10 @@ from torch.nn.functional import normalize
 
 from capt_deploy.data.preprocess import preprocess
 from capt_train.clip.loading import load_backbone
-from capt_train.config import TrainConfig
 from capt_train.method.prompt import PromptLearner
 from capt_train.pipeline import train
 from capt_train.run.folder import TunedModel, load_run
+from tests.configs import train_config
 from tests.families import FAMILIES
 
 NAMES = ["cat", "small grey dog", "x"]
@@ -57,10 +57,16 @@ def run_of(
 
     def run(name: str, **settings: Any) -> TunedModel:
         out = tmp_path_factory.mktemp("runs") / "run"
-        few = {"shots": 3, "epochs": 1, "warmup_epochs": 0, "visual_epochs": 1, "views": 2}
-        few["colour_steps"] = 5
+        few = {
+            "shots": 3,
+            "tuning_epochs": 1,
+            "tuning_warmup_epochs": 0,
+            "visual_epochs": 1,
+            "visual_views": 2,
+        }
+        few["colours_steps"] = 5
         own = {"data": str(photos), "model": f"local-dir:{family_dir(name)}", "classes": "base"}
-        train(TrainConfig(**{**own, **few, "device": "cpu", **settings}), out)
+        train(train_config(**{**own, **few, "device": "cpu", **settings}), out)
         return load_run(out)
 
     return run
@@ -117,7 +123,7 @@ def test_a_tuned_text_side_says_what_open_clip_says_with_its_vectors(
 def test_the_default_tunes_what_a_family_can_have_and_says_what_not(
     run_of: Callable[..., TunedModel], name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tuned = run_of(name, strength="1")
+    tuned = run_of(name, visual_strength="1")
     notes = [line for line in capsys.readouterr().err.splitlines() if "left out: " in line]
     missing = sorted(BOTH - VISUAL_PARTS[name])
     assert [note.partition("left out: ")[2] for note in notes] == (
@@ -132,7 +138,7 @@ def test_the_default_tunes_what_a_family_can_have_and_says_what_not(
 
 def test_every_part_of_the_text_side_works_with_siglip(run_of: Callable[..., TunedModel]) -> None:
     parts = ("text-prompts", "mixture", "tcpt", "coa")
-    tuned = run_of("ViT-B-16-SigLIP", method="coop", added=parts, prompts=2, text_depth=2)
+    tuned = run_of("ViT-B-16-SigLIP", method="coop", added=parts, prompt_count=2, prompt_depth=2)
     assert tuned.learner.parts(tuned.config) == tuned.config.parts
     for prompt in tuned.learner.prompts:
         assert prompt.deeper is not None

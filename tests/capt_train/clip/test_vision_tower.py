@@ -19,6 +19,7 @@ from capt_train.clip.vision_tower import OpenClipTower, TimmTower, open_tower
 from capt_train.config import TrainConfig
 from capt_train.data.fewshot import FewShotSplit
 from capt_train.method.learner import left_out, make_learner
+from tests.configs import train_config
 
 OPEN_CLIP: dict[str, dict[str, Any]] = {
     "token": {},
@@ -260,12 +261,12 @@ def test_another_open_clip_tower_is_left_alone_and_said(write_model, vision):
     backbone = load_backbone(f"local-dir:{folder}", None, torch.device("cpu"))
     kind = type(backbone.model.visual).__name__
     assert backbone.tower is None
-    config = TrainConfig(data="", model="", method="full", text_depth=2)
+    config = train_config(data="", model="", method="full", prompt_depth=2)
     (said,) = left_out(backbone, config)
     assert kind in said
     assert "left out: adapter, sample-experts, visual-prompts" in said
-    assert left_out(backbone, TrainConfig(data="", model="", method="coop")) == []
-    (said,) = left_out(backbone, TrainConfig(data="", model="", without=("adapter",)))
+    assert left_out(backbone, train_config(data="", model="", method="coop")) == []
+    (said,) = left_out(backbone, train_config(data="", model="", without=("adapter",)))
     assert said.endswith("left out: sample-experts")
     learner = learner_of(backbone, config)
     assert learner.visual is None
@@ -274,13 +275,13 @@ def test_another_open_clip_tower_is_left_alone_and_said(write_model, vision):
 
 def learner_of(backbone: Backbone, config: TrainConfig) -> Any:
     split = FewShotSplit(("red ball", "blue sky"), (0, 1), (), (), {})
-    zero_shot = backbone.class_embeddings(split.class_names, config.templates)
+    zero_shot = backbone.class_embeddings(split.class_names, config.prompt.templates)
     return make_learner(backbone, config, split, zero_shot)
 
 
 def test_what_a_tower_cannot_have_is_said(make_visual, tiny_model_dir):
-    config = TrainConfig(data="", model="")
-    no_experts = TrainConfig(data="", model="", without=("sample-experts",))
+    config = train_config(data="", model="")
+    no_experts = train_config(data="", model="", without=("sample-experts",))
     for visual, reason in (
         (make_visual("mean")[0], "does not end in a class token"),
         (small_timm(mlp_layer=GluMlp), "FFN is not two linear layers"),
@@ -297,12 +298,14 @@ def test_what_a_tower_cannot_have_is_said(make_visual, tiny_model_dir):
 def test_what_a_single_block_cannot_have_is_said(write_model):
     folder = write_model(vision_cfg={"layers": 1})
     backbone = load_backbone(f"local-dir:{folder}", None, torch.device("cpu"))
-    config = TrainConfig(data="", model="")
+    config = train_config(data="", model="")
     (said,) = left_out(backbone, config)
     assert said.endswith("left out: adapter")
     learner = learner_of(backbone, config)
     assert not learner.visual.adapters and learner.visual.experts is not None
-    assert learner_of(backbone, TrainConfig(data="", model="", without=("experts",))).visual is None
+    assert (
+        learner_of(backbone, train_config(data="", model="", without=("experts",))).visual is None
+    )
 
 
 @pytest.mark.parametrize("name", ["token", "timm token"])
@@ -343,4 +346,4 @@ def test_open_clips_own_timm_model_can_be_reached(write_model):
     tower = backbone.tower
     assert isinstance(tower, TimmTower) and backbone.tower is tower  # opened once
     assert (tower.depth, tower.width, tower.grid) == (6, 64, (10, 10))
-    assert left_out(backbone, TrainConfig(data="", model="")) == []
+    assert left_out(backbone, train_config(data="", model="")) == []

@@ -25,6 +25,7 @@ from capt_train.confusion.mining import (
     mined_names,
 )
 from capt_train.pipeline import dry_run, train
+from tests.configs import changed, train_config
 
 Configure = Callable[..., TrainConfig]
 SEMANTIC = ("semantic-experts",)
@@ -35,7 +36,10 @@ def reply_to(handler: Any, **changes: str) -> None:
     """Answer with sentences that name the pair that was asked about."""
     prompt = handler.server_requests[-1][2]["messages"][0]["content"]
     _, a, _, b, *_ = prompt.split('"')
-    own = {"commonality": [f"{a} and {b} share."], "difference": [f"{a} differs from {b}."]}
+    own = {
+        "commonality": [f"{a} and {b} share."],
+        "difference": [f"{a} differs from {b}."],
+    }
     choice = {"message": {"content": json.dumps(own)}, "finish_reason": "stop"}
     body = json.dumps({"choices": [choice]}).encode()
     handler.send_response(200)
@@ -77,7 +81,7 @@ def test_mined_pairs_come_by_name_the_most_frequent_first() -> None:
 
 
 def test_centres_are_clustered_by_kind(tiny_backbone: Backbone, tmp_path: Path) -> None:
-    config = TrainConfig(data="", model="", centres=2)
+    config = train_config(data="", model="", experts_centres=2)
     found = find_sentences([("cat", "lynx"), ("cat", "zebra")], NAMES, config, tmp_path)
     centres = find_centres(tiny_backbone, found, config)
     assert centres.shape == (2, 2, 32)
@@ -85,7 +89,7 @@ def test_centres_are_clustered_by_kind(tiny_backbone: Backbone, tmp_path: Path) 
     assert not torch.allclose(centres[0], centres[1], atol=1e-3)
     own = json.loads((tmp_path / SENTENCES).read_text())
     assert list(own) == ["cat|lynx", "cat|zebra"]
-    again = replace(config, added=SEMANTIC, sentences=str(tmp_path / SENTENCES))
+    again = changed(config, added=SEMANTIC, confusion_sentences=str(tmp_path / SENTENCES))
     (tmp_path / "again").mkdir()
     second = find_sentences(list(found.sentences), NAMES, again, tmp_path / "again")
     assert torch.equal(find_centres(tiny_backbone, second, again), centres)
@@ -95,10 +99,15 @@ def test_what_a_file_says_is_not_asked(
     llm: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "own.json"
-    texts = {"commonality": ["Both have fur."], "difference": ["A lynx has a short tail."]}
+    texts = {
+        "commonality": ["Both have fur."],
+        "difference": ["A lynx has a short tail."],
+    }
     file.write_text(json.dumps({"lynx|cat": texts}))
-    config = TrainConfig("", "", added=SEMANTIC, sentences=str(file), llm_retries=0)
-    config = replace(config, llm_url=llm.url, llm_model="tiny")
+    config = train_config(
+        "", "", added=SEMANTIC, confusion_sentences=str(file), confusion_llm_retries=0
+    )
+    config = changed(config, confusion_llm_url=llm.url, confusion_llm_model="tiny")
     wanted = [("cat", "lynx"), ("cat", "zebra")]
     found = find_sentences(wanted, NAMES, config, tmp_path)
     assert asked(llm) == [("cat", "zebra")]
@@ -116,8 +125,15 @@ def test_what_a_file_says_is_not_asked(
 @pytest.fixture
 def with_llm(configure: Configure, llm: Any) -> TrainConfig:
     """Return the configuration of a run whose semantic experts get sentences from the LLM."""
-    own = {"method": "prompt", "added": ("semantic-experts",), "epochs": 1, "llm_backoff_s": 0.0}
-    return configure(**own, llm_url=llm.url, llm_model="tiny", llm_retries=0)
+    own = {
+        "method": "prompt",
+        "added": ("semantic-experts",),
+        "tuning_epochs": 1,
+        "confusion_llm_backoff_s": 0.0,
+    }
+    return configure(
+        **own, confusion_llm_url=llm.url, confusion_llm_model="tiny", confusion_llm_retries=0
+    )
 
 
 def test_a_run_asks_about_every_mined_pair_once_and_uses_the_answers(
@@ -183,8 +199,8 @@ def test_a_dry_run_prints_what_would_be_asked_and_leaves_nothing(
 ) -> None:
     arguments = ["--data", with_llm.data, "--model", with_llm.model, "--shots", "3"]
     arguments += ["--device", "cpu", "--method", "prompt", "--with", "semantic-experts"]
-    arguments += ["--set", "epochs=1", "--llm-url", llm.url, "--llm-model", "tiny"]
-    arguments += ["--set", "llm_retries=0", "--set", "llm_backoff_s=0"]
+    arguments += ["--epochs", "1", "--llm-url", llm.url, "--llm-model", "tiny"]
+    arguments += ["--set", "confusion.llm_retries=0", "--set", "confusion.llm_backoff_s=0"]
     out = ["--out", str(tmp_path / "run")]
     dry = CliRunner().invoke(main, [*arguments, *out, "--llm-dry-run"], catch_exceptions=False)
     assert dry.exit_code == 0

@@ -11,9 +11,9 @@ from torch.nn.functional import normalize
 
 from capt_train.clip.backbone import Backbone
 from capt_train.clip.colour_map import ColourMap
-from capt_train.config import TrainConfig
 from capt_train.data.fewshot import FewShotSplit
 from capt_train.method.learner import Learner, left_out, make_learner
+from tests.configs import train_config
 
 NAMES = ("cat", "dog", "boat", "tree", "car")
 SPLIT = FewShotSplit(NAMES, (0, 1, 2), (), (), {})
@@ -28,8 +28,8 @@ def zero_shot(backbone: Backbone) -> Tensor:
 def make(
     backbone: Backbone, *parts: str, centres: Tensor | None = None, **settings: Any
 ) -> Learner:
-    settings = {"text_depth": 2, "visual_depth": 2, **settings}
-    config = TrainConfig(data="", model="", method="zeroshot", added=parts, **settings)
+    settings = {"prompt_depth": 2, "visual_prompt_depth": 2, **settings}
+    config = train_config(data="", model="", method="zeroshot", added=parts, **settings)
     return make_learner(backbone, config, SPLIT, zero_shot(backbone), centres)
 
 
@@ -65,7 +65,7 @@ def test_without_any_part_it_says_what_the_hand_written_prompt_says(
 def test_a_new_prompt_says_what_its_words_say(
     parts: tuple[str, ...], tiny_backbone: Backbone
 ) -> None:
-    learner = make(tiny_backbone, *parts, context_init="one small", centres=unit(2, 5, 32))
+    learner = make(tiny_backbone, *parts, prompt_words="one small", experts_centres=unit(2, 5, 32))
     words = tiny_backbone.text_embeddings([f"one small {name}." for name in NAMES])
     texts = learner.texts(range(5))
     assert torch.equal(texts.embeddings, words[None])
@@ -73,7 +73,7 @@ def test_a_new_prompt_says_what_its_words_say(
 
 
 def test_semantic_experts_work_on_hand_written_prompts_too(tiny_backbone: Backbone) -> None:
-    learner = make(tiny_backbone, "semantic-experts", centres=unit(2, 5, 32))
+    learner = make(tiny_backbone, "semantic-experts", experts_centres=unit(2, 5, 32))
     assert torch.equal(learner.texts([4, 0]).embeddings[0], zero_shot(tiny_backbone)[[4, 0]])
     shaken(learner)
     assert learner.semantic is not None
@@ -89,7 +89,7 @@ def test_semantic_experts_work_on_hand_written_prompts_too(tiny_backbone: Backbo
 def test_of_several_prompts_the_first_starts_at_the_words_and_no_two_alike(
     tiny_backbone: Backbone,
 ) -> None:
-    learner = make(tiny_backbone, "prompt", prompts=3)
+    learner = make(tiny_backbone, "prompt", prompt_count=3)
     texts = learner.texts(range(5)).embeddings
     assert texts.shape == (3, 5, 32)
     assert learner.learned == 3
@@ -102,7 +102,7 @@ def test_of_several_prompts_the_first_starts_at_the_words_and_no_two_alike(
 
 def test_several_prompts_go_through_the_same_experts_one_by_one(tiny_backbone: Backbone) -> None:
     parts = ("prompt", "semantic-experts")
-    learner = shaken(make(tiny_backbone, *parts, prompts=2, centres=unit(2, 5, 32)))
+    learner = shaken(make(tiny_backbone, *parts, prompt_count=2, experts_centres=unit(2, 5, 32)))
     assert learner.semantic is not None
     with torch.no_grad():
         texts = learner.texts([0, 3])
@@ -118,7 +118,11 @@ def test_several_prompts_go_through_the_same_experts_one_by_one(tiny_backbone: B
 def test_a_class_by_name_is_the_class_by_index(
     class_specific: bool, tiny_backbone: Backbone
 ) -> None:
-    settings = {"prompts": 2, "class_specific": class_specific, "centres": unit(2, 5, 32)}
+    settings = {
+        "prompt_count": 2,
+        "prompt_class_specific": class_specific,
+        "experts_centres": unit(2, 5, 32),
+    }
     learner = shaken(make(tiny_backbone, *TEXT, **settings))
     rows = [3, 4] if class_specific else [0, 1, 2, 3, 4]  # tuned ones have contexts of their own
     names = [NAMES[row] for row in rows]
@@ -131,7 +135,7 @@ def test_a_class_by_name_is_the_class_by_index(
 
 
 def test_what_it_owns_is_trained_and_nothing_of_the_backbone(tiny_backbone: Backbone) -> None:
-    learner = make(tiny_backbone, *TEXT, "visual", prompts=2)
+    learner = make(tiny_backbone, *TEXT, "visual", prompt_count=2)
     assert all(parameter.requires_grad for parameter in learner.parameters())
     text, visual = learner.text_parameters, learner.visual_parameters
     ids = [id(parameter) for parameter in (*text, *visual)]
@@ -168,7 +172,9 @@ def test_each_part_alone(part: str, text: int, visual: int, tiny_backbone: Backb
 
 def test_it_is_made_the_same_from_the_same_seed(tiny_backbone: Backbone) -> None:
     def state(seed: int) -> dict[str, Tensor]:
-        own = make(tiny_backbone, *TEXT, "visual", prompts=2, context_tokens=3, seed=seed)
+        own = make(
+            tiny_backbone, *TEXT, "visual", prompt_count=2, prompt_random_tokens=3, seed=seed
+        )
         return {name: value.clone() for name, value in own.state_dict().items()}
 
     one, again, other = state(1), state(1), state(2)
@@ -182,7 +188,7 @@ def test_it_is_made_the_same_from_the_same_seed(tiny_backbone: Backbone) -> None
 
 def test_centres_are_taken_or_left_to_be_loaded(tiny_backbone: Backbone) -> None:
     centres = unit(2, 5, 32)
-    with_centres = make(tiny_backbone, "semantic-experts", centres=centres)
+    with_centres = make(tiny_backbone, "semantic-experts", experts_centres=centres)
     without = make(tiny_backbone, "semantic-experts")
     without.load_state_dict(with_centres.state_dict())
     assert without.semantic is not None
@@ -193,7 +199,7 @@ def test_gradients_reach_all_of_the_text_side_and_leave_the_tower_alone(
     tiny_backbone: Backbone,
 ) -> None:
     before = {name: value.clone() for name, value in tiny_backbone.model.state_dict().items()}
-    learner = shaken(make(tiny_backbone, *TEXT, prompts=2, centres=unit(2, 5, 32)))
+    learner = shaken(make(tiny_backbone, *TEXT, prompt_count=2, experts_centres=unit(2, 5, 32)))
     optimizer = torch.optim.AdamW(learner.parameters(), 0.01)
     (learner.texts(range(5)).embeddings * unit(5, 32, seed=2)).sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in learner.parameters())
@@ -223,26 +229,26 @@ def test_it_starts_at_the_bits_of_its_backbone(
 
 
 def test_a_colour_map_is_fitted_and_not_trained(tiny_backbone: Backbone) -> None:
-    config = TrainConfig(data="", model="", method="zeroshot", added=("colours", "prompt"))
+    config = train_config(data="", model="", method="zeroshot", added=("colours", "prompt"))
     for colours, parts in ((None, {"prompt"}), (MAP, {"prompt", "colours"})):
         learner = make(tiny_backbone.recoloured(colours))
         assert not learner.trainable
         assert learner.recoloured == (colours is not None)
         assert learner.size == (0 if colours is None else 12)
         assert learner.parts(config) == parts
-    alone = TrainConfig(data="", model="", method="zeroshot", added=("colours",))
+    alone = train_config(data="", model="", method="zeroshot", added=("colours",))
     assert left_out(tiny_backbone, alone) == []
 
 
 def test_a_tower_without_tokens_says_which_parts_it_leaves_out(
     tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = TrainConfig(data="", model="", method="full")
+    config = train_config(data="", model="", method="full")
     assert left_out(tiny_backbone, config) == []
     monkeypatch.setattr(tiny_backbone, "tower", None)
     (notice,) = left_out(tiny_backbone, config)
     assert notice.endswith("left out: adapter, sample-experts, visual-prompts")
-    assert left_out(tiny_backbone, TrainConfig(data="", model="", method="prompt")) == []
+    assert left_out(tiny_backbone, train_config(data="", model="", method="prompt")) == []
     learner = make(tiny_backbone, "prompt", "visual")
     assert learner.visual is None
     assert learner.text_parameters

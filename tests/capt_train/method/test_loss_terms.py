@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 
-from capt_train.config import LossWeights
 from capt_train.method import loss_terms, losses
 from capt_train.method.loss_terms import Step, weighted_sum
+from capt_train.parts import LOSSES
 
-ALL = {field.name: 1.0 for field in fields(LossWeights)} | {"consistency": 1.0}
+ALL = dict.fromkeys((*LOSSES, "consistency"), 1.0)
 
 
 def random(*shape: int, seed: int) -> torch.Tensor:

@@ -19,7 +19,6 @@ from capt_deploy.data.preprocess import preprocess
 from capt_train.clip.backbone import Backbone
 from capt_train.clip.loading import load_backbone
 from capt_train.clip.vision_tower import FeedForward, open_tower
-from capt_train.config import TrainConfig
 from capt_train.data.fewshot import FewShotSplit
 from capt_train.method.learner import Learner, make_learner
 from capt_train.method.visual_tuner import (
@@ -29,6 +28,7 @@ from capt_train.method.visual_tuner import (
     VisualPrompts,
     VisualTuner,
 )
+from tests.configs import train_config
 
 CHANGED = VisualParts(adapter_blocks=2, experts=2, expert_rank=3)  # equal to the frozen at first
 PROMPTED = VisualParts(adapter_blocks=2, experts=2, prompt_depth=2, prompt_tokens=3)
@@ -363,9 +363,9 @@ def test_a_timm_vit_is_changed_in_the_same_places(options):
 
 
 def learner_of(backbone: Backbone, **settings: Any) -> Learner:
-    config = TrainConfig(data="", model="", **settings)
+    config = train_config(data="", model="", **settings)
     split = FewShotSplit(("red ball", "blue sky"), (0, 1), (), (), {})
-    zero_shot = backbone.class_embeddings(split.class_names, config.templates)
+    zero_shot = backbone.class_embeddings(split.class_names, config.prompt.templates)
     return make_learner(backbone, config, split, zero_shot)
 
 
@@ -494,8 +494,8 @@ def test_each_part_can_be_left_out_alone(make_backbone, without, adapter, expert
 
 
 def test_sizes_are_the_settings(make_backbone):
-    sizes = {"adapter_blocks": 2, "experts": 3, "expert_rank": 5}
-    prompts = {"visual_depth": 9, "visual_tokens": 6}
+    sizes = {"visual_adapter_depth": 2, "experts_count": 3, "experts_rank": 5}
+    prompts = {"visual_prompt_depth": 9, "visual_prompt_tokens": 6}
     learner = learner_of(make_backbone("token"), added=("visual-prompts",), **sizes, **prompts)
     visual = learner.visual
     assert [*visual.adapters] == ["1", "2"]
@@ -586,7 +586,10 @@ def test_a_folded_copy_says_the_same_and_the_original_stays(make_backbone, name,
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert torch.equal(tuner(tower, tokens).embeddings, expected)
-    for constants in ({"alpha": 1.0, "strength": 1.0}, {"alpha": 0.7, "strength": 0.0}):
+    for constants in (
+        {"alpha": 1.0, "strength": 1.0},
+        {"alpha": 0.7, "strength": 0.0},
+    ):
         tuner.set_constants(**constants)
         other = tuner(tower, tokens).embeddings
         assert (other - expected).abs().max() > 1e-3

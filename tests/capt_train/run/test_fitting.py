@@ -25,7 +25,13 @@ Tuned = tuple[Setup, Outcome, Mixture]
 def tuned(configure: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     """Return a tuning of both sides of half of the classes, and the mixture fitted to it."""
     run = tmp_path_factory.mktemp("runs") / "run"
-    few = {"views": 2, "far_epochs": 0, "strength": "1", "learning_rate": 0.02, "shots": 6}
+    few = {
+        "visual_views": 2,
+        "visual_far_epochs": 0,
+        "visual_strength": "1",
+        "tuning_learning_rate": 0.02,
+        "shots": 6,
+    }
     few |= {"visual_learning_rate": 0.02, "mixture_margin": MARGIN}
     setup = prepare(
         configure(method="cocoa", added=("adapter",), classes="base", **few), run, False, None

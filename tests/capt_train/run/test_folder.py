@@ -136,7 +136,7 @@ def test_provenance_names_settings_data_model_and_versions(finished: Path) -> No
 def test_a_zeroshot_run_is_the_hand_written_prompt(
     configure: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
-    train(configure(method="zeroshot", templates=("a {}.", "one {}.")), tmp_path / "run")
+    train(configure(method="zeroshot", prompt_templates=("a {}.", "one {}.")), tmp_path / "run")
     model = load_run(tmp_path / "run")
     assert torch.equal(model.text_embeddings, model.zero_shot)
     expected = model.backbone.class_embeddings(model.class_names, ["a {}.", "one {}."])

@@ -18,6 +18,7 @@ from capt_train.cli.train import main
 from capt_train.config import TrainConfig
 from capt_train.pipeline import train
 from capt_train.run.locking import locked
+from tests.configs import NAMES
 
 # Where the tests themselves run in the background, a child would ignore Ctrl-C.
 START = (
@@ -64,13 +65,23 @@ def test_a_stopped_run_resumes_to_the_bits_of_an_uninterrupted_one(
     base: list[str],
     tmp_path: Path,
 ) -> None:
-    settings = {"method": method, "epochs": 40, "patience": 0, "optimizer": optimizer}
-    settings |= {"batch_size": 6, "visual_epochs": 20, "views": 2, "strength": "1"}
+    settings = {
+        "method": method,
+        "tuning_epochs": 40,
+        "tuning_patience": 0,
+        "tuning_optimizer": optimizer,
+    }
+    settings |= {
+        "tuning_batch_size": 6,
+        "visual_epochs": 20,
+        "visual_views": 2,
+        "visual_strength": "1",
+    }
     if method == "capt":  # the text side is interrupted elsewhere
-        settings["epochs"] = 2
+        settings["tuning_epochs"] = 2
     train(configure(**settings), tmp_path / "whole")
     run = tmp_path / "stopped"
-    changes = [word for k, v in settings.items() for word in ("--set", f"{k}={v}")]
+    changes = [word for k, v in settings.items() for word in ("--set", f"{NAMES[k]}={v}")]
     process = subprocess.Popen(
         [sys.executable, "-c", START, *base, *changes, "--out", run],
         stdout=subprocess.PIPE,

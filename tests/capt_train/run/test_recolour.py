@@ -92,7 +92,7 @@ def test_it_is_fitted_on_training_images_and_validation_images_decide(setup, fit
     assert len(asked["train"].labels) == 6 and len(asked["deciding"].labels) == 8
     assert torch.equal(asked["reference"], setup.zero_shot[[1, 3]])
     config = setup.config
-    own = (config.colour_steps, config.colour_learning_rate, config.seed)
+    own = (config.colours.steps, config.colours.learning_rate, config.seed)
     assert (asked["steps"], asked["rate"], asked["seed"]) == own
 
 
@@ -161,14 +161,14 @@ def test_a_map_that_is_not_kept_changes_nothing_and_is_written(setup, tmp_path, 
 
 # Whole runs of a second. The random model takes colours for classes, so a map is kept.
 
-TINY: dict[str, Any] = {"shots": 6, "epochs": 2, "far_epochs": 1, "views": 2}
+TINY: dict[str, Any] = {"shots": 6, "tuning_epochs": 2, "visual_far_epochs": 1, "visual_views": 2}
 
 
 @pytest.fixture(scope="module")
 def coloured(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a finished run of both sides and a colour map; tests only read it."""
     folder = tmp_path_factory.mktemp("runs") / "coloured"
-    train(configure(method="capt", colour_steps=12, **TINY), folder)
+    train(configure(method="capt", colours_steps=12, **TINY), folder)
     assert read(folder / COLOURS)["colours"] is not None
     return folder
 
@@ -177,7 +177,7 @@ def coloured(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> 
 def alone(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a finished run of nothing but a colour map."""
     folder = tmp_path_factory.mktemp("runs") / "alone"
-    train(configure(method="zeroshot", added=("colours",), colour_steps=12, **TINY), folder)
+    train(configure(method="zeroshot", added=("colours",), colours_steps=12, **TINY), folder)
     assert read(folder / COLOURS)["colours"] is not None
     return folder
 
@@ -211,7 +211,7 @@ def test_a_resumed_run_takes_the_map_that_it_has_written(
         shutil.copy2(coloured / name, run / name)
     written = (run / COLOURS).stat()
     monkeypatch.setattr(recolouring, "fit_colours", None)
-    train(configure(method="capt", colour_steps=12, **TINY), run, resume=True)
+    train(configure(method="capt", colours_steps=12, **TINY), run, resume=True)
     after = (run / COLOURS).stat()
     assert (after.st_ino, after.st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
     names = {file.name for file in coloured.iterdir()}

@@ -33,7 +33,7 @@ def test_resume_with_other_settings_is_refused_and_names_them(
     configure: Configure, finished: Path
 ) -> None:
     with pytest.raises(RunError, match=r"other settings: shots 3 → 2; epochs 3 → 9$"):
-        train(configure(classes="base", shots=2, epochs=9), finished, resume=True)
+        train(configure(classes="base", shots=2, tuning_epochs=9), finished, resume=True)
 
 
 def test_resume_of_a_finished_run_changes_no_weights(
@@ -99,9 +99,15 @@ def test_a_run_whose_inputs_have_moved_resumes_to_the_same_bits(
 ) -> None:
     (tmp_path / "names.json").write_text('{"red_ball": "ball"}')
     (tmp_path / "pairs.json").write_text('{"ball|blue sky": {"difference": ["One is round."]}}')
-    files = {"class_names": "names.json", "sentences": "pairs.json"}
+    files = {"class_names": "names.json", "confusion_sentences": "pairs.json"}
     experts = ("semantic-experts",)
-    common = {"patience": 0, "method": method, "added": experts, "views": 3, "strength": "1"}
+    common = {
+        "tuning_patience": 0,
+        "method": method,
+        "added": experts,
+        "visual_views": 3,
+        "visual_strength": "1",
+    }
     settings = {**common, **{name: str(tmp_path / file) for name, file in files.items()}}
     own = {**settings, "data": str(shutil.copytree(photos, tmp_path / "photos"))}
     own["model"] = f"local-dir:{shutil.copytree(tiny_model_dir, tmp_path / 'model')}"
@@ -127,8 +133,8 @@ def test_a_run_whose_inputs_have_moved_resumes_to_the_same_bits(
     assert read(run / "result.json") == read(tmp_path / "whole" / "result.json")
     written = read(run / "config.json")["config"]
     # the sentences have come from where they were
-    kept = {"added": [*experts], "sentences": own["sentences"]}
-    assert {name: written[name] for name in new} == {**new, **kept}
+    kept = {"added": experts, "confusion_sentences": settings["confusion_sentences"]}
+    assert TrainConfig.from_dict(written, CaptError) == configure(**{**new, **kept})
 
 
 def test_a_run_may_be_resumed_on_another_device(

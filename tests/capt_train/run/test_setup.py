@@ -67,9 +67,18 @@ def test_a_failed_run_leaves_nothing_behind(
         {"model": "local-dir:nowhere"},
         {"device": "cuda:99"},
         {"class_names": str(tmp_path / "names.json")},
-        {"method": "full", "text_depth": 2, "sentences": str(tmp_path / "pairs.json")},
-        {"method": "full", "text_depth": 2, "commonality": str(tmp_path / "common.json")},
-        {"method": "full", "text_depth": 2, "llm_url": "ftp://host/v1", "llm_model": "tiny"},
+        {"method": "full", "prompt_depth": 2, "confusion_sentences": str(tmp_path / "pairs.json")},
+        {
+            "method": "full",
+            "prompt_depth": 2,
+            "confusion_commonality": str(tmp_path / "common.json"),
+        },
+        {
+            "method": "full",
+            "prompt_depth": 2,
+            "confusion_llm_url": "ftp://host/v1",
+            "confusion_llm_model": "tiny",
+        },
     ]
     for settings in bad:
         with pytest.raises(CaptError):
@@ -88,7 +97,7 @@ def test_a_tokenizer_without_words_for_the_mixture_is_refused_before_anything_is
     units = content["model"]["vocab"]
     content["model"]["vocab"] = [[unit[:2], score] for unit, score in units[:20]]
     (model / "tokenizer.json").write_text(json.dumps(content))
-    settings = {"model": f"local-dir:{model}", "epochs": 1, "warmup_epochs": 0}
+    settings = {"model": f"local-dir:{model}", "tuning_epochs": 1, "tuning_warmup_epochs": 0}
     with pytest.raises(ModelError, match="tune without the mixture"):
         train(configure(added=("mixture",), **settings), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -104,19 +113,30 @@ def test_a_run_that_has_its_sentences_keeps_their_sources_and_needs_them_no_more
     configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own, run = sentence_file(tmp_path / "own.json", "One is round."), tmp_path / "run"
-    few: dict[str, Any] = {"added": ("semantic-experts",), "epochs": 1, "warmup_epochs": 0}
-    train(configure(**few, sentences=own), run)
+    few: dict[str, Any] = {
+        "added": ("semantic-experts",),
+        "tuning_epochs": 1,
+        "tuning_warmup_epochs": 0,
+    }
+    train(configure(**few, confusion_sentences=own), run)
     before = {file.name: file.read_bytes() for file in run.iterdir()}
     Path(own).unlink()
     capsys.readouterr()
-    train(configure(**few, sentences=own), run, resume=True)
+    train(configure(**few, confusion_sentences=own), run, resume=True)
     assert "its own" not in capsys.readouterr().err
-    asking: dict[str, Any] = {"llm_url": "http://127.0.0.1:9/v1", "llm_model": "tiny"}
+    asking: dict[str, Any] = {
+        "confusion_llm_url": "http://127.0.0.1:9/v1",
+        "confusion_llm_model": "tiny",
+    }
     for other in (
-        {"sentences": sentence_file(tmp_path / "other.json", "One is blue.")},
-        {"sentences": str(tmp_path / "nowhere.json")},
-        {"sentences": own, "commonality": str(tmp_path / "nowhere.json"), "llm_retries": 7},
-        {"sentences": own, **asking},
+        {"confusion_sentences": sentence_file(tmp_path / "other.json", "One is blue.")},
+        {"confusion_sentences": str(tmp_path / "nowhere.json")},
+        {
+            "confusion_sentences": own,
+            "confusion_commonality": str(tmp_path / "nowhere.json"),
+            "confusion_llm_retries": 7,
+        },
+        {"confusion_sentences": own, **asking},
     ):
         train(configure(**few, **other), run, resume=True)
         changed = [name for name, value in other.items() if value != own]
@@ -129,15 +149,21 @@ def test_until_a_run_has_its_sentences_their_sources_may_change_but_must_be_ther
     configure: Configure, tmp_path: Path
 ) -> None:
     own, run = sentence_file(tmp_path / "own.json", "One is round."), tmp_path / "run"
-    few: dict[str, Any] = {"added": ("semantic-experts",), "epochs": 1, "warmup_epochs": 0}
-    train(configure(**few, sentences=own), run)
+    few: dict[str, Any] = {
+        "added": ("semantic-experts",),
+        "tuning_epochs": 1,
+        "tuning_warmup_epochs": 0,
+    }
+    train(configure(**few, confusion_sentences=own), run)
     for file in run.iterdir():  # as a kill leaves it that came before them
         if file.name not in ("config.json", "split.json"):
             file.unlink()
     with pytest.raises(DataError, match=r"nowhere\.json"):
-        train(configure(**few, sentences=str(tmp_path / "nowhere.json")), run, resume=True)
+        train(
+            configure(**few, confusion_sentences=str(tmp_path / "nowhere.json")), run, resume=True
+        )
     other = sentence_file(tmp_path / "other.json", "One is blue.")
-    train(configure(**few, sentences=other), run, resume=True)
+    train(configure(**few, confusion_sentences=other), run, resume=True)
     assert read_config(run)[0].sentences == other
     texts = [
         text for kinds in read(run / "sentences.json").values() for text in kinds["difference"]

@@ -25,6 +25,7 @@ from capt_train.tune.cross_validation import out_of_fold_logits
 from capt_train.tune.stages import Stage, TuningTask, with_rows
 from capt_train.tune.tune import tune
 from tests.capt_train.tune.test_strength import config, learner, make, numbered, without_val
+from tests.configs import train_config
 
 TUNED = (0, 1, 3, 4, 6)
 
@@ -164,7 +165,7 @@ def test_tuning_for_it_changes_neither_model_nor_task(
     strength: float, tiny_backbone: Backbone
 ) -> None:
     own, task = make(tiny_backbone)
-    task = without_val(replace(task, config=config(epochs=2, learning_rate=0.05)))
+    task = without_val(replace(task, config=config(tuning_epochs=2, tuning_learning_rate=0.05)))
     before = copy.deepcopy(own.state_dict())
     frozen = copy.deepcopy(tiny_backbone.model.state_dict())
     train_rows = task.train.embeddings.clone()
@@ -186,10 +187,10 @@ def test_a_run_without_validation_images_is_calibrated(
     data = tmp_path / "data"
     shutil.copytree(photos, data)
     shutil.rmtree(data / "val")
-    few: dict[str, Any] = {"shots": 6, "epochs": 2, "visual_epochs": 1, "text_depth": 2}
+    few: dict[str, Any] = {"shots": 6, "tuning_epochs": 2, "visual_epochs": 1, "prompt_depth": 2}
     if "visual" not in without:
-        few["strength"] = "0.5"
-    own = TrainConfig(data=str(data), model=f"local-dir:{tiny_model_dir}", method="full", **few)
+        few["visual_strength"] = "0.5"
+    own = train_config(data=str(data), model=f"local-dir:{tiny_model_dir}", method="full", **few)
     train(replace(own, without=without), tmp_path / "run")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["images"] == {"train": 24, "val": 0}

@@ -8,11 +8,11 @@ from torch import nn
 from torch.nn import functional
 
 from capt_train.clip.backbone import Backbone
-from capt_train.config import TrainConfig
 from capt_train.data.fewshot import FewShotSplit
 from capt_train.method.learner import Learner, make_learner
 from capt_train.method.loss_terms import Step, loss_terms, weighted_sum
 from capt_train.tune.precision import Precision
+from tests.configs import train_config
 
 CPU = torch.device("cpu")
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -23,9 +23,9 @@ WEIGHTS = dict.fromkeys(
 
 @pytest.fixture
 def learner(tiny_backbone: Backbone) -> Learner:
-    config = TrainConfig(data="", model="", method="full", text_depth=2)
+    config = train_config(data="", model="", method="full", prompt_depth=2)
     split = FewShotSplit(("red ball", "blue sky", "grey stone"), (0, 1, 2), (), (), {})
-    zero_shot = tiny_backbone.class_embeddings(split.class_names, config.templates)
+    zero_shot = tiny_backbone.class_embeddings(split.class_names, config.prompt.templates)
     centres = functional.normalize(torch.randn(2, 5, 32, generator=generator()), dim=-1)
     return make_learner(tiny_backbone, config, split, zero_shot, centres)
 

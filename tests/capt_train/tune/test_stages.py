@@ -28,6 +28,7 @@ from capt_train.tune.checkpoint import TuningState
 from capt_train.tune.stages import Stage, TuningTask, stages
 from capt_train.tune.tune import BEST, LAST, tune
 from capt_train.tune.views import Views
+from tests.configs import train_config
 
 NAMES = ("cat", "dog", "boat", "tree", "car")
 TUNED = (0, 1, 2, 4)
@@ -37,9 +38,18 @@ TEXT, BOTH = Stage("text-", 2, 0.01), Stage("", 3, 0.01, 0.01, 1.0)
 
 
 def config(*without: str, **settings: Any) -> TrainConfig:
-    usual: dict[str, Any] = {"method": "full", "without": ("mixture", *without), "batch_size": 5}
-    usual |= {"warmup_epochs": 1, "patience": 0, "text_depth": 2, "visual_depth": 1}
-    return TrainConfig(data="", model="", **{**usual, "prompts": 2, **settings})
+    usual: dict[str, Any] = {
+        "method": "full",
+        "without": ("mixture", *without),
+        "tuning_batch_size": 5,
+    }
+    usual |= {
+        "tuning_warmup_epochs": 1,
+        "tuning_patience": 0,
+        "prompt_depth": 2,
+        "visual_prompt_depth": 1,
+    }
+    return train_config(data="", model="", **{**usual, "prompt_count": 2, **settings})
 
 
 def learner(backbone: Backbone, own: TrainConfig) -> Learner:
@@ -90,7 +100,7 @@ def state_of(module: torch.nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
-def changed(before: dict[str, Tensor], module: torch.nn.Module) -> set[str]:
+def changed_sides(before: dict[str, Tensor], module: torch.nn.Module) -> set[str]:
     """Return which sides have changed: text, visual."""
     after = module.state_dict()
     found = {name for name in before if not torch.equal(before[name], after[name])}
@@ -117,18 +127,23 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
 def test_the_text_side_comes_first_and_both_sides_last(tiny_backbone: Backbone) -> None:
     made, task = make(tiny_backbone)
     first, *others = stages(task, made)
-    assert (first.visual, first.text_rate) == (False, task.config.learning_rate)
-    slower = task.config.learning_rate * task.config.text_rate_beside_visual
+    assert (first.visual, first.text_rate) == (False, task.config.tuning.learning_rate)
+    slower = task.config.tuning.learning_rate * task.config.visual.text_rate
     assert others
     for stage in others:
         assert (stage.visual, stage.text_rate) == (True, slower)
-        assert stage.visual_rate == task.config.visual_learning_rate
+        assert stage.visual_rate == task.config.visual.learning_rate
     names = [first.name, *(stage.name for stage in others)]
     assert names[-1] == ""
     assert len({*names}) == len(names)
 
 
-SETTINGS = {"visual_epochs": 2, "consistency": 7.0, "far_consistency": 0.5, "far_patience": 4}
+SETTINGS = {
+    "visual_epochs": 2,
+    "visual_consistency": 7.0,
+    "visual_far_consistency": 0.5,
+    "visual_far_patience": 4,
+}
 
 
 def near_or_far(stage: Stage) -> tuple[str, int, float, int]:
@@ -138,7 +153,7 @@ def near_or_far(stage: Stage) -> tuple[str, int, float, int]:
 def test_the_far_stage_has_length_consistency_and_patience_of_its_own(
     tiny_backbone: Backbone,
 ) -> None:
-    made, task = make(tiny_backbone, config(**SETTINGS, far_epochs=5))
+    made, task = make(tiny_backbone, config(**SETTINGS, visual_far_epochs=5))
     _, near, far = stages(task, made)
     assert near_or_far(near) == ("near-", 2, 7.0, 0)
     assert near_or_far(far) == ("", 5, 0.5, 4)
@@ -148,7 +163,7 @@ def test_the_far_stage_has_length_consistency_and_patience_of_its_own(
 def test_far_is_not_tried_where_that_is_off_or_nothing_could_judge_it(
     far_epochs: int, validated: bool, tiny_backbone: Backbone
 ) -> None:
-    made, task = make(tiny_backbone, config(**SETTINGS, far_epochs=far_epochs), validated)
+    made, task = make(tiny_backbone, config(**SETTINGS, visual_far_epochs=far_epochs), validated)
     _, near = stages(task, made)
     assert near_or_far(near) == ("", 2, 7.0, 0)
 
@@ -181,7 +196,7 @@ def test_a_stage_moves_what_it_should_and_nothing_else(
     made, task = make(tiny_backbone)
     before = state_of(made)
     tune(made, task, tmp_path, stage)
-    assert changed(before, made) == sides
+    assert changed_sides(before, made) == sides
     assert torch.equal(made.state_dict()["semantic.centres"], before["semantic.centres"])
     assert all(torch.equal(frozen[n], v) for n, v in tiny_backbone.model.state_dict().items())
     assert all(parameter.grad is None for parameter in tiny_backbone.model.parameters())
@@ -201,7 +216,7 @@ def test_a_visual_stage_that_only_harms_leaves_the_parameters_as_they_were(
     assert state.best_nll is not None
     assert min(entry["val_nll"] for entry in state.history) > state.best_nll
     assert state.best_epoch == 0
-    assert changed(before, made) == set()
+    assert changed_sides(before, made) == set()
 
 
 @contextmanager
@@ -253,7 +268,7 @@ def test_a_run_cut_in_either_stage_ends_with_the_bits_of_an_uninterrupted_one(
 def test_the_bank_learns_from_the_held_view_alone(
     stage: Stage, tiny_backbone: Backbone, tmp_path: Path
 ) -> None:
-    made, task = make(tiny_backbone, config(bank_momentum=0.6))
+    made, task = make(tiny_backbone, config(confusion_momentum=0.6))
     assert task.bank is not None
     assert task.views is not None
     assert task.views.tokens is not None
@@ -322,7 +337,7 @@ def test_retrieved_samples_join_the_minibatch_with_their_own_labels(
 def test_each_image_is_contrasted_with_the_classes_mined_for_it(
     tiny_backbone: Backbone, tmp_path: Path, steps: list[Step]
 ) -> None:
-    made, task = make(tiny_backbone, config(mined_pairs=1))
+    made, task = make(tiny_backbone, config(confusion_pairs=1))
     assert task.bank is not None
     mined = mined_classes(task.bank, 1)
     assert len({tuple(own) for own in mined.tolist()}) > 1
@@ -374,7 +389,7 @@ def test_validation_of_both_sides_reads_tuned_embeddings(
 
 
 def test_the_routers_of_both_sides_are_balanced(tiny_backbone: Backbone, tmp_path: Path) -> None:
-    own = config(batch_size=100, warmup_epochs=0, weight_decay=0.0)
+    own = config(tuning_batch_size=100, tuning_warmup_epochs=0, tuning_weight_decay=0.0)
     made, task = make(tiny_backbone, own)
     assert made.semantic is not None
     assert made.visual is not None and made.visual.experts is not None
@@ -408,7 +423,7 @@ def test_the_whole_gradient_is_clipped_and_keeps_its_direction(
 ) -> None:
     first = {}
     for norm in (0.0, 0.01):
-        made, task = make(tiny_backbone, config(clip_norm=norm))
+        made, task = make(tiny_backbone, config(tuning_clip_norm=norm))
         with noted_gradients(made) as gradients:
             tune(made, task, tmp_path / str(norm), replace(BOTH, epochs=1))
         first[norm] = gradients[0]
@@ -470,7 +485,9 @@ def test_a_term_that_is_not_finite_is_named(
 def test_a_last_step_that_breaks_only_the_visual_side_is_noticed(
     validated: bool, tiny_backbone: Backbone, tmp_path: Path
 ) -> None:
-    made, task = make(tiny_backbone, config(batch_size=100, warmup_epochs=0), validated)
+    made, task = make(
+        tiny_backbone, config(tuning_batch_size=100, tuning_warmup_epochs=0), validated
+    )
     stage = replace(BOTH, text_rate=0.0, visual_rate=1e30)
     with pytest.raises(RunError, match="in epoch 1 the image embeddings became nan; lower visual"):
         tune(made, task, tmp_path, stage)
@@ -483,6 +500,6 @@ def test_everything_lies_where_it_should_on_a_gpu(
 ) -> None:
     from capt_train.pipeline import train
 
-    own = config(device="cuda", epochs=2, visual_epochs=2, shots=3, views=3)
+    own = config(device="cuda", tuning_epochs=2, visual_epochs=2, shots=3, visual_views=3)
     own = replace(own, data=str(photos), model=f"local-dir:{tiny_model_dir}", without=())
     assert train(own, tmp_path / "run")["strength"] in (0, 0.25, 0.5, 0.75, 1)

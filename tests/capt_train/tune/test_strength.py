@@ -33,6 +33,7 @@ from capt_train.tune.strength import (
     try_out,
 )
 from capt_train.tune.views import Views
+from tests.configs import train_config
 
 NAMES = ("cat", "dog", "boat", "tree", "car", "bus", "sun")
 SHOTS, VAL = 4, 3
@@ -41,8 +42,14 @@ FLAT = Gains((0.0,) * len(GRID), (0.0,) * len(GRID))
 
 def config(**settings: Any) -> TrainConfig:
     parts = ("prompt", "infonce", "adapter", "sample-experts")
-    usual = {"method": "coop", "added": parts, "epochs": 1, "visual_epochs": 1, "patience": 0}
-    return TrainConfig(data="", model="", **{**usual, **settings})
+    usual = {
+        "method": "coop",
+        "added": parts,
+        "tuning_epochs": 1,
+        "visual_epochs": 1,
+        "tuning_patience": 0,
+    }
+    return train_config(data="", model="", **{**usual, **settings})
 
 
 def learner(backbone: Backbone, own: TrainConfig, tuned: tuple[int, ...]) -> Learner:
@@ -245,7 +252,7 @@ def test_the_trial_never_sees_the_held_out_classes(
     validated: bool, seed: int, tiny_backbone: Backbone, tried: dict[str, Any]
 ) -> None:
     _, task = make(tiny_backbone)
-    task = numbered(replace(task, config=config(seed=seed, epochs=5, visual_epochs=3)))
+    task = numbered(replace(task, config=config(seed=seed, tuning_epochs=5, visual_epochs=3)))
     label = labels_of(task)
     task = task if validated else without_val(task)
     made = learner(tiny_backbone, task.config, task.tuned)
@@ -271,7 +278,7 @@ def test_the_trial_never_sees_the_held_out_classes(
         assert half.bank.counts.shape == (2, 2)
         assert {label[n] for n in half.val.embeddings[:, 0].tolist()} <= {*seen.classes}
         assert not {*rows} & {*numbers["seen"], *numbers["unseen"]}  # nothing it was tuned on
-        assert (half.config.epochs, half.config.visual_epochs) == (3, 2)
+        assert (half.config.tuning.epochs, half.config.visual.epochs) == (3, 2)
         expected = [task.reference[task.tuned.index(c)] for c in seen.classes]
         assert torch.equal(half.reference, torch.stack(expected))
         assert float(made.visual.alpha) == pytest.approx(sum(rows) / len(rows))  # type: ignore
@@ -293,7 +300,7 @@ def test_a_trial_ends_in_numbers_whichever_classes_have_validation_images(
     task = task if val_classes else without_val(task)
     trials = []
     for seed in (1, 2):
-        own = replace(task, config=config(seed=seed, epochs=2, learning_rate=0.01))
+        own = replace(task, config=config(seed=seed, tuning_epochs=2, tuning_learning_rate=0.01))
         trial = try_out(own, lambda tuned: learner(tiny_backbone, task.config, tuned))
         assert trial is not None
         trials.append(trial)

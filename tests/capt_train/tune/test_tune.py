@@ -16,7 +16,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from capt_deploy.core.errors import RunError
 from capt_train.clip.backbone import Backbone
-from capt_train.config import TrainConfig
 from capt_train.data.features import Features
 from capt_train.method.learner import Learner
 from capt_train.method.loss_terms import Step, loss_terms
@@ -25,6 +24,7 @@ from capt_train.tune import epochs
 from capt_train.tune.checkpoint import TuningState
 from capt_train.tune.stages import TuningTask, stages
 from capt_train.tune.tune import BEST, LAST, DivergenceError, tune
+from tests.configs import changed, train_config
 
 NAMES = ("cat", "dog", "boat", "tree", "car")
 TUNED = (1, 2, 4)  # labels of the data set, not positions among the tuned ones
@@ -40,9 +40,15 @@ def images(backbone: Backbone, per_class: int, seed: int) -> Features:
 
 
 def task(backbone: Backbone, **settings: Any) -> TuningTask:
-    usual = {"method": "prompt", "epochs": 6, "warmup_epochs": 1, "batch_size": 4, "patience": 0}
+    usual = {
+        "method": "prompt",
+        "tuning_epochs": 6,
+        "tuning_warmup_epochs": 1,
+        "tuning_batch_size": 4,
+        "tuning_patience": 0,
+    }
     reference = backbone.class_embeddings(NAMES, ["a photo of a {}."])[list(TUNED)]
-    config = TrainConfig(data="", model="", **{**usual, **settings})
+    config = train_config(data="", model="", **{**usual, **settings})
     train, val = images(backbone, 5, seed=0), images(backbone, 3, seed=1)
     return TuningTask(backbone.scale, TUNED, train, val, reference, config)
 
@@ -91,7 +97,7 @@ def killed_at_call(own: Learner, call: int) -> Iterator[None]:
 
 
 def test_the_loss_falls_and_validation_gets_better(tiny_backbone: Backbone, tmp_path: Path) -> None:
-    own = task(tiny_backbone, epochs=15, learning_rate=0.01, method="coop")
+    own = task(tiny_backbone, tuning_epochs=15, tuning_learning_rate=0.01, method="coop")
     state = run(learner(tiny_backbone), own, tmp_path)
     first, last = state.history[0], state.history[-1]
     assert state.epoch == state.best_epoch == len(state.history) == 15
@@ -125,7 +131,7 @@ def test_validation_is_judged_at_the_temperature_that_would_be_fitted(
 def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(
     tiny_backbone: Backbone, tmp_path: Path, optimizer: str, call: int
 ) -> None:
-    own = task(tiny_backbone, optimizer=optimizer)
+    own = task(tiny_backbone, tuning_optimizer=optimizer)
     whole = learner(tiny_backbone)
     expected = run(whole, own, tmp_path / "whole")
     cut = learner(tiny_backbone)
@@ -175,7 +181,7 @@ def noted_rates() -> Iterator[list[float]]:
 def test_every_epoch_sees_each_image_once_in_an_order_of_its_own_at_the_scheduled_rate(
     tiny_backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = task(tiny_backbone, learning_rate=0.01)
+    own = task(tiny_backbone, tuning_learning_rate=0.01)
     batches: list[list[int]] = []
 
     def recorded(step: Step, weights: Any) -> Any:
@@ -198,7 +204,11 @@ def test_every_epoch_sees_each_image_once_in_an_order_of_its_own_at_the_schedule
 def test_a_warm_up_that_is_too_long_leaves_one_epoch_of_cosine(
     tiny_backbone: Backbone, tmp_path: Path, epochs: int, warmup_epochs: int
 ) -> None:
-    settings = {"epochs": epochs, "warmup_epochs": warmup_epochs, "learning_rate": 0.01}
+    settings = {
+        "tuning_epochs": epochs,
+        "tuning_warmup_epochs": warmup_epochs,
+        "tuning_learning_rate": 0.01,
+    }
     with noted_rates() as rates:
         state = run(learner(tiny_backbone), task(tiny_backbone, **settings), tmp_path)
     assert state.epoch == epochs
@@ -215,9 +225,14 @@ def test_weights_decay_as_fast_as_asked_for(
     start = context(learner(tiny_backbone)).clone()
     after = {}
     for decay in (0.0, 0.5):
-        settings = {"epochs": 1, "batch_size": 100, "learning_rate": 0.1, "weight_decay": decay}
+        settings = {
+            "tuning_epochs": 1,
+            "tuning_batch_size": 100,
+            "tuning_learning_rate": 0.1,
+            "tuning_weight_decay": decay,
+        }
         prompt = learner(tiny_backbone)
-        own = task(tiny_backbone, optimizer=optimizer, **settings)
+        own = task(tiny_backbone, tuning_optimizer=optimizer, **settings)
         run(prompt, own, tmp_path / str(decay))
         after[decay] = context(prompt)
     # One step from one place: all but the decay is the same.
@@ -225,14 +240,14 @@ def test_weights_decay_as_fast_as_asked_for(
 
 
 def test_it_stops_early_and_keeps_the_best_epoch(tiny_backbone: Backbone, tmp_path: Path) -> None:
-    own = task(tiny_backbone, epochs=40, patience=2, learning_rate=0.05)
+    own = task(tiny_backbone, tuning_epochs=40, tuning_patience=2, tuning_learning_rate=0.05)
     wrong = Features(own.val.embeddings, own.val.labels.roll(1))  # gets worse with every epoch
     prompt = learner(tiny_backbone)
     state = run(prompt, replace(own, val=wrong), tmp_path)
     assert state.epoch == state.best_epoch + 2 < 40
     assert state.best_nll == min(entry["val_nll"] for entry in state.history)
     assert state.best_nll == state.history[state.best_epoch - 1]["val_nll"]
-    short = replace(own, val=wrong, config=replace(own.config, patience=40))
+    short = replace(own, val=wrong, config=changed(own.config, tuning_patience=40))
     with killed_at_call(other := learner(tiny_backbone), state.best_epoch * 5 + 1):
         run(other, short, tmp_path / "to the best epoch only")
     best = (tmp_path / BEST).read_bytes()
@@ -244,7 +259,7 @@ def test_it_stops_early_and_keeps_the_best_epoch(tiny_backbone: Backbone, tmp_pa
 def test_patience_0_trains_all_epochs_and_takes_the_last(
     tiny_backbone: Backbone, tmp_path: Path
 ) -> None:
-    own = task(tiny_backbone, patience=0, learning_rate=0.05)
+    own = task(tiny_backbone, tuning_patience=0, tuning_learning_rate=0.05)
     wrong = Features(own.val.embeddings, own.val.labels.roll(1))
     state = run(learner(tiny_backbone), replace(own, val=wrong), tmp_path)
     assert state.epoch == state.best_epoch == 6
@@ -254,7 +269,7 @@ def test_patience_0_trains_all_epochs_and_takes_the_last(
 def test_without_validation_images_all_epochs_are_trained(
     tiny_backbone: Backbone, tmp_path: Path
 ) -> None:
-    own = replace(task(tiny_backbone, patience=1), val=empty())
+    own = replace(task(tiny_backbone, tuning_patience=1), val=empty())
     state = run(learner(tiny_backbone), own, tmp_path)
     assert state.epoch == state.best_epoch == 6
     assert state.best_nll is None
@@ -265,7 +280,7 @@ def test_without_validation_images_all_epochs_are_trained(
 def test_a_step_that_goes_too_far_is_an_error_and_keeps_no_broken_checkpoint(
     tiny_backbone: Backbone, tmp_path: Path, validated: bool
 ) -> None:
-    own = task(tiny_backbone, learning_rate=1e30, batch_size=100)
+    own = task(tiny_backbone, tuning_learning_rate=1e30, tuning_batch_size=100)
     own = own if validated else replace(own, val=empty())
     reason = "in epoch 1 the class embeddings became nan"
     with pytest.raises(DivergenceError, match=f"{reason}; lower learn") as caught:
@@ -327,7 +342,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
 def test_wrong_labels_are_found_and_minded(
     tiny_backbone: Backbone, tmp_path: Path, steps: list[Step]
 ) -> None:
-    run(learner(tiny_backbone), mislabelled(tiny_backbone, epochs=1), tmp_path)
+    run(learner(tiny_backbone), mislabelled(tiny_backbone, tuning_epochs=1), tmp_path)
     [share] = noise_in(steps)
     assert share == pytest.approx(0.2, abs=0.02)
 
@@ -336,7 +351,7 @@ def test_wrong_labels_are_found_and_minded(
 def test_a_share_of_wrong_labels_that_is_given_is_taken(
     tiny_backbone: Backbone, tmp_path: Path, steps: list[Step], share: str
 ) -> None:
-    own = mislabelled(tiny_backbone, epochs=1, label_noise=share)
+    own = mislabelled(tiny_backbone, tuning_epochs=1, tuning_label_noise=share)
     run(learner(tiny_backbone), own, tmp_path)
     assert noise_in(steps) == {float(share)}
 
@@ -344,5 +359,5 @@ def test_a_share_of_wrong_labels_that_is_given_is_taken(
 def test_right_labels_are_tuned_on_as_without_looking_for_wrong_ones(
     tiny_backbone: Backbone, tmp_path: Path, steps: list[Step]
 ) -> None:
-    run(learner(tiny_backbone), task(tiny_backbone, epochs=1), tmp_path)
+    run(learner(tiny_backbone), task(tiny_backbone, tuning_epochs=1), tmp_path)
     assert noise_in(steps) == {0.0}

@@ -6,11 +6,11 @@ from click.testing import CliRunner
 
 from capt_deploy.data.preprocess import preprocess
 from capt_deploy.serving.classifier import Classifier
-from capt_train.config import TrainConfig
 from capt_train.pipeline import train
 from capt_train.run.folder import load_run
 from export.cli.eval import main
 from export.writer import export_run
+from tests.configs import train_config
 
 
 def evaluate(*arguments):
@@ -23,13 +23,13 @@ def evaluate(*arguments):
 def frozen_vision(tiny_model_dir, photos, tmp_path_factory):
     """A run whose visual side is the frozen one, and its bundle."""
     folder = tmp_path_factory.mktemp("frozen")
-    config = TrainConfig(
+    config = train_config(
         data=str(photos),
         model=f"local-dir:{tiny_model_dir}",
         method="coop",
         classes="base",
         shots=4,
-        epochs=3,
+        tuning_epochs=3,
     )
     train(config, folder / "run")
     return folder / "run", export_run(folder / "run", folder / "frozen.capt")
@@ -85,7 +85,7 @@ def test_one_scope_or_another_split_can_be_asked_for(tuned_run, bundle, photos):
 
 def test_a_bundle_made_from_all_classes_has_no_new_ones(tiny_model_dir, photos, tmp_path):
     model = f"local-dir:{tiny_model_dir}"
-    config = TrainConfig(data=str(photos), model=model, method="coop", shots=2, epochs=2)
+    config = train_config(data=str(photos), model=model, method="coop", shots=2, tuning_epochs=2)
     train(config, tmp_path / "run")
     report = evaluate(tmp_path / "run", "--data", photos)
     assert report["base"] is None and report["new"] is None and report["harmonic_mean"] is None
@@ -129,9 +129,15 @@ def test_on_real_photos_the_bundle_says_what_the_run_says(shared, tmp_path):
     # the set on which colours and the visual side have something to mend
     data = few_photos(shared / "data" / "cifar100-camera", tmp_path / "data")
     model = f"local-dir:{shared / 'models' / 'tinyclip-cifar'}"
-    few = {"shots": 4, "epochs": 3, "visual_epochs": 3, "views": 3, "far_epochs": 2}
-    few["strength"] = "0.75"
-    train(TrainConfig(str(data), model, method="full", classes="base", **few), tmp_path / "run")
+    few = {
+        "shots": 4,
+        "tuning_epochs": 3,
+        "visual_epochs": 3,
+        "visual_views": 3,
+        "visual_far_epochs": 2,
+    }
+    few["visual_strength"] = "0.75"
+    train(train_config(str(data), model, method="full", classes="base", **few), tmp_path / "run")
     classifier = Classifier.load(export_run(tmp_path / "run", tmp_path / "cifar.capt"))
     tuned = load_run(tmp_path / "run")
     photos = sorted((data / "test").rglob("*.png"))

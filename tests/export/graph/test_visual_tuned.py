@@ -18,12 +18,12 @@ from capt_deploy.data.preprocess import preprocess
 from capt_train.clip.backbone import Backbone
 from capt_train.clip.colour_map import ColourMap
 from capt_train.clip.loading import load_backbone
-from capt_train.config import TrainConfig
 from capt_train.data.fewshot import FewShotSplit
 from capt_train.method.learner import Learner, make_learner
 from export.graph.onnx_graph import OUTPUTS, OnnxGraph, trace
 from export.graph.visual import VisualClassifier
 from export.source.fold import Head
+from tests.configs import train_config
 
 VOCABULARY = 49408
 TOWERS: dict[str, dict[str, Any]] = {
@@ -41,9 +41,9 @@ TOWERS: dict[str, dict[str, Any]] = {
 
 def tuned(backbone: Backbone, noise: float, **settings: Any) -> Learner:
     """Return random parts, far from their start, at α 0.7 and κ 0.5."""
-    config = TrainConfig(data="", model="", added=("visual-prompts",), **settings)
+    config = train_config(data="", model="", added=("visual-prompts",), **settings)
     split = FewShotSplit(("red ball", "blue sky"), (0, 1), (), (), {})
-    zero_shot = backbone.class_embeddings(split.class_names, config.templates)
+    zero_shot = backbone.class_embeddings(split.class_names, config.prompt.templates)
     learner = make_learner(backbone, config, split, zero_shot)
     draw = torch.Generator().manual_seed(3)
     for parameter in learner.visual_parameters:

@@ -41,7 +41,9 @@ def test_new_classes_get_the_learned_prompts_and_the_weights_outside(
 
 def test_zero_shot_rows_are_the_hand_written_ones(text_model: TunedModel) -> None:
     other = with_classes(source_of(text_model), [text_model], ["red ball", *NEW])
-    expected = text_model.backbone.class_embeddings(other.class_names, text_model.config.templates)
+    expected = text_model.backbone.class_embeddings(
+        other.class_names, text_model.config.prompt.templates
+    )
     assert other.zero_shot_head is not None
     torch.testing.assert_close(other.hand_written, expected, atol=1e-6, rtol=0)
 
@@ -72,14 +74,14 @@ def test_a_run_that_tunes_its_images_too_has_no_zero_shot_rows(tuned_run: Path) 
 def test_prompts_of_their_own_for_each_class_give_new_ones_their_mean(
     text_run: Callable[..., Path],
 ) -> None:
-    model = load_run(text_run(class_specific=True, prompts=1))
+    model = load_run(text_run(prompt_class_specific=True, prompt_count=1))
     (prompt,) = model.learner.prompts
     with torch.no_grad():
         prompt.context += torch.randn(prompt.context.shape)
         tokens = model.backbone.tokenize(["a a a a tabby cat."])
         mean = model.backbone.encode(tokens, prompt.context.mean(dim=0), prompt.deeper)
         other = with_classes(source_of(model), [model], NEW)
-        hand_written = model.backbone.class_embeddings(NEW, model.config.templates)
+        hand_written = model.backbone.class_embeddings(NEW, model.config.prompt.templates)
         weights = model.fitted.mixture.outside
         expected = weights[0] * hand_written[0] + weights[1] * model.learner.semantic(mean)[0][0]
     torch.testing.assert_close(other.rows[0], expected, atol=1e-6, rtol=0)

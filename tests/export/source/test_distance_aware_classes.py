@@ -39,7 +39,7 @@ def test_a_list_of_new_classes_is_measured_to_those_tuned_on(
 ) -> None:
     names = ["tabby cat", "old tractor"]
     other = with_classes(source, [text_model], names)
-    hand_written = text_model.backbone.class_embeddings(names, text_model.config.templates)
+    hand_written = text_model.backbone.class_embeddings(names, text_model.config.prompt.templates)
     tuned = torch.tensor(text_model.tuned)
     known = text_model.text_embeddings[tuned], text_model.zero_shot[tuned]
     rows = [by_hand(text_model, name) for name in names]
@@ -80,7 +80,10 @@ def test_merged_runs_are_measured_to_the_classes_of_all(
 @pytest.fixture(scope="module")
 def open_models(text_run: Callable[..., Path], text_model: TunedModel) -> list[TunedModel]:
     """Return two runs, the second one with another template and no weight for it."""
-    return [text_model, load_run(text_run(templates=("a drawing of a {}.",), prompts=1))]
+    return [
+        text_model,
+        load_run(text_run(prompt_templates=("a drawing of a {}.",), prompt_count=1)),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +138,7 @@ def test_the_text_graph_knows_the_hand_written_rows(
     outputs = [output.name for output in onnx.load(bundle / "text.onnx").graph.output]
     assert outputs == ["rows", "hand_written"]
     texts = TextSide.of(open_bundle(bundle))
-    templates = [template for model in open_models for template in model.config.templates]
+    templates = [template for model in open_models for template in model.config.prompt.templates]
     wanted = open_models[0].backbone.class_embeddings(NEW, templates).numpy()
     np.testing.assert_allclose(texts.both_rows(NEW)[1], wanted, atol=1e-5)
     prove_rows(texts, open_models, NEW, hand_written=True)

@@ -45,7 +45,7 @@ def runs(
 ) -> tuple[Path, Path]:
     """Return a run on two of four classes, and one on two others and one of the first's."""
     few = listing(tmp_path_factory.mktemp("few"), photos, "green_leaf", "red_ball", "grey_stone")
-    return text_run(), text_run(data=str(few), prompts=1, classes="base", seed=2)
+    return text_run(), text_run(data=str(few), prompt_count=1, classes="base", seed=2)
 
 
 @pytest.fixture
@@ -158,9 +158,9 @@ def test_a_merged_bundle_passes_the_gate(models: list[TunedModel], tmp_path: Pat
 def test_templates_of_all_runs_make_the_hand_written_rows(
     text_run: Callable[..., Path], models: list[TunedModel]
 ) -> None:
-    other = load_run(text_run(templates=("a drawing of a {}.",), prompts=1))
+    other = load_run(text_run(prompt_templates=("a drawing of a {}.",), prompt_count=1))
     source = merged([models[0], other])
-    templates = [*models[0].config.templates, "a drawing of a {}."]
+    templates = [*models[0].config.prompt.templates, "a drawing of a {}."]
     expected = models[0].backbone.class_embeddings(source.class_names, templates)
     torch.testing.assert_close(source.hand_written, expected, atol=1e-6, rtol=0)
 

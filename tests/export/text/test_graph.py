@@ -22,7 +22,6 @@ from capt_deploy.data.datasets import Item
 from capt_deploy.serving.classifier import Classifier
 from capt_deploy.serving.open_vocabulary import TextSide
 from capt_train.clip.loading import load_backbone
-from capt_train.config import TrainConfig
 from capt_train.data.fewshot import FewShotSplit
 from capt_train.method.learner import make_learner
 from capt_train.method.mixture import Mixture
@@ -33,6 +32,7 @@ from export.source.classes import untuned_rows, with_classes
 from export.source.model import Source, source_of
 from export.text.graph import prove_rows, write_open_vocabulary
 from export.writer import ExportOptions, export
+from tests.configs import train_config
 from tests.export.conftest import TEMPLATES, TRAINED, shaken
 
 NEW = ("tabby cat", "Levi’s 501", "old tractor on a field")
@@ -96,7 +96,9 @@ def random_model(spec: str, data: Path, **settings: Any) -> TunedModel:
     digests = {item.path: "0" * 64 for item in items}
     split = FewShotSplit(names, tuple(range(len(items))), items, items, digests)
     own: dict[str, Any] = {"method": "full", "without": ("colours", "visual"), **TRAINED}
-    config = TrainConfig(data=str(data), model=spec, templates=TEMPLATES, **{**own, **settings})
+    config = train_config(
+        data=str(data), model=spec, prompt_templates=TEMPLATES, **{**own, **settings}
+    )
     backbone = load_backbone(spec, None, torch.device("cpu"))
     zero_shot = backbone.class_embeddings(names, TEMPLATES)
     draw = torch.Generator().manual_seed(0)
@@ -143,7 +145,7 @@ def test_merged_runs_share_one_tower(
 ) -> None:
     # the first with a context of its own for each class, and neither mixture nor experts
     plain: dict[str, Any] = {"without": ("colours", "visual", "mixture", "semantic-experts")}
-    plain |= {"prompts": 1, "class_specific": True, "context_init": "a"}
+    plain |= {"prompt_count": 1, "prompt_class_specific": True, "prompt_words": "a"}
     other = random_model(f"local-dir:{tiny_model_dir}", photos, **plain)
     record = check_rows([other, text_model], tmp_path)
     assert record.prompts == (*TEMPLATES, "a {}.", "a a a a {}.", "a a a a {}.")
@@ -162,7 +164,7 @@ def test_prompts_without_a_weight_are_left_out(
     without: tuple[str, ...],
     prompts: tuple[str, ...],
 ) -> None:
-    off = {"prompts": 1, "without": (*without, "colours", "visual")}
+    off = {"prompt_count": 1, "without": (*without, "colours", "visual")}
     model = random_model(f"local-dir:{tiny_model_dir}", photos, **off)
     assert check_rows([model], tmp_path).prompts == prompts
 
@@ -249,7 +251,7 @@ def test_the_command_writes_it_for_listed_classes_of_merged_runs(
 ) -> None:
     listed = tmp_path / "names.txt"
     listed.write_text("red ball\ntabby cat\nblue sky\n")
-    runs = [str(text_run()), str(text_run(classes="all", seed=3, prompts=1))]
+    runs = [str(text_run()), str(text_run(classes="all", seed=3, prompt_count=1))]
     out = tmp_path / "x.capt"
     wanted = ["--out", str(out), "--classes", str(listed), "--open-vocab"]
     done = CliRunner().invoke(main, [*runs, *wanted])
