@@ -53,8 +53,8 @@ def config(*without: str, **settings: Any) -> TrainConfig:
 
 
 def learner(backbone: Backbone, own: TrainConfig) -> Learner:
-    zero_shot = backbone.class_embeddings(NAMES, own.templates)
-    centres = torch.randn(2, own.centres, 32, generator=torch.Generator().manual_seed(5))
+    zero_shot = backbone.class_embeddings(NAMES, own.prompt.templates)
+    centres = torch.randn(2, own.experts.centres, 32, generator=torch.Generator().manual_seed(5))
     split = FewShotSplit(NAMES, TUNED, (), (), {})
     return make_learner(backbone, own, split, zero_shot, normalize(centres, dim=-1))
 
@@ -79,7 +79,7 @@ def make(
     train = Features(rows[0], labels)
     val = pixels(8, seed=9)
     val_features = Features(backbone.image_embeddings(val), torch.tensor(TUNED).repeat(2))
-    reference = backbone.class_embeddings(NAMES, own.templates)[list(TUNED)]
+    reference = backbone.class_embeddings(NAMES, own.prompt.templates)[list(TUNED)]
     logits = backbone.scale * rows[0] @ reference.T
     task = TuningTask(
         backbone.scale,

@@ -53,7 +53,7 @@ def config(**settings: Any) -> TrainConfig:
 
 
 def learner(backbone: Backbone, own: TrainConfig, tuned: tuple[int, ...]) -> Learner:
-    zero_shot = backbone.class_embeddings(NAMES, own.templates)
+    zero_shot = backbone.class_embeddings(NAMES, own.prompt.templates)
     return make_learner(backbone, own, FewShotSplit(NAMES, tuned, (), (), {}), zero_shot)
 
 
@@ -73,7 +73,7 @@ def make(
     labels = torch.tensor(tuned).repeat_interleave(SHOTS)
     val_labels = torch.tensor(tuned[:val_classes]).repeat(VAL)
     val = shown(len(val_labels))
-    reference = backbone.class_embeddings(NAMES, own.templates)[list(tuned)]
+    reference = backbone.class_embeddings(NAMES, own.prompt.templates)[list(tuned)]
     train = Features(rows[0], labels)
     task = TuningTask(
         backbone.scale,

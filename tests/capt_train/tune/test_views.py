@@ -30,7 +30,7 @@ def dataset(photos: Path) -> Dataset:
 def make(backbone: Backbone, method: str = "capt") -> Learner:
     config = TrainConfig(data="", model="", method=method)
     split = FewShotSplit(("red ball", "blue sky"), (0, 1), (), (), {})
-    zero_shot = backbone.class_embeddings(split.class_names, config.templates)
+    zero_shot = backbone.class_embeddings(split.class_names, config.prompt.templates)
     return make_learner(backbone, config, split, zero_shot)
 
 
