@@ -127,7 +127,8 @@ def main(
 
     \b
     Example:
-      capt-train --data photos --model ViT-B-16-quickgelu --pretrained openai --out mine
+      capt-train --data photos --model ViT-B-16-quickgelu --pretrained openai \\
+        --out mine
       capt-train --data photos --model local-dir:clip --out text --without visual
       capt-train --resume --out mine
     """

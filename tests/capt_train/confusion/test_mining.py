@@ -223,7 +223,7 @@ def test_a_dry_run_is_about_the_images_that_a_run_has_chosen(
     with_llm: TrainConfig, llm: Any, tmp_path: Path
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    plain = replace(with_llm, added=(), llm_url=None, llm_model=None)
+    plain = changed(with_llm, added=(), confusion_llm_url=None, confusion_llm_model=None)
     train(replace(plain, classes="base"), first)
     before = dry_run(with_llm, second, first)
     train(with_llm, second, split_from=first)

@@ -65,7 +65,7 @@ def test_without_any_part_it_says_what_the_hand_written_prompt_says(
 def test_a_new_prompt_says_what_its_words_say(
     parts: tuple[str, ...], tiny_backbone: Backbone
 ) -> None:
-    learner = make(tiny_backbone, *parts, prompt_words="one small", experts_centres=unit(2, 5, 32))
+    learner = make(tiny_backbone, *parts, prompt_words="one small", centres=unit(2, 5, 32))
     words = tiny_backbone.text_embeddings([f"one small {name}." for name in NAMES])
     texts = learner.texts(range(5))
     assert torch.equal(texts.embeddings, words[None])
@@ -73,7 +73,7 @@ def test_a_new_prompt_says_what_its_words_say(
 
 
 def test_semantic_experts_work_on_hand_written_prompts_too(tiny_backbone: Backbone) -> None:
-    learner = make(tiny_backbone, "semantic-experts", experts_centres=unit(2, 5, 32))
+    learner = make(tiny_backbone, "semantic-experts", centres=unit(2, 5, 32))
     assert torch.equal(learner.texts([4, 0]).embeddings[0], zero_shot(tiny_backbone)[[4, 0]])
     shaken(learner)
     assert learner.semantic is not None
@@ -102,7 +102,7 @@ def test_of_several_prompts_the_first_starts_at_the_words_and_no_two_alike(
 
 def test_several_prompts_go_through_the_same_experts_one_by_one(tiny_backbone: Backbone) -> None:
     parts = ("prompt", "semantic-experts")
-    learner = shaken(make(tiny_backbone, *parts, prompt_count=2, experts_centres=unit(2, 5, 32)))
+    learner = shaken(make(tiny_backbone, *parts, prompt_count=2, centres=unit(2, 5, 32)))
     assert learner.semantic is not None
     with torch.no_grad():
         texts = learner.texts([0, 3])
@@ -121,7 +121,7 @@ def test_a_class_by_name_is_the_class_by_index(
     settings = {
         "prompt_count": 2,
         "prompt_class_specific": class_specific,
-        "experts_centres": unit(2, 5, 32),
+        "centres": unit(2, 5, 32),
     }
     learner = shaken(make(tiny_backbone, *TEXT, **settings))
     rows = [3, 4] if class_specific else [0, 1, 2, 3, 4]  # tuned ones have contexts of their own
@@ -188,7 +188,7 @@ def test_it_is_made_the_same_from_the_same_seed(tiny_backbone: Backbone) -> None
 
 def test_centres_are_taken_or_left_to_be_loaded(tiny_backbone: Backbone) -> None:
     centres = unit(2, 5, 32)
-    with_centres = make(tiny_backbone, "semantic-experts", experts_centres=centres)
+    with_centres = make(tiny_backbone, "semantic-experts", centres=centres)
     without = make(tiny_backbone, "semantic-experts")
     without.load_state_dict(with_centres.state_dict())
     assert without.semantic is not None
@@ -199,7 +199,7 @@ def test_gradients_reach_all_of_the_text_side_and_leave_the_tower_alone(
     tiny_backbone: Backbone,
 ) -> None:
     before = {name: value.clone() for name, value in tiny_backbone.model.state_dict().items()}
-    learner = shaken(make(tiny_backbone, *TEXT, prompt_count=2, experts_centres=unit(2, 5, 32)))
+    learner = shaken(make(tiny_backbone, *TEXT, prompt_count=2, centres=unit(2, 5, 32)))
     optimizer = torch.optim.AdamW(learner.parameters(), 0.01)
     (learner.texts(range(5)).embeddings * unit(5, 32, seed=2)).sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in learner.parameters())

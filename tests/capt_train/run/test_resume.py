@@ -32,7 +32,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_resume_with_other_settings_is_refused_and_names_them(
     configure: Configure, finished: Path
 ) -> None:
-    with pytest.raises(RunError, match=r"other settings: shots 3 → 2; epochs 3 → 9$"):
+    with pytest.raises(RunError, match=r"other settings: shots 3 → 2; tuning.epochs 3 → 9$"):
         train(configure(classes="base", shots=2, tuning_epochs=9), finished, resume=True)
 
 

@@ -12,6 +12,7 @@ from capt_deploy.core.errors import CaptError, ConfigError, DataError, ModelErro
 from capt_train.config import TrainConfig
 from capt_train.pipeline import train
 from capt_train.run.folder import read_config
+from tests.configs import NAMES
 
 Configure = Callable[..., TrainConfig]
 
@@ -139,7 +140,7 @@ def test_a_run_that_has_its_sentences_keeps_their_sources_and_needs_them_no_more
         {"confusion_sentences": own, **asking},
     ):
         train(configure(**few, **other), run, resume=True)
-        changed = [name for name, value in other.items() if value != own]
+        changed = [NAMES[name] for name, value in other.items() if value != own]
         told = f"note: the run goes on with its own sentences.json; not used: {', '.join(changed)}"
         assert capsys.readouterr().err.splitlines().count(told) == 1
         assert {file.name: file.read_bytes() for file in run.iterdir()} == before
@@ -164,7 +165,7 @@ def test_until_a_run_has_its_sentences_their_sources_may_change_but_must_be_ther
         )
     other = sentence_file(tmp_path / "other.json", "One is blue.")
     train(configure(**few, confusion_sentences=other), run, resume=True)
-    assert read_config(run)[0].sentences == other
+    assert read_config(run)[0].confusion.sentences == other
     texts = [
         text for kinds in read(run / "sentences.json").values() for text in kinds["difference"]
     ]
