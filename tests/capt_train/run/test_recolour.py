@@ -153,7 +153,7 @@ def test_a_map_that_is_not_kept_changes_nothing_and_is_written(setup, tmp_path, 
     frozen = frozen_of(setup)
     assert recolour(setup, frozen, tmp_path) == (setup.backbone, frozen)
     assert read(tmp_path / COLOURS)["colours"] is None
-    without = replace(setup, config=replace(setup.config, without=("colours",)))
+    without = replace(setup, config=replace(setup.config, added=()))
     (tmp_path / "other").mkdir()
     assert recolour(without, frozen, tmp_path / "other") == (setup.backbone, frozen)
     assert list((tmp_path / "other").iterdir()) == []
