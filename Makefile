@@ -1,12 +1,13 @@
 # make demo: set up, then tune, export and predict on the embedded pictograms, offline
 # make test: set up, then run every check and every test
+# make wheel: build dist/capt-VERSION-py3-none-any.whl
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 DEPLOY_VENV ?= .venv-deploy
 BIN = $(VENV)/bin
 
-.PHONY: demo test check install clean
+.PHONY: demo test check wheel install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m examples.demo.run
@@ -20,6 +21,9 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+wheel: $(VENV)/.installed
+	$(BIN)/python -m build --wheel
 
 install: $(VENV)/.installed
 
@@ -35,4 +39,4 @@ $(DEPLOY_VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DEPLOY_VENV) demo build *.egg-info
+	rm -rf $(VENV) $(DEPLOY_VENV) demo build dist *.egg-info

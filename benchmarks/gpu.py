@@ -23,8 +23,8 @@ from benchmarks.gpu_steps import ENGINES, Step, chosen, steps
 from benchmarks.record import RESULTS, describe
 from capt_deploy.core.console import Command, say, table
 from capt_deploy.core.files import write_json
+from capt_deploy.core.gpus import find_driver
 from capt_deploy.core.machine import describe_machine, versions
-from capt_deploy.core.nvidia import find_driver
 
 _ROOT = Path(__file__).parents[1]
 _SHARED = _ROOT.parent / "shared" / "data" / "cifar100"

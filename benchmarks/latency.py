@@ -19,12 +19,12 @@ import click
 
 from benchmarks.exported import MODELS, Exported, export_model
 from benchmarks.record import QUIET, add_cells, load_average
-from capt_deploy.bench.cases import Photos, Wanted, open_cases
-from capt_deploy.bench.images import synthetic_photos
+from capt_deploy.bench.cases import BenchRequest, open_cases
+from capt_deploy.bench.images import Photos, synthetic_photos
 from capt_deploy.bench.measure import BenchOptions, Case, Threads, measure
 from capt_deploy.core.console import Command, print_json, say, table
-from capt_deploy.core.cores import usable_cores
 from capt_deploy.core.errors import BackendError
+from capt_deploy.core.machine import usable_cores
 
 NAME = "latency"
 GOAL = 1.5  # times the throughput of plain open_clip, of one image at a time on the CPU
@@ -37,7 +37,7 @@ _KEYS = ("backend", "device", "precision", "scope", "batch")  # of what a ratio 
 class Comparison:
     """What is measured of a model."""
 
-    wanted: Wanted
+    request: BenchRequest
     device: str = "cpu"  # of torch
     plain_precisions: tuple[str, ...] = ("fp32",)
     compiled: bool = True  # torch.compile as well
@@ -70,7 +70,7 @@ def main(
     names = models.split(",")
     if unknown := set(names) - set(MODELS):
         raise click.BadParameter(f"expected of {', '.join(MODELS)}, came {min(unknown)}")
-    wanted = Wanted(
+    request = BenchRequest(
         backends=("gpu",) if device == "cuda" else ("onnxruntime-cpu",),
         precisions=tuple(precisions.split(",")),
         batches=tuple(map(int, batch.split(","))),
@@ -78,7 +78,7 @@ def main(
         threads=threads or usable_cores(),
     )
     plain = ("fp32", "fp16") if device == "cuda" else ("fp32",)
-    comparison = Comparison(wanted, device, plain, compiled)
+    comparison = Comparison(request, device, plain, compiled)
     cells: dict[str, Any] = {}
     with TemporaryDirectory() as scratch:
         load = load_average()  # before exporting, which is a load itself
@@ -88,8 +88,8 @@ def main(
             say(f"the machine is busy (load {load:.1f}): no figure of this run is worth keeping")
         for name in names:
             say(f"exporting {name}")
-            exported = export_model(name, work or Path(scratch), wanted.precisions)
-            say(f"measuring {name} with {wanted.threads} threads")
+            exported = export_model(name, work or Path(scratch), request.precisions)
+            say(f"measuring {name} with {request.threads} threads")
             cells[name] = compare(exported, comparison, BenchOptions(seconds=seconds), load)
             if not as_json:
                 add_cells(NAME, cells)
@@ -114,9 +114,9 @@ def compare(
 
     from benchmarks.plain_open_clip import same_labels
 
-    wanted = comparison.wanted
-    torch.set_num_threads(wanted.threads or usable_cores())
-    photos = Photos(synthetic_photos(_PHOTOS), "synthetic 500x375")
+    request = comparison.request
+    torch.set_num_threads(request.threads or usable_cores())
+    photos = synthetic_photos(_PHOTOS)
     with ExitStack() as stack, Threads(1) as threads:
         cases = [
             *_own(exported, comparison, photos, threads, stack),
@@ -129,7 +129,7 @@ def compare(
         "same_labels": same_labels(
             exported.model, exported.bundle, comparison.device, photos, rows
         ),
-        "threads": wanted.threads,
+        "threads": request.threads,
         "load_before": load,
     }
 
@@ -142,7 +142,7 @@ def _own(
     stack: ExitStack,
 ) -> Iterator[Case]:
     try:
-        yield from open_cases(exported.bundle, comparison.wanted, photos, threads, stack, say)
+        yield from open_cases(exported.bundle, comparison.request, photos, threads, stack)
     except BackendError as cause:
         if comparison.device == "cpu":
             raise
@@ -152,14 +152,14 @@ def _own(
 def _plain(exported: Exported, comparison: Comparison, photos: Photos) -> Iterator[Case]:
     from benchmarks.plain_open_clip import PlainOpenClip, plain_cases
 
-    wanted = comparison.wanted
+    request = comparison.request
     for precision in comparison.plain_precisions:
         make = partial(PlainOpenClip, exported.model, exported.bundle, comparison.device, precision)
         # Compiling takes a minute for each batch: only what is fastest.
         both = comparison.compiled and precision == comparison.plain_precisions[-1]
         for compiled in (False, True) if both else (False,):
             yield from plain_cases(
-                make, precision, compiled, wanted.batches, wanted.scopes, photos, say
+                make, precision, compiled, request.batches, request.scopes, photos
             )
 
 

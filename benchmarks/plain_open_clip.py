@@ -16,9 +16,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from capt_deploy.bench.cases import Photos, Tell, full_batches
+from capt_deploy.bench.cases import full_batches
+from capt_deploy.bench.images import Photos
 from capt_deploy.bench.measure import Case, Memory, Threads, Turn
 from capt_deploy.bundle.read import open_bundle
+from capt_deploy.core.console import say
 from capt_deploy.core.machine import installed, versions
 from capt_deploy.serving.classifier import Classifier
 
@@ -94,7 +96,6 @@ def plain_cases(
     batches: Sequence[int],
     scopes: Sequence[str],
     photos: Photos,
-    tell: Tell,
 ) -> Iterator[Case]:
     """Yield a case for each scope and batch; none, and why, where torch cannot compile."""
     before = Memory.now()
@@ -106,7 +107,7 @@ def plain_cases(
             plain.label(photos.encoded[:1])
         except Exception as cause:  # no compiler, no Triton, an operator it does not know
             reason = str(cause).splitlines() or [type(cause).__name__]
-            tell(f"left out {_ROW_NAMES[True]}: {reason[0]}")
+            say(f"left out {_ROW_NAMES[True]}: {reason[0]}")
             return
     name = f"cuda:0 ({torch.cuda.get_device_name(0)})" if cuda else "cpu"
     for scope in scopes:
@@ -120,9 +121,12 @@ def plain_cases(
                 batch=batch,
                 scope=scope,
                 run=_runs(plain, scope, full_batches(photos.encoded, batch)),
-                versions={**versions(), **installed(("torch", "torchvision", "open_clip_torch"))},
                 memory_before=before,
                 details={
+                    "versions": {
+                        **versions(),
+                        **installed(("torch", "torchvision", "open_clip_torch")),
+                    },
                     "images": photos.source,
                     "queued": True if scope == "device" else None,
                     "threads": None if cuda else torch.get_num_threads(),

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from capt_deploy.core.errors import DataError
-from capt_deploy.core.file_lock import file_lock
 from capt_deploy.core.files import read_json, write_bytes, write_json
 from capt_deploy.core.machine import installed
 
@@ -58,7 +59,7 @@ def add_cells(name: str, cells: Mapping[str, Mapping[str, Any]]) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     measured = describe()
     stamped = {key: {**cell, "commit": measured["commit"][:12]} for key, cell in cells.items()}
-    with file_lock(RESULTS / f".{name}.lock"):
+    with FileLock(RESULTS / f".{name}.lock"):
         lines = [
             f"  {json.dumps(key)}: {json.dumps(_rounded(cell), ensure_ascii=False)}"
             for key, cell in {**load_cells(name), **stamped}.items()

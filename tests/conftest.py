@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from capt_deploy.core.console import logger, messages_on_stderr
+
 if TYPE_CHECKING:
     from capt_train.clip.backbone import Backbone
 
@@ -100,6 +102,14 @@ def write_photos(root: Path) -> Path:
                 image = Image.fromarray(pixels.astype(np.uint8))
                 image.save(root / split / name / f"{number}.png")
     return root
+
+
+@pytest.fixture(autouse=True)
+def _messages() -> Iterator[None]:
+    """Print what commands would print, also where a test calls a library function."""
+    with messages_on_stderr():
+        logger.propagate = True  # to pytest's caplog
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

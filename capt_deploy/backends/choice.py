@@ -6,8 +6,9 @@ from importlib.util import find_spec
 from typing import TypeVar
 
 from capt_deploy.backends.onnxruntime import import_library
-from capt_deploy.core.driver import gpu_problem, nvidia_gpu_is_here
 from capt_deploy.core.errors import BackendError, CaptError, UnavailableError
+from capt_deploy.core.gpus import gpu_problem, nvidia_gpu_is_here
+from capt_deploy.core.install import install_hint
 
 T = TypeVar("T")
 
@@ -86,7 +87,7 @@ def _missing_module(name: str) -> str | None:
     module = name.replace("-", "_")
     if find_spec(module) is not None:
         return None
-    return f"expected the package {module}, found none; pip install 'capt[{name}]'"
+    return f"expected the package {module}, found none; {install_hint(name)}"
 
 
 def cuda_provider_problem() -> str | None:

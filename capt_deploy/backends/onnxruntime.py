@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capt_deploy.backends import DEFAULT_OPTIONS, Outputs, RuntimeOptions, in_parts
-from capt_deploy.core.cores import usable_cores
 from capt_deploy.core.errors import BackendError, UnavailableError
+from capt_deploy.core.machine import usable_cores
 from capt_deploy.core.process import Process, never_free_in_copies
 
 # onnxruntime 1.31 on the CPU: ENABLE_ALL crashes the process on half-precision ViTs, and

@@ -18,8 +18,8 @@ from capt_deploy.backends.bound_session import BoundSession, Gpu
 from capt_deploy.backends.choice import require
 from capt_deploy.backends.onnxruntime import import_library, start_session
 from capt_deploy.backends.probe import probe
-from capt_deploy.core.driver import gpu_name
 from capt_deploy.core.errors import BackendError, UnavailableError
+from capt_deploy.core.gpus import gpu_name
 from capt_deploy.core.process import Process
 
 _PROVIDER = "CUDAExecutionProvider"

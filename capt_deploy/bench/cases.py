@@ -10,116 +10,102 @@ from typing import Any
 import numpy as np
 
 from capt_deploy.backends import AUTO, DeviceTimed, RuntimeOptions
-from capt_deploy.backends.choice import why_not
+from capt_deploy.bench.images import Photos
 from capt_deploy.bench.measure import SCOPES, BenchOptions, Case, Memory, Threads, Turn, measure
 from capt_deploy.bundle.graphs import open_graphs
-from capt_deploy.core.cores import usable_cores
+from capt_deploy.core.console import say
 from capt_deploy.core.errors import BackendError, ConfigError, UnavailableError
 from capt_deploy.core.files import expand_home, sha256_file
-from capt_deploy.core.machine import versions
+from capt_deploy.core.machine import usable_cores, versions
 from capt_deploy.serving.classifier import Classifier
 
-EVERY, ON_GPU = "all", "gpu"  # names for several backends: those of them that work here
-Tell = Callable[[str], None]
+EVERY, ON_GPU = "all", "gpu"  # names for those backends that work here
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Which rows."""
+class BenchRequest:
+    """The rows to measure."""
 
-    backends: tuple[str, ...] = ("auto",)  # or ("all",), ("gpu",): all that work here, on a GPU
-    precisions: tuple[str, ...] = ()  # none: what suits each backend; ("all",): all that it can run
+    backends: tuple[str, ...] = ("auto",)  # or ("all",), ("gpu",): all that work, on a GPU
+    precisions: tuple[str, ...] = ()  # (): the best one for each backend; ("all",): all that run
     batches: tuple[int, ...] = (1, 8, 32)
     scopes: tuple[str, ...] = SCOPES
-    concurrency: int = 1  # threads that call at once; times on the device are always of one
-    threads: int | None = None  # of a backend on the CPU; None: as the classifier would choose
+    concurrency: int = 1  # threads that call at once; device times are always of one
+    threads: int | None = None  # of a backend on the CPU; None: the classifier's choice
 
-
-@dataclass(frozen=True)
-class Photos:
-    """Encoded images, and what they are."""
-
-    encoded: Sequence[bytes]
-    source: str
+    @property
+    def names_several(self) -> bool:
+        """Whether the request leaves open which backends are measured."""
+        return bool({EVERY, ON_GPU} & {*self.backends})
 
 
 def bench(
-    bundle: Path, wanted: Wanted, photos: Photos, options: BenchOptions, tell: Tell
+    bundle: Path, request: BenchRequest, photos: Photos, options: BenchOptions
 ) -> list[dict[str, Any]]:
-    """Measure a bundle side by side.
+    """Measure a bundle, backends side by side, and return a row for each case.
 
     Args:
         bundle: anything that `Classifier.load` takes.
-        wanted: which rows.
-        photos: to measure with; a batch repeats them where it is larger.
-        options: how long.
-        tell: is told which of the wanted rows there cannot be, and why.
-
-    Returns:
-        A row for each case, as DESIGN describes them.
+        request: the rows to measure.
+        photos: images to measure with, repeated where a batch is larger.
+        options: how long to measure.
 
     Raises:
-        BackendError: a backend named by `wanted` cannot run here, or none can.
-        BundleError: the bundle is damaged, or lacks a precision.
+        BackendError: a backend named by the request cannot run here, or none can.
+        BundleError: the bundle is damaged or lacks a precision.
         ConfigError: no row is left.
     """
-    with ExitStack() as stack, Threads(wanted.concurrency) as threads:
-        cases = open_cases(bundle, wanted, photos, threads, stack, tell)
-        rows = measure(cases, options)
+    with ExitStack() as stack, Threads(request.concurrency) as threads:
+        rows = measure(open_cases(bundle, request, photos, threads, stack), options)
     if not rows:
         raise ConfigError("no row is left to measure; ask for other scopes, or backends on a GPU")
     return rows
 
 
 def open_cases(
-    bundle: Path, wanted: Wanted, photos: Photos, threads: Threads, stack: ExitStack, tell: Tell
+    bundle: Path, request: BenchRequest, photos: Photos, threads: Threads, stack: ExitStack
 ) -> Iterator[Case]:
-    """Yield the cases of a bundle, each loaded when it is asked for; see `bench`.
+    """Yield the cases of a bundle, loading each classifier when its first case is drawn.
 
     Args:
         bundle: anything that `Classifier.load` takes.
-        wanted: which rows.
-        photos: to measure with.
-        threads: that call.
-        stack: on which what is loaded stays open.
-        tell: is told what is left out.
+        request: the rows to measure.
+        photos: images to measure with.
+        threads: the callers.
+        stack: keeps the classifiers open.
     """
-    seen: dict[tuple[str, str, str], str] = {}  # what a name stands for here
-    runtime = RuntimeOptions(threads=wanted.threads)
-    several = bool({EVERY, ON_GPU} & {*wanted.backends})
-    for name, precision in _requests(bundle, wanted):
-        if several and (reason := why_not(name)) is not None:
-            tell(f"left out {name}: {reason}")
-            continue
+    opened: dict[tuple[str, str, str], str] = {}  # name in the request by what it stands for
+    runtime = RuntimeOptions(threads=request.threads)
+    for name, precision in _classifiers(bundle, request):
         before = Memory.now()
         try:
             classifier = Classifier.load(bundle, name, precision, runtime)
         except BackendError as cause:
-            if not several and EVERY not in wanted.precisions:
+            if not request.names_several and EVERY not in request.precisions:
                 raise
-            tell(f"left out {name}{f' {precision}' if precision else ''}: {cause}")
+            label = f"{name} {precision}" if precision else name
+            say(f"left out {label}: {str(cause).removeprefix(f'backend {name}: ')}")
             continue
-        backend = classifier.backend
-        key = (backend.name, backend.device, classifier.precision)
-        if key in seen:
+        key = (classifier.backend.name, classifier.backend.device, classifier.precision)
+        if key in opened:
             classifier.close()
-            tell(f"left out {name}: it is {seen[key]} here, on {backend.device}")
+            say(f"left out {name}: it is the same as {opened[key]} here, on {key[1]}")
             continue
         stack.enter_context(classifier)
-        seen[key] = name
-        for other, reason in classifier.skipped.items():
-            tell(f"{name} does without {other}: {reason}")
-        yield from _cases_of(classifier, before, bundle, wanted, photos, threads, tell)
-    if not seen:
+        opened[key] = name
+        for skipped, reason in classifier.skipped.items():
+            say(f"{name} does without {skipped}: {reason}")
+        yield from _cases_of(classifier, before, bundle, request, photos, threads)
+    if not opened:
         raise BackendError("no backend can run this bundle here; capt-doctor says why")
 
 
-def _requests(bundle: Path, wanted: Wanted) -> Iterator[tuple[str, str | None]]:
-    names = wanted.backends
-    if EVERY in names or ON_GPU in names:
+def _classifiers(bundle: Path, request: BenchRequest) -> Iterator[tuple[str, str | None]]:
+    names = request.backends
+    if request.names_several:
         names = AUTO if EVERY in names else AUTO[:-1]  # the last one is the CPU's
-    precisions: Iterable[str | None] = wanted.precisions or (None,)
-    if EVERY in wanted.precisions:
+    precisions: Iterable[str | None] = request.precisions or (None,)
+    if EVERY in request.precisions:
         precisions = tuple(open_graphs(bundle).precisions)
     return ((name, precision) for name in names for precision in precisions)
 
@@ -128,24 +114,20 @@ def _cases_of(
     classifier: Classifier,
     before: Memory,
     bundle: Path,
-    wanted: Wanted,
+    request: BenchRequest,
     photos: Photos,
     threads: Threads,
-    tell: Tell,
 ) -> Iterator[Case]:
-    backend, largest = classifier.backend, RuntimeOptions().batches[-1]
-    details = {
-        "graph": _graph_hash(classifier, bundle),
-        "images": photos.source,
-        "threads": (wanted.threads or usable_cores()) if backend.device == "cpu" else None,
-    }
-    for scope in wanted.scopes:
-        if scope == "device" and (reason := _untimed(classifier)) is not None:
-            tell(f"left out device times of {backend.name} on {backend.device}: {reason}")
+    backend, max_batch = classifier.backend, RuntimeOptions().batches[-1]
+    cpu_threads = (request.threads or usable_cores()) if backend.device == "cpu" else None
+    for scope in request.scopes:
+        on_device = scope == "device"
+        if on_device and (reason := _why_untimed(classifier)) is not None:
+            say(f"left out device times of {backend.name} on {backend.device}: {reason}")
             continue
-        for batch in wanted.batches:
-            if scope == "device" and batch > largest:
-                tell(f"left out device times of batch {batch}: at most {largest} run at once")
+        for batch in request.batches:
+            if on_device and batch > max_batch:
+                say(f"left out device times of batch {batch}: at most {max_batch} run at once")
                 continue
             yield Case(
                 backend=backend.name,
@@ -153,48 +135,49 @@ def _cases_of(
                 precision=classifier.precision,
                 batch=batch,
                 scope=scope,
-                run=_runs(classifier, scope, batch, photos.encoded, threads),
-                versions=versions(),
+                run=_runner(classifier, scope, batch, photos.encoded, threads),
                 memory_before=before,
-                concurrency=1 if scope == "device" else threads.count,
-                # ONNX Runtime waits for every run; TensorRT's stand in a queue.
+                concurrency=1 if on_device else threads.count,
                 details={
-                    **details,
-                    "queued": backend.name != "onnxruntime" if scope == "device" else None,
+                    "graph": _graph_hash(classifier, bundle),
+                    "images": photos.source,
+                    "threads": cpu_threads,
+                    # ONNX Runtime waits for every run; TensorRT's stand in a queue.
+                    "queued": backend.name != "onnxruntime" if on_device else None,
+                    "versions": versions(),
                 },
             )
 
 
-def _untimed(classifier: Classifier) -> str | None:
-    """Return why the device's own time cannot be had; None if it can."""
+def _why_untimed(classifier: Classifier) -> str | None:
+    """Return why the backend cannot measure time on the device; None if it can."""
     if not isinstance(classifier.backend, DeviceTimed):
         return "it has none"
-    one = np.zeros((1, *classifier.manifest.preprocess.size, 3), np.uint8)
+    black = np.zeros((1, *classifier.manifest.preprocess.size, 3), np.uint8)
     try:
-        classifier.backend.time_on_device(one, 1)
+        classifier.backend.time_on_device(black, 1)
     except UnavailableError as cause:
         return str(cause)
     return None
 
 
-def _runs(
+def _runner(
     classifier: Classifier, scope: str, batch: int, encoded: Sequence[bytes], threads: Threads
 ) -> Callable[[int], Turn]:
-    """Return what runs one case so many times."""
-    batches = full_batches(encoded, batch)
-    backend = classifier.backend
+    """Return the function that runs a case a number of times."""
+    batches, backend = full_batches(encoded, batch), classifier.backend
     if scope == "image_to_label":
         number = count()
 
         def label() -> object:
-            own = batches[next(number) % len(batches)]
-            return classifier(own[0]) if batch == 1 else classifier.predict(own, batch)
+            images = batches[next(number) % len(batches)]
+            return classifier(images[0]) if batch == 1 else classifier.predict(images, batch)
 
         return lambda times: threads.run(label, times)
     pixels = np.stack([classifier.preprocess(photo) for photo in batches[0]])
     if scope == "host":
         return lambda times: threads.run(lambda: backend.run(pixels), times)
-    if not isinstance(backend, DeviceTimed):  # left out before this; see `_untimed`
+    if not isinstance(backend, DeviceTimed):
         raise BackendError(f"backend {backend.name}: has no device times; ask for scope host")
 
     def on_device(times: int) -> Turn:
@@ -205,13 +188,12 @@ def _runs(
 
 
 def full_batches(encoded: Sequence[bytes], batch: int) -> list[list[bytes]]:
-    """Return batches that hold every image at least once; the last begins anew where it must."""
+    """Return full batches that hold every image at least once; the last one may repeat some."""
     starts = range(0, len(encoded), batch)
     return [[encoded[(start + i) % len(encoded)] for i in range(batch)] for start in starts]
 
 
 def _graph_hash(classifier: Classifier, bundle: Path) -> str:
-    """Return what tells the measured graph from others."""
     manifest = classifier.manifest
     record = manifest.files.get(manifest.graphs[classifier.precision].file)
     return record.sha256 if record else sha256_file(expand_home(bundle))

@@ -1,45 +1,42 @@
-"""Compare the rows of two runs of `capt-bench`, and say what became slower.
+"""Compare the rows of two runs of `capt-bench`, and report which rows became slower.
 
-Rows belong together if backend, kind of device, precision, batch, scope and concurrency are the
-same. The figure is the median. It became slower if new / old > 1 + tolerance, faster if
-old / new > 1 + tolerance. A row of the old run that the new one was asked for, but lacks, fails the
-comparison as one that became slower does: its backend no longer runs. The tolerance of a pair is
+Rows belong together if backend, kind of device, precision, batch, scope and concurrency are equal.
+Their medians are compared: a row is slower if new / old > 1 + tolerance, faster if
+old / new > 1 + tolerance. A row of the old run that the new run should have, but lacks, fails the
+comparison like a slower one: its backend no longer runs. The tolerance of a pair is
 
     max(0.1, 3·√(error_old² + error_new²)),  error = 1.25·s / √turns / p50,
 
 where s is the standard deviation of the medians of a run's turns (`turn_p50_ms`), and 1.25·s / √n
-the standard error of a median of n normal figures. Latencies of neighbouring runs resemble each
-other, so the spread of single runs says nothing of that error; turns lie apart. Where a run has
-fewer than two turns, as in older files, its error is unknown and counts as 0. A pair with a
-tolerance above 50 % that is neither slower nor faster is `unclear`.
+the standard error of a median of n normal values. Neighbouring latencies resemble each other, so
+the spread of single runs says nothing about that error; turns lie apart. Where a run has fewer than
+two turns, as in older files, its error is unknown and counts as 0. A pair with a tolerance above
+50 % that is neither slower nor faster is `unclear`.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import stdev
 from typing import Any
 
-from capt_deploy.bench.cases import EVERY, ON_GPU, Wanted
-from capt_deploy.core.console import table
+from capt_deploy.bench.cases import EVERY, ON_GPU, BenchRequest
+from capt_deploy.core.console import counted, table
 from capt_deploy.core.errors import ConfigError
 from capt_deploy.core.files import read_json
 
-_LEAST_TOLERANCE = 0.1  # less than that differs between two runs of the same program
-_ERRORS = 3.0  # standard errors
-_OF_MEDIAN = 1.25  # √(π/2): how much less certain than a mean the median of normal figures is
-_UNSTEADY = 0.5  # a tolerance above this hides what one would like to know
-_ADVICE = " to be judged; measure longer (--seconds), on a quieter machine"
-_TEXTS, _WHOLE = ("backend", "device", "precision", "scope"), ("batch", "iterations")
-_MEASURED = ("p50_ms", "cv")
+_MIN_TOLERANCE = 0.1  # two runs of the same program differ by less
+_STANDARD_ERRORS = 3.0
+_MEDIAN_TO_MEAN = 1.25  # √(π/2): standard error of a median over that of a mean, normal values
+_UNSTEADY = 0.5  # a tolerance above this hides real changes
 
 Row = Mapping[str, Any]
 Key = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
-class Pair:
+class RowPair:
     """The same row of two runs."""
 
     name: str
@@ -54,7 +51,7 @@ class Pair:
 
     @property
     def verdict(self) -> str:
-        """`slower`, `faster`, `same`, or `unclear` where even much would not show."""
+        """`slower`, `faster`, `same`, or `unclear` where the tolerance is too large to tell."""
         if self.ratio > 1 + self.tolerance:
             return "slower"
         if 1 / self.ratio > 1 + self.tolerance:
@@ -64,23 +61,22 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came of it."""
+    """The rows of two runs, compared."""
 
-    pairs: tuple[Pair, ...]
+    pairs: tuple[RowPair, ...]
     missing: tuple[str, ...]  # rows of the old run that the new one should have as well
-    only_old: tuple[str, ...]  # those that it was not asked for
+    only_old: tuple[str, ...]  # rows of the old run that the new one was not to measure
     only_new: tuple[str, ...]
-    differences: tuple[str, ...]  # of the conditions; they may explain a verdict
+    differences: tuple[str, ...]  # between the conditions; they may explain a verdict
 
-    @property
-    def regressed(self) -> bool:
-        """Whether a row became slower."""
-        return any(pair.verdict == "slower" for pair in self.pairs)
+    def count(self, verdict: str) -> int:
+        """Return how many pairs have a verdict."""
+        return sum(pair.verdict == verdict for pair in self.pairs)
 
     @property
     def failed(self) -> bool:
         """Whether a row became slower or is missing."""
-        return self.regressed or bool(self.missing)
+        return bool(self.count("slower") or self.missing)
 
     def __str__(self) -> str:
         header = ("row", "old p50 ms", "new p50 ms", "new / old", "tolerance", "verdict")
@@ -91,27 +87,26 @@ class Comparison:
             )
             for pair in self.pairs
         ]
-        slower = sum(pair.verdict == "slower" for pair in self.pairs)
-        missing = len(self.missing)
-        unclear = sum(pair.verdict == "unclear" for pair in self.pairs)
-        return "\n".join(
-            [
-                table(header, cells),
-                *(f"missing in this run: {name}" for name in self.missing),
-                *(f"only in the old file: {name}" for name in self.only_old),
-                *(f"not in the old file: {name}" for name in self.only_new),
-                *(f"note: {text}" for text in self.differences),
-                *([f"note: {unclear} rows were too unsteady{_ADVICE}"] if unclear else []),
-                f"{slower} of {len(self.pairs)} rows became slower, {missing} are missing",
-            ]
-        )
+        lines = [table(header, cells)]
+        lines += [f"missing in this run: {name}" for name in self.missing]
+        lines += [f"only in the old file: {name}" for name in self.only_old]
+        lines += [f"not in the old file: {name}" for name in self.only_new]
+        lines += [f"note: {text}" for text in self.differences]
+        if unclear := self.count("unclear"):
+            lines.append(
+                f"note: {counted(unclear, 'row')} too unsteady to be judged; measure longer "
+                "(--seconds), on a quieter machine"
+            )
+        slower, missing = self.count("slower"), len(self.missing)
+        rows = counted(len(self.pairs), "row")
+        return "\n".join([*lines, f"{rows} compared: {slower} slower, {missing} missing"])
 
 
 def load_rows(path: Path) -> list[dict[str, Any]]:
-    """Read what `capt-bench --json` printed.
+    """Return the rows that `capt-bench --json` printed into a file.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: the file holds something else.
     """
     rows = read_json(path, ConfigError)
     if not isinstance(rows, list) or not rows or not all(map(_is_row, rows)):
@@ -120,70 +115,52 @@ def load_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict):
+        return False
+    turns = row.get("turn_p50_ms", [])
+    numbers = [row.get("p50_ms"), row.get("batch"), row.get("concurrency", 1)]
+    texts = [row.get(key) for key in ("backend", "device", "precision", "scope")]
     return (
-        isinstance(row, dict)
-        and all(isinstance(row.get(key), str) for key in _TEXTS)
-        and all(_is_number(row.get(key)) and row[key] >= 1 for key in _WHOLE)
-        and all(_is_number(row.get(key)) and row[key] >= 0 for key in _MEASURED)
-        and row["p50_ms"] > 0
-        and _is_number(row.get("concurrency", 1))
-        and isinstance(row.get("turn_p50_ms", []), list)
-        and all(map(_is_number, row.get("turn_p50_ms", [])))
+        isinstance(turns, list)
+        and all(isinstance(text, str) for text in texts)
+        and all(isinstance(n, int | float) and math.isfinite(n) and n > 0 for n in numbers + turns)
     )
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 def compare_rows(
-    old: Sequence[Row], new: Sequence[Row], wanted: Wanted | None = None
+    old: Sequence[Row], new: Sequence[Row], request: BenchRequest | None = None
 ) -> Comparison:
-    """Compare row by row; `wanted` is what the new run was asked for, None all that the old has.
+    """Compare the rows of two runs.
+
+    Args:
+        old: rows of the earlier run.
+        new: rows of the later run.
+        request: the rows that the later run should have; None: all of the earlier run.
 
     Raises:
-        ConfigError: no row has a partner, so nothing could be said.
+        ConfigError: the runs have no row in common.
     """
     before, after = ({_key(row): row for row in rows} for rows in (old, new))
     common = [key for key in after if key in before]
     if not common:
         raise ConfigError("the two runs have no row in common: there is nothing to compare")
     gone = [key for key in before if key not in after]
-    missing = [key for key in gone if wanted is None or _is_asked_for(key, wanted, after)]
+    missing = [key for key in gone if request is None or _is_expected(key, request, after)]
+    differences = {text: None for key in common for text in _differences(before[key], after[key])}
     return Comparison(
         tuple(_pair(key, before[key], after[key]) for key in common),
         tuple(map(_name, missing)),
         tuple(_name(key) for key in gone if key not in missing),
         tuple(_name(key) for key in after if key not in before),
-        tuple(_differences([before[key] for key in common], [after[key] for key in common])),
+        tuple(differences),
     )
 
 
 def _key(row: Row) -> Key:
-    """Return what makes rows the same; of the device only its kind, as in `cuda:0 (name)`."""
+    """Return what identifies a row; of a device such as `cuda:0 (name)` only the kind."""
     kind = row["device"].split(":")[0]
-    own = (row["backend"], kind, row["precision"], row["scope"])
-    return (*own, row["batch"], row.get("concurrency", 1))
-
-
-def _is_asked_for(key: Key, wanted: Wanted, measured: Iterable[Key]) -> bool:
-    """Tell whether a run should have a row; backends named one by one are there, or it ends."""
-    backend, kind, precision, scope, batch, callers = key
-    names = {*wanted.backends}
-    if names & {"auto", "onnxruntime", EVERY}:  # that may have become others
-        asked = True
-    elif ON_GPU in names:
-        asked = kind != "cpu"
-    else:
-        asked = (backend, kind) in {own[:2] for own in measured}
-    precisions = {*wanted.precisions} - {EVERY}
-    return (
-        asked
-        and (not precisions or EVERY in wanted.precisions or precision in precisions)
-        and scope in wanted.scopes
-        and batch in wanted.batches
-        and callers == (1 if scope == "device" else wanted.concurrency)
-    )
+    concurrency = row.get("concurrency", 1)
+    return row["backend"], kind, row["precision"], row["scope"], row["batch"], concurrency
 
 
 def _name(key: Key) -> str:
@@ -191,59 +168,66 @@ def _name(key: Key) -> str:
     return f"{' '.join(words)}, batch {batch}" + (f", {callers} callers" if callers > 1 else "")
 
 
-def _pair(key: Key, old: Row, new: Row) -> Pair:
-    tolerance = max(_LEAST_TOLERANCE, _ERRORS * math.hypot(_error(old), _error(new)))
-    return Pair(_name(key), old["p50_ms"], new["p50_ms"], tolerance)
+def _is_expected(key: Key, request: BenchRequest, measured: Iterable[Key]) -> bool:
+    """Return whether a run with this request should have a row."""
+    backend, kind, precision, scope, batch, callers = key
+    names = {*request.backends}
+    if names & {"auto", "onnxruntime", EVERY}:  # which may have become other backends
+        expected = True
+    elif ON_GPU in names:
+        expected = kind != "cpu"
+    else:  # a backend named by itself is there, or the run fails
+        expected = (backend, kind) in {row[:2] for row in measured}
+    return (
+        expected
+        and (not request.precisions or not {EVERY, precision}.isdisjoint(request.precisions))
+        and scope in request.scopes
+        and batch in request.batches
+        and callers == (1 if scope == "device" else request.concurrency)
+    )
+
+
+def _pair(key: Key, old: Row, new: Row) -> RowPair:
+    tolerance = max(_MIN_TOLERANCE, _STANDARD_ERRORS * math.hypot(_error(old), _error(new)))
+    return RowPair(_name(key), old["p50_ms"], new["p50_ms"], tolerance)
 
 
 def _error(row: Row) -> float:
-    """Return the standard error of a row's median as a share of it; 0 where nothing tells."""
+    """Return the standard error of a row's median as a share of it; 0 where unknown."""
     turns = row.get("turn_p50_ms", [])
     if len(turns) < 2:
         return 0.0
-    error: float = _OF_MEDIAN * stdev(turns) / math.sqrt(len(turns)) / row["p50_ms"]
+    error: float = _MEDIAN_TO_MEAN * stdev(turns) / math.sqrt(len(turns)) / row["p50_ms"]
     return error
 
 
-def _differences(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
-    """Say which conditions are other ones than in the old file, each once."""
-    sought: Mapping[str, Callable[[Row], Any]] = {
-        "device": lambda row: row["device"],
-        "graph": lambda row: row.get("graph"),
-        "images": lambda row: row.get("images"),
-        "number of threads": lambda row: row.get("threads"),
-        "processor": lambda row: _machine(row).get("cpu"),
-        "cores": lambda row: _machine(row).get("cores"),
-        "GPUs": lambda row: [_of(gpu, "name") for gpu in _machine(row).get("gpus") or []],
-        "driver": lambda row: [_of(gpu, "driver") for gpu in _machine(row).get("gpus") or []],
-        "version": _versions,
+def _differences(old: Row, new: Row) -> list[str]:
+    """Return the conditions of a row that are not those of the old file."""
+    before, after = _conditions(old), _conditions(new)
+    return [
+        f"other {name}: was {before[name]}, is {after[name]}"
+        for name in before
+        if before[name] != after[name]
+    ]
+
+
+def _conditions(row: Row) -> dict[str, str]:
+    machine = row.get("machine") or {}
+    gpus = machine.get("gpus") or []
+    values = {
+        "device": row["device"],
+        "graph": row.get("graph"),
+        "images": row.get("images"),
+        "number of threads": row.get("threads"),
+        "processor": machine.get("cpu"),
+        "cores": machine.get("cores"),
+        "GPUs": ", ".join(str(gpu.get("name")) for gpu in gpus) or "none",
+        "driver": ", ".join(str(gpu.get("driver")) for gpu in gpus) or "none",
+        "version": ", ".join(f"{name} {v}" for name, v in (row.get("versions") or {}).items()),
     }
-    found: dict[str, None] = {}
-    for a, b in zip(old, new, strict=True):
-        for what, read in sought.items():
-            was, now = read(a), read(b)
-            if was != now:
-                found[f"other {what}: was {_text(was)}, is {_text(now)}"] = None
-    return list(found)
+    return {name: _short(value) for name, value in values.items()}
 
 
-def _machine(row: Row) -> Mapping[str, Any]:
-    machine = row.get("machine")
-    return machine if isinstance(machine, dict) else {}
-
-
-def _versions(row: Row) -> list[str]:
-    own = row.get("versions")
-    return [f"{name} {version}" for name, version in own.items()] if isinstance(own, dict) else []
-
-
-def _of(values: Any, key: str) -> Any:
-    return values.get(key) if isinstance(values, dict) else None
-
-
-def _text(value: Any) -> str:
-    """Shorten what is too long for a line, such as a hash."""
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
+def _short(value: Any) -> str:
     text = "unknown" if value is None else str(value)
-    return f"{text[:12]}…" if len(text) == 64 else text
+    return f"{text[:12]}…" if len(text) == 64 else text  # a hash

@@ -1,4 +1,4 @@
-"""Draw rows of `capt-bench`; matplotlib is imported only where it is needed."""
+"""Draw the rows of `capt-bench`; matplotlib is imported only when it is used."""
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from capt_deploy.core.errors import ConfigError
 from capt_deploy.core.files import write_bytes
+from capt_deploy.core.install import install_hint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Told apart without colours: by shade, hatching and marker.
+# Series differ in shade, hatching and marker, so that they can be told apart without colours.
 _SHADES = ("0.25", "0.65", "0.9", "0.45", "0.8")
 _HATCHES = ("", "//", "..", "xx", "--", "oo", "\\\\")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -21,19 +22,20 @@ Row = Mapping[str, Any]
 
 
 def check_plotting() -> None:
-    """Make sure, before time is spent, that matplotlib is there.
+    """Raise an error if matplotlib is missing, before time is spent on measuring.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: matplotlib cannot be imported.
     """
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as cause:
-        raise ConfigError(f"--plot needs matplotlib ({cause}); pip install 'capt[plot]'") from cause
+        hint = install_hint("plot")
+        raise ConfigError(f"--plot needs matplotlib ({cause}); {hint}") from cause
 
 
 def plot_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Draw a column of panels for each scope as a PNG, atomically; readable in black and white.
+    """Draw two panels for each scope as a PNG, atomically; readable in black and white.
 
     Above: the median latency of a batch, with a whisker to the 99th percentile. Below: throughput.
     """
@@ -47,23 +49,24 @@ def plot_rows(path: Path, rows: Sequence[Row]) -> None:
     size = (width * len(scopes), 7 + 0.25 * len(series))
     figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
     panels = figure.subplots(2, len(scopes), squeeze=False)
-    for column, scope in enumerate(scopes):
-        above, below = panels[:, column]
+    for (above, below), scope in zip(panels.T, scopes, strict=True):
         above.set_title(f"scope {scope}")
         for number, name in enumerate(series):
-            own = [row for row in rows if row["scope"] == scope and _series(row) == name]
-            shift = (number + 0.5) / len(series) - 0.5
-            places = [batches.index(row["batch"]) + 0.8 * shift for row in own]
-            _draw_latencies(above, places, own, number)
-            _draw_throughputs(below, places, own, number, 0.8 / len(series))
+            group = [row for row in rows if row["scope"] == scope and _series(row) == name]
+            shift = 0.8 * ((number + 0.5) / len(series) - 0.5)
+            places = [batches.index(row["batch"]) + shift for row in group]
+            _draw_latencies(above, places, group, number)
+            throughputs = [row["throughput_per_s"] for row in group]
+            bars = below.bar(places, throughputs, 0.8 / len(series), **_style(number))
+            below.bar_label(bars, [_number(value) for value in throughputs], fontsize=8)
         for panel in (above, below):
             panel.set_xticks(range(len(batches)), [str(batch) for batch in batches])
             panel.set_xlim(-0.6, len(batches) - 0.4)
-            panel.set_xlabel("images in a batch")
+            panel.set_xlabel("batch size")
     panels[0, 0].set_ylabel("ms for a batch: median, whisker to p99")
     panels[1, 0].set_ylabel("images / s")
-    looks = [Patch(label=name, **_look(number)) for number, name in enumerate(series)]
-    figure.legend(handles=looks, loc="outside lower center", fontsize=9)
+    handles = [Patch(label=name, **_style(number)) for number, name in enumerate(series)]
+    figure.legend(handles=handles, loc="outside lower center", fontsize=9)
     png = BytesIO()
     figure.savefig(png, format="png")
     write_bytes(path, png.getvalue())
@@ -71,8 +74,8 @@ def plot_rows(path: Path, rows: Sequence[Row]) -> None:
 
 def _series(row: Row) -> str:
     callers = row.get("concurrency", 1)
-    beside = f", {callers} callers" if callers > 1 else ""
-    return f"{row['backend']}, {row['precision']}, {row['device']}{beside}"
+    suffix = f", {callers} callers" if callers > 1 else ""
+    return f"{row['backend']}, {row['precision']}, {row['device']}{suffix}"
 
 
 def _draw_latencies(
@@ -81,11 +84,10 @@ def _draw_latencies(
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     medians = [row["p50_ms"] for row in rows]
-    above = [max(0.0, row["p99_ms"] - row["p50_ms"]) for row in rows]
     panel.errorbar(
         places,
         medians,
-        yerr=[[0.0] * len(rows), above],
+        yerr=[[0.0] * len(rows), [max(0.0, row["p99_ms"] - row["p50_ms"]) for row in rows]],
         fmt=_MARKERS[number % len(_MARKERS)],
         color="black",
         markerfacecolor=_SHADES[number % len(_SHADES)],
@@ -98,25 +100,11 @@ def _draw_latencies(
     panel.margins(y=0.15)
     panel.grid(axis="y", which="both", color="0.9", linewidth=0.6)
     for place, value in zip(places, medians, strict=True):
-        panel.annotate(
-            _number(value),
-            (place, value),
-            (0, -15),
-            textcoords="offset points",
-            ha="center",
-            size=8,
-        )
+        text, point = _number(value), (place, value)
+        panel.annotate(text, point, (0, -15), textcoords="offset points", ha="center", size=8)
 
 
-def _draw_throughputs(
-    panel: "Axes", places: Sequence[float], rows: Sequence[Row], number: int, width: float
-) -> None:
-    values = [row["throughput_per_s"] for row in rows]
-    bars = panel.bar(places, values, width, **_look(number))
-    panel.bar_label(bars, [_number(value) for value in values], fontsize=8)
-
-
-def _look(number: int) -> dict[str, Any]:
+def _style(number: int) -> dict[str, Any]:
     """Return how the bars of a series look."""
     shade, hatch = _SHADES[number % len(_SHADES)], _HATCHES[number % len(_HATCHES)]
     return {"facecolor": shade, "hatch": hatch, "edgecolor": "black"}

@@ -1,34 +1,31 @@
-"""`capt-bench`."""
+"""The command `capt-bench`."""
 
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from capt_deploy.core.console import Command, PathInHome, print_json, say, table
+from capt_deploy.core.console import Command, PathInHome, counted, print_json, say, table
 from capt_deploy.core.version import __version__
-
-if TYPE_CHECKING:
-    from capt_deploy.bench.cases import Photos
 
 
 def _names(ctx: click.Context, option: click.Parameter, value: str | None) -> tuple[str, ...]:
-    """Read comma-separated names, each once; nothing where the option is not given."""
+    """Return comma-separated names, each once; none where the option is missing."""
     if value is None:
         return ()
-    names = tuple(dict.fromkeys(filter(None, (one.strip() for one in value.split(",")))))
+    names = tuple(dict.fromkeys(filter(None, map(str.strip, value.split(",")))))
     if not names:
         raise click.BadParameter("expected at least one")
     return names
 
 
 def _numbers(ctx: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
-    words = _names(ctx, option, value)
-    if wrong := [word for word in words if not word.isdecimal() or int(word) < 1]:
+    names = _names(ctx, option, value)
+    if wrong := [name for name in names if not name.isdecimal() or int(name) < 1]:
         raise click.BadParameter(f"expected whole numbers from 1 on, came {wrong[0]}")
-    return tuple(map(int, words))
+    return tuple(map(int, names))
 
 
 def _finite(ctx: click.Context, option: click.Parameter, value: float) -> float:
@@ -80,12 +77,12 @@ def _finite(ctx: click.Context, option: click.Parameter, value: float) -> float:
     default=1,
     show_default=True,
     type=click.IntRange(1, 256),
-    help="Callers at once, each in a thread of its own.",
+    help="Threads that call at once.",
 )
 @click.option(
     "--threads",
     type=click.IntRange(1),
-    help="That a backend on the CPU computes with; by default as many as it may use.",
+    help="Cores for a backend on the CPU; by default all that it may use.",
 )
 @click.option(
     "--seconds",
@@ -93,7 +90,7 @@ def _finite(ctx: click.Context, option: click.Parameter, value: float) -> float:
     show_default=True,
     type=click.FloatRange(0, min_open=True),
     callback=_finite,  # the range lets nan and inf through
-    help="Of measuring, for each row.",
+    help="Measuring time for each row.",
 )
 @click.option(
     "--images",
@@ -105,7 +102,7 @@ def _finite(ctx: click.Context, option: click.Parameter, value: float) -> float:
 @click.option(
     "--compare",
     type=PathInHome(),
-    help="JSON of an earlier run: exit with 1 if one of its rows became slower, or is missing.",
+    help="JSON of an earlier run: exit with 1 if one of its rows became slower or is missing.",
 )
 @click.version_option(__version__, prog_name="capt")
 def main(
@@ -124,13 +121,13 @@ def main(
 ) -> None:
     """Measure latency and throughput of a BUNDLE, backends side by side.
 
-    Everything is warmed up until stable and measured in turns, so that what changes meanwhile
-    changes all rows alike. Latencies are of one call with a whole batch.
+    All rows are warmed up until they are stable and measured in turns, so that changes of the
+    machine affect all alike. Latencies are of one call with a whole batch.
 
-    --compare: a row became slower if its median grew by more than 10 %, and by more than three
-    standard errors, found from how the medians of its turns differ in both runs. Where three of
-    them are more than 50 %, "unclear" is said of a row that did not. A row that this run was asked
-    for and does not have is missing. Both end with exit code 1.
+    --compare: a row is slower if its median grew by more than 10 % and by more than three standard
+    errors, estimated from the medians of its turns in both runs. A row with three standard errors
+    above 50 % that is not slower is "unclear". A row of the earlier run that this run should have,
+    but lacks, is missing. With a slower or missing row the exit code is 1.
 
     \b
     Example:
@@ -138,8 +135,9 @@ def main(
       capt-bench pets.capt --json > before.json
       capt-bench pets.capt --compare before.json --plot latency.png
     """
-    from capt_deploy.bench.cases import Wanted, bench
+    from capt_deploy.bench.cases import BenchRequest, bench
     from capt_deploy.bench.compare import compare_rows, load_rows
+    from capt_deploy.bench.images import folder_photos, synthetic_photos
     from capt_deploy.bench.measure import SCOPES, BenchOptions
 
     if unknown := [scope for scope in scopes if scope not in SCOPES]:
@@ -149,8 +147,9 @@ def main(
         from capt_deploy.bench.plot import check_plotting, plot_rows
 
         check_plotting()
-    wanted = Wanted(backends, precisions, batches, scopes, concurrency, threads)
-    rows = bench(bundle, wanted, _photos(images), BenchOptions(seconds=seconds), say)
+    request = BenchRequest(backends, precisions, batches, scopes, concurrency, threads)
+    photos = synthetic_photos(32) if images is None else folder_photos(images)
+    rows = bench(bundle, request, photos, BenchOptions(seconds=seconds))
     if as_json:
         print_json(rows)
     else:
@@ -159,58 +158,46 @@ def main(
         plot_rows(plot, rows)
         say(f"drew {plot}")
     if old is not None:
-        comparison = compare_rows(old, rows, wanted)
-        click.echo(f"\n{comparison}" if not as_json else str(comparison), err=as_json)
+        comparison = compare_rows(old, rows, request)
+        click.echo(f"{comparison}" if as_json else f"\n{comparison}", err=as_json)
         if comparison.failed:
             sys.exit(1)
 
 
-def _photos(folder: Path | None) -> "Photos":
-    from capt_deploy.bench.cases import Photos
-    from capt_deploy.bench.images import SIZE, folder_photos, synthetic_photos
-
-    if folder is None:
-        return Photos(synthetic_photos(32), f"synthetic {SIZE[0]}x{SIZE[1]}")
-    encoded = folder_photos(folder)
-    return Photos(encoded, f"{len(encoded)} of {folder}")
-
-
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    from capt_deploy.bench.statistics import ENOUGH_FOR_P99
+    from capt_deploy.bench.measure import ENOUGH_FOR_P99
 
     header = (
         *("backend", "device", "precision", "scope", "batch", "callers"),
         *("p50 ms", "p90 ms", "p95 ms", "p99 ms", "mean ms", "CV", "images/s", "runs", "MB"),
     )
-    click.echo(table(header, [_cells(row) for row in rows]))
-    if any(row["iterations"] < ENOUGH_FOR_P99 for row in rows):
+    few = [row["iterations"] < ENOUGH_FOR_P99 for row in rows]
+    cells = [
+        (
+            *(row["backend"], row["device"], row["precision"], row["scope"]),
+            *(str(row["batch"]), str(row["concurrency"])),
+            f"{row['p50_ms']:.3f}{'' if row['settled'] else '!'}",
+            f"{row['p90_ms']:.3f}",
+            f"{row['p95_ms']:.3f}",
+            f"{row['p99_ms']:.3f}{'*' if is_few else ''}",
+            f"{row['mean_ms']:.3f}",
+            f"{100 * row['cv']:.1f} %",
+            f"{row['throughput_per_s']:.1f}",
+            str(row["iterations"]),
+            "" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 1e6:.0f}",
+        )
+        for row, is_few in zip(rows, few, strict=True)
+    ]
+    click.echo(table(header, cells))
+    if any(few):
         say(
-            f"*: fewer than {ENOUGH_FOR_P99} runs, so p99 lies beside the slowest of them; "
-            "--seconds gives more"
+            f"*: fewer than {ENOUGH_FOR_P99} runs, so p99 is about the slowest of them; raise "
+            "--seconds for more runs"
         )
     if len({row["queued"] for row in rows} - {None}) > 1:
         say(
-            "device: TensorRT's runs are queued, ONNX Runtime's are launched one by one, and their "
-            "launch is in the time"
+            "device: TensorRT's runs are queued; ONNX Runtime's are launched one by one, and their "
+            "times include the launch"
         )
-    if restless := sum(not row["settled"] for row in rows):
-        say(f"!: did not settle while warming up ({restless} rows); is the machine busy?")
-
-
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    from capt_deploy.bench.statistics import ENOUGH_FOR_P99
-
-    memory = row["memory_bytes"]
-    star = "*" if row["iterations"] < ENOUGH_FOR_P99 else ""
-    return (
-        *(row["backend"], row["device"], row["precision"], row["scope"], str(row["batch"])),
-        str(row["concurrency"]),
-        f"{row['p50_ms']:.3f}" + ("" if row["settled"] else "!"),
-        *(f"{row[key]:.3f}" for key in ("p90_ms", "p95_ms")),
-        f"{row['p99_ms']:.3f}{star}",
-        f"{row['mean_ms']:.3f}",
-        f"{100 * row['cv']:.1f} %",
-        f"{row['throughput_per_s']:.1f}",
-        str(row["iterations"]),
-        "" if memory is None else f"{memory / 1e6:.0f}",
-    )
+    if unsettled := sum(not row["settled"] for row in rows):
+        say(f"!: {counted(unsettled, 'row')} not stable after warming up; is the machine busy?")

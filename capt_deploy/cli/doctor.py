@@ -10,7 +10,7 @@ from capt_deploy.core.console import Command, PathInHome, print_json, say
 from capt_deploy.core.version import __version__
 
 if TYPE_CHECKING:
-    from capt_deploy.core.nvidia import Gpu
+    from capt_deploy.core.gpus import Gpu
     from capt_deploy.doctor.diagnose import Diagnosis
 
 

@@ -1,1 +1,1 @@
-"""What every room shares: errors, console output, files, the machine."""
+"""Shared by every room: errors, console output, files, the machine."""

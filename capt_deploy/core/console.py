@@ -1,6 +1,11 @@
-"""What all commands share: error handling, progress, tables, JSON."""
+"""Console output: log messages and progress for all code; errors, tables and JSON of commands.
+
+Library code calls `say`, `warn`, `progress` and `track`, which go to the logger "capt". Commands
+print that logger's messages on stderr; other programs see them if they configure logging.
+"""
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -15,15 +20,131 @@ import click
 
 from capt_deploy.core.errors import CaptError
 from capt_deploy.core.files import expand_home
+from capt_deploy.core.install import install_hint
 
 T = TypeVar("T")
 _SECONDS_BETWEEN_LINES = 5.0
-_BAR_WIDTH = 20
+_BAR = "{desc}: |{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}{postfix}]"
 _TRAINING_MODULES = {
-    *("torch", "torchvision", "open_clip", "jaxtyping", "filelock", "matplotlib", "sklearn"),
+    *("torch", "torchvision", "open_clip", "jaxtyping", "matplotlib", "sklearn"),
     *("onnx", "onnxscript"),
 }
-_INSTALL = "pip install 'capt[export]' to tune and export; the bare install only runs bundles"
+logger = logging.getLogger("capt")
+logger.addHandler(logging.NullHandler())
+
+
+def say(text: str) -> None:
+    """Log a note (level INFO)."""
+    logger.info("%s", text)
+
+
+def warn(text: str) -> None:
+    """Log a warning (level WARNING)."""
+    logger.warning("%s", text)
+
+
+class StderrHandler(logging.Handler):
+    """Prints messages as plain lines on stderr, so that stdout stays machine-readable."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a message above the progress bar, if one is shown."""
+        if "tqdm" in sys.modules:
+            from tqdm import tqdm
+
+            with tqdm.external_write_mode(file=sys.stderr):
+                click.echo(self.format(record), err=True)
+        else:
+            click.echo(self.format(record), err=True)
+
+
+def _messages_are_shown() -> bool:
+    return any(isinstance(handler, StderrHandler) for handler in logger.handlers)
+
+
+@contextmanager
+def messages_on_stderr() -> Iterator[None]:
+    """Print notes and warnings on stderr, and show progress, until the block ends."""
+    if _messages_are_shown():
+        yield
+        return
+    handler, level, propagate = StderrHandler(), logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # libraries configure the root logger, which would print them again
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+class Progress:
+    """Counts steps: a bar on a command's terminal, a log message every few seconds elsewhere."""
+
+    def __init__(self, label: str, total: int, unit: str) -> None:
+        self._label, self._total, self._unit = label, total, unit
+        self._done, self._logged, self._note = 0, -1, ""
+        self._logged_at = time.monotonic()
+        self._bar: Any = None
+        if sys.stderr.isatty() and _messages_are_shown():
+            from tqdm import tqdm
+
+            size = get_terminal_size()  # tqdm takes a terminal of unknown size as one of size 0
+            self._bar = tqdm(
+                total=total,
+                desc=label,
+                unit=unit,
+                miniters=1,
+                ncols=size.columns,
+                nrows=size.lines,
+                bar_format=_BAR,
+            )
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Count `steps` more and show `note` behind the count."""
+        self._done += steps
+        self._note = note
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=not steps)
+            self._bar.update(steps)
+        elif time.monotonic() - self._logged_at >= _SECONDS_BETWEEN_LINES:
+            self._log()
+
+    def close(self) -> None:
+        """End the bar, or log the last count."""
+        if self._bar is not None:
+            self._bar.close()
+        elif self._logged != self._done:
+            self._log()
+
+    def _log(self) -> None:
+        self._logged_at, self._logged = time.monotonic(), self._done
+        note = f"  {self._note}" if self._note else ""
+        say(f"{self._label}: {self._done}/{self._total} {self._unit}{note}")
+
+
+@contextmanager
+def progress(label: str, total: int, unit: str) -> Iterator[Progress]:
+    """Yield a `Progress` that is closed when the block ends."""
+    counter = Progress(label, total, unit)
+    try:
+        yield counter
+    finally:
+        counter.close()
+
+
+def track(items: Sequence[T], label: str, unit: str) -> Iterator[T]:
+    """Yield each of `items` and show how many are done."""
+    with progress(label, len(items), unit) as counter:
+        for item in items:
+            yield item
+            counter.advance()
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun, such as "1 image" or "2 images"."""
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 class PathInHome(click.Path):
@@ -38,14 +159,14 @@ class Command(click.Command):
     """A click command that turns a `CaptError` into one line on stderr and its exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; 2 is the exit code of bad input, 1 that of a failed gate."""
+        """Run the command; exit with 2 on bad input and with 1 on a failed gate."""
         try:
-            with _ended_like_an_interrupt():
+            with messages_on_stderr(), _sigterm_as_interrupt():
                 return super().invoke(ctx)
         except CaptError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
-        except BrokenPipeError:  # the reader has seen enough, as in `… | head`
+        except BrokenPipeError:  # the reader has closed the pipe, as in `… | head`
             raise
         except OSError as error:  # no space, no permission, a file where a folder should be
             click.echo(f"Error: {error}", err=True)
@@ -53,7 +174,8 @@ class Command(click.Command):
         except ModuleNotFoundError as error:
             if error.name not in _TRAINING_MODULES:
                 raise
-            click.echo(f"Error: needs {error.name}, which is missing: {_INSTALL}", err=True)
+            hint = f"to tune and export, {install_hint('export')}"
+            click.echo(f"Error: the package {error.name} is missing; {hint}", err=True)
             ctx.exit(2)
         except _Terminated:
             click.echo("terminated", err=True)
@@ -68,7 +190,7 @@ class _Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def _ended_like_an_interrupt() -> Iterator[None]:
+def _sigterm_as_interrupt() -> Iterator[None]:
     """Let SIGTERM unwind the stack as Ctrl-C does, so that half-written files are removed."""
 
     def end(*_: object) -> None:
@@ -84,81 +206,9 @@ def _ended_like_an_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def say(text: str) -> None:
-    """Tell the person something; on stderr, so that stdout stays machine-readable."""
-    click.echo(text, err=True)
-
-
 def print_json(value: Any) -> None:
     """Print `value` as JSON on stdout."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
-
-
-class Progress:
-    """Counts steps: a bar on a terminal, a plain line every few seconds elsewhere."""
-
-    def __init__(self, label: str, total: int, unit: str) -> None:
-        self._label, self._total, self._unit = label, total, unit
-        self._done = self._printed = 0
-        self._note = ""
-        self._printed_at = time.monotonic()
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            self._bar = click.progressbar(
-                length=total,
-                label=label,
-                file=sys.stderr,
-                show_pos=True,
-                width=_BAR_WIDTH,
-                item_show_func=lambda _: self._fitting_note(),
-            )
-            self._bar.__enter__()
-
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        """Add `steps` done ones; `note` is shown behind the count."""
-        self._done += steps
-        self._note = note
-        if self._bar is not None:
-            self._bar.update(steps, current_item=note)
-        elif time.monotonic() - self._printed_at >= _SECONDS_BETWEEN_LINES:
-            self._line()
-
-    def close(self) -> None:
-        """End the bar, or print the last line."""
-        if self._bar is not None:
-            self._bar.__exit__(None, None, None)
-        elif self._printed < self._done or not self._done:
-            self._line()
-
-    def _fitting_note(self) -> str:
-        # A line that wraps leaves a new line behind at every update.
-        others = len(self._label) + _BAR_WIDTH + 2 * len(str(self._total)) + len("  []  /    ")
-        time_left = len("  00:00:00")
-        return self._note[: max(0, get_terminal_size().columns - others - time_left - 2)]
-
-    def _line(self) -> None:
-        self._printed_at = time.monotonic()
-        self._printed = self._done
-        note = f"  {self._note}" if self._note else ""
-        say(f"{self._label}: {self._done}/{self._total} {self._unit}{note}")
-
-
-@contextmanager
-def progress(label: str, total: int, unit: str) -> Iterator[Progress]:
-    """Open a `Progress` and close it whatever happens."""
-    counter = Progress(label, total, unit)
-    try:
-        yield counter
-    finally:
-        counter.close()
-
-
-def track(items: Sequence[T], label: str, unit: str) -> Iterator[T]:
-    """Yield `items` while showing how many are done."""
-    with progress(label, len(items), unit) as counter:
-        for item in items:
-            yield item
-            counter.advance()
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -1,6 +1,6 @@
-"""Errors a user can act on: each message says what was expected, what came, and the fix.
+"""Errors that a user can act on: messages say what was expected, what came, and how to fix it.
 
-Commands print them as one `Error:` line and exit with 2; library users catch `CaptError`.
+Commands print them as one `Error:` line and exit with `exit_code`; libraries catch `CaptError`.
 """
 
 
@@ -15,7 +15,7 @@ class ConfigError(CaptError):
 
 
 class DataError(CaptError):
-    """A data set that cannot be read or does not hold what is asked for."""
+    """A data set that cannot be read or lacks the requested images or classes."""
 
 
 class ImageError(CaptError):
@@ -27,7 +27,7 @@ class ModelError(CaptError):
 
 
 class RunError(CaptError):
-    """A run folder that is missing, unfinished, foreign, or does not match."""
+    """A run folder that is missing, unfinished, or made with other settings."""
 
 
 class BundleError(CaptError):
@@ -39,14 +39,14 @@ class BackendError(CaptError):
 
 
 class UnavailableError(BackendError):
-    """A backend that this machine cannot run, whatever the graph."""
+    """A backend that this machine cannot run, whichever the graph."""
 
 
 class BusyError(BackendError):
-    """More requests wait than are allowed to; try again later."""
+    """The queue of requests is full; try again later."""
 
 
 class GateError(CaptError):
-    """An export that does not say the same as the trained model."""
+    """An export whose outputs differ from those of the trained model."""
 
     exit_code = 1

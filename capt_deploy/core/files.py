@@ -1,4 +1,4 @@
-"""Files that are either whole or not there at all."""
+"""Reading, and writing atomically: a file or folder is complete or absent."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from capt_deploy.core.errors import CaptError, ConfigError
 
 
 def _sync(path: Path) -> None:
-    """Flush a file or folder to the disk, so that a rename after it cannot outrun its content."""
+    """Flush a file or folder to the disk, so that a later rename is not stored before it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -34,7 +34,7 @@ def _temporary_sibling(path: Path) -> Path:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` atomically: readers see the old content or the new, never half."""
+    """Write `data` to `path` atomically: readers see the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_sibling(path)
     try:
@@ -49,13 +49,17 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically. NaN is refused: it is not JSON."""
+    """Write `value` as indented JSON, atomically.
+
+    Raises:
+        ValueError: `value` contains NaN or infinity, which JSON lacks.
+    """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     write_bytes(path, text.encode() + b"\n")
 
 
 def read_json(path: Path, error: type[CaptError]) -> Any:
-    """Read a JSON file.
+    """Return the content of a JSON file.
 
     Raises:
         error: the file is missing, unreadable, or not JSON.
@@ -67,16 +71,16 @@ def read_json(path: Path, error: type[CaptError]) -> Any:
 
 
 def refuse_existing(path: Path, error: type[CaptError]) -> None:
-    """Make sure, before time is spent, that something new can be written to `path`.
+    """Raise an error, before time is spent, if nothing new can be written to `path`.
 
     Raises:
-        error: it is there already, or there is no folder for it that can be written to.
+        error: `path` exists, or its folder cannot be written to.
     """
     if path.exists():
-        raise error(f"{path}: already there; remove it or choose another name")
+        raise error(f"{path}: already exists; remove it or choose another name")
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise error(f"{path}: {parent} is no folder that can be written to")
+        raise error(f"{path}: expected a writable folder {parent}")
 
 
 @contextmanager
@@ -84,7 +88,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block ends without an error.
 
     Raises:
-        FileExistsError: `path` is already there; nothing is overwritten.
+        FileExistsError: `path` exists; nothing is overwritten.
     """
     if path.exists():
         raise FileExistsError(f"{path} already exists")
@@ -104,10 +108,10 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def cache_folder() -> Path:
-    """Return `$CAPT_CACHE`, else `capt` in the user's cache folder, else among temporary files.
+    """Return `$CAPT_CACHE`, else `capt` in the user's cache folder, else a temporary folder.
 
     Raises:
-        ConfigError: that last one is not this user's alone.
+        ConfigError: other users can access the temporary folder.
     """
     if chosen := os.environ.get("CAPT_CACHE"):
         return Path(chosen)
@@ -120,11 +124,11 @@ def cache_folder() -> Path:
 
 
 def _temporary_folder() -> Path:
-    """Return a folder where other users of the machine can neither read nor plant anything."""
-    if os.name != "posix":  # elsewhere each user has temporary files of their own
+    """Return a temporary folder that other users of the machine can neither read nor change."""
+    if os.name != "posix":  # elsewhere each user has a separate temporary folder
         return Path(tempfile.gettempdir()) / "capt"
     path = Path(tempfile.gettempdir()) / f"capt-{os.geteuid()}"
-    with suppress(OSError):  # there already; or nothing can be written, as whoever writes will say
+    with suppress(OSError):  # it exists; or nothing can be written, which the first write reports
         path.mkdir(mode=0o700)
     try:
         status = path.lstat()
@@ -133,22 +137,23 @@ def _temporary_folder() -> Path:
     open_to_others = status.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or open_to_others:
         raise ConfigError(
-            f"{path}: expected a folder of this user's alone, came {stat.filemode(status.st_mode)} "
-            f"of user {status.st_uid}; remove it, or set $CAPT_CACHE to a folder of your own"
+            f"{path}: expected a folder that only this user can access, came "
+            f"{stat.filemode(status.st_mode)} of user {status.st_uid}; remove it, or set "
+            "$CAPT_CACHE to a folder of your own"
         )
     return path
 
 
 def expand_home(path: str | Path) -> Path:
-    """Return `path` with a leading `~` replaced; a file may also really be called `~x.jpg`."""
+    """Return `path` with a leading `~` replaced by the home folder, unless a file is named so."""
     try:
         return Path(path).expanduser()
-    except RuntimeError:  # there is no such user
+    except RuntimeError:  # no such user: the name of a file, such as ~x.jpg
         return Path(path)
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """Return every file below `folder`, sorted, but for those that are hidden by a dot."""
+    """Return every file below `folder`, sorted, without files and folders hidden by a dot."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     return [
         file
@@ -164,7 +169,7 @@ def sha256_file(path: Path) -> str:
 
 
 def is_inside(name: str) -> bool:
-    """Tell whether a relative name stays inside its folder (no `..`, no root, no drive)."""
+    """Return whether a relative name stays inside its folder (no `..`, no root, no drive)."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
     if not parts or "\0" in name:
         return False

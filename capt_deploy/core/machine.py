@@ -1,4 +1,4 @@
-"""What a figure or a report has to say of the machine and of what is installed on it."""
+"""This machine: cores, memory, processor, GPUs, and the packages installed on it."""
 
 import os
 import platform
@@ -8,8 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from capt_deploy.core.cores import usable_cores
-from capt_deploy.core.nvidia import find_driver, query_gpus
+from capt_deploy.core.gpus import find_driver, query_gpus
 from capt_deploy.core.version import __version__
 
 # Names of distributions; several may bring the same module.
@@ -20,18 +19,18 @@ RUNTIME = (
 
 
 def installed(names: Iterable[str]) -> dict[str, str]:
-    """Return the versions of the distributions that are installed; nothing is imported."""
-    found = {}
+    """Return the versions of those distributions that are installed; imports nothing."""
+    packages = {}
     for name in names:
         try:
-            found[name] = metadata.version(name)
+            packages[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return packages
 
 
 def versions() -> dict[str, str]:
-    """Return what predictions are made with here."""
+    """Return the versions of Python, capt and the packages that predict."""
     return {"python": platform.python_version(), "capt": __version__, **installed(RUNTIME)}
 
 
@@ -39,35 +38,15 @@ def describe_host() -> dict[str, Any]:
     """Return operating system, processor and memory."""
     return {
         "system": platform.platform(),
-        "cpu": cpu_name(),
+        "cpu": _cpu_name(),
         "cores": usable_cores(),
-        "memory_bytes": total_memory(),
+        "memory_bytes": _total_memory(),
     }
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return these, and GPUs with their clocks at this moment."""
+    """Return `describe_host` and the GPUs with their clocks at this moment."""
     return {**describe_host(), "gpus": [asdict(gpu) for gpu in find_driver().gpus]}
-
-
-def cpu_name() -> str:
-    """Return the processor's name, or its architecture where nothing says more."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() in ("model name", "Model") and value.strip():
-                return value.strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def total_memory() -> int | None:
-    """Return the machine's memory in bytes."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows, or a system that does not tell
-        return None
 
 
 def resident_memory() -> int | None:
@@ -80,6 +59,71 @@ def resident_memory() -> int | None:
 
 
 def gpu_memory_used() -> int | None:
-    """Return the bytes in use on all GPUs, by everybody; None where there is no `nvidia-smi`."""
+    """Return the bytes in use on all GPUs, by all programs; None where NVML does not say."""
     used = [gpu.memory_used_bytes for gpu in query_gpus()]
     return None if not used or None in used else sum(value or 0 for value in used)
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Return the physical cores that this process may compute on, at least 1.
+
+    These are the cores of the CPUs that the process is bound to, limited by the quotas of its
+    control groups (v2, then v1), as in containers.
+
+    Args:
+        root: the folder that holds Linux' `sys` and `proc`.
+    """
+    try:
+        cpus = os.sched_getaffinity(0)
+    except AttributeError:  # not on this system
+        return os.cpu_count() or 1
+    folder = root / "sys/devices/system/cpu"
+    # Two threads of one core compute no faster than one.
+    physical = {_text(folder / f"cpu{cpu}/topology/thread_siblings_list") or cpu for cpu in cpus}
+    return max(1, min(len(physical), *_quotas(root), len(cpus)))
+
+
+def _quotas(root: Path) -> list[int]:
+    """Return the limits, in whole cores, of the process's control group and those around it."""
+    groups = root / "sys/fs/cgroup"
+    limits = []
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = groups / "cpu" if controllers else groups
+        group = top / path.strip("/")
+        # In a container the path may be the host's; then only the top exists.
+        for folder in (group, *group.parents):
+            files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+            try:
+                quota, period = map(int, " ".join(_text(folder / name) for name in files).split())
+                limits += [quota // period] if quota > 0 else []
+            except (ValueError, ZeroDivisionError):  # "max", or no such file
+                pass
+            if folder == top:
+                break
+    return limits
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _cpu_name() -> str:
+    """Return the processor's name, or its architecture where the system gives no name."""
+    for line in _text(Path("/proc/cpuinfo")).splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("model name", "Model") and value.strip():
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _total_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return None

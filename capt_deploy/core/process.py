@@ -1,4 +1,4 @@
-"""Threads and device handles do not survive `fork`: notice their use in a forked copy."""
+"""Detect forked copies of a process, in which threads and device handles do not work."""
 
 import ctypes
 import os
@@ -11,21 +11,21 @@ _never_freed_in_copies: "WeakSet[Any]" = WeakSet()
 
 
 class Process:
-    """The process in which something was made."""
+    """The process in which an object was created."""
 
     def __init__(self) -> None:
         self._id = os.getpid()
 
     @property
     def is_this(self) -> bool:
-        """Whether this still is that process and no forked copy of it."""
+        """Whether the code runs in that process, and not in a forked copy."""
         return os.getpid() == self._id
 
     def check(self) -> None:
-        """Make sure that it is, before waiting for a thread that the copy does not have.
+        """Raise an error in a forked copy, which would wait for threads that it does not have.
 
         Raises:
-            BackendError: this is a forked copy.
+            BackendError: the code runs in a forked copy.
         """
         if not self.is_this:
             raise BackendError(
@@ -38,8 +38,8 @@ class Process:
 def never_free_in_copies(value: Any) -> None:
     """Let forked copies of this process end without freeing `value`.
 
-    A library that would join its threads, which a copy does not have, crashes or hangs on that,
-    at the latest when the copy exits.
+    Libraries join their threads when they free a value. A copy has no such threads: it would crash
+    or hang, at the latest when it exits.
     """
     _never_freed_in_copies.add(value)
 

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from capt_deploy.core.cores import usable_cores
 from capt_deploy.core.errors import ImageError
+from capt_deploy.core.machine import usable_cores
 from capt_deploy.data.preprocess import PreprocessConfig, preprocess
 
 T = TypeVar("T")

@@ -9,10 +9,11 @@ from typing import Any
 
 from capt_deploy.backends import AUTO
 from capt_deploy.bundle.graphs import open_graphs
+from capt_deploy.core.gpus import Driver, find_driver
+from capt_deploy.core.install import install_hint
 from capt_deploy.core.machine import RUNTIME, describe_host, installed
-from capt_deploy.core.nvidia import Driver, find_driver
 from capt_deploy.core.version import __version__
-from capt_deploy.doctor.probe import Trial, try_backend
+from capt_deploy.doctor.probe import ProbeResult, probe_backend
 
 # Looked up, never imported.
 _OTHERS = ("cuda-python", "torch", "open_clip_torch", "onnx", "click", "safetensors")
@@ -26,7 +27,7 @@ _WITHOUT_RTX = {90, 100, 103}
 _ONE_ONNX_RUNTIME = (
     "pip uninstall -y onnxruntime onnxruntime-gpu; pip install --no-cache-dir onnxruntime-gpu"
 )
-Try = Callable[[str, Path | None], Trial]
+Try = Callable[[str, Path | None], ProbeResult]
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Diagnosis:
         return {**asdict(self), "chosen": self.chosen}
 
 
-def diagnose(bundle: Path | None = None, attempt: Try = try_backend) -> Diagnosis:
+def diagnose(bundle: Path | None = None, attempt: Try = probe_backend) -> Diagnosis:
     """Look at the machine and try every backend.
 
     Args:
@@ -114,9 +115,9 @@ def fix_of(name: str, facts: Facts) -> str:
 def _fix_of_tensorrt(name: str, facts: Facts) -> str:
     sms = {gpu.sm for gpu in facts.driver.gpus}
     if name == "tensorrt-rtx" and sms and sms <= _WITHOUT_RTX:
-        return "TensorRT-RTX is not made for this GPU: pip install 'capt[tensorrt]'"
+        return f"TensorRT-RTX is not made for this GPU: {install_hint('tensorrt')}"
     if name not in facts.packages:
-        return f"pip install 'capt[{name}]'"
+        return install_hint(name)
     if not any(package in facts.packages for package in _OF_CUDA):
         return "pip install cuda-python"
     return f"pip install --upgrade --force-reinstall {name}"

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capt_deploy.core.errors import ConfigError
+from capt_deploy.core.install import install_hint
 from capt_deploy.metrics.calibration import Floats
 from capt_deploy.metrics.intervals import wilson
 from capt_deploy.metrics.reliability import Reliability
@@ -64,9 +65,8 @@ def check_plotting() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as cause:
-        raise ConfigError(
-            f"--report needs matplotlib ({cause}); pip install 'capt[plot]'"
-        ) from cause
+        hint = install_hint("plot")
+        raise ConfigError(f"--report needs matplotlib ({cause}); {hint}") from cause
 
 
 @contextmanager

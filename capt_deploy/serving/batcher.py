@@ -15,8 +15,8 @@ from typing import Generic, TypeVar
 import numpy as np
 from PIL import Image
 
-from capt_deploy.core.cores import usable_cores
 from capt_deploy.core.errors import BackendError
+from capt_deploy.core.machine import usable_cores
 from capt_deploy.core.process import Process
 from capt_deploy.data.images import ImageInput
 from capt_deploy.serving.requests import BatcherOptions, Pixels, Request, RequestQueue

@@ -20,6 +20,7 @@ from capt_deploy.bundle.read import Bundle
 from capt_deploy.confidence.distance_aware import TunedTexts, applied
 from capt_deploy.confidence.top_label import TopLabelMap, probabilities_of
 from capt_deploy.core.errors import BundleError, ConfigError
+from capt_deploy.core.install import install_hint
 from capt_deploy.data.class_names import distinct_names
 
 ROWS = ("rows", "hand_written")  # outputs of the graph; the second one with DAC only
@@ -222,8 +223,7 @@ def _open_tokenizer(content: bytes) -> tuple[Any, Callable[[str], str]]:
         from tokenizers import Tokenizer
     except ImportError as cause:
         raise BundleError(
-            f"classes can be added only with the package {cause.name}: "
-            f"pip install 'capt[open-vocab]'"
+            f"classes can be added only with the package {cause.name}: {install_hint('open-vocab')}"
         ) from cause
     try:
         tokenizer = Tokenizer.from_str(content.decode())

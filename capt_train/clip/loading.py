@@ -8,6 +8,7 @@ from textwrap import shorten
 import torch
 
 from capt_deploy.core.errors import ModelError
+from capt_deploy.core.install import install_hint
 from capt_deploy.data.preprocess import PreprocessConfig
 from capt_train.clip.backbone import Backbone
 
@@ -57,7 +58,7 @@ def load_backbone(model: str, pretrained: str | None, device: torch.device) -> B
 def _help(cause: str) -> str:
     if any(name in cause and find_spec(name) is None for name in _OPTIONAL):
         return (
-            "its tokenizer needs more packages: pip install 'capt[hf]'; where there is a "
+            f"its tokenizer needs more packages: {install_hint('hf')}; where there is a "
             "tokenizer.json, transformers is enough"
         )
     return "expected a name from open_clip.list_pretrained(), hf-hub:NAME, or local-dir:FOLDER"

@@ -9,6 +9,7 @@ import click
 
 from capt_deploy.core.console import Command, PathInHome, say
 from capt_deploy.core.errors import ConfigError
+from capt_deploy.core.install import install_hint
 
 _NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 _STOP_SECONDS = 60  # for requests under way, once the server has been told to end
@@ -104,7 +105,7 @@ def main(
 
 def _check_installed() -> None:
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
-        raise ConfigError(f"needs {', '.join(missing)}: pip install 'capt[server]'")
+        raise ConfigError(f"needs {', '.join(missing)}: {install_hint('server')}")
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from capt_deploy.core.errors import ModelError
+from capt_deploy.core.install import install_hint
 from capt_deploy.serving.open_vocabulary import CLEANINGS, PromptTokens
 from capt_train.clip.text_tokens import TextTokens
 from capt_train.clip.vocabulary import vocabulary
@@ -67,7 +68,7 @@ def _byte_pairs(tokenizer: Any) -> str:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
     except ImportError as cause:
         raise ModelError(
-            "--open-vocab needs the package tokenizers: pip install 'capt[open-vocab]'"
+            f"--open-vocab needs the package tokenizers: {install_hint('open-vocab')}"
         ) from cause
     merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.get)
     own = Tokenizer(models.BPE(tokenizer.encoder, merges, end_of_word_suffix="</w>"))

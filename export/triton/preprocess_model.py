@@ -2,7 +2,8 @@
 
 Encoded images in, pixels of the graph out: `capt_deploy.data.preprocess` and nothing else, so that
 the server sees the very pixels that the model was tuned and checked on. capt must be installed in
-the server's Python environment: `pip install capt`.
+the server's Python environment: `pip install capt-VERSION-py3-none-any.whl`,
+which `make wheel` builds.
 """
 
 import json

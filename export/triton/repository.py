@@ -11,6 +11,7 @@ from capt_deploy.backends.batch_sizes import BATCHES, check_batches
 from capt_deploy.bundle.read import Bundle
 from capt_deploy.core.errors import BundleError, ConfigError
 from capt_deploy.core.files import expand_home, new_folder, refuse_existing
+from capt_deploy.core.version import __version__
 from export.triton.configs import (
     LABELS,
     Signature,
@@ -31,7 +32,7 @@ _CACHE = "/tmp"  # of the server: ONNX Runtime makes only the last folder of a c
 _GUIDE = """\
 # {name}: a model repository for Triton
 
-    pip install capt        # in the server's Python environment, for {name}_preprocess
+    pip install capt-{version}-py3-none-any.whl  # on the server, for {name}_preprocess
     tritonserver --model-repository=.
 
 | model | takes | runs |
@@ -224,6 +225,7 @@ def _guide(
         )
     pixels = "×".join(map(str, ("batch", *images.dims)))
     return _GUIDE.format(
+        version=__version__,
         **{"name": name, "rows": "\n".join(rows), "pixels": pixels, "cache": _CACHE},
         load=" ".join(f"--load-model={model}" for model in (*steps, name)),
         plans="\n".join(plans),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import gpu, gpu_steps
-from capt_deploy.core.driver import gpu_problem
+from capt_deploy.core.gpus import gpu_problem
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,14 +9,14 @@ import torch
 from benchmarks import latency
 from benchmarks.exported import Exported
 from benchmarks.record import load_cells
-from capt_deploy.bench.cases import Wanted
+from capt_deploy.bench.cases import BenchRequest
 from capt_deploy.bench.compare import compare_rows
 from capt_deploy.bench.measure import BenchOptions
 from capt_train.pipeline import train
 from export.writer import export_run
 from tests.configs import train_config
 
-QUICK = BenchOptions(seconds=0.02, rounds=2, least=2, warm_up_seconds=0.02)
+QUICK = BenchOptions(seconds=0.02, rounds=2, min_runs=2, warm_up_seconds=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +39,18 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_thread")
 def test_rows_of_both_stand_in_one_table(exported: Exported) -> None:
-    wanted = Wanted(("onnxruntime-cpu",), ("fp32",), (1, 3), ("host", "image_to_label"), threads=1)
-    cell = latency.compare(exported, latency.Comparison(wanted, compiled=False), QUICK)
+    scopes = ("host", "image_to_label")
+    request = BenchRequest(("onnxruntime-cpu",), ("fp32",), (1, 3), scopes, threads=1)
+    cell = latency.compare(exported, latency.Comparison(request, compiled=False), QUICK)
     rows = cell["rows"]
     assert [(row["backend"], row["scope"], row["batch"]) for row in rows] == [
         (backend, scope, batch)
         for backend in ("onnxruntime", "open_clip eager")
-        for scope in wanted.scopes
-        for batch in wanted.batches
+        for scope in request.scopes
+        for batch in request.batches
     ]
     assert rows[-1]["versions"]["torch"] == torch.__version__.split("+")[0]
-    assert not compare_rows(rows, rows).regressed  # they have the form of capt-bench's
+    assert not compare_rows(rows, rows).failed  # they have the form of capt-bench's
     by_key = {(row["backend"], row["scope"], row["batch"]): row for row in rows}
     assert len(cell["ratios"]) == len(rows)
     for one in cell["ratios"]:
@@ -58,7 +59,7 @@ def test_rows_of_both_stand_in_one_table(exported: Exported) -> None:
         assert one["ratio"] == pytest.approx(own["throughput_per_s"] / plain["throughput_per_s"])
     assert cell["same_labels"] == {"fp32": 1.0}
     assert cell["load_before"] is None  # only who began it knows
-    loaded = latency.compare(exported, latency.Comparison(wanted, compiled=False), QUICK, 0.25)
+    loaded = latency.compare(exported, latency.Comparison(request, compiled=False), QUICK, 0.25)
     assert loaded["load_before"] == 0.25
     text = latency.text_of("tiny", cell)
     assert len(text.splitlines()) == 2 + len(rows) + 1

@@ -35,7 +35,7 @@ def test_every_public_name_can_be_had():
 
 WITHOUT_TORCH = """
 import sys
-for name in ("torch", "torchvision", "open_clip", "onnx", "jaxtyping", "filelock"):
+for name in ("torch", "torchvision", "open_clip", "onnx", "jaxtyping"):
     sys.modules[name] = None
 from {module} import main
 main({arguments})
@@ -74,7 +74,7 @@ def test_what_needs_torch_says_how_to_install_it(tmp_path):
     for case in cases:
         done = call_without_torch(*case)
         assert done.returncode == 2
-        assert "pip install 'capt[export]'" in done.stderr
+        assert "pip install '.[export]'" in done.stderr
         assert "Traceback" not in done.stderr
     done = call_without_torch("export.cli.eval", "typo.capt", "--data", GOLDEN / "photos")
     assert (done.returncode, done.stderr) == (2, "Error: typo.capt: no such run or bundle\n")

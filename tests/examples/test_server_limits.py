@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 from benchmarks.server_load import Server, post_file, running_server
 from capt_deploy.core.errors import ConfigError
+from capt_deploy.core.install import install_hint
 from examples.server import limits
 from examples.server.__main__ import main
 from examples.server.limits import Limits, TokenBuckets
@@ -198,7 +199,7 @@ def test_a_missing_package_is_named_with_the_fix(
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     result = CliRunner().invoke(main, [str(golden)])
     assert result.exit_code == 2
-    assert result.stderr == "Error: needs uvicorn: pip install 'capt[server]'\n"
+    assert result.stderr == f"Error: needs uvicorn: {install_hint('server')}\n"
 
 
 def test_a_port_that_is_taken_and_a_missing_bundle_are_errors_of_one_line(

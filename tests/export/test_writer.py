@@ -71,7 +71,7 @@ def test_the_report_holds_the_gates_figures(bundle):
 
 def test_nothing_is_overwritten(bundle, tuned_run):
     before = (bundle / "manifest.json").read_bytes()
-    with pytest.raises(BundleError, match="already there"):
+    with pytest.raises(BundleError, match="already exists"):
         export_run(tuned_run, bundle)
     assert (bundle / "manifest.json").read_bytes() == before
 
@@ -245,5 +245,5 @@ def test_a_large_bfloat16_graph_is_proved_too(tuned_run, tmp_path, monkeypatch):
 
 def test_a_place_that_cannot_be_written_to_is_refused_at_once(tuned_run, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(BundleError, match="no folder that can be written to"):
+    with pytest.raises(BundleError, match="expected a writable folder"):
         export_run(tuned_run, tmp_path / "file" / "x.capt")

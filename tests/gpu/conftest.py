@@ -2,7 +2,7 @@
 
 import pytest
 
-from capt_deploy.core.driver import gpu_problem
+from capt_deploy.core.gpus import gpu_problem
 
 
 def pytest_configure(config: pytest.Config) -> None:

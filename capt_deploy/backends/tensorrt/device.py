@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capt_deploy.backends.tensorrt.device_cuda import CudaPython, PyCuda
-from capt_deploy.core.driver import gpu_problem
 from capt_deploy.core.errors import UnavailableError
+from capt_deploy.core.gpus import gpu_problem
 
 Bytes = NDArray[np.uint8]  # (bytes,)
 # In this order, for pycuda has no CUDA graphs. cuda.cudart is cuda-python before 12.8.

@@ -19,6 +19,7 @@ from typing import Any
 from capt_deploy.backends.batch_sizes import BATCHES, check_batches
 from capt_deploy.backends.tensorrt.progress import make_monitor
 from capt_deploy.core.errors import BackendError, UnavailableError
+from capt_deploy.core.install import install_hint
 
 LIBRARIES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}  # module: extra to install
 
@@ -98,14 +99,14 @@ def load_library(library: str) -> Any:
     try:
         trt = importlib.import_module(library)
     except ModuleNotFoundError as cause:
-        raise UnavailableError(f"{library} is missing; pip install 'capt[{extra}]'") from cause
+        raise UnavailableError(f"{library} is missing; {install_hint(extra)}") from cause
     except Exception as cause:  # a library that does not fit this machine fails in many ways
         raise UnavailableError(f"{library} is installed but does not load: {cause}") from cause
     oldest = _OLDEST[library]
     if tuple(int(part) for part in trt.__version__.split(".")[:2]) < oldest:
         raise UnavailableError(
             f"{library}: expected {'.'.join(map(str, oldest))} or newer, came {trt.__version__}; "
-            f"pip install --upgrade 'capt[{extra}]'"
+            f"{install_hint(extra)}"
         )
     return trt
 

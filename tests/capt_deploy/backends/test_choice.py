@@ -10,8 +10,8 @@ from capt_deploy import BackendError, BundleError, Classifier
 from capt_deploy.backends import AUTO, NAMES, RuntimeOptions, candidates, preferred_precision
 from capt_deploy.backends.choice import cuda_provider_problem, first_that_works, why_not
 from capt_deploy.backends.onnxruntime import import_library
-from capt_deploy.core.driver import gpu_problem
 from capt_deploy.core.errors import ConfigError, UnavailableError
+from capt_deploy.core.gpus import gpu_problem
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "tiny.capt"
 without_gpu = pytest.mark.skipif(gpu_problem() is None, reason="there is a GPU here")
@@ -128,7 +128,7 @@ def test_each_backend_has_the_precision_that_suits_it(
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("capt_deploy.backends.choice.find_spec", lambda _: None)
-    assert "pip install 'capt[tensorrt-rtx]'" in str(why_not("tensorrt-rtx"))
+    assert "pip install '.[tensorrt-rtx]'" in str(why_not("tensorrt-rtx"))
     assert why_not("onnxruntime-cpu") is None
 
 

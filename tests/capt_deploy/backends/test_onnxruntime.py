@@ -8,8 +8,8 @@ import pytest
 
 from capt_deploy.backends import Backend, DeviceTimed, RuntimeOptions, create
 from capt_deploy.backends.onnxruntime import OnnxRuntime
-from capt_deploy.core.cores import usable_cores
 from capt_deploy.core.errors import BackendError, UnavailableError
+from capt_deploy.core.machine import usable_cores
 
 ONNX = (Path(__file__).parents[2] / "golden" / "tiny.capt" / "model.onnx").read_bytes()
 

@@ -15,8 +15,8 @@ from capt_deploy.backends import create
 from capt_deploy.backends import onnxruntime_cuda as own
 from capt_deploy.backends.bound_session import BoundSession, Place
 from capt_deploy.backends.onnxruntime import import_library, start_session
-from capt_deploy.core.driver import gpu_problem
 from capt_deploy.core.errors import BackendError, UnavailableError
+from capt_deploy.core.gpus import gpu_problem
 from tests.capt_deploy.backends.tensorrt.host_device import HostDevice
 
 ONNX = (Path(__file__).parents[2] / "golden" / "tiny.capt" / "model.onnx").read_bytes()

@@ -10,8 +10,9 @@ from capt_deploy.core.errors import DataError, ImageError
 def test_synthetic_photos_are_jpegs_of_one_size_from_a_seed():
     photos = synthetic_photos(3)
     assert photos == synthetic_photos(3)
-    assert len({*photos, *synthetic_photos(3, seed=1)}) == 6
-    for photo in photos:
+    assert photos.source == "synthetic 500x375"
+    assert len({*photos.encoded, *synthetic_photos(3, seed=1).encoded}) == 6
+    for photo in photos.encoded:
         image = Image.open(io.BytesIO(photo))
         image.load()
         assert (image.format, image.size, image.mode) == ("JPEG", (500, 375), "RGB")
@@ -21,7 +22,9 @@ def test_synthetic_photos_are_jpegs_of_one_size_from_a_seed():
 def test_a_folders_photos_are_its_files_as_they_are(put_images):
     folder = put_images("b/2.png", "a.png", ".hidden.png")
     (folder / "notes.txt").write_text("no image")
-    assert folder_photos(folder) == [(folder / n).read_bytes() for n in ("a.png", "b/2.png")]
+    photos = folder_photos(folder)
+    assert photos.encoded == [(folder / n).read_bytes() for n in ("a.png", "b/2.png")]
+    assert photos.source == f"2 of {folder}"
 
 
 def test_a_folder_without_an_image_is_refused(tmp_path):

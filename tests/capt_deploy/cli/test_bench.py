@@ -7,8 +7,8 @@ import pytest
 from click.testing import CliRunner
 
 from capt_deploy.cli.bench import _print_table, main
-from capt_deploy.core.cores import usable_cores
-from capt_deploy.core.driver import gpu_problem
+from capt_deploy.core.gpus import gpu_problem
+from capt_deploy.core.machine import usable_cores
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 BUNDLE = GOLDEN / "tiny.capt"
@@ -67,7 +67,10 @@ def test_device_times_of_two_kinds_are_told_apart(measured, capsys):
 def test_a_run_is_compared_with_an_earlier_one(measured, tmp_path):
     rows = json.loads(measured.stdout)
     arguments = (BUNDLE, "--batch", "1", "--scope", "host", *QUICK, "--compare")
-    for factor, code, said in ((1e6, 0, "0 of 1 rows became slower"), (1e-6, 1, "1 of 1 rows")):
+    for factor, code, said in (
+        (1e6, 0, "1 row compared: 0 slower, 0 missing"),
+        (1e-6, 1, "1 row compared: 1 slower, 0 missing"),
+    ):
         old = tmp_path / "old.json"
         changed = [{**row, "p50_ms": row["p50_ms"] * factor, "cv": 0.0} for row in rows]
         old.write_text(json.dumps(changed))
@@ -94,7 +97,7 @@ def test_json_stays_json_when_runs_are_compared(measured, tmp_path):
     options = ("--batch", 1, "--scope", "host", "--compare", old, "--json")
     result = run(BUNDLE, *options, *QUICK)
     assert len(json.loads(result.stdout)) == 1
-    assert "rows became slower" in result.stderr
+    assert "1 row compared" in result.stderr
 
 
 def test_a_plot_is_drawn(tmp_path):
@@ -110,12 +113,12 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(tmp_pa
 import sys
 sys.modules["matplotlib"] = None
 from capt_deploy.cli.bench import main
-from capt_deploy.core.driver import gpu_problem
+from capt_deploy.core.gpus import gpu_problem
 main({[str(BUNDLE), "--plot", str(tmp_path / "x.png")]})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "pip install 'capt[plot]'" in done.stderr
+    assert "pip install '.[plot]'" in done.stderr
     assert "Traceback" not in done.stderr and "measuring" not in done.stderr
 
 

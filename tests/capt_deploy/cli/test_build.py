@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from capt_deploy.backends.tensorrt.cache import LIMIT
 from capt_deploy.cli.build import main
-from capt_deploy.core.driver import gpu_problem
+from capt_deploy.core.gpus import gpu_problem
 
 builds = pytest.mark.skipif(
     find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed here"
@@ -119,7 +119,7 @@ def test_a_missing_library_says_how_to_install_it(golden, cache, monkeypatch):
         backend = name.replace("_", "-")
         result = run(golden, "--backend", backend, "--sm", "89", "--cache", cache)
         assert result.exit_code == 2
-        assert f"pip install 'capt[{backend}]'" in result.stderr
+        assert f"pip install '.[{backend}]'" in result.stderr
 
 
 @builds

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from capt_deploy.cli.doctor import main
-from capt_deploy.core.driver import gpu_problem
+from capt_deploy.core.gpus import gpu_problem
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 

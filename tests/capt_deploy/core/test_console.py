@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from capt_deploy.core import console
 from capt_deploy.core.errors import BackendError, BundleError, CaptError, DataError, GateError
+from capt_deploy.core.install import install_hint
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -81,6 +82,46 @@ def test_json_goes_to_stdout_and_words_to_stderr(capsys: pytest.CaptureFixture[s
     assert "käse" in printed.out
 
 
+def test_a_library_logs_and_prints_nothing() -> None:
+    script = (
+        "from capt_deploy.core.console import say, track, warn\n"
+        "say('a note'); warn('a warning'); list(track('ab', 'reading', 'files'))\n"
+        "import logging; logging.basicConfig(level='INFO', format='%(name)s %(levelname)s "
+        "%(message)s')\n"
+        "say('100% sure'); warn('a warning'); list(track('ab', 'reading', 'files'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "capt INFO 100% sure",
+        "capt WARNING a warning",
+        "capt INFO reading: 2/2 files",
+    ]
+
+
+def test_messages_of_a_command_are_plain_and_printed_once() -> None:
+    script = (
+        "import click, logging\n"
+        "from capt_deploy.core.console import Command, say, warn\n"
+        "@click.command(cls=Command)\n"
+        "def run():\n"
+        "    logging.info('sets up the root logger'); say('a note'); warn('a warning')\n"
+        "run(standalone_mode=False); say('the command has ended')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("", "a note\na warning\n")
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0 entries"), (1, "1 entry"), (2, "2 entries")])
+def test_numbers_agree_with_their_nouns(number: int, text: str) -> None:
+    assert console.counted(number, "entry", "entries") == text
+    assert console.counted(number, "image") == f"{number} image{'' if number == 1 else 's'}"
+
+
 def test_nan_is_no_json() -> None:
     with pytest.raises(ValueError, match="JSON"):
         console.print_json({"share": float("nan")})
@@ -136,9 +177,10 @@ def test_track_yields_everything_and_counts_it(capsys: pytest.CaptureFixture[str
 def test_progress_on_a_terminal_is_a_bar_with_its_note() -> None:
     master, slave = os.openpty()
     script = (
-        "from capt_deploy.core.console import progress\n"
-        "with progress('reading', 4, 'images') as counter:\n"
+        "from capt_deploy.core.console import messages_on_stderr, progress, say\n"
+        "with messages_on_stderr(), progress('reading', 4, 'images') as counter:\n"
         "    for n in range(4): counter.advance(note=f'photo{n}')\n"
+        "    say('a note')\n"
     )
     done = subprocess.run(
         [sys.executable, "-B", "-c", script],
@@ -159,6 +201,7 @@ def test_progress_on_a_terminal_is_a_bar_with_its_note() -> None:
     assert b"\r" in shown
     assert b"4/4" in shown
     assert b"photo3" in shown
+    assert b"\ra note" in shown  # at the beginning of a line, not behind the bar
     assert b"reading: 4/4" not in shown
 
 
@@ -205,7 +248,7 @@ def test_every_cell_of_a_table_ends_where_its_column_ends(rows: list[list[str]])
     ("problem", "code", "said"),
     [
         (PermissionError(13, "Permission denied", "/x"), 2, "Error: [Errno 13] Permission denied"),
-        (ModuleNotFoundError("No module named 'torch'", name="torch"), 2, "capt[export]"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), 2, install_hint("export")),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

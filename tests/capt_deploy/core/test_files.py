@@ -262,5 +262,7 @@ def test_a_temporary_cache_that_others_can_write_to_is_refused(
         me = os.geteuid()
         monkeypatch.setattr(os, "geteuid", lambda: me + 1)
         folder.rename(no_home / f"capt-{me + 1}")
-    with pytest.raises(ConfigError, match=r"of this user's alone, came .*set \$CAPT_CACHE"):
+    with pytest.raises(
+        ConfigError, match=r"folder that only this user can access, came .*set \$CAPT_CACHE"
+    ):
         cache_folder()

@@ -4,9 +4,9 @@ import pytest
 
 from capt_deploy.backends import AUTO
 from capt_deploy.core.errors import BundleError
-from capt_deploy.core.nvidia import Driver, Gpu
+from capt_deploy.core.gpus import Driver, Gpu
 from capt_deploy.doctor.diagnose import Facts, Finding, diagnose, fix_of, problems
-from capt_deploy.doctor.probe import Trial
+from capt_deploy.doctor.probe import ProbeResult
 
 ADA, HOPPER = Gpu("NVIDIA L4", 89), Gpu("NVIDIA H100", 90)
 NO_GPU = Driver((), "no driver")
@@ -23,10 +23,10 @@ def here(*gpus):
     [
         ("tensorrt", TRT, NO_GPU, "install its driver"),
         ("onnxruntime-cuda", ORT, NO_GPU, "install its driver"),
-        ("tensorrt", {}, here(ADA), "pip install 'capt[tensorrt]'"),
-        ("tensorrt-rtx", {}, here(ADA), "pip install 'capt[tensorrt-rtx]'"),
-        ("tensorrt-rtx", {}, here(HOPPER), "not made for this GPU: pip install 'capt[tensorrt]'"),
-        ("tensorrt-rtx", {}, here(HOPPER, ADA), "pip install 'capt[tensorrt-rtx]'"),
+        ("tensorrt", {}, here(ADA), "pip install '.[tensorrt]'"),
+        ("tensorrt-rtx", {}, here(ADA), "pip install '.[tensorrt-rtx]'"),
+        ("tensorrt-rtx", {}, here(HOPPER), "not made for this GPU: pip install '.[tensorrt]'"),
+        ("tensorrt-rtx", {}, here(HOPPER, ADA), "pip install '.[tensorrt-rtx]'"),
         ("tensorrt", TRT, here(HOPPER), "pip install cuda-python"),
         ("tensorrt", TRT | {"pycuda": "1"}, here(ADA), "--force-reinstall tensorrt"),
         ("tensorrt-rtx", TRT | {"cuda-bindings": "1"}, here(ADA), "--force-reinstall tensorrt-rtx"),
@@ -78,7 +78,7 @@ def test_every_backend_is_examined_and_one_works():
 
 
 def test_nothing_works_if_every_trial_fails():
-    diagnosis = diagnose(attempt=lambda name, bundle: Trial(None, "no luck", 0.1))
+    diagnosis = diagnose(attempt=lambda name, bundle: ProbeResult(None, "no luck", 0.1))
     assert diagnosis.chosen is None
     assert diagnosis.to_dict()["chosen"] is None
     assert diagnosis.backends[-1].reason == "no luck"

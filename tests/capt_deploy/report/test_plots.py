@@ -111,9 +111,7 @@ def test_one_image_that_is_right_can_be_drawn():
 
 def test_missing_matplotlib_is_said_with_the_way_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(
-        ConfigError, match=r"--report needs matplotlib .*pip install 'capt\[plot\]'"
-    ):
+    with pytest.raises(ConfigError, match=r"--report needs matplotlib .*pip install '\.\[plot\]'"):
         plots.check_plotting()
 
 

@@ -222,7 +222,7 @@ def test_a_missing_library_is_named(
     classifier: Classifier, monkeypatch: pytest.MonkeyPatch, library: str
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(BundleError, match=rf"package {library}: pip install 'capt\[open-vocab\]'"):
+    with pytest.raises(BundleError, match=rf"package {library}: pip install '\.\[open-vocab\]'"):
         classifier.add_classes(ADDED)
 
 

@@ -76,7 +76,7 @@ def test_a_tokenizer_whose_packages_are_missing_says_what_to_install(
     monkeypatch.setitem(sys.modules, "transformers", None)
     message = failure(str(folder))
     assert "transformers" in message
-    assert "pip install 'capt[hf]'" in message
+    assert "pip install '.[hf]'" in message
 
 
 def test_the_tokenizer_is_loaded_before_weights_that_may_be_far_to_fetch(

@@ -317,7 +317,7 @@ def test_a_name_that_triton_cannot_take_is_refused(tmp_path, name):
 
 def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "models").mkdir()
-    with pytest.raises(BundleError, match="already there"):
+    with pytest.raises(BundleError, match="already exists"):
         write_triton(open_bundle(GOLDEN), tmp_path / "models")
     assert list((tmp_path / "models").iterdir()) == []
 

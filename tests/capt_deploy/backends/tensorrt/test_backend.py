@@ -16,8 +16,8 @@ from capt_deploy.backends.tensorrt.cache import EngineCache
 from capt_deploy.backends.tensorrt.engine import make_logger
 from capt_deploy.backends.tensorrt.store import Target, key_of
 from capt_deploy.bundle.graphs import StoredGraph
-from capt_deploy.core.driver import gpu_problem
 from capt_deploy.core.errors import BackendError, UnavailableError
+from capt_deploy.core.gpus import gpu_problem
 from tests.capt_deploy.backends.tensorrt.host_device import (
     PIXELS,
     Engine,
@@ -38,7 +38,7 @@ def onnx(golden):
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_missing_library_is_named_with_what_installs_it(library, onnx, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(UnavailableError, match=rf"{library} is missing; pip install 'capt\["):
+    with pytest.raises(UnavailableError, match=rf"{library} is missing; pip install '\.\["):
         TensorRT(onnx, "fp32", library=library)
 
 

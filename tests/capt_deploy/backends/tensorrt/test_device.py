@@ -8,8 +8,8 @@ import pytest
 from capt_deploy.backends.tensorrt import device as device_module
 from capt_deploy.backends.tensorrt import device_cuda
 from capt_deploy.backends.tensorrt.device import open_device
-from capt_deploy.core.driver import gpu_problem
 from capt_deploy.core.errors import BackendError, UnavailableError
+from capt_deploy.core.gpus import gpu_problem
 
 PACKAGES = ("pycuda.driver", "cuda.bindings.runtime", "cuda.cudart")
 

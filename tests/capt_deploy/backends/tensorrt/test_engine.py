@@ -199,7 +199,7 @@ def test_batches_must_rise(batches):
 def test_a_missing_library_names_the_extra_to_install(monkeypatch):
     for library, extra in {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}.items():
         monkeypatch.setitem(sys.modules, library, None)
-        with pytest.raises(BackendError, match=rf"pip install 'capt\[{extra}\]'"):
+        with pytest.raises(BackendError, match=rf"pip install '\.\[{extra}\]'"):
             build_engine(b"", library=library)
 
 

@@ -1,0 +1,17 @@
+"""How to install capt's extras: no package index has capt."""
+
+from pathlib import Path
+
+from capt_deploy.core.version import __version__
+
+_FOLDER = Path(__file__).resolve().parents[2]
+
+
+def install_hint(extra: str) -> str:
+    """Return the command that adds an extra, such as "tensorrt", to this installation."""
+    if (_FOLDER / "pyproject.toml").is_file():  # a clone, installed with --editable
+        return f"pip install '.[{extra}]' in {_FOLDER}"
+    return (
+        f"pip install '.[{extra}]' in a clone of capt, or "
+        f"pip install 'capt-{__version__}-py3-none-any.whl[{extra}]' of a built wheel"
+    )
