@@ -5,9 +5,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capt_deploy.core.errors import ConfigError
 from capt_deploy.core.files import write_bytes
-from capt_deploy.core.install import install_hint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,19 +17,6 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DPI = 120
 
 Row = Mapping[str, Any]
-
-
-def check_plotting() -> None:
-    """Raise an error if matplotlib is missing, before time is spent on measuring.
-
-    Raises:
-        ConfigError: matplotlib cannot be imported.
-    """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as cause:
-        hint = install_hint("plot")
-        raise ConfigError(f"--plot needs matplotlib ({cause}); {hint}") from cause
 
 
 def plot_rows(path: Path, rows: Sequence[Row]) -> None:

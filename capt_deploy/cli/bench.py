@@ -144,9 +144,10 @@ def main(
         raise click.UsageError(f"--scope: expected of {', '.join(SCOPES)}, came {unknown[0]}")
     old = None if compare is None else load_rows(compare)
     if plot is not None:
-        from capt_deploy.bench.plot import check_plotting, plot_rows
+        from capt_deploy.bench.plot import plot_rows
+        from capt_deploy.core.install import require_packages
 
-        check_plotting()
+        require_packages("--plot", "plot", "matplotlib")
     request = BenchRequest(backends, precisions, batches, scopes, concurrency, threads)
     photos = synthetic_photos(32) if images is None else folder_photos(images)
     rows = bench(bundle, request, photos, BenchOptions(seconds=seconds))

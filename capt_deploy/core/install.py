@@ -1,7 +1,9 @@
 """How to install capt's extras: no package index has capt."""
 
+from importlib import import_module
 from pathlib import Path
 
+from capt_deploy.core.errors import ConfigError
 from capt_deploy.core.version import __version__
 
 _FOLDER = Path(__file__).resolve().parents[2]
@@ -15,3 +17,16 @@ def install_hint(extra: str) -> str:
         f"pip install '.[{extra}]' in a clone of capt, or "
         f"pip install 'capt-{__version__}-py3-none-any.whl[{extra}]' of a built wheel"
     )
+
+
+def require_packages(option: str, extra: str, *names: str) -> None:
+    """Make sure, before time is spent, that the packages of an option can be imported.
+
+    Raises:
+        ConfigError: one of them cannot; the message says how to install its extra.
+    """
+    for name in names:
+        try:
+            import_module(name)
+        except ImportError as cause:
+            raise ConfigError(f"{option} needs {name} ({cause}); {install_hint(extra)}") from cause

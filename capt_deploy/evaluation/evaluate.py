@@ -1,12 +1,14 @@
-"""The report of `capt-eval`: the same numbers for a run and for its bundle."""
+"""Accuracy, calibration and confusion of a tuned model, the same for a run and its bundle."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from capt_deploy.confidence.decisions import Decisions
 from capt_deploy.confidence.distance_aware import applied
 from capt_deploy.confidence.top_label import TopLabelMap, probabilities_of
 from capt_deploy.confidence.vector_scaling import VectorScaling
@@ -15,96 +17,133 @@ from capt_deploy.metrics.calibration import Floats, Ints, all_metrics, confusion
 from capt_deploy.metrics.intervals import harmonic_mean
 
 Report = dict[str, Any]
-Pair = tuple[int, int]  # true class, class it is mistaken for
+ClassPair = tuple[int, int]  # columns: the true class, and the class it is mistaken for
 
 SCOPES = ("base", "new", "all")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no single truth value to compare by
 class Scores:
-    """Logits of one split over all classes, tuned beside zero-shot."""
+    """Logits of a model for labelled images, next to those of the zero-shot model."""
 
-    labels: Ints  # (samples,)
-    # (samples, classes), scaled and calibrated, but without the factors and the map below
+    labels: Ints  # (images,) of columns
+    # (images, classes), scaled by vector and temperature, but without factors and top-label map:
+    # which factor an image gets depends on the classes that it is measured among.
     tuned: NDArray[np.floating]
-    # Likewise, each model by its own temperature; None where the frozen model is not at hand, as
-    # in a bundle whose visual side was tuned.
+    # Likewise with a temperature of its own. None where the frozen model is not at hand, as in a
+    # bundle whose visual side was tuned.
     zero_shot: NDArray[np.floating] | None
-    temperature: float = 1.0  # that `tuned` has been divided by
+    temperature: float = 1.0
     zero_shot_temperature: float = 1.0
-    # (classes,) of distance-aware calibration; None without it. Which one an image gets depends on
-    # the classes that it is measured among.
-    factors: NDArray[np.floating] | None = None
-    top_label: TopLabelMap | None = None  # what else calibrates `tuned`
-    vector: VectorScaling | None = None  # that `tuned` was scaled with before the temperature
+    factors: NDArray[np.floating] | None = None  # (classes,) of distance-aware calibration
+    top_label: TopLabelMap | None = None
+    vector: VectorScaling | None = None
 
     @property
-    def uncalibrated(self) -> NDArray[np.floating]:
-        """What `tuned` was before anything was fitted to validation images."""
+    def uncalibrated(self) -> "Scores":
+        """Return the scores of both models as they were before any calibration."""
         raw = self.tuned * self.temperature
-        return raw if self.vector is None else self.vector.undone(raw)
+        frozen = None if self.zero_shot is None else self.zero_shot * self.zero_shot_temperature
+        return Scores(self.labels, raw if self.vector is None else self.vector.undone(raw), frozen)
+
+    @property
+    def zero_shot_alone(self) -> "Scores | None":
+        """Return the scores of the zero-shot model by itself; None where it is not at hand."""
+        if self.zero_shot is None:
+            return None
+        return Scores(self.labels, self.zero_shot, None, self.zero_shot_temperature)
+
+    def rows(self, rows: NDArray[np.int64]) -> "Scores":
+        """Return the scores of some images."""
+        zero_shot = None if self.zero_shot is None else self.zero_shot[rows]
+        return replace(self, labels=self.labels[rows], tuned=self.tuned[rows], zero_shot=zero_shot)
+
+    def among(self, columns: NDArray[np.int64]) -> tuple[Floats, Ints]:
+        """Return calibrated probabilities among some classes, and labels of their columns.
+
+        Args:
+            columns: the classes, ascending; only images of these classes count.
+
+        Returns:
+            Probabilities (images of these classes, these classes) and labels of the same images.
+        """
+        rows = np.flatnonzero(np.isin(self.labels, columns))
+        logits = self.tuned[rows][:, columns]
+        if self.factors is not None:
+            logits = applied(logits, self.factors[columns])
+        return probabilities_of(logits, self.top_label), np.searchsorted(columns, self.labels[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """One or more models scored on the same labelled images."""
+
+    class_names: Sequence[str]
+    tuned: Sequence[bool]  # for each class: tuned on (base) or not (new)
+    pairs: Sequence[ClassPair]  # confusions mined from the training images
+    files: Sequence[Path]  # (images,)
+    scores: Mapping[str, Scores]  # by name of the model, the main one first
+    skipped: Sequence[tuple[str, str]] = ()  # path of an unreadable image, and why
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # nested, of what JSON can hold
+    notes: Sequence[str] = ()  # what a reader has to know before the figures
+    decisions: Decisions | None = None  # of the main model, from its validation images
+
+    @property
+    def main(self) -> Scores:
+        """Return the scores of the main model."""
+        return next(iter(self.scores.values()))
+
+    def report(self, scope: str | None = None) -> Report:
+        """Return the report of `capt-eval` about the main model; see `evaluate`."""
+        report = evaluate(self.main, self.class_names, self.tuned, self.pairs, scope)
+        return {**report, "skipped": [list(pair) for pair in self.skipped]}
 
 
 def evaluate(
     scores: Scores,
     class_names: Sequence[str],
     tuned: Sequence[bool],
-    pairs: Iterable[Pair],
+    pairs: Iterable[ClassPair],
     scope: str | None = None,
 ) -> Report:
-    """Measure everything of METHOD 10 that needs one model only.
+    """Return accuracy, calibration and confusion of both models (METHOD 10).
 
     `base` are the classes the prompt was tuned on, `new` the others: each is measured on its own
-    samples with its own columns, `all` with all columns. What does not exist is None.
+    images with its own columns, `all` with all columns. What does not exist is None.
 
     Args:
-        scores: logits of tuned and zero-shot model on the same samples.
-        class_names: one per column.
-        tuned: one per column.
+        scores: of the same images for the tuned and the zero-shot model.
+        class_names: one for each column.
+        tuned: whether each column was tuned on.
         pairs: the confusions mined from the training images, for recovery and breakage.
         scope: `base`, `new` or `all` to measure only that.
 
     Raises:
         ConfigError: the scope does not exist here.
     """
-    is_tuned = np.asarray(tuned)
-    columns = {
-        "base": np.flatnonzero(is_tuned),
-        "new": np.flatnonzero(~is_tuned),
-        "all": np.arange(len(is_tuned)),
-    }
+    every, is_tuned = np.arange(len(tuned)), np.asarray(tuned, bool)
+    columns = {"base": every[is_tuned], "new": every[~is_tuned], "all": every}
     if is_tuned.all():  # nothing is new, so base and all would say the same twice
         columns["base"] = columns["new"]
-    report = _measure(scores.labels, scores.tuned, columns, scope, scores.factors, scores.top_label)
+    report = _measure(scores, columns, scope)
     if scope and report[scope] is None:
         raise ConfigError(f"no images of {scope!r} classes to evaluate; was the run tuned on all?")
-    report["uncalibrated"] = _measure(scores.labels, scores.uncalibrated, columns, scope)
-    if scores.zero_shot is None:
-        report["confusion"] = _confusion_alone(scores, class_names, columns)
-        report["zero_shot"] = report["uncalibrated"]["zero_shot"] = None
-        return report
-    report["confusion"] = _confusion(scores, scores.zero_shot, class_names, columns, pairs)
-    report["zero_shot"] = _measure(scores.labels, scores.zero_shot, columns, scope)
-    raw_zero_shot = scores.zero_shot * scores.zero_shot_temperature
-    report["uncalibrated"]["zero_shot"] = _measure(scores.labels, raw_zero_shot, columns, scope)
+    raw, frozen = scores.uncalibrated, scores.zero_shot_alone
+    report["uncalibrated"] = _measure(raw, columns, scope)
+    own_columns = columns["base"] if len(columns["base"]) else every
+    report["confusion"] = _confusion(scores, class_names, own_columns, pairs)
+    report["zero_shot"] = report["uncalibrated"]["zero_shot"] = None
+    if frozen is not None:
+        report["zero_shot"] = _measure(frozen, columns, scope)
+        report["uncalibrated"]["zero_shot"] = _measure(frozen.uncalibrated, columns, scope)
     return report
 
 
-def _measure(
-    labels: Ints,
-    logits: NDArray[np.floating],
-    columns: Mapping[str, NDArray[np.int64]],
-    scope: str | None,
-    factors: NDArray[np.floating] | None = None,
-    top_label: TopLabelMap | None = None,
-) -> Report:
+def _measure(scores: Scores, columns: Mapping[str, Ints], scope: str | None) -> Report:
     report: Report = {}
     for name in SCOPES:
-        if scope in (None, name) and np.isin(labels, columns[name]).any():
-            found = among(labels, logits, columns[name], factors, top_label)
-            report[name] = all_metrics(*found)
-        else:
-            report[name] = None
+        exists = scope in (None, name) and np.isin(scores.labels, columns[name]).any()
+        report[name] = all_metrics(*scores.among(columns[name])) if exists else None
     both = report["base"] and report["new"]
     report["harmonic_mean"] = (
         harmonic_mean(report["base"]["accuracy"], report["new"]["accuracy"]) if both else None
@@ -112,64 +151,24 @@ def _measure(
     return report
 
 
-def among(
-    labels: Ints,
-    logits: NDArray[np.floating],
-    columns: NDArray[np.int64],
-    factors: NDArray[np.floating] | None = None,
-    top_label: TopLabelMap | None = None,
-) -> tuple[Floats, Ints]:
-    """Return probabilities among some classes of the images that belong to them, and their labels.
-
-    Args:
-        labels: (images,) columns.
-        logits: (images, classes), calibrated.
-        columns: of these classes, ascending.
-        factors: (classes,) of distance-aware calibration.
-        top_label: what else calibrates.
-    """
-    rows = np.flatnonzero(np.isin(labels, columns))
-    own = logits[rows][:, columns]
-    if factors is not None:
-        own = applied(own, factors[columns])
-    return probabilities_of(own, top_label), np.searchsorted(columns, labels[rows])
-
-
-def _confusion_alone(
-    scores: Scores, class_names: Sequence[str], columns: Mapping[str, NDArray[np.int64]]
-) -> Report:
-    """Return the tuned model's confusions, with nothing to compare them with."""
-    labels, after = _own_predictions(scores, scores.tuned, columns)
-    pairs = confused_pairs(labels, after, after, class_names)
-    nothing = dict.fromkeys(("recovered", "broken", "counts"))
-    return {**nothing, "pairs": [{**pair, "zero_shot": None} for pair in pairs]}
-
-
-def _own_predictions(
-    scores: Scores, logits: NDArray[np.floating], columns: Mapping[str, NDArray[np.int64]]
-) -> tuple[Ints, Ints]:
-    """Return labels and predictions of the samples of classes tuned on, among these classes."""
-    own = columns["base"] if len(columns["base"]) else columns["all"]
-    rows = np.isin(scores.labels, own)
-    return scores.labels[rows], own[logits[rows][:, own].argmax(axis=1)]
-
-
 def _confusion(
-    scores: Scores,
-    zero_shot: NDArray[np.floating],
-    class_names: Sequence[str],
-    columns: Mapping[str, NDArray[np.int64]],
-    pairs: Iterable[Pair],
+    scores: Scores, class_names: Sequence[str], columns: Ints, pairs: Iterable[ClassPair]
 ) -> Report:
-    """Recovery and breakage among the classes tuned on.
+    """Return recovery, breakage and the most confused pairs among the classes tuned on.
 
     `recovered` is the share of the zero-shot model's errors in mined pairs that are right after
     tuning; `broken` the share of its right answers that are wrong after it, in any pair. The
     counts stand beside them, for the two are shares of different numbers.
     """
-    labels, before = _own_predictions(scores, zero_shot, columns)
-    _, after = _own_predictions(scores, scores.tuned, columns)
-    mined = np.zeros((len(class_names), len(class_names)), dtype=bool)
+    rows = np.isin(scores.labels, columns)
+    labels, classes = scores.labels[rows], len(class_names)
+    after = columns[scores.tuned[rows][:, columns].argmax(axis=1)]
+    if scores.zero_shot is None:
+        alone = confused_pairs(labels, after, after, class_names)
+        nothing = dict.fromkeys(("recovered", "broken", "counts"))
+        return {**nothing, "pairs": [{**pair, "zero_shot": None} for pair in alone]}
+    before = columns[scores.zero_shot[rows][:, columns].argmax(axis=1)]
+    mined = np.zeros((classes, classes), dtype=bool)
     for true, predicted in pairs:
         mined[true, predicted] = True
     recovery = confusion_recovery(labels, before, after, mined)
@@ -189,13 +188,19 @@ def _confusion(
 def confused_pairs(
     labels: Ints, before: Ints, after: Ints, class_names: Sequence[str], most: int = 20
 ) -> list[Report]:
-    """Return who is mistaken for whom most often, before tuning or after it, worst first."""
-    counts = np.zeros((2, len(class_names), len(class_names)), dtype=np.int64)
-    for table, predictions in zip(counts, (before, after), strict=True):
-        np.add.at(table, (labels, predictions), 1)
-        np.fill_diagonal(table, 0)
+    """Return the pairs of classes that are mistaken most often before or after tuning, worst first.
+
+    Args:
+        labels: (images,) true classes.
+        before: (images,) predictions of the zero-shot model.
+        after: (images,) predictions of the tuned one.
+        class_names: one for each class.
+        most: how many pairs.
+    """
+    classes = len(class_names)
+    counts = np.stack([confusion_counts(labels, guess, classes) for guess in (before, after)])
+    counts[:, range(classes), range(classes)] = 0
     worst = np.argsort(-counts.max(axis=0), axis=None, kind="stable")[:most]
-    rows = [np.unravel_index(cell, counts.shape[1:]) for cell in worst]
     return [
         {
             "true": class_names[true],
@@ -203,6 +208,12 @@ def confused_pairs(
             "zero_shot": int(counts[0, true, predicted]),
             "tuned": int(counts[1, true, predicted]),
         }
-        for true, predicted in rows
+        for true, predicted in (divmod(int(cell), classes) for cell in worst)
         if counts[:, true, predicted].any()
     ]
+
+
+def confusion_counts(labels: Ints, predictions: Ints, classes: int) -> NDArray[np.int64]:
+    """Return how many images of each class are taken for each, (true classes, classes)."""
+    cells = labels * classes + predictions
+    return np.bincount(cells, minlength=classes**2).reshape(classes, classes)

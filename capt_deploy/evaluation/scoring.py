@@ -1,44 +1,22 @@
 """Evaluate a bundle on labelled images, with the runtime that applications use."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from capt_deploy.backends import Outputs, joined
-from capt_deploy.bundle.read import Bundle, open_bundle
+from capt_deploy.bundle.read import open_bundle
 from capt_deploy.confidence.distance_aware import undone
 from capt_deploy.core.console import progress, say
-from capt_deploy.core.errors import BundleError, DataError
+from capt_deploy.core.errors import BundleError, DataError, UnavailableError
 from capt_deploy.data.batches import preprocess_files
 from capt_deploy.data.datasets import read_dataset
-from capt_deploy.evaluation.evaluate import Pair, Report, Scores, evaluate
+from capt_deploy.evaluation.evaluate import Evaluation, Report, Scores
+from capt_deploy.evaluation.summary import NO_ZERO_SHOT
 from capt_deploy.serving.classifier import Classifier, running_on
 
-
-@dataclass(frozen=True)
-class BundleScores:
-    """What one graph of a bundle says of labelled images."""
-
-    bundle: Bundle
-    precision: str
-    scores: Scores
-    files: tuple[Path, ...]  # in the order of the scores
-    skipped: tuple[tuple[str, str], ...]  # unreadable images, by path, and why
-
-    @property
-    def pairs(self) -> list[Pair]:
-        """The confusions mined in training, as columns."""
-        manifest = self.bundle.manifest
-        index = {name: row for row, name in enumerate(manifest.class_names)}
-        return [(index[p["true"]], index[p["predicted"]]) for p in manifest.confusion_pairs]
-
-    def report(self, scope: str | None = None) -> Report:
-        """Return the report of `capt-eval`; see `evaluate`."""
-        manifest = self.bundle.manifest
-        report = evaluate(self.scores, manifest.class_names, manifest.tuned, self.pairs, scope)
-        report["skipped"] = [list(pair) for pair in self.skipped]
-        return report
+_BATCH = 32
 
 
 def evaluate_bundle(
@@ -65,46 +43,85 @@ def score_bundle(
     class_names: Path | None = None,
     backend: str = "auto",
     precision: str | None = None,
-) -> BundleScores:
-    """Ask one graph of a bundle about the images of a split.
+) -> Evaluation:
+    """Return the scores of one graph of a bundle for the images of a split.
 
     Raises:
         CaptError: bundle, data or backend cannot be used.
     """
     if Path(path).suffix == ".onnx":
-        raise BundleError(f"{path}: a lone graph has no zero-shot rows; pass the whole bundle")
+        raise BundleError(f"{path}: expected a bundle, came a graph alone; pass the whole bundle")
     bundle = open_bundle(path)
     zero_shot = bundle.text_embeddings().get("zero_shot")
     labels: list[int] = []
-    parts: list[Outputs] = []
-    files, skipped = [], []
+    batches: list[Outputs] = []
+    files: list[Path] = []
+    skipped: list[tuple[str, str]] = []
     with Classifier.load(path, backend, precision) as classifier:
         say(running_on(classifier))
-        names, manifest = classifier.class_names, classifier.manifest
-        dataset = read_dataset(data, class_names, strict_names=False).aligned_to(names)
+        manifest, precision = classifier.manifest, classifier.precision
+        dataset = read_dataset(data, class_names, strict_names=False)
+        dataset = dataset.aligned_to(classifier.class_names)
         items = {str(dataset.path(item)): item for item in dataset.items(split)}
         with progress(f"predicting {split} images", len(items), "images") as counter:
-            for batch in preprocess_files(list(items), manifest.preprocess, 32):
+            for batch in preprocess_files(list(items), manifest.preprocess, _BATCH):
                 counter.advance(len(batch.files))
-                read = [file for file in batch.files if file not in batch.errors]
-                files += read
-                labels += [items[file].label for file in read]
+                readable = [file for file in batch.files if file not in batch.errors]
+                files += map(Path, readable)
+                labels += [items[file].label for file in readable]
                 skipped += [(items[file].path, why) for file, why in batch.errors.items()]
                 if batch.pixels is not None:
-                    parts.append(classifier.backend.run(batch.pixels))
-        precision = classifier.precision
+                    batches.append(classifier.backend.run(batch.pixels))
     if not labels:
         raise DataError(f"{data}: none of the {len(items)} images in split {split!r} is readable")
     calibration = manifest.calibration[precision]
-    factors, found = bundle.factors(precision), joined(parts)
+    factors, outputs = bundle.factors(precision), joined(batches)
     scores = Scores(
         np.asarray(labels),
-        found.logits if factors is None else undone(found.logits, factors),
-        None if zero_shot is None else found.embedding @ zero_shot.T,
+        outputs.logits if factors is None else undone(outputs.logits, factors),
+        None if zero_shot is None else outputs.embedding @ zero_shot.T,
         calibration["temperature"],
         calibration.get("zero_shot_temperature", 1.0),
         factors,
         manifest.top_label,
         manifest.vector_scaling,
     )
-    return BundleScores(bundle, precision, scores, tuple(map(Path, files)), tuple(skipped))
+    columns = {name: column for column, name in enumerate(manifest.class_names)}
+    return Evaluation(
+        manifest.class_names,
+        manifest.tuned,
+        [(columns[pair["true"]], columns[pair["predicted"]]) for pair in manifest.confusion_pairs],
+        files,
+        {f"exported {precision}": scores},
+        skipped,
+        {
+            "bundle": bundle.path.name,
+            **manifest.training,
+            "calibration": {name: dict(values) for name, values in manifest.calibration.items()},
+        },
+        () if zero_shot is not None else (NO_ZERO_SHOT,),
+        bundle.decisions(),
+    )
+
+
+def score_graphs(
+    path: Path, data: Path, split: str, class_names: Path | None, backend: str
+) -> Evaluation:
+    """Return the scores of all graphs of a bundle; a note names each that cannot run here.
+
+    Raises:
+        UnavailableError: none of them can run here.
+    """
+    evaluations: list[Evaluation] = []
+    notes: list[str] = []
+    for precision in open_bundle(path).manifest.graphs:
+        try:
+            evaluations.append(score_bundle(path, data, split, class_names, backend, precision))
+        except UnavailableError as cause:
+            notes.append(f"the {precision} graph cannot run here: {cause}")
+            say(f"note: {notes[-1]}")
+    if not evaluations:
+        raise UnavailableError(f"{path}: none of its graphs can run here: {'; '.join(notes)}")
+    scores = {name: score for one in evaluations for name, score in one.scores.items()}
+    first = evaluations[0]
+    return replace(first, scores=scores, notes=(*notes, *first.notes))

@@ -1,49 +1,72 @@
-"""Reports as text for people."""
+"""Reports of `capt-eval` and `capt-train` as text."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from capt_deploy.core.console import table
+from capt_deploy.core.text import counted
 from capt_deploy.evaluation.evaluate import SCOPES, Report
+
+NO_ZERO_SHOT = (
+    "no figures of zero-shot: a bundle whose image encoder was tuned does not hold the frozen "
+    "model; to compare with it, evaluate the run"
+)
+_MOST_NAMES = 3
 
 
 def summary(report: Report) -> str:
-    """Return the table of `capt-train` and `capt-eval`: tuned beside zero-shot, and a warning."""
-    rows = []
-    for name, part in (("zero-shot", report["zero_shot"]), ("tuned", report)):
-        if part is None:
-            continue
-        rows.append(
-            [
-                name,
-                *(_percent(part[scope], "accuracy") for scope in ("base", "new")),
-                _share(part["harmonic_mean"]),
-                _percent(part["all"], "accuracy"),
-                *(_percent(part[scope], "ece_15") for scope in SCOPES),
-            ]
-        )
+    """Return a table of the tuned model under the zero-shot one, what tuning changed, and warnings.
+
+    Args:
+        report: from `evaluate`, with the key `skipped`.
+    """
     header = ["%", "base", "new", "harmonic", "all", "ECE base", "ECE new", "ECE all"]
+    rows = [
+        [
+            name,
+            *(_percent(part[scope], "accuracy") for scope in ("base", "new")),
+            percent(part["harmonic_mean"], "-"),
+            _percent(part["all"], "accuracy"),
+            *(_percent(part[scope], "ece_15") for scope in SCOPES),
+        ]
+        for name, part in (("zero-shot", report["zero_shot"]), ("tuned", report))
+        if part is not None
+    ]
     keep = [i for i in range(len(header)) if i == 0 or any(row[i] != "-" for row in rows)]
     lines = [table([header[i] for i in keep], [[row[i] for i in keep] for row in rows])]
+    legend = "accuracy, and ECE: how far confidence and accuracy are apart on average"
+    if report["base"] and report["new"]:
+        legend += "; base: classes tuned on, new: the others"
+    lines.append(legend)
     counts = report["confusion"]["counts"]
-    if counts is None:
-        lines.append("the frozen model is not in this bundle: to compare with it, evaluate the run")
-    else:
-        lines.append(_recovery(report["confusion"], counts))
+    lines += [NO_ZERO_SHOT] if counts is None else changes(counts)
     lines += [f"WARNING: {text}" for text in worse_than_zero_shot(report)]
-    if report["skipped"]:
-        names = ", ".join(path for path, _ in report["skipped"][:3])
-        lines.append(f"{len(report['skipped'])} images could not be read: {names}")
+    if skipped := report["skipped"]:
+        names = ", ".join(path for path, _ in skipped[:_MOST_NAMES])
+        more = ", …" if len(skipped) > _MOST_NAMES else ""
+        lines.append(f"{counted(len(skipped))} could not be read: {names}{more}")
     return "\n".join(lines)
 
 
-def _recovery(confusion: Mapping[str, Any], counts: Mapping[str, int]) -> str:
-    return (
-        f"of {counts['zero_shot_errors_in_pairs']} zero-shot errors in confused pairs "
-        f"{counts['recovered']} ({_share(confusion['recovered'])} %) are recovered,\n"
-        f"of {counts['zero_shot_right']} right answers "
-        f"{counts['broken']} ({_share(confusion['broken'])} %) are broken"
-    )
+def changes(counts: Mapping[str, int]) -> list[str]:
+    """Return sentences on what tuning corrects and what it breaks; none about no images.
+
+    Args:
+        counts: the entry `counts` of a report's confusion.
+    """
+    sentences = []
+    if errors := counts["zero_shot_errors_in_pairs"]:
+        sentences.append(
+            f"tuning corrects {counts['recovered']:,} of the {counted(errors)} "
+            f"({percent(counts['recovered'] / errors)} %) in which zero-shot makes a mistake known "
+            "from training"
+        )
+    if right := counts["zero_shot_right"]:
+        sentences.append(
+            f"tuning breaks {counts['broken']:,} of the {counted(right)} "
+            f"({percent(counts['broken'] / right)} %) that zero-shot gets right"
+        )
+    return sentences
 
 
 def worse_than_zero_shot(report: Report) -> list[str]:
@@ -54,13 +77,13 @@ def worse_than_zero_shot(report: Report) -> list[str]:
     for scope in SCOPES:
         after, before = report[scope], report["zero_shot"][scope]
         if after and after["accuracy"] < before["accuracy"]:
-            drop = f"{_percent(after, 'accuracy')} < {_percent(before, 'accuracy')}"
-            warnings.append(f"tuned is worse than zero-shot on {scope} classes: {drop}")
+            drop = f"{_percent(after, 'accuracy')} % < {_percent(before, 'accuracy')} %"
+            warnings.append(f"tuned is less accurate than zero-shot on {scope} classes: {drop}")
     return warnings
 
 
 def confused_pairs_table(report: Report, most: int = 8) -> str:
-    """Return who is taken for whom how often, before and after tuning."""
+    """Return a table of the pairs of classes confused most often, before and after tuning."""
     rows = [
         [
             f"{pair['true']} taken for {pair['predicted']}",
@@ -72,9 +95,10 @@ def confused_pairs_table(report: Report, most: int = 8) -> str:
     return table(["confused pair (images)", "zero-shot", "tuned"], rows)
 
 
-def _percent(part: Mapping[str, Any] | None, key: str) -> str:
-    return _share(part[key] if part else None)
+def percent(share: float | None, missing: str = "–") -> str:
+    """Return a share in percent with one digit, without the sign."""
+    return missing if share is None else f"{100 * share:.1f}"
 
 
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
+def _percent(metrics: Mapping[str, Any] | None, key: str) -> str:
+    return percent(metrics[key] if metrics else None, "-")

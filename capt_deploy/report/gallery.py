@@ -1,7 +1,7 @@
-"""The images worth looking at: the worst that tuning recovered, left wrong, or broke."""
+"""The photos worth looking at: the worst that tuning recovered, left wrong, or broke."""
 
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from os import fsencode
@@ -12,109 +12,105 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capt_deploy.core.errors import ImageError
+from capt_deploy.core.text import printable
 from capt_deploy.data.images import load_shrunk
+from capt_deploy.evaluation.evaluate import Evaluation
 from capt_deploy.metrics.calibration import Floats
-from capt_deploy.report.classes import Joint
-from capt_deploy.report.data import ReportData, printable
+from capt_deploy.report.measure import ZERO_SHOT, Predictions
 
-_MOST = 12  # images of a group
-_BARS = 3
-SMALL = 96  # pixels of the longer side; up to that a photo is kept as it is
+_MOST_CARDS = 12
+_MOST_CLASSES = 3
+_SMALL = 96  # pixels of the longer side; up to that a photo is kept as it is
 _LARGE = 192  # others are shrunk to this
 _QUALITY = 80
 
-Bars = Sequence[tuple[str, float]]
-_Truths = NDArray[np.bool_]
+TopClasses = Sequence[tuple[str, float]]  # name and probability, most probable first
 
 
 @dataclass(frozen=True)
 class Card:
-    """One image and what the models say of it; the most probable classes, the first first."""
+    """One photo and what the models take it for."""
 
-    file: str  # as seen from the folder that all images are in
+    file: str  # relative to the folder that all photos are in
     true: str
-    bars: dict[str, Bars]  # by model; the true class comes last where it is none of the first
+    top_classes: Mapping[str, TopClasses]  # by model; the true class is last if none of the first
     picture: str | None  # a data URL; None where the file cannot be read
     size: tuple[int, int] | None  # width and height of the picture, in pixels
 
+    @property
+    def is_small(self) -> bool:
+        """Return whether the picture has the photo's own pixels."""
+        return self.size is not None and max(self.size) <= _SMALL
+
 
 @dataclass(frozen=True)
-class Group:
-    """Images of one kind, out of `images` such."""
+class CardGroup:
+    """Photos of one kind, the worst of `images`."""
 
     title: str
-    what: str
+    explanation: str
     images: int
     cards: Sequence[Card]
 
 
-def gallery(data: ReportData, found: Joint) -> list[Group]:
-    """Return groups of images, the worst of each first; a group may have none."""
-    names = short_names(data.files)
+def make_gallery(evaluation: Evaluation, predictions: Predictions) -> list[CardGroup]:
+    """Return groups of photos, the worst of each first; a group may be empty."""
+    labels, name = predictions.labels, next(iter(evaluation.scores))
+    right, sure = predictions.main.argmax(axis=1) == labels, predictions.main.max(axis=1)
+    kinds: list[tuple[str, str, NDArray[np.bool_], Floats]] = [
+        ("Wrong", "The most confident mistakes.", ~right, sure)
+    ]
+    if predictions.zero_shot is not None:
+        before = predictions.zero_shot.argmax(axis=1) == labels
+        was_sure = predictions.zero_shot.max(axis=1)
+        confident = f"the most confident mistakes of {name}"
+        kinds = [
+            (
+                "Recovered",
+                f"Zero-shot is wrong and {name} right; the most confident mistakes of zero-shot.",
+                ~before & right,
+                was_sure,
+            ),
+            ("Still wrong", f"Both are wrong; {confident}.", ~before & ~right, sure),
+            (
+                "Newly broken",
+                f"Zero-shot is right and {name} wrong; {confident}.",
+                before & ~right,
+                sure,
+            ),
+        ]
+    files = short_names(evaluation.files)
+
+    def card(row: int) -> Card:
+        true = int(labels[row])
+        models = {ZERO_SHOT: predictions.zero_shot, name: predictions.main}
+        top_classes = {
+            model: _top_classes(probabilities[row], true, evaluation.class_names)
+            for model, probabilities in models.items()
+            if probabilities is not None
+        }
+        picture, size = thumbnail(evaluation.files[row])
+        return Card(files[row], evaluation.class_names[true], top_classes, picture, size)
+
     return [
-        Group(title, what, int(is_it.sum()), [_card(data, found, names, row) for row in rows])
-        for title, what, is_it, badness in _kinds(data, found)
-        for rows in [_worst(is_it, badness)]
+        CardGroup(title, explanation, int(chosen.sum()), list(map(card, _worst(chosen, badness))))
+        for title, explanation, chosen, badness in kinds
     ]
 
 
-def _kinds(data: ReportData, found: Joint) -> list[tuple[str, str, _Truths, Floats]]:
-    """Return title, explanation, which images are of a kind, and how bad each one is."""
-    after, sure = found.main.argmax(axis=1) == found.labels, found.main.max(axis=1)
-    if found.zero_shot is None:
-        return [("Wrong", "The most confident mistakes.", ~after, sure)]
-    before, was_sure = (
-        found.zero_shot.argmax(axis=1) == found.labels,
-        found.zero_shot.max(axis=1),
-    )
-    name = data.main.name
-    return [
-        (
-            "Recovered",
-            f"Wrong by zero-shot, right by {name}; where zero-shot was most confident.",
-            ~before & after,
-            was_sure,
-        ),
-        ("Still wrong", f"Wrong by both; where {name} is most confident.", ~before & ~after, sure),
-        (
-            "Newly broken",
-            f"Right by zero-shot, wrong by {name}; where {name} is most confident.",
-            before & ~after,
-            sure,
-        ),
-    ]
+def _worst(chosen: NDArray[np.bool_], badness: Floats) -> list[int]:
+    rows = np.flatnonzero(chosen)
+    return rows[np.argsort(-badness[rows], kind="stable")[:_MOST_CARDS]].tolist()
 
 
-def _worst(is_it: _Truths, badness: Floats) -> list[int]:
-    rows = np.flatnonzero(is_it)
-    return [int(row) for row in rows[np.argsort(-badness[rows], kind="stable")[:_MOST]]]
-
-
-def _card(data: ReportData, found: Joint, names: Sequence[str], row: int) -> Card:
-    models = {"zero-shot": found.zero_shot, data.main.name: found.main}
-    true = int(found.labels[row])
-    picture, size = thumbnail(data.files[row])
-    return Card(
-        names[row],
-        data.class_names[true],
-        {
-            name: _bars(own[row], true, data.class_names)
-            for name, own in models.items()
-            if own is not None
-        },
-        picture,
-        size,
-    )
-
-
-def _bars(probabilities: Floats, true: int, class_names: Sequence[str]) -> Bars:
-    first = np.argsort(-probabilities, kind="stable")[:_BARS].tolist()
+def _top_classes(probabilities: Floats, true: int, class_names: Sequence[str]) -> TopClasses:
+    first = np.argsort(-probabilities, kind="stable")[:_MOST_CLASSES].tolist()
     shown = first if true in first else [*first, true]
-    return [(class_names[index], float(probabilities[index])) for index in shown]
+    return [(class_names[column], float(probabilities[column])) for column in shown]
 
 
 def short_names(files: Sequence[Path]) -> list[str]:
-    """Return the files as seen from the folder that all are in: what is above is nobody's business.
+    """Return the files relative to the folder that all are in, without the folders above it.
 
     Names that are no valid text get replacement characters.
     """
@@ -136,11 +132,12 @@ def thumbnail(file: Path) -> tuple[str | None, tuple[int, int] | None]:
         rgb = image.convert("RGB")
     except (ImageError, ValueError, OSError):
         return None, None
-    small, buffer = max(rgb.size) <= SMALL, BytesIO()
-    if small:
+    buffer = BytesIO()
+    if max(rgb.size) <= _SMALL:
+        kind = "png"
         rgb.save(buffer, "PNG", optimize=True)
     else:
+        kind = "jpeg"
         rgb.thumbnail((_LARGE, _LARGE))
         rgb.save(buffer, "JPEG", quality=_QUALITY, optimize=True)
-    kind = "png" if small else "jpeg"
     return f"data:image/{kind};base64,{b64encode(buffer.getvalue()).decode()}", rgb.size

@@ -1,137 +1,160 @@
-"""The report as one HTML file that fetches nothing and runs nothing."""
+"""The report as one HTML file that fetches nothing and runs nothing, and as Markdown."""
 
+import re
 from base64 import b64encode
 from hashlib import sha256
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from capt_deploy.core.text import counted
 from capt_deploy.core.version import __version__
-from capt_deploy.report.contents import Contents
-from capt_deploy.report.data import ReportData
-from capt_deploy.report.markup import Markup, element, given, scroll, table
-from capt_deploy.report.page_gallery import gallery_section
-from capt_deploy.report.page_plots import confusion_section, reliability_section, risk_section
-from capt_deploy.report.style import CSS
-from capt_deploy.report.texts import (
-    ACCURACY,
-    CONFIDENCE,
-    PROMISES,
-    SCOPE_NAMES,
-    ZERO_SHOT_ACCURACY,
-    Cell,
-    class_table,
-    flattened,
-    headline,
-    headline_caption,
-    notes,
-    promise_table,
-    recovery,
-)
+from capt_deploy.evaluation.summary import percent
+from capt_deploy.report import plots, tables
+from capt_deploy.report.confusions import count_confusions, order_by_confusion
+from capt_deploy.report.measure import FEW
+from capt_deploy.report.results import Results
 
-MADE_BY = "capt-eval report"  # by which an earlier report is known
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
-_NUMBERS = {"images", ACCURACY, CONFIDENCE, ZERO_SHOT_ACCURACY}
+MADE_BY = "capt-eval report"  # marks a file as an earlier report
+_FOLDER = Path(__file__).parent
+_HTML, _MARKDOWN, _STYLE = "report.html.jinja", "report.md.jinja", "style.css"
+_SPECIAL = re.compile(r"([\\`*_{}\[\]|~$#])")
 
 
-def page(data: ReportData, contents: Contents) -> str:
-    """Return the whole page."""
-    sections = {
-        "Headline": _headline(data, contents),
-        "Reliability": reliability_section(contents),
-        "Risk and coverage": risk_section(contents),
-        **({"Sets and rejection": _promises(contents)} if contents.promises else {}),
-        "Confusions": confusion_section(data, contents),
-        "Gallery": gallery_section(contents),
-        "Classes": _classes(contents),
-        "Provenance": _provenance(data),
-    }
-    marks = {title: title.lower().replace(" ", "-") for title in sections}
-    links = [element("li", element("a", title, href=f"#{marks[title]}")) for title in sections]
-    body = element(
-        "body",
-        element("h1", given(data.title)),
-        element("nav", element("ul", *links), aria_label="Contents"),
-        element(
-            "main",
-            *(
-                element("section", element("h2", title, id=marks[title]), *content)
-                for title, content in sections.items()
-            ),
-        ),
-    )
-    return f'<!doctype html>\n<html lang="en">\n{_head(data.title)}\n{body}\n</html>\n'
-
-
-def _head(title: str) -> Markup:
-    own = b64encode(sha256(CSS.encode()).digest()).decode()
-    policy = (
-        f"default-src 'none'; img-src data:; style-src 'sha256-{own}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    return element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=policy),
-        element("meta", name="generator", content=f"{MADE_BY} {__version__}"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("title", title),
-        element("style", Markup(CSS)),
-    )
-
-
-def _headline(data: ReportData, contents: Contents) -> list[Markup]:
-    columns, rows = headline(contents)
-    above = [
-        element("th", part.title, scope="colgroup", colspan=len(part.scopes), class_="first")
-        for part in columns
-    ]
-    kinds = [
-        "number" if place else "number first"
-        for part in columns
-        for place in range(len(part.scopes))
-    ]
-    scopes = [scope for part in columns for scope in part.scopes]
-    below = [
-        element("th", SCOPE_NAMES[scope], scope="col", class_=kind)
-        for scope, kind in zip(scopes, kinds, strict=True)
-    ]
-    lines = [
-        element(
-            "tr",
-            element("th", given(name), scope="row", class_="name"),
-            *map(_cell, cells, kinds),
-            class_="main" if name == contents.main.name else None,
+def render_html(results: Results) -> str:
+    """Return the page."""
+    css = (_FOLDER / _STYLE).read_text(encoding="utf-8")
+    return (
+        _environment()
+        .get_template(_HTML)
+        .render(
+            **_texts(results),
+            css=css,
+            css_hash=b64encode(sha256(css.encode()).digest()).decode(),
+            reliability=_reliability_figures(results),
+            risks=_risk_figures(results),
+            confusions=_confusion_matrix(results),
         )
+    )
+
+
+def render_markdown(results: Results) -> str:
+    """Return the page's tables and sentences, without pictures."""
+    columns, rows = tables.headline(results)
+    header = [f"{part.title}: {scope}" for part in columns for scope in part.scopes]
+    lines = [
+        [name, *(f"{cell.text} ({cell.range})" if cell.range else cell.text for cell in cells)]
         for name, cells in rows
     ]
-    head = element(
-        "thead",
-        element("tr", element("th", "model", scope="col", rowspan=2), *above),
-        element("tr", *below),
+    headline = tables.Table(["model", *header], lines)
+    return _environment().get_template(_MARKDOWN).render(**_texts(results), headline=headline)
+
+
+def escape_markdown(text: str) -> str:
+    """Return text that Markdown shows as it is."""
+    return _SPECIAL.sub(r"\\\1", escape(" ".join(text.split()), quote=False))
+
+
+def _markdown_table(table: tables.Table) -> str:
+    lines = [[escape_markdown(text) for text in row] for row in (table.header, *table.rows)]
+    lines.insert(1, ["---"] * len(table.header))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _environment() -> "Environment":
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(_FOLDER),
+        autoescape=lambda name: name == _HTML,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    caption = element("caption", headline_caption(contents))
-    table = element("table", caption, head, element("tbody", *lines), class_="headline")
-    said = [element("p", given(text), class_="warn") for text in notes(data, contents)]
-    found = recovery(contents)
-    return [
-        *said,
-        scroll("Headline", table),
-        *([] if found is None else [element("p", found)]),
-    ]
+    environment.filters.update(percent=percent, counted=counted)
+    environment.filters.update(plain=escape_markdown, table=_markdown_table)
+    return environment
 
 
-def _cell(cell: Cell, kind: str) -> Markup:
-    return element("td", cell.text, element("small", cell.beneath), class_=kind)
+def _texts(results: Results) -> dict[str, Any]:
+    """Return what both templates show."""
+    columns, rows = tables.headline(results)
+    return {
+        "made_by": f"{MADE_BY} {__version__}",
+        "results": results,
+        "main": results.main.name,
+        "summary": tables.summary_line(results),
+        "context": tables.context_line(results),
+        "warnings": tables.warnings(results),
+        "columns": columns,
+        "rows": rows,
+        "explanations": tables.explanations(results),
+        "changes": tables.tuning_changes(results),
+        "few": FEW,
+        "promises": tables.promise_table(results),
+        "pairs": tables.pair_table(results),
+        "classes": tables.class_table(results),
+        "provenance": tables.Table(
+            ("what", "value"), list(tables.flattened(results.evaluation.provenance))
+        ),
+    }
 
 
-def _promises(contents: Contents) -> list[Markup]:
-    return [table(PROMISES, *promise_table(contents), set())]
+def _reliability_figures(results: Results) -> list[dict[str, str]]:
+    figures = []
+    for model in filter(None, (results.zero_shot, results.main)):
+        for scope, after in model.after.items():
+            before = model.report["uncalibrated"][scope]["ece_15"]
+            text = (
+                f"{_of_scope(results, scope)}: ECE {percent(model.report[scope]['ece_15'])} % "
+                f"(before calibration {percent(before)} %, by chance "
+                f"{percent(model.chance[scope][0])} %)"
+            )
+            url = _data_url(plots.draw_reliability(model.before[scope], after))
+            figures.append({"name": model.name, "text": text, "kind": "Reliability", "url": url})
+    return figures
 
 
-def _classes(contents: Contents) -> list[Markup]:
-    header, rows = class_table(contents)
-    caption = "Every class that has images, among all classes; the least accurate first."
-    return [table(caption, header, rows, _NUMBERS)]
+def _risk_figures(results: Results) -> list[dict[str, str]]:
+    figures = []
+    for scope in results.main.after:
+        areas = {model.name: model.report[scope]["aurc"] for model in results.models}
+        curves = {model.name: model.risks[scope] for model in results.models}
+        url = _data_url(plots.draw_risks(curves, areas))
+        text = f"{_of_scope(results, scope)}: mistakes among the photos answered"
+        figures.append({"name": "all models", "text": text, "kind": "Risk", "url": url})
+    return figures
 
 
-def _provenance(data: ReportData) -> list[Markup]:
-    caption = "Where these figures come from."
-    return [table(caption, ["what", "value"], flattened(data.provenance), set())]
+def _of_scope(results: Results, scope: str) -> str:
+    return f", {scope} classes" if len(results.main.after) > 1 else ""
+
+
+def _confusion_matrix(results: Results) -> dict[str, Any] | None:
+    """Return the picture and how many of the classes it shows; None without confusions."""
+    if not results.pairs:
+        return None
+    counts, _ = count_confusions(results.predictions)
+    order = order_by_confusion(counts, plots.MOST_CLASSES)
+    mined = np.zeros(counts.shape, bool)
+    for true, taken in results.evaluation.pairs:
+        mined[true, taken] = counts[true, taken] > 0
+    shown = np.ix_(order, order)
+    # The shares are of all photos of a class, also of those taken for a class that is not shown.
+    svg = plots.draw_confusions(
+        counts[shown],
+        counts.sum(axis=1)[order],
+        [results.evaluation.class_names[column] for column in order],
+        mined[shown],
+    )
+    return {"url": _data_url(svg), "shown": len(order), "framed": bool(mined[shown].any())}
+
+
+def _data_url(svg: bytes) -> str:
+    return f"data:image/svg+xml;base64,{b64encode(svg).decode()}"

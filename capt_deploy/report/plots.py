@@ -14,12 +14,11 @@ from unicodedata import east_asian_width
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.core.errors import ConfigError
-from capt_deploy.core.install import install_hint
+from capt_deploy.core.text import shortened
 from capt_deploy.metrics.calibration import Floats
 from capt_deploy.metrics.intervals import wilson
 from capt_deploy.metrics.reliability import Reliability
-from capt_deploy.report.data import ZERO_SHOT
+from capt_deploy.report.measure import FEW, ZERO_SHOT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,26 +46,13 @@ _LINES: tuple[dict[str, Any], ...] = (
     {"linestyle": (0, (5, 1, 1, 1)), "marker": "v", "color": "0.2", "markerfacecolor": "white"},
     {"linestyle": (0, (1, 2)), "marker": "P", "color": "0.35"},
 )
-FEW = 10  # images of a bin; fewer say next to nothing
 
 _SMALL_MARKS: dict[str, Any] = {"linestyle": "none", "markersize": 2.5, "clip_on": False}
 
 MOST_CLASSES = 100
+_FEW_CLASSES = 12  # have room for larger cells
 _NUMBERED = 20  # with more classes there is no room for numbers in the cells
 _LONGEST = 28  # characters of a name
-
-
-def check_plotting() -> None:
-    """Make sure, before time is spent, that matplotlib is there.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as cause:
-        hint = install_hint("plot")
-        raise ConfigError(f"--report needs matplotlib ({cause}); {hint}") from cause
 
 
 @contextmanager
@@ -94,10 +80,10 @@ def draw_reliability(before: Reliability, after: Reliability) -> bytes:
             2, 1, sharex=True, height_ratios=(3, 1), gridspec_kw={"hspace": 0.09}
         )
         figure.subplots_adjust(left=0.15, right=0.97, top=0.93, bottom=0.11)
-        for label, own, look in zip(("before", "after"), (before, after), _LINES, strict=False):
-            many, few = own.counts >= FEW, (own.counts > 0) & (own.counts < FEW)
-            above.plot(own.confidence[many], own.accuracy[many], label=label, **look)
-            above.plot(own.confidence[few], own.accuracy[few], **{**look, **_SMALL_MARKS})
+        for label, bins, look in zip(("before", "after"), (before, after), _LINES, strict=False):
+            many, few = bins.counts >= FEW, (bins.counts > 0) & (bins.counts < FEW)
+            above.plot(bins.confidence[many], bins.accuracy[many], label=label, **look)
+            above.plot(bins.confidence[few], bins.accuracy[few], **{**look, **_SMALL_MARKS})
         above.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, label="ideal", zorder=0)
         full = after.counts > 0
         low, high = wilson(after.accuracy[full], after.counts[full])
@@ -107,7 +93,7 @@ def draw_reliability(before: Reliability, after: Reliability) -> bytes:
         below.stairs(after.counts, after.edges, fill=True, color="0.75")
         below.stairs(after.counts, after.edges, color="black", linewidth=0.8)
         below.stairs(before.counts, before.edges, color="0.35", linestyle="--", linewidth=1.2)
-        below.set(xlabel="confidence", ylabel="images")
+        below.set(xlabel="confidence", ylabel="photos")
         _whole_numbers(below)
     return svg.getvalue()
 
@@ -136,12 +122,12 @@ def draw_risks(curves: Mapping[str, tuple[Floats, Floats]], areas: Mapping[str, 
         for number, (name, (coverage, risk)) in enumerate(curves.items()):
             look = _LINES[(first + number) % len(_LINES)]
             step = max(1, len(coverage) // 8)
-            label = f"{areas[name]:.3f} {_fitting(name)}"
+            label = f"{areas[name]:.3f} {shortened(name, _LONGEST)}"
             marks = (number * step // max(1, len(curves)), step)
             panel.plot(coverage, risk, label=label, markevery=marks, **look)
-        panel.set(xlim=(0, 1), xlabel="share of images answered")
+        panel.set(xlim=(0, 1), xlabel="share of photos answered")
         panel.set_ylim(0, max(0.01, 1.05 * max(risk.max() for _, risk in curves.values())))
-        panel.set_ylabel("share of these that is wrong, %")
+        panel.set_ylabel("wrong among these, %")
         panel.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}"))
         panel.grid(color="0.9", linewidth=0.6)
         legend_box = panel.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), frameon=False)
@@ -166,8 +152,10 @@ def draw_confusions(
     """
     from matplotlib.colors import PowerNorm
 
-    names, classes = [_fitting(name) for name in class_names], len(class_names)
-    cell = 0.34 if classes <= _NUMBERED else max(0.1, 0.16 - 0.0006 * classes)
+    names, classes = [shortened(name, _LONGEST) for name in class_names], len(class_names)
+    cell = 0.44 if classes <= _FEW_CLASSES else 0.34
+    if classes > _NUMBERED:
+        cell = max(0.1, 0.16 - 0.0006 * classes)
     size = _SIZE - 1 if classes <= _NUMBERED else _SIZE - 2
     side, room = max(cell * classes, 2.0), 0.35 + max(map(_width, names)) * size / 72
     width, height = room + side + 0.25, room + side + 0.6
@@ -226,10 +214,3 @@ def _letter_width(char: str) -> float:
     if east_asian_width(char) in "WF" or char in "MWmw@%…":
         return 1.0
     return 0.42 if char in " .,:;'|!()/-fijlrtI" else 0.72 if char.isupper() else 0.64
-
-
-def _fitting(name: str) -> str:
-    """Cut a name that is too long, in its middle: the ends tell classes apart."""
-    if len(name) <= _LONGEST:
-        return name
-    return f"{name[: _LONGEST // 2]}…{name[1 - _LONGEST // 2 :]}"

@@ -1,4 +1,4 @@
-"""What prediction sets and rejection come to on these images."""
+"""Whether prediction sets and rejection keep what they promise, on these images."""
 
 from dataclasses import dataclass
 
@@ -6,8 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capt_deploy.confidence.decisions import Decisions
-from capt_deploy.report.data import ReportData
-from capt_deploy.report.measure import probabilities_among, scope_columns
+from capt_deploy.evaluation.evaluate import Evaluation
+from capt_deploy.metrics.calibration import Ints
+from capt_deploy.metrics.intervals import accuracy_interval
+from capt_deploy.report.measure import Predictions, scope_columns
 
 COVERAGES = (0.8, 0.9, 0.95)
 ACCURACIES = (0.7, 0.8, 0.9, 0.95)
@@ -15,47 +17,62 @@ ACCURACIES = (0.7, 0.8, 0.9, 0.95)
 
 @dataclass(frozen=True)
 class Promise:
-    """What was wanted, and what came of it among the images of one scope; shares in 0-1."""
+    """A promised share (0-1), and the share measured on the images of one scope."""
 
-    kind: str  # "coverage" of sets, or "accuracy" of what is not rejected
+    kind: str  # "coverage" of prediction sets, or "accuracy" of what is not rejected
     wanted: float
     scope: str
     found: float | None  # None where nothing is accepted, or nothing can be promised
     size: float | None = None  # classes in a set, on average
     accepted: float | None = None  # share of images
+    verdict: str = ""  # "kept", "kept within chance", "not kept"
 
 
-def promises(data: ReportData) -> list[Promise]:
-    """Return them for base and new classes, among all classes; none without validation images."""
-    if data.decisions is None:
+def promises(evaluation: Evaluation, predictions: Predictions) -> list[Promise]:
+    """Return promises for base and new classes, among all classes; none without decisions."""
+    if evaluation.decisions is None:
         return []
-    every = np.arange(len(data.class_names))
-    probabilities, labels = probabilities_among(data.labels, data.main, every)
-    scopes = [scope for scope in scope_columns(data) if scope != "all"] or ["all"]
-    found = []
-    for scope in scopes:
-        rows = np.isin(labels, scope_columns(data)[scope])
-        found += _of(data.decisions, scope, probabilities[rows], labels[rows])
-    return found
+    columns = scope_columns(evaluation)
+    measured = []
+    for scope in [scope for scope in columns if scope != "all"] or ["all"]:
+        rows = np.isin(predictions.labels, columns[scope])
+        images = predictions.main[rows], predictions.labels[rows]
+        measured += _of_scope(evaluation.decisions, scope, *images)
+    return measured
 
 
-def _of(
-    decisions: Decisions, scope: str, probabilities: NDArray[np.floating], labels: NDArray[np.int64]
+def _of_scope(
+    decisions: Decisions, scope: str, probabilities: NDArray[np.floating], labels: Ints
 ) -> list[Promise]:
-    found = []
-    for coverage in COVERAGES:
-        sets = decisions.sets.sets(probabilities, coverage)
-        inside = float(sets[np.arange(len(labels)), labels].mean())
-        size = float(sets.sum(axis=1).mean())
-        found.append(Promise("coverage", coverage, scope, inside, size=size))
+    measured = []
+    for wanted in COVERAGES:
+        sets = decisions.sets.sets(probabilities, wanted)
+        held = sets[np.arange(len(labels)), labels]
+        share, size = float(held.mean()), float(sets.sum(axis=1).mean())
+        verdict = _verdict(wanted, held)
+        measured.append(Promise("coverage", wanted, scope, share, size=size, verdict=verdict))
     right = probabilities.argmax(axis=1) == labels
     confidence = probabilities.astype(np.float32).max(axis=1)
-    for accuracy in ACCURACIES:
-        threshold = decisions.rejection.threshold(accuracy)
+    for wanted in ACCURACIES:
+        threshold = decisions.rejection.threshold(wanted)
         if threshold is None:
-            found.append(Promise("accuracy", accuracy, scope, None))
+            measured.append(Promise("accuracy", wanted, scope, None))
             continue
-        kept = confidence >= np.float32(threshold)
-        share = float(right[kept].mean()) if kept.any() else None
-        found.append(Promise("accuracy", accuracy, scope, share, accepted=float(kept.mean())))
-    return found
+        accepted = confidence >= np.float32(threshold)
+        some = bool(accepted.any())
+        measured.append(
+            Promise(
+                *("accuracy", wanted, scope),
+                float(right[accepted].mean()) if some else None,
+                accepted=float(accepted.mean()),
+                verdict=_verdict(wanted, right[accepted]) if some else "",
+            )
+        )
+    return measured
+
+
+def _verdict(wanted: float, true: NDArray[np.bool_]) -> str:
+    """Return whether a share is as high as promised, or so near that chance may explain it."""
+    if true.mean() >= wanted:
+        return "kept"
+    return "kept within chance" if accuracy_interval(true)[1] >= wanted else "not kept"

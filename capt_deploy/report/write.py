@@ -12,40 +12,39 @@ from numpy.typing import NDArray
 
 from capt_deploy.core.errors import ConfigError
 from capt_deploy.core.files import write_bytes, write_json
+from capt_deploy.core.install import require_packages
 from capt_deploy.core.version import __version__
-from capt_deploy.report.classes import confusion_counts
-from capt_deploy.report.contents import Contents, find_contents
-from capt_deploy.report.data import ReportData, checked
-from capt_deploy.report.gallery import Group
-from capt_deploy.report.markdown import markdown
-from capt_deploy.report.measure import Model
-from capt_deploy.report.page import MADE_BY, page
-from capt_deploy.report.plots import check_plotting
+from capt_deploy.evaluation.evaluate import Evaluation
+from capt_deploy.report.confusions import count_confusions
+from capt_deploy.report.gallery import CardGroup
+from capt_deploy.report.measure import MeasuredModel
+from capt_deploy.report.page import MADE_BY, render_html, render_markdown
+from capt_deploy.report.results import Results, find_results
 
 FILES = ("report.json", "report.md", "report.html")
 _START = 2000  # bytes in which a file says who made it
 
 
 def check_folder(folder: Path) -> None:
-    """Make sure, before time is spent, that a report can be written to this folder.
+    """Make sure, before time is spent, that a report can be written to a folder.
 
     Raises:
-        ConfigError: it holds anything but an earlier report, it cannot be written to, or
-            matplotlib is missing.
+        ConfigError: the folder holds anything but an earlier report or cannot be written to, or
+            a package is missing.
     """
-    check_plotting()
+    require_packages("--report", "plot", "matplotlib", "jinja2")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder}: expected a folder for the report, came a file")
-    parent = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(f"{folder}: {parent} is no folder that can be written to")
+        raise ConfigError(f"{folder}: expected {parent} to be a folder that can be written to")
     # Hidden files, as desktops leave them, are never written to.
     visible = [file for file in folder.glob("*") if not file.name.startswith(".")]
-    others = [file.name for file in visible if not _is_report(file)]
-    if others:
+    foreign = [file.name for file in visible if not _is_report(file)]
+    if foreign:
         raise ConfigError(
             f"{folder}: expected a new folder or one with an earlier report, came one with "
-            f"{', '.join(sorted(others)[:3])}; choose another, so that nothing gets lost"
+            f"{', '.join(sorted(foreign)[:3])}; choose another, so that nothing gets lost"
         )
 
 
@@ -56,49 +55,48 @@ def _is_report(file: Path) -> bool:
         return MADE_BY.encode() in opened.read(_START)
 
 
-def write_report(data: ReportData, folder: Path) -> Path:
+def write_report(evaluation: Evaluation, title: str, folder: Path) -> Path:
     """Write the report and return the page's path; each file is written atomically.
 
     Raises:
-        CaptError: see `check_folder` and `checked`.
-        ValueError: see `checked`.
+        CaptError: see `check_folder` and `find_results`.
         TypeError: the provenance holds what JSON cannot.
     """
     check_folder(folder)
-    data = checked(data)
-    contents = find_contents(data)
-    html, text = page(data, contents), markdown(data, contents)
-    write_json(folder / "report.json", as_json(data, contents))
-    write_bytes(folder / "report.md", f"<!-- {MADE_BY} {__version__} -->\n\n{text}".encode())
+    results = find_results(evaluation, title)
+    html, markdown = render_html(results), render_markdown(results)
+    write_json(folder / "report.json", as_json(results))
+    write_bytes(folder / "report.md", markdown.encode())
     write_bytes(folder / "report.html", html.encode())
     return folder / "report.html"
 
 
-def as_json(data: ReportData, contents: Contents) -> dict[str, Any]:
-    """Return all figures for JSON; what is not defined is None, and pictures are left out."""
-    counts = confusion_counts(contents.joint.labels, contents.joint.main)
+def as_json(results: Results) -> dict[str, Any]:
+    """Return all figures for JSON, without pictures; what is not defined is None."""
+    evaluation = results.evaluation
+    counts, _ = count_confusions(results.predictions)
     np.fill_diagonal(counts, 0)
     true, predicted = np.nonzero(counts)
     return {
         "made_by": f"{MADE_BY} {__version__}",
-        "title": data.title,
-        "main": contents.main.name,
-        "class_names": data.class_names,
-        "tuned": list(map(bool, data.tuned)),
-        "models": [_model(model) for model in contents.models],
-        "confused_pairs": [asdict(pair) for pair in contents.pairs],
+        "title": results.title,
+        "main": results.main.name,
+        "class_names": evaluation.class_names,
+        "tuned": list(map(bool, evaluation.tuned)),
+        "models": [_model(model) for model in results.models],
+        "confused_pairs": [asdict(pair) for pair in results.pairs],
         "confusions": _lists(
             {"true": true, "predicted": predicted, "images": counts[true, predicted]}
         ),
-        "gallery": [_group(group) for group in contents.gallery],
-        "promises": [asdict(own) for own in contents.promises],
-        "classes": [asdict(row) for row in contents.classes],
-        "provenance": data.provenance,
-        "notes": data.notes,
+        "gallery": [_group(group) for group in results.gallery],
+        "promises": [asdict(promise) for promise in results.promises],
+        "classes": [asdict(row) for row in results.classes],
+        "provenance": evaluation.provenance,
+        "notes": evaluation.notes,
     }
 
 
-def _model(model: Model) -> dict[str, Any]:
+def _model(model: MeasuredModel) -> dict[str, Any]:
     return {
         "name": model.name,
         **model.report,
@@ -121,12 +119,12 @@ def _model(model: Model) -> dict[str, Any]:
     }
 
 
-def _group(group: Group) -> dict[str, Any]:
+def _group(group: CardGroup) -> dict[str, Any]:
     cards = [
         {
             "file": card.file,
             "true": card.true,
-            "probabilities": {name: dict(bars) for name, bars in card.bars.items()},
+            "probabilities": {name: dict(shares) for name, shares in card.top_classes.items()},
         }
         for card in group.cards
     ]

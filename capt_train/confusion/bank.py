@@ -15,7 +15,7 @@ from torch import Tensor
 
 from capt_deploy.core.errors import RunError
 from capt_deploy.core.files import write_bytes
-from capt_deploy.evaluation.evaluate import Pair
+from capt_deploy.evaluation.evaluate import ClassPair
 
 _FORMAT = {"format": "capt-confusion-bank 1"}  # two keys would be written in any order
 _RETRIEVAL_CHUNK = 256  # rows; bounds the memory of queries × confused samples
@@ -163,7 +163,7 @@ def pairs(bank: ConfusionBank, k: int) -> list[tuple[int, int, int]]:
     ]
 
 
-def confused_pairs(bank: ConfusionBank) -> dict[Pair, float]:
+def confused_pairs(bank: ConfusionBank) -> dict[ClassPair, float]:
     """Return the cells of `N` that are not zero, `{(true, predicted): count}`, by class."""
     cells = bank.counts.nonzero()
     counts = bank.counts[cells[:, 0], cells[:, 1]].tolist()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from capt_deploy.core.errors import RunError
 from capt_deploy.core.files import read_json, write_json
-from capt_deploy.evaluation.evaluate import Pair
+from capt_deploy.evaluation.evaluate import ClassPair
 
 if TYPE_CHECKING:
     from capt_train.confusion.bank import ConfusionBank
@@ -114,8 +114,8 @@ def read_confusions(path: Path) -> Confusions:
 
 def _paths_behind(
     banks: Sequence["ConfusionBank"], samples: Sequence[str]
-) -> Mapping[Pair, tuple[str, ...]]:
-    behind: dict[Pair, dict[str, None]] = {}  # in the order of the images, each once
+) -> Mapping[ClassPair, tuple[str, ...]]:
+    behind: dict[ClassPair, dict[str, None]] = {}  # in the order of the images, each once
     columns = [banks[0].labels.tolist(), *(bank.predicted.tolist() for bank in banks)]
     for path, true, *taken in zip(samples, *columns, strict=True):
         for predicted in taken:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from capt_deploy.core.files import write_bytes
+from capt_deploy.core.text import shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +48,7 @@ def plot_confusions(
     shown = {"before tuning": before}
     if after is not None:
         shown["after tuning"] = after
-    names = [_fitting(name) for name in class_names]
+    names = [shortened(name, _LONGEST) for name in class_names]
     side = min(max(3.2, 0.19 * len(names)), 9.6)  # inches, as all below
     room = 1.0 + 0.075 * max(map(len, names)) if len(names) <= _LABELLED else 1.0
     below = room if len(names) <= _LABELLED else 2.0
@@ -130,11 +131,3 @@ def _whole_numbers() -> "MaxNLocator":
 
 def _number(count: float) -> str:
     return f"{round(count, 1):.10g}"
-
-
-def _fitting(name: str) -> str:
-    """Cut a name that is too long, in its middle: the ends tell classes apart."""
-    flat = " ".join(name.split())
-    if len(flat) <= _LONGEST:
-        return flat
-    return f"{flat[: _LONGEST // 2]}…{flat[1 - _LONGEST // 2 :]}"

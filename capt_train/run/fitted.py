@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from capt_deploy.evaluation.evaluate import Pair
+from capt_deploy.evaluation.evaluate import ClassPair
 from capt_train.calibrate.calibrators import UNCALIBRATED, Calibration
 from capt_train.method.mixture import Mixture
 
@@ -13,7 +13,7 @@ from capt_train.method.mixture import Mixture
 class Fitted:
     """What is measured on training and validation images around the tuning."""
 
-    pairs: Mapping[Pair, int]  # zero-shot confusions among the training images
+    pairs: Mapping[ClassPair, int]  # zero-shot confusions among the training images
     mixture: Mixture
     strength: float = 1.0  # κ of the visual side
     calibration: Calibration = UNCALIBRATED

@@ -1,7 +1,6 @@
 """`capt-eval`: the same report for a run (in torch) and for a bundle (no torch needed)."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -9,23 +8,24 @@ from capt_deploy.core.console import Command, PathInHome, print_json, say
 from capt_deploy.core.version import __version__
 from capt_deploy.evaluation.evaluate import SCOPES
 
-if TYPE_CHECKING:
-    from capt_deploy.evaluation.evaluate import Report
-
-_Asked = tuple[Path, str, Path | None]  # data set, split, class names
-
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("run_or_bundle", type=PathInHome())
-@click.option("--data", required=True, type=PathInHome(), help="As of capt-train.")
-@click.option("--split", type=click.Choice(["train", "val", "test"]), default="test")
+@click.option("--data", required=True, type=PathInHome(), help="Labelled images, as capt-train's.")
+@click.option(
+    "--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True
+)
 @click.option(
     "--classes", type=click.Choice(SCOPES), help="Measure only these; by default all that exist."
 )
-@click.option("--class-names", type=PathInHome(), help="As of capt-train.")
-@click.option("--backend", default="auto", show_default=True, help="Of a bundle.")
-@click.option("--report", "folder", type=PathInHome(), help="Write a page about it, with pictures.")
-@click.option("--exported", type=PathInHome(), help="The run's bundle, to be on that page as well.")
+@click.option("--class-names", type=PathInHome(), help="A file of class names, as capt-train's.")
+@click.option("--backend", default="auto", show_default=True, help="What runs a bundle.")
+@click.option(
+    "--report", "folder", type=PathInHome(), help="Write a page with plots and photos to a folder."
+)
+@click.option(
+    "--exported", type=PathInHome(), help="With --report: the run's bundle, to compare with it."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout.")
 @click.version_option(__version__, prog_name="capt")
 def main(
@@ -39,7 +39,7 @@ def main(
     exported: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure accuracy, calibration and confusion of RUN_OR_BUNDLE on labelled images.
+    """Measure accuracy, calibration and confusions of RUN_OR_BUNDLE on labelled images.
 
     \b
     Example:
@@ -47,7 +47,7 @@ def main(
       capt-eval mine.capt --data photos --split val --json
       capt-eval runs/mine --data photos --exported mine.capt --report page
     """
-    from capt_deploy.bundle.read import is_bundle
+    from capt_deploy.bundle.read import is_bundle, open_bundle
     from capt_deploy.core.errors import RunError
     from capt_deploy.evaluation.summary import confused_pairs_table, summary
 
@@ -62,59 +62,20 @@ def main(
         if classes is not None:
             raise click.UsageError("--report shows all classes; leave --classes out")
         if exported is not None:
-            from capt_deploy.bundle.read import open_bundle
-
             open_bundle(exported)
-    asked = (data, split, class_names)
-    if is_bundle(run_or_bundle):
-        report = _bundle(run_or_bundle, asked, classes, backend, folder)
-    else:
-        report = _run(run_or_bundle, asked, classes, backend, folder, exported)
+    from export.report import score
+
+    evaluation = score(
+        *(run_or_bundle, data, split, class_names, backend),
+        exported=exported,
+        all_graphs=folder is not None,
+    )
+    report = evaluation.report(classes)
+    if folder is not None:
+        from capt_deploy.report import write_report
+
+        title = f"{run_or_bundle.stem} on the {split} images of {data.resolve().name}"
+        say(f"report written to {write_report(evaluation, title, folder)}")
     if as_json:
         print_json(report)
     say(f"\n{summary(report)}\n\n{confused_pairs_table(report)}")
-
-
-def _bundle(
-    bundle: Path, asked: _Asked, scope: str | None, backend: str, folder: Path | None
-) -> "Report":
-    if folder is None:
-        from capt_deploy.evaluation.scoring import score_bundle
-
-        return score_bundle(bundle, *asked, backend).report(scope)
-    from export.report import ask_all, of_bundle, split_notes, write
-
-    scored, notes = ask_all(bundle, *asked, backend)
-    report = scored[0].report(scope)
-    notes = (*notes, *split_notes(asked[1]))
-    write(of_bundle(scored, notes, _title(bundle, asked)), folder)
-    return report
-
-
-def _run(
-    run: Path,
-    asked: _Asked,
-    scope: str | None,
-    backend: str,
-    folder: Path | None,
-    exported: Path | None,
-) -> "Report":
-    from capt_train.run.evaluate import score_run
-
-    scored = score_run(run, *asked)
-    report = scored.report(scope)
-    if folder is None:
-        return report
-    from export.report import ask_all, joined, of_bundle, of_run, split_notes, write
-
-    title = _title(run, asked)
-    page = of_run(scored, run.name, title, split_notes(asked[1]))
-    if exported is not None:
-        page = joined(page, of_bundle(*ask_all(exported, *asked, backend), title))
-    write(page, folder)
-    return report
-
-
-def _title(path: Path, asked: _Asked) -> str:
-    data, split, _ = asked
-    return f"{path.stem}: {split} images of {data.resolve().name}"

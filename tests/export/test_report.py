@@ -56,16 +56,16 @@ def test_images_that_only_one_of_them_could_read_are_left_out(
 ):
     import export.report as module
 
-    own = shutil.copytree(photos, tmp_path / "photos")
-    whole = module.ask_all
+    data = shutil.copytree(photos, tmp_path / "photos")
+    score_graphs = module.score_graphs
 
     def with_a_loss(*arguments):
-        (own / "test" / "blue_sky" / "0.png").write_bytes(b"gone since")
-        return whole(*arguments)
+        (data / "test" / "blue_sky" / "0.png").write_bytes(b"gone since")
+        return score_graphs(*arguments)
 
-    monkeypatch.setattr(module, "ask_all", with_a_loss)
+    monkeypatch.setattr(module, "score_graphs", with_a_loss)
     page = tmp_path / "page"
-    result = evaluate(tuned_run, "--data", own, "--exported", bundle, "--report", page)
+    result = evaluate(tuned_run, "--data", data, "--exported", bundle, "--report", page)
     assert result.exit_code == 0, result.output
     _, tuned, fp32 = json.loads((page / "report.json").read_text())["models"]
     assert tuned["all"]["n"] == fp32["all"]["n"] == 19
@@ -76,7 +76,10 @@ def test_a_bundle_of_another_run_is_refused(tuned_run, golden_bundle, photos, tm
     page = tmp_path / "page"
     result = evaluate(tuned_run, "--data", photos, "--exported", golden_bundle, "--report", page)
     assert result.exit_code == 2
-    assert "--exported: not exported from this run; other " in result.stderr
+    assert (
+        "--exported: expected a bundle exported from this run, came one that differs in "
+        in result.stderr
+    )
     assert not page.exists()
 
 
@@ -93,14 +96,14 @@ def test_what_takes_from_the_figures_is_said_on_the_page(tuned_run, bundle, phot
     result = evaluate(bundle, "--data", own, "--split", "val", "--report", page)
     assert result.exit_code == 0, result.output
     notes = json.loads((page / "report.json").read_text())["notes"]
-    assert any("1 images could not be read" in note for note in notes)
+    assert any("1 image could not be read" in note for note in notes)
     assert any("used to choose and calibrate the model" in note for note in notes)
-    assert any("the frozen model is not in this bundle" in note for note in notes)
+    assert any("to compare with it, evaluate the run" in note for note in notes)
     shutil.copy(own / "train" / "red_ball" / "0.png", own / "test" / "red_ball" / "0.png")
     shutil.copytree(own / "train", own / "test", dirs_exist_ok=True)
     result = evaluate(tuned_run, "--data", own, "--report", page)
     notes = json.loads((page / "report.json").read_text())["notes"]
-    assert any("are also among those that the run has used" in note for note in notes)
+    assert any("of this split were also used to make the model" in note for note in notes)
 
 
 def test_a_page_about_a_bundle_needs_no_torch(bundle, photos, tmp_path):
@@ -147,5 +150,5 @@ def test_a_bundle_of_other_classes_is_refused(tuned_run, photos, tmp_path):
     other = export_run(tuned_run, tmp_path / "x.capt", class_names=names)
     result = evaluate(tuned_run, "--data", photos, "--exported", other, "--report", tmp_path / "p")
     assert result.exit_code == 2
-    assert "has other classes than the run" in result.stderr
+    assert "expected a bundle of the run's classes" in result.stderr
     assert not (tmp_path / "p").exists()

@@ -85,5 +85,5 @@ def test_a_class_that_the_bundle_does_not_know_is_refused(data):
 
 
 def test_a_lone_graph_has_no_zero_shot_rows_to_compare_with(data):
-    with pytest.raises(BundleError, match="lone graph"):
+    with pytest.raises(BundleError, match="expected a bundle, came a graph alone"):
         evaluate_bundle(BUNDLE / "model.onnx", data)

@@ -27,9 +27,11 @@ def test_the_table_sets_tuned_beside_zero_shot() -> None:
     assert lines[0] == "%          base    new  harmonic   all  ECE base  ECE new  ECE all"
     assert lines[2].split() == ["zero-shot", "33.3", "100.0", "50.0", "40.0", "66.7", "0.0", "60.0"]
     assert lines[3].split() == ["tuned", "66.7", "100.0", "80.0", "80.0", "33.3", "0.0", "20.0"]
-    assert lines[4:] == [
-        "of 2 zero-shot errors in confused pairs 1 (50.0 %) are recovered,",
-        "of 1 right answers 0 (0.0 %) are broken",
+    assert lines[4].endswith("; base: classes tuned on, new: the others")
+    assert lines[5:] == [
+        "tuning corrects 1 of the 2 images (50.0 %) in which zero-shot makes a mistake known from "
+        "training",
+        "tuning breaks 0 of the 1 image (0.0 %) that zero-shot gets right",
     ]
 
 
@@ -41,7 +43,7 @@ def test_columns_that_do_not_exist_are_left_out() -> None:
 
 
 def test_worse_than_zero_shot_is_a_warning_for_that_scope() -> None:
-    sentence = "tuned is worse than zero-shot on all classes: 80.0 < 100.0"
+    sentence = "tuned is less accurate than zero-shot on all classes: 80.0 % < 100.0 %"
     assert worse_than_zero_shot(WORSE) == [sentence]
     assert f"WARNING: {sentence}" in summary(WORSE).split("\n")
     assert worse_than_zero_shot(BETTER) == []
@@ -52,15 +54,21 @@ def test_equal_accuracy_is_no_warning() -> None:
     assert worse_than_zero_shot(report([0, 1, 1, 2, 2], [1, 0, 1, 2, 2], [True] * 3)) == []
 
 
-def test_where_nothing_could_be_recovered_there_is_no_share() -> None:
-    wanted = "of 0 zero-shot errors in confused pairs 0 (- %) are recovered,\n"
-    assert wanted + "of 5 right answers 1 (20.0 %) are broken" in summary(WORSE)
+def test_nothing_is_said_of_no_images() -> None:
+    text = summary(WORSE)  # zero-shot makes no mistake
+    assert "tuning breaks 1 of the 5 images (20.0 %) that zero-shot gets right" in text
+    assert "corrects" not in text and "base:" not in text
+    never_right = summary(report([1, 1, 2, 0, 0], [0, 0, 1, 2, 2], [True] * 3))
+    assert "tuning corrects 2 of the 2 images (100.0 %)" in never_right
+    assert "breaks" not in never_right
 
 
 def test_unreadable_images_are_counted_and_the_first_named() -> None:
     skipped = [[f"a/{number}.jpg", "truncated"] for number in range(5)]
     text = summary({**BETTER, "skipped": skipped})
-    assert text.endswith("\n5 images could not be read: a/0.jpg, a/1.jpg, a/2.jpg")
+    assert text.endswith("\n5 images could not be read: a/0.jpg, a/1.jpg, a/2.jpg, …")
+    text = summary({**BETTER, "skipped": skipped[:1]})
+    assert text.endswith("\n1 image could not be read: a/0.jpg")
 
 
 def test_confused_pairs_are_listed_worst_first() -> None:

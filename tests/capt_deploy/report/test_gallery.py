@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from capt_deploy.report.classes import Joint
-from capt_deploy.report.gallery import gallery, short_names, thumbnail
+from capt_deploy.report.gallery import make_gallery, short_names, thumbnail
+from capt_deploy.report.measure import Predictions
 
 # One row each of: recovered, still wrong, newly broken, right by both, recovered and worse.
 LABELS = np.array([0, 0, 0, 0, 1])
@@ -41,7 +41,7 @@ def decoded(url):
 
 
 def test_images_are_grouped_by_what_tuning_did_the_worst_first(make_data):
-    groups = gallery(make_data(5), Joint(LABELS, AFTER, BEFORE))
+    groups = make_gallery(make_data(5), Predictions(LABELS, AFTER, BEFORE))
     assert [group.title for group in groups] == ["Recovered", "Still wrong", "Newly broken"]
     files = [[card.file for card in group.cards] for group in groups]
     assert files == [["4.png", "0.png"], ["1.png"], ["2.png"]]
@@ -49,23 +49,23 @@ def test_images_are_grouped_by_what_tuning_did_the_worst_first(make_data):
 
 
 def test_bars_are_the_first_three_classes_and_the_true_one(make_data):
-    _, still, _ = gallery(make_data(5), Joint(LABELS, AFTER, BEFORE))
+    _, still, _ = make_gallery(make_data(5), Predictions(LABELS, AFTER, BEFORE))
     (card,) = still.cards
     assert card.true == "cat"
-    assert card.bars["tuned"] == [("dog", 0.5), ("cow", 0.4), ("hen", 0.08), ("cat", 0.02)]
-    assert card.bars["zero-shot"] == [("dog", 0.7), ("cat", 0.1), ("cow", 0.1)]
+    assert card.top_classes["tuned"] == [("dog", 0.5), ("cow", 0.4), ("hen", 0.08), ("cat", 0.02)]
+    assert card.top_classes["zero-shot"] == [("dog", 0.7), ("cat", 0.1), ("cow", 0.1)]
 
 
 def test_without_zero_shot_there_are_the_most_confident_mistakes(make_data):
-    (group,) = gallery(make_data(5, zero_shot=False), Joint(LABELS, AFTER, None))
+    (group,) = make_gallery(make_data(5, zero_shot=False), Predictions(LABELS, AFTER, None))
     assert [card.file for card in group.cards] == ["2.png", "1.png"]
-    assert list(group.cards[0].bars) == ["tuned"]
+    assert list(group.cards[0].top_classes) == ["tuned"]
 
 
 def test_no_more_images_than_one_can_look_at(make_data):
     answers = np.tile([[0.9, 0.1]], (40, 1))
     data = make_data(40, ("a", "b"), zero_shot=False)
-    (group,) = gallery(data, Joint(np.ones(40, np.int64), answers, None))
+    (group,) = make_gallery(data, Predictions(np.ones(40, np.int64), answers, None))
     assert (group.images, len(group.cards)) == (40, 12)
 
 

@@ -8,24 +8,28 @@ import pytest
 from capt_deploy.confidence.distance_aware import applied
 from capt_deploy.confidence.top_label import TopLabelMap
 from capt_deploy.confidence.vector_scaling import VectorScaling
+from capt_deploy.evaluation.evaluate import Scores
 from capt_deploy.metrics.calibration import (
     expected_calibration_error,
     negative_log_likelihood,
     softmax,
 )
 from capt_deploy.metrics.reliability import reliability
-from capt_deploy.report.data import Answers
-from capt_deploy.report.measure import measure, probabilities_among, scope_columns
+from capt_deploy.report.measure import measure_models, scope_columns
 
 HALF = (True, True, False, False)
+
+
+def measure_main(data):
+    return measure_models(data)[-1]
 
 
 def test_scopes_are_those_that_have_images(make_data):
     data = make_data(tuned=HALF)
     found = {scope: columns.tolist() for scope, columns in scope_columns(data).items()}
     assert found == {"base": [0, 1], "new": [2, 3], "all": [0, 1, 2, 3]}
-    new = data.labels >= 2
-    part = replace(data, labels=data.labels[new], files=np.asarray(data.files)[new].tolist())
+    new = data.main.labels >= 2
+    part = replace(data, scores={"tuned": data.main.rows(np.flatnonzero(new))})
     assert list(scope_columns(part)) == ["new", "all"]
 
 
@@ -37,9 +41,8 @@ def test_where_all_classes_are_alike_there_is_one_scope(make_data, tuned):
 def test_probabilities_are_among_the_own_classes_with_their_factors():
     logits = np.array([[1.0, 2.0, 9.0], [0.5, 0.2, 0.1], [3.0, 1.0, 2.0]])
     factors = np.array([1.0, 1.0, 0.5])
-    found, labels = probabilities_among(
-        np.array([2, 0, 1]), Answers("x", logits, 1.0, factors), np.array([1, 2])
-    )
+    scores = Scores(np.array([2, 0, 1]), logits, None, factors=factors)
+    found, labels = scores.among(np.array([1, 2]))
     expected = np.array([[2.0, 9.0], [1.0, 2.0]]) * 0.5
     assert np.allclose(found, softmax(expected))
     assert labels.tolist() == [1, 0]
@@ -47,16 +50,17 @@ def test_probabilities_are_among_the_own_classes_with_their_factors():
 
 def test_the_map_of_the_top_label_counts_after_calibration_alone(make_data):
     data = make_data(images=300, tuned=HALF)
-    plain = data.main
     steep = TopLabelMap((0.0,), (0.5,), 2.0, 2.0)
     vector = VectorScaling((1.0, 2.0, 0.5, 1.0), (0.0, 1.0, -1.0, 0.0))
-    raw = plain.logits * plain.temperature
-    own = Answers(plain.name, vector.applied(raw) / 2, 2.0, None, top_label=steep, vector=vector)
-    found = measure(data, own)
+    raw = data.main.tuned * data.main.temperature
+    scores = Scores(
+        *(data.main.labels, vector.applied(raw) / 2, None, 2.0), top_label=steep, vector=vector
+    )
+    (found,) = measure_models(replace(data, scores={"tuned": scores}))
     columns = np.flatnonzero(data.tuned)
-    rows = np.isin(data.labels, columns)
-    labels = np.searchsorted(columns, data.labels[rows])
-    mapped = softmax(steep.shifted(own.logits[rows][:, columns]))
+    rows = np.isin(scores.labels, columns)
+    labels = np.searchsorted(columns, scores.labels[rows])
+    mapped = softmax(steep.shifted(scores.tuned[rows][:, columns]))
     before = softmax(raw[rows][:, columns])
     assert found.report["base"]["ece_15"] == expected_calibration_error(mapped, labels)
     assert found.report["uncalibrated"]["base"]["nll"] == pytest.approx(
@@ -69,34 +73,34 @@ def test_the_map_of_the_top_label_counts_after_calibration_alone(make_data):
 def test_diagrams_and_curves_are_of_what_the_table_says(make_data):
     data = make_data(images=200, tuned=HALF)
     factors = np.array([1, 1, 0.7, 0.8])
-    tuned = replace(data.models[1], factors=factors)
-    data = replace(data, models=[data.models[0], tuned])
-    found = measure(data, tuned)
+    tuned = replace(data.main, factors=factors)
+    data = replace(data, scores={"tuned": tuned})
+    found = measure_main(data)
     for scope in ("base", "new", "all"):
         for part, curve in (
             (found.report, found.after),
             (found.report["uncalibrated"], found.before),
         ):
-            own = curve[scope]
-            full = own.counts > 0
-            gaps = own.counts[full] * np.abs(own.confidence[full] - own.accuracy[full])
-            assert gaps.sum() / own.counts.sum() == pytest.approx(part[scope]["ece_15"])
+            bins = curve[scope]
+            full = bins.counts > 0
+            gaps = bins.counts[full] * np.abs(bins.confidence[full] - bins.accuracy[full])
+            assert gaps.sum() / bins.counts.sum() == pytest.approx(part[scope]["ece_15"])
         coverage, risk = found.risks[scope]
         assert coverage[-1] == 1
         assert risk[-1] == pytest.approx(1 - found.report[scope]["accuracy"])
         mean, quantile = found.chance[scope]
         assert 0 < mean < quantile < 0.5
-    all_of_them = softmax(applied(tuned.logits, factors))
-    assert found.report["all"]["accuracy"] == np.mean(all_of_them.argmax(axis=1) == data.labels)
+    all_of_them = softmax(applied(tuned.tuned, factors))
+    assert found.report["all"]["accuracy"] == np.mean(all_of_them.argmax(axis=1) == tuned.labels)
 
 
 def test_intervals_are_those_of_resampled_images(make_data):
     data = make_data(images=400, tuned=HALF, strength=1.0)
-    found = measure(data, data.main)
+    found = measure_main(data)
     rng = np.random.default_rng(7)
     shares = {}
     for scope, columns in scope_columns(data).items():
-        probabilities, labels = probabilities_among(data.labels, data.main, columns)
+        probabilities, labels = data.main.among(columns)
         right = probabilities.argmax(axis=1) == labels
         shares[scope] = rng.binomial(len(right), right.mean(), 20_000) / len(right)
     shares["harmonic_mean"] = 2 / (1 / shares["base"] + 1 / shares["new"])
@@ -107,7 +111,7 @@ def test_intervals_are_those_of_resampled_images(make_data):
 
 def test_that_every_image_is_right_does_not_say_that_every_other_one_would_be(make_data):
     data = make_data(strength=50, tuned=HALF)
-    found = measure(data, data.main)
+    found = measure_main(data)
     assert set(found.intervals) == {"base", "new", "harmonic_mean", "all"}
     for low, high in found.intervals.values():
         assert 0.5 < low < 0.99
@@ -118,9 +122,9 @@ def test_that_every_image_is_right_does_not_say_that_every_other_one_would_be(ma
 
 def test_a_part_that_is_all_right_still_counts_in_the_harmonic_mean(make_data):
     data = make_data(images=200, tuned=HALF)
-    sure = np.where(data.labels[:, np.newaxis] < 2, 50 * np.eye(4)[data.labels], data.main.logits)
-    model = replace(data.main, logits=sure)
-    found = measure(replace(data, models=[data.models[0], model]), model)
+    labels = data.main.labels
+    sure = np.where(labels[:, np.newaxis] < 2, 50 * np.eye(4)[labels], data.main.tuned)
+    found = measure_main(replace(data, scores={"tuned": replace(data.main, tuned=sure)}))
     assert found.intervals["base"][1] == 1
     low, high = found.intervals["harmonic_mean"]
     assert low < found.report["harmonic_mean"] < high

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from capt_deploy.report.contents import find_contents
-from capt_deploy.report.data import checked
-from capt_deploy.report.page import page
+from capt_deploy.report.page import escape_markdown, render_html, render_markdown
+from capt_deploy.report.results import find_results
 
 pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
 EVIL = "<script>alert(1)</script>"
 
 
@@ -43,9 +43,8 @@ class Reader(HTMLParser):
         return [attributes for name, attributes in self.found if name == tag]
 
 
-def read(data):
-    data = checked(data)
-    return Reader(page(data, find_contents(data)))
+def read(data, title="Some animals"):
+    return Reader(render_html(find_results(data, title)))
 
 
 @pytest.fixture
@@ -55,34 +54,32 @@ def evil(make_data):
         names=(EVIL, "a&amp;b", "'\"", "水族館"),
         tuned=(True, True, False, False),
         files=files,
-        title=EVIL,
         provenance={EVIL: {EVIL: [EVIL]}},
         notes=[EVIL],
     )
-    return replace(data, models=[data.models[0], replace(data.models[1], name=EVIL)])
+    return replace(data, scores={EVIL: data.main})
 
 
 def test_names_of_the_users_stay_text(evil):
-    found = read(evil)
+    found = read(evil, EVIL)
     assert not {"script", "iframe", "object", "link", "form"} & {name for name, _ in found.found}
     assert EVIL in found.text and "a&amp;b" in found.text and "水族館" in found.text
     for name, attributes in found.found:
         assert not [key for key in attributes if key.startswith("on") or key == "style"], name
-    assert all(own["src"].startswith("data:image/") for own in found.all("img"))
+    assert all(image["src"].startswith("data:image/") for image in found.all("img"))
 
 
 def test_nothing_is_fetched_and_nothing_runs(make_data):
     found = read(make_data())
     marks = {attributes["id"] for _, attributes in found.found if "id" in attributes}
-    links = [own["href"] for own in found.all("a")]
+    links = [link["href"] for link in found.all("a")]
     assert links and {link.removeprefix("#") for link in links} == marks
-    (policy,) = [own["content"] for own in found.all("meta") if "http-equiv" in own]
+    (policy,) = [meta["content"] for meta in found.all("meta") if "http-equiv" in meta]
     assert policy.startswith("default-src 'none'; img-src data:; style-src 'sha256-")
 
 
 def test_the_policy_lets_the_own_style_in(make_data):
-    data = checked(make_data())
-    text = page(data, find_contents(data))
+    text = render_html(find_results(make_data(), ""))
     (css,) = re.findall("<style>(.*?)</style>", text, re.DOTALL)
     assert b64encode(sha256(css.encode()).digest()).decode() in text
     assert "url(" not in css and "@import" not in css
@@ -90,20 +87,19 @@ def test_the_policy_lets_the_own_style_in(make_data):
 
 def test_pictures_have_texts_and_tables_captions(make_data):
     found = read(make_data(tuned=(True, True, False, False)))
-    assert all(own["alt"] for own in found.all("img"))
+    assert all(image["alt"] for image in found.all("img"))
     assert len(found.all("caption")) == len(found.all("table")) == 4
     titles = [name for name, _ in found.found if name in ("h1", "h2")]
-    assert titles == ["h1", *["h2"] * 7]
-    assert len([own for own in found.all("img") if "Reliability" in own["alt"]]) == 6
-    assert len([own for own in found.all("img") if "Risk" in own["alt"]]) == 3
-    assert len([own for own in found.all("img") if "Confusion" in own["alt"]]) == 1
+    assert titles == ["h1", *["h2"] * 6]
+    texts = [image["alt"] for image in found.all("img")]
+    for kind, count in (("Reliability", 6), ("Risk", 3), ("Confusion", 1)):
+        assert len([text for text in texts if text.startswith(kind)]) == count
 
 
 def test_figures_of_the_headline_are_those_of_the_data(make_data):
-    data = checked(make_data(tuned=(True, True, False, False)))
-    contents = find_contents(data)
-    text = Reader(page(data, contents)).text
-    main = contents.main
+    results = find_results(make_data(tuned=(True, True, False, False)), "")
+    text = " ".join(Reader(render_html(results)).text.split())
+    main = results.main
     assert f"{100 * main.report['harmonic_mean']:.1f}" in text
     for scope in ("base", "new", "all"):
         low, high = main.intervals[scope]
@@ -114,10 +110,74 @@ def test_figures_of_the_headline_are_those_of_the_data(make_data):
 
 def test_tuning_that_makes_it_worse_is_said(make_data):
     data = make_data(strength=-3)
-    assert "tuned is worse than zero-shot on all classes" in read(data).text
+    assert "tuned is less accurate than zero-shot on all classes" in read(data).text
 
 
 def test_without_a_zero_shot_model_nothing_is_compared(make_data):
     text = read(make_data(zero_shot=False)).text
     assert "zero-shot" not in text.lower()
     assert "Wrong: " in text
+
+
+def test_the_first_lines_say_how_good_the_model_is(make_data):
+    results = find_results(make_data(images=100, strength=4.0), "")
+    right = round(100 * results.main.report["all"]["accuracy"])
+    before = round(100 * results.zero_shot.report["all"]["accuracy"])
+    worst = results.pairs[0]
+    text = read(make_data(images=100, strength=4.0)).text
+    assert f"Right on {right} of 100 photos ({right} %; zero-shot {before} %)." in text
+    confidence = results.predictions.main.max(axis=1)
+    sure = confidence >= 0.8
+    hits = (results.predictions.main.argmax(axis=1) == results.predictions.labels)[sure]
+    assert (
+        f"Where it is at least 80 % sure ({sure.sum()} photos), it says "
+        f"{100 * confidence[sure].mean():.0f} % on average and is right on "
+        f"{100 * hits.mean():.0f} %."
+    ) in text
+    assert f"Most often confused: {worst.true} taken for {worst.predicted} (" in text
+
+
+def test_few_sure_photos_and_no_confusions_are_not_made_much_of(make_data):
+    text = read(make_data(images=1, strength=60.0)).text
+    assert "Right on 1 of 1 photo (100 %" in text
+    assert "Most often confused" not in text and "takes no photo for another class" in text
+    assert not re.search(r"\b1 (photos|images)\b|\bof 0 |\(- %\)", text)
+
+
+def test_only_confusions_that_happened_are_framed(make_data, monkeypatch):
+    from capt_deploy.report import plots
+
+    framed = []
+    monkeypatch.setattr(
+        plots, "draw_confusions", lambda counts, _, __, mined: framed.append((counts, mined)) or b""
+    )
+    read(make_data(pairs=[(a, b) for a in range(4) for b in range(4) if a != b]))
+    ((counts, mined),) = framed
+    assert mined.any() and (counts[mined] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a|b", r"a\|b"),
+        ("<script>&", "&lt;script&gt;&amp;"),
+        ("aquarium_fish *x* `y` [z](u)", r"aquarium\_fish \*x\* \`y\` \[z\](u)"),
+        ("back\\slash", "back\\\\slash"),
+        (" a  b\n", "a b"),
+        ("水族館 0.5", "水族館 0.5"),
+    ],
+)
+def test_what_markdown_would_read_otherwise_is_escaped(text, expected):
+    assert escape_markdown(text) == expected
+
+
+def test_all_rows_of_a_table_have_as_many_cells(make_data):
+    data = make_data(names=("a|b", "c", "d", "e"), tuned=(True, True, False, False))
+    found = render_markdown(find_results(data, "One"))
+    assert found.startswith("<!-- capt-eval report ") and "\n\n# One\n\nRight on " in found
+    tables = [part.splitlines() for part in found.split("\n\n") if part.startswith("| ")]
+    assert len(tables) == 4
+    for lines in tables:
+        cells = {line.replace(r"\|", "").count("|") for line in lines}
+        assert len(cells) == 1
+    assert "| versions / numpy | 2 |" in found and "| classes | 1, 2 |" in found

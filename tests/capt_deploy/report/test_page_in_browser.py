@@ -9,6 +9,7 @@ from capt_deploy.report import write_report
 from tests.examples.browser import find_chromium, open_page
 
 pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
 LONG = "a name that somebody made a whole sentence of, with averyveryverylongwordthatnothingbreaks"
 # What sticks out of the page, but for what can be scrolled or is cut on purpose.
 OUTSIDE = """[...document.querySelectorAll('body *')].filter(
@@ -30,7 +31,7 @@ def report(make_data, tmp_path: Path) -> Path:
     files = [tmp_path / f"{number}.png" for number in range(60)]
     names = (LONG, "<script>document.title = 'caught'</script>", "c", "d")
     data = make_data(names=names, files=files, tuned=(True, True, False, False), strength=1.0)
-    return write_report(data, tmp_path / "report")
+    return write_report(data, "Some animals", tmp_path / "report")
 
 
 @pytest.mark.parametrize("width", [400, 1200])

@@ -1,7 +1,6 @@
 """The plots are whole SVGs that need no colours."""
 
 import re
-import sys
 from base64 import b64decode
 from io import BytesIO
 from xml.etree import ElementTree
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from capt_deploy.core.errors import ConfigError
 from capt_deploy.metrics.reliability import reliability, risk_coverage
 from capt_deploy.report import plots
 
@@ -44,7 +42,7 @@ def draw_all():
 
 def test_plots_name_what_they_show():
     drawn = draw_all()
-    assert {"before", "after", "ideal", "confidence", "images"} <= set(texts(drawn["reliability"]))
+    assert {"before", "after", "ideal", "confidence", "photos"} <= set(texts(drawn["reliability"]))
     assert {"0.250 zero-shot", "0.125 tuned"} <= set(texts(drawn["risks"]))
     found = texts(drawn["confusions"])
     assert found.count("cat") == found.count("$x_1$ <&>") == 2
@@ -85,8 +83,8 @@ def test_cells_are_as_dark_as_their_share_of_the_class():
 
 def test_bins_of_few_and_of_right_images_have_whiskers_too():
     probabilities = np.array([[0.9, 0.1]] * 50 + [[0.6, 0.4]] * 2)
-    own = reliability(probabilities, np.zeros(52, np.int64))
-    assert b"nan" not in plots.draw_reliability(own, own)
+    bins = reliability(probabilities, np.zeros(52, np.int64))
+    assert b"nan" not in plots.draw_reliability(bins, bins)
 
 
 def test_up_to_a_hundred_classes_are_all_named():
@@ -96,25 +94,22 @@ def test_up_to_a_hundred_classes_are_all_named():
     assert all(found.count(name) == 2 for name in names)
 
 
-def test_long_names_are_cut_in_their_middle():
-    assert plots._fitting("a" * 28) == "a" * 28
-    cut = plots._fitting("begin" + "x" * 50 + "end")
-    assert len(cut) == 28 and cut.startswith("begin") and cut.endswith("end")
-
-
 def test_one_image_that_is_right_can_be_drawn():
     probabilities, labels = np.array([[1.0, 0.0]]), np.array([0])
-    own = reliability(probabilities, labels)
-    assert texts(plots.draw_reliability(own, own))
+    bins = reliability(probabilities, labels)
+    assert texts(plots.draw_reliability(bins, bins))
     assert texts(plots.draw_risks({"tuned": risk_coverage(probabilities, labels)}, {"tuned": 0.0}))
 
 
+<<<<<<< HEAD
 def test_missing_matplotlib_is_said_with_the_way_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match=r"--report needs matplotlib .*pip install '\.\[plot\]'"):
         plots.check_plotting()
 
 
+=======
+>>>>>>> fe90c51 (The report is a template, a stylesheet and tables; one value holds an evaluation of a run or a bundle)
 def test_a_bin_with_few_images_gets_no_line(monkeypatch):
     from matplotlib.axes import Axes
 
@@ -124,8 +119,8 @@ def test_a_bin_with_few_images_gets_no_line(monkeypatch):
         Axes, "plot", lambda self, *a, **o: drawn.append((a, o)) or plot(self, *a, **o)
     )
     probabilities = np.array([[0.9, 0.1]] * 50 + [[0.6, 0.4]] * 9)
-    own = reliability(probabilities, np.zeros(59, np.int64))
-    plots.draw_reliability(own, own)
+    bins = reliability(probabilities, np.zeros(59, np.int64))
+    plots.draw_reliability(bins, bins)
     (many, few) = drawn[:2]
     assert many[0][0].tolist() == pytest.approx([0.9]) and many[1]["linestyle"] == "--"
     assert few[0][0].tolist() == pytest.approx([0.6]) and few[1]["linestyle"] == "none"

@@ -9,9 +9,9 @@ import pytest
 
 from capt_deploy.core.errors import ConfigError, DataError
 from capt_deploy.report import check_folder, write_report
-from capt_deploy.report.data import Answers
 
 pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
 FILES = ["report.html", "report.json", "report.md"]
 
 
@@ -27,21 +27,21 @@ def loaded(folder):
 def test_a_report_is_three_files_and_can_be_written_again(make_data, tmp_path):
     folder = tmp_path / "new" / "report"
     for title in ("One", "Two"):
-        assert write_report(make_data(title=title), folder) == folder / "report.html"
+        assert write_report(make_data(), title, folder) == folder / "report.html"
     assert sorted(file.name for file in folder.iterdir()) == FILES
     assert all("Two" in (folder / name).read_text(encoding="utf-8") for name in FILES)
 
 
 def test_the_same_data_give_the_same_files(make_data, tmp_path):
     for name in ("a", "b"):
-        write_report(make_data(), tmp_path / name)
+        write_report(make_data(), "Animals", tmp_path / name)
     for name in FILES:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_json_has_the_figures(make_data, tmp_path):
     data = make_data(tuned=(True, True, False, False), notes=["mind this"])
-    write_report(data, tmp_path / "r")
+    write_report(data, "Animals", tmp_path / "r")
     found = loaded(tmp_path / "r")
     before, after = found["models"]
     assert (before["name"], after["name"], found["main"]) == ("zero-shot", "tuned", "tuned")
@@ -60,14 +60,14 @@ def test_what_is_not_a_report_is_never_touched(make_data, tmp_path, name):
     file.parent.mkdir(parents=True)
     file.write_text("mine")
     with pytest.raises(ConfigError, match=r"earlier report, came one with .*choose another"):
-        write_report(make_data(), tmp_path / "r")
+        write_report(make_data(), "Animals", tmp_path / "r")
     assert file.read_text() == "mine"
     assert [one for one in (tmp_path / "r").rglob("*") if one.is_file()] == [file]
 
 
 def test_hidden_files_may_lie_beside_a_report(make_data, tmp_path):
     (tmp_path / ".DS_Store").write_text("mine")
-    write_report(make_data(), tmp_path)
+    write_report(make_data(), "Animals", tmp_path)
     assert (tmp_path / ".DS_Store").read_text() == "mine"
 
 
@@ -78,22 +78,26 @@ def test_a_file_is_no_folder(make_data, tmp_path):
             check_folder(folder)
 
 
-def test_missing_matplotlib_is_said_before_anything_is_written(make_data, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match="matplotlib"):
-        write_report(make_data(), tmp_path / "r")
+@pytest.mark.parametrize("name", ["matplotlib", "jinja2"])
+def test_a_missing_package_is_said_before_anything_is_written(
+    make_data, tmp_path, monkeypatch, name
+):
+    monkeypatch.setitem(sys.modules, name, None)
+    install = rf"--report needs matplotlib and jinja2 .*{name}.*; pip install matplotlib jinja2"
+    with pytest.raises(ConfigError, match=install):
+        write_report(make_data(), "Animals", tmp_path / "r")
     assert not (tmp_path / "r").exists()
 
 
 def test_data_that_are_refused_leave_an_earlier_report_alone(make_data, tmp_path):
     data = make_data()
-    write_report(data, tmp_path)
+    write_report(data, "Animals", tmp_path)
     earlier = (tmp_path / "report.html").read_bytes()
-    wrong = replace(data.models[1], logits=np.full((60, 4), np.nan))
+    wrong = replace(data.main, tuned=np.full((60, 4), np.nan))
     with pytest.raises(DataError):
-        write_report(replace(data, models=[data.models[0], wrong]), tmp_path)
+        write_report(replace(data, scores={"tuned": wrong}), "Animals", tmp_path)
     with pytest.raises(TypeError):
-        write_report(replace(data, provenance={"when": object()}), tmp_path)
+        write_report(replace(data, provenance={"when": object()}), "Animals", tmp_path)
     assert (tmp_path / "report.html").read_bytes() == earlier
 
 
@@ -118,17 +122,16 @@ EDGES = {
 @pytest.mark.parametrize("case", EDGES)
 def test_any_data_make_a_report(make_data, tmp_path, case):
     data = make_data(**EDGES[case])
-    write_report(data, tmp_path / "r")
+    write_report(data, "Animals", tmp_path / "r")
     found = loaded(tmp_path / "r")
     assert found["class_names"] == list(data.class_names)
-    assert found["models"][-1]["all"]["n"] == len(data.labels)
+    assert found["models"][-1]["all"]["n"] == len(data.files)
     html = (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
-    assert all(name in html for name in data.class_names[: len(data.labels)][:1])
+    assert all(name in html for name in data.class_names[: len(data.files)][:1])
 
 
 def test_more_models_than_there_are_kinds_of_lines(make_data, tmp_path):
     data = make_data()
-    logits = data.main.logits
-    more = [Answers(f"exported {index}", logits, 1.0) for index in range(9)]
-    write_report(replace(data, models=[*data.models, *more]), tmp_path / "r")
+    more = {f"exported {index}": data.main for index in range(9)}
+    write_report(replace(data, scores={**data.scores, **more}), "Animals", tmp_path / "r")
     assert len(loaded(tmp_path / "r")["models"]) == 11

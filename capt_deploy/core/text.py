@@ -1,0 +1,30 @@
+"""Words for numbers, and texts that fit where they are shown."""
+
+import unicodedata
+
+_UNPRINTABLE = ("Cc", "Cs")  # categories: control characters, halves of a character
+
+
+def counted(number: int, noun: str = "image") -> str:
+    """Return a number with its noun, such as `1 image` or `2,000 images`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def shortened(name: str, longest: int) -> str:
+    """Return the name on one line, cut in its middle: the ends tell classes apart."""
+    name = " ".join(name.split())
+    if len(name) <= longest:
+        return name
+    return f"{name[: longest // 2]}…{name[1 - longest // 2 :]}"
+
+
+def printable(text: str) -> str:
+    """Return text on one line, without characters that XML cannot hold."""
+    return "".join(map(_printable_char, text))
+
+
+def _printable_char(char: str) -> str:
+    if char.isspace():
+        return " "
+    bad = unicodedata.category(char) in _UNPRINTABLE or char in "\ufffe\uffff"
+    return "\N{REPLACEMENT CHARACTER}" if bad else char

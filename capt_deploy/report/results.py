@@ -1,0 +1,107 @@
+"""All that a report says, measured once for its page, its Markdown and its JSON."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from capt_deploy.core.errors import DataError
+from capt_deploy.core.text import printable
+from capt_deploy.evaluation.evaluate import Evaluation, Scores
+from capt_deploy.report.confusions import ClassRow, ConfusedPair, class_rows, confused_pairs
+from capt_deploy.report.gallery import CardGroup, make_gallery
+from capt_deploy.report.measure import (
+    ZERO_SHOT,
+    MeasuredModel,
+    Predictions,
+    measure_models,
+    predict,
+)
+from capt_deploy.report.promises import Promise, promises
+
+
+@dataclass(frozen=True, eq=False)  # arrays have no single truth value to compare by
+class Results:
+    """Everything that a report says."""
+
+    title: str
+    evaluation: Evaluation
+    models: list[MeasuredModel]  # the zero-shot one first, if there is one; then the main one
+    predictions: Predictions
+    pairs: list[ConfusedPair]
+    gallery: list[CardGroup]
+    classes: list[ClassRow]
+    promises: list[Promise]
+
+    @property
+    def zero_shot(self) -> MeasuredModel | None:
+        """Return the zero-shot model, if there is one."""
+        return self.models[0] if self.models[0].name == ZERO_SHOT else None
+
+    @property
+    def main(self) -> MeasuredModel:
+        """Return the model that the report is about."""
+        return self.models[0 if self.zero_shot is None else 1]
+
+
+def find_results(evaluation: Evaluation, title: str) -> Results:
+    """Measure all models, and choose the photos and pairs to show.
+
+    Raises:
+        DataError: logits, temperature or factors that no calibration gives.
+    """
+    evaluation = _checked(evaluation)
+    predictions = predict(evaluation)
+    return Results(
+        printable(title),
+        evaluation,
+        measure_models(evaluation),
+        predictions,
+        confused_pairs(evaluation, predictions),
+        make_gallery(evaluation, predictions),
+        class_rows(evaluation, predictions),
+        promises(evaluation, predictions),
+    )
+
+
+def _checked(evaluation: Evaluation) -> Evaluation:
+    """Return the evaluation with names that can be printed anywhere.
+
+    Raises:
+        DataError: logits, temperature or factors that no calibration gives.
+    """
+    frozen = evaluation.main.zero_shot_alone
+    for name, scores in {**evaluation.scores, **({ZERO_SHOT: frozen} if frozen else {})}.items():
+        _check_finite(name, scores)
+    return replace(
+        evaluation,
+        class_names=[printable(name) for name in evaluation.class_names],
+        scores={printable(name): scores for name, scores in evaluation.scores.items()},
+        provenance=_printable_values(evaluation.provenance),
+        notes=[printable(note) for note in evaluation.notes],
+    )
+
+
+def _check_finite(name: str, scores: Scores) -> None:
+    factors = scores.factors
+    if factors is not None and not (np.isfinite(factors) & (factors > 0)).all():
+        raise DataError(
+            f"{name}: expected factors of distance-aware calibration above 0, "
+            f"came {factors.min()} to {factors.max()}; export it again"
+        )
+    wrong = int((~np.isfinite(scores.tuned)).any(axis=1).sum())
+    if wrong or not (np.isfinite(scores.temperature) and scores.temperature > 0):
+        raise DataError(
+            f"{name}: expected finite logits and a positive temperature, came NaN or infinity for "
+            f"{wrong} of {len(scores.labels)} images, temperature {scores.temperature}; "
+            "a model in half precision that overflows does so: export it as fp32"
+        )
+
+
+def _printable_values(value: Any) -> Any:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, Mapping):
+        return {printable(str(key)): _printable_values(inner) for key, inner in value.items()}
+    return [_printable_values(item) for item in value] if isinstance(value, list | tuple) else value

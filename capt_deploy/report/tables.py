@@ -1,0 +1,233 @@
+"""Tables and sentences that the page and the Markdown have in common."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from capt_deploy.core.text import counted
+from capt_deploy.evaluation.evaluate import SCOPES
+from capt_deploy.evaluation.summary import changes, percent, worse_than_zero_shot
+from capt_deploy.report.measure import FEW, MeasuredModel
+from capt_deploy.report.promises import Promise
+from capt_deploy.report.results import Results
+
+NONE = "–"
+_SURE = 0.8
+_ACCURACIES = ("base", "new", "harmonic", "all")
+_ACCURACY = "accuracy, %"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Texts of a table; the first column names the row."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numbers: Sequence[str] = ()  # titles of columns to be aligned to the right
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Neighbouring columns of the headline table: a figure, measured in several scopes."""
+
+    title: str
+    scopes: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure, and the range to read it with."""
+
+    text: str
+    range: str = ""
+
+
+def summary_line(results: Results) -> str:
+    """Return the report in a few sentences: accuracy, confidence, the worst confusion."""
+    labels, probabilities = results.predictions.labels, results.predictions.main
+    right, confidence = probabilities.argmax(axis=1) == labels, probabilities.max(axis=1)
+    share = _whole_percent(float(right.mean()))
+    if results.zero_shot is not None:
+        share += f"; zero-shot {_whole_percent(results.zero_shot.report['all']['accuracy'])}"
+    sentences = [f"Right on {right.sum():,} of {counted(len(right), 'photo')} ({share})."]
+    sure = confidence >= _SURE
+    beginning = f"Where it is at least {_whole_percent(_SURE)} sure"
+    if sure.sum() >= FEW:
+        beginning += f" ({counted(int(sure.sum()), 'photo')}), it says"
+    else:
+        sure[:], beginning = True, "It says"
+    sentences.append(
+        f"{beginning} {_whole_percent(float(confidence[sure].mean()))} on average and is right on "
+        f"{_whole_percent(float(right[sure].mean()))}."
+    )
+    if results.pairs:
+        worst = results.pairs[0]
+        photos = counted(worst.main, "photo")
+        sentences.append(
+            f"Most often confused: {worst.true} taken for {worst.predicted} ({photos})."
+        )
+    return " ".join(sentences)
+
+
+def _whole_percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def context_line(results: Results) -> str:
+    """Return how many photos and classes, and which models."""
+    classes = len(results.evaluation.class_names)
+    noun = "class" if classes == 1 else "classes"
+    others = [model.name for model in results.models if model is not results.main]
+    compared = f", compared with {', '.join(others)}" if others else ""
+    return f"{results.main.name} among {classes:,} {noun}{compared}."
+
+
+def warnings(results: Results) -> list[str]:
+    """Return what a reader has to know before the figures."""
+    return [*results.evaluation.notes, *worse_than_zero_shot(results.main.report)]
+
+
+def headline(results: Results) -> tuple[list[Columns], list[tuple[str, list[Cell]]]]:
+    """Return columns of the headline table, and name and cells of each model."""
+    scopes = list(results.main.after)
+    accuracies = [*scopes]
+    if results.main.report["harmonic_mean"] is not None:
+        accuracies.insert(2, "harmonic")
+    columns = [
+        Columns("Accuracy, %", accuracies),
+        Columns("Calibration error (ECE), %", scopes),
+        Columns("Negative log-likelihood", scopes),
+    ]
+    rows = []
+    for model in results.models:
+        cells = [_accuracy(model, scope) for scope in accuracies]
+        cells += [_calibration_error(model, scope) for scope in scopes]
+        cells += [Cell(f"{model.report[scope]['nll']:.3f}") for scope in scopes]
+        rows.append((model.name, cells))
+    return columns, rows
+
+
+def _accuracy(model: MeasuredModel, scope: str) -> Cell:
+    if scope == "harmonic":
+        value, (low, high) = model.report["harmonic_mean"], model.intervals["harmonic_mean"]
+    else:
+        value, (low, high) = model.report[scope]["accuracy"], model.intervals[scope]
+    return Cell(percent(value), f"{percent(low)}–{percent(high)}")
+
+
+def _calibration_error(model: MeasuredModel, scope: str) -> Cell:
+    _, quantile = model.chance[scope]
+    return Cell(percent(model.report[scope]["ece_15"]), f"chance ≤ {percent(quantile)}")
+
+
+def explanations(results: Results) -> list[tuple[str, str]]:
+    """Return each term of the headline table and what it means."""
+    terms = [
+        (
+            "Accuracy",
+            "the share of photos that are right. Below it the 95 % confidence interval: where the "
+            "accuracy on very many such photos would lie.",
+        ),
+        (
+            "Calibration error (ECE)",
+            "by how much confidence and accuracy differ on average, in 15 bins of confidence. "
+            "Below it what a perfectly calibrated model may show by chance on so few photos: up to "
+            "there an error is no sign of a fault.",
+        ),
+        (
+            "Negative log-likelihood",
+            "how much the true classes surprise the model; confident mistakes count most. Lower is "
+            "better.",
+        ),
+    ]
+    report = results.main.report
+    scopes = [scope for scope in SCOPES if scope in results.main.after]
+    if len(scopes) > 1:
+        photos = ", ".join(f"{scope} {report[scope]['n']:,}" for scope in scopes)
+        meaning = (
+            "base are classes that the model was tuned on, new are classes that it never saw, each "
+            "measured among its own classes; all is all photos among all classes; harmonic is the "
+            f"harmonic mean of base and new, high only if both are. Photos: {photos}."
+        )
+        terms.append(("Base, new, all", meaning))
+    return terms
+
+
+def tuning_changes(results: Results) -> list[str]:
+    """Return what tuning corrected and broke; nothing without a zero-shot model."""
+    counts = results.main.report["confusion"]["counts"]
+    return [] if counts is None else changes(counts)
+
+
+def class_table(results: Results) -> Table:
+    """Return the figures of each class."""
+    both = len({row.tuned for row in results.classes}) > 1
+    before = results.zero_shot is not None
+    confidence, zero_shot = "mean confidence, %", f"zero-shot {_ACCURACY}"
+    header = ["class", *(["part"] if both else []), "photos", _ACCURACY, confidence]
+    header += [*([zero_shot] if before else []), "most frequent mistake"]
+    rows = []
+    for row in results.classes:
+        part = ["base" if row.tuned else "new"] if both else []
+        figures = [f"{row.images:,}", percent(row.accuracy), percent(row.confidence)]
+        figures += [percent(row.zero_shot)] if before else []
+        mistake = f"{row.mistake} ({row.mistaken:,})" if row.mistake else NONE
+        rows.append([row.name, *part, *figures, mistake])
+    return Table(header, rows, ("photos", _ACCURACY, confidence, zero_shot))
+
+
+def pair_table(results: Results) -> Table:
+    """Return the most confused pairs."""
+    before = results.zero_shot is not None
+    counts = [*(["zero-shot"] if before else []), results.main.name]
+    rows = [
+        [
+            *(pair.true, pair.predicted),
+            *([f"{pair.zero_shot:,}"] if before else []),
+            *(f"{pair.main:,}", "yes" if pair.mined else ""),
+        ]
+        for pair in results.pairs
+    ]
+    return Table(["true class", "taken for", *counts, "known from training"], rows, counts)
+
+
+def promise_table(results: Results) -> Table:
+    """Return what is promised and what was measured, a column for each scope."""
+    scopes = list(dict.fromkeys(promise.scope for promise in results.promises))
+    wanted = list(dict.fromkeys((promise.kind, promise.wanted) for promise in results.promises))
+    cells = {
+        (promise.kind, promise.wanted, promise.scope): _measured(promise)
+        for promise in results.promises
+    }
+    names = {
+        "coverage": "true class in the set: {} %",
+        "accuracy": "right answers: {} %",
+    }
+    rows = [
+        [names[kind].format(f"{100 * share:g}"), *(cells[kind, share, scope] for scope in scopes)]
+        for kind, share in wanted
+    ]
+    return Table(["promise", *(["on these photos"] if scopes == ["all"] else scopes)], rows)
+
+
+def _measured(promise: Promise) -> str:
+    if promise.kind == "coverage":
+        return f"{promise.verdict}: {percent(promise.found)} % ({promise.size:.1f} classes)"
+    if promise.accepted is None:
+        return "cannot be promised"
+    if promise.found is None:
+        return "no photo is answered"
+    answered = f"{percent(promise.accepted)} % answered"
+    return f"{promise.verdict}: {percent(promise.found)} % ({answered})"
+
+
+def flattened(value: Any, *path: str) -> Iterator[tuple[str, str]]:
+    """Yield name and text of everything in a nested value; a list is one text."""
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from flattened(inner, *path, str(key))
+    else:
+        items = value if isinstance(value, list) else [value]
+        texts = [item if isinstance(item, str) else json.dumps(item) for item in items]
+        yield " / ".join(path), NONE if value in (None, {}) else ", ".join(texts) or NONE
