@@ -120,10 +120,10 @@ def _measure(place: World, folder: Path, seed: int) -> dict[str, Any]:
         export_run(runs["capt"], out, options=options)
         gate = read_json(out / REPORT, BundleError)["gate"]
         for precision in _PRECISIONS:
-            asked = score_bundle(out, place.data, backend="onnxruntime-cpu", precision=precision)
-            ece[f"capt, exported {precision}"] = _both(asked.report())
+            scored = score_bundle(out, place.data, "test", None, "onnxruntime-cpu", precision)
+            ece[f"capt, exported {precision}"] = _both(scored.report())
             if precision == "fp32":
-                decisions = asked.bundle.decisions()
+                decisions = scored.decisions
     if decisions is None:
         raise ConfigError("the bundle has no scores of validation images")
     scopes = {scope: _scope(tuned, scope) for scope in (BASE, NEW)}

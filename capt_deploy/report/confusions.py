@@ -99,42 +99,34 @@ def confused_pairs(evaluation: Evaluation, predictions: Predictions) -> list[Con
 def order_by_confusion(counts: NDArray[np.int64], most: int) -> list[int]:
     """Return up to `most` classes, ordered so that those often confused stand together.
 
-    Starting with every class alone, the two groups that hold the most confused pair are joined, at
-    the ends that bring these two closest, and so on with the next pair. Where there are more than
-    `most` classes, those of the worst pairs are taken.
+    From the most confused pair on, the class most confused with either end of the row is put
+    there. Where there are more than `most` classes, those of the worst pairs are taken.
 
     Args:
         counts: (classes, classes) of images, `[true, predicted]`.
         most: classes that can be shown, at least 2.
     """
-    both = np.triu(counts + counts.T, 1)
-    first, second = np.nonzero(both)
+    both = counts + counts.T
+    np.fill_diagonal(both, 0)
+    first, second = np.nonzero(np.triu(both))
     worst = np.argsort(-both[first, second], kind="stable")
     pairs = [(int(first[index]), int(second[index])) for index in worst]
+    left = set(range(len(counts)))
     if len(counts) > most:
-        kept: set[int] = set()
+        left = set()
         for pair in pairs:
-            if len(kept | set(pair)) <= most:
-                kept |= set(pair)
-        pairs = [pair for pair in pairs if kept.issuperset(pair)]
-    else:
-        kept = set(range(len(counts)))
-    groups = {index: [index] for index in sorted(kept)}
-    for left, right in pairs:
-        _join(groups, left, right)
-    chains = {id(group): group for group in groups.values()}
-    return [index for group in sorted(chains.values(), key=len, reverse=True) for index in group]
-
-
-def _join(groups: dict[int, list[int]], left: int, right: int) -> None:
-    """Make the groups of two classes one, with the two as close to each other as can be."""
-    before, after = groups[left], groups[right]
-    if before is after:
-        return
-    if before.index(left) < len(before) / 2 - 0.5:
-        before = before[::-1]
-    if after.index(right) > len(after) / 2 - 0.5:
-        after = after[::-1]
-    joined = before + after
-    for index in joined:
-        groups[index] = joined
+            if len(left.union(pair)) <= most:
+                left.update(pair)
+    order: list[int] = []
+    for start in [column for pair in pairs for column in pair] + sorted(left):
+        row = [start] if start in left else []
+        left.difference_update(row)
+        while row and left:
+            ends = [(end, column) for end in (row[0], row[-1]) for column in sorted(left)]
+            end, column = max(ends, key=lambda cell: int(both[cell]))
+            if not both[end, column]:
+                break
+            row.insert(0 if end == row[0] else len(row), column)
+            left.remove(column)
+        order += row
+    return order

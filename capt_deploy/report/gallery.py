@@ -100,7 +100,7 @@ def make_gallery(evaluation: Evaluation, predictions: Predictions) -> list[CardG
 
 def _worst(chosen: NDArray[np.bool_], badness: Floats) -> list[int]:
     rows = np.flatnonzero(chosen)
-    return rows[np.argsort(-badness[rows], kind="stable")[:_MOST_CARDS]].tolist()
+    return list(map(int, rows[np.argsort(-badness[rows], kind="stable")[:_MOST_CARDS]]))
 
 
 def _top_classes(probabilities: Floats, true: int, class_names: Sequence[str]) -> TopClasses:

@@ -46,10 +46,10 @@ def render_html(results: Results) -> str:
 def render_markdown(results: Results) -> str:
     """Return the page's tables and sentences, without pictures."""
     columns, rows = tables.headline(results)
-    header = [f"{part.title}: {scope}" for part in columns for scope in part.scopes]
+    header = [f"{title}: {scope}" for title, scopes in columns.items() for scope in scopes]
     lines = [
-        [name, *(f"{cell.text} ({cell.range})" if cell.range else cell.text for cell in cells)]
-        for name, cells in rows
+        [name, *(f"{text} ({limits})" if limits else text for text, limits in cells)]
+        for name, cells in rows.items()
     ]
     headline = tables.Table(["model", *header], lines)
     return _environment().get_template(_MARKDOWN).render(**_texts(results), headline=headline)
@@ -94,7 +94,6 @@ def _texts(results: Results) -> dict[str, Any]:
         "warnings": tables.warnings(results),
         "columns": columns,
         "rows": rows,
-        "explanations": tables.explanations(results),
         "changes": tables.tuning_changes(results),
         "few": FEW,
         "promises": tables.promise_table(results),

@@ -207,10 +207,5 @@ def _name_axes(panel: "Axes", names: Sequence[str], size: float) -> None:
 
 def _width(text: str) -> float:
     """Return the width of a text in multiples of its size, rather more than less."""
-    return sum(map(_letter_width, text))
-
-
-def _letter_width(char: str) -> float:
-    if east_asian_width(char) in "WF" or char in "MWmw@%…":
-        return 1.0
-    return 0.42 if char in " .,:;'|!()/-fijlrtI" else 0.72 if char.isupper() else 0.64
+    sizes = {"W": 1.0, "F": 1.0}
+    return sum(sizes.get(east_asian_width(c), 0.8 if c.isupper() else 0.66) for c in text)

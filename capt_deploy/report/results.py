@@ -8,7 +8,7 @@ import numpy as np
 
 from capt_deploy.core.errors import DataError
 from capt_deploy.core.text import printable
-from capt_deploy.evaluation.evaluate import Evaluation, Scores
+from capt_deploy.evaluation.evaluate import Evaluation
 from capt_deploy.report.confusions import ClassRow, ConfusedPair, class_rows, confused_pairs
 from capt_deploy.report.gallery import CardGroup, make_gallery
 from capt_deploy.report.measure import (
@@ -49,7 +49,7 @@ def find_results(evaluation: Evaluation, title: str) -> Results:
     """Measure all models, and choose the photos and pairs to show.
 
     Raises:
-        DataError: logits, temperature or factors that no calibration gives.
+        DataError: logits are not finite.
     """
     evaluation = _checked(evaluation)
     predictions = predict(evaluation)
@@ -66,14 +66,16 @@ def find_results(evaluation: Evaluation, title: str) -> Results:
 
 
 def _checked(evaluation: Evaluation) -> Evaluation:
-    """Return the evaluation with names that can be printed anywhere.
-
-    Raises:
-        DataError: logits, temperature or factors that no calibration gives.
-    """
+    """Return the evaluation with names that can be printed anywhere."""
     frozen = evaluation.main.zero_shot_alone
     for name, scores in {**evaluation.scores, **({ZERO_SHOT: frozen} if frozen else {})}.items():
-        _check_finite(name, scores)
+        wrong = int((~np.isfinite(scores.tuned)).any(axis=1).sum())
+        if wrong:
+            raise DataError(
+                f"{name}: expected finite logits, came NaN or infinity for {wrong} of "
+                f"{len(scores.labels)} images; a model in half precision that overflows does so: "
+                "export it as fp32"
+            )
     return replace(
         evaluation,
         class_names=[printable(name) for name in evaluation.class_names],
@@ -81,22 +83,6 @@ def _checked(evaluation: Evaluation) -> Evaluation:
         provenance=_printable_values(evaluation.provenance),
         notes=[printable(note) for note in evaluation.notes],
     )
-
-
-def _check_finite(name: str, scores: Scores) -> None:
-    factors = scores.factors
-    if factors is not None and not (np.isfinite(factors) & (factors > 0)).all():
-        raise DataError(
-            f"{name}: expected factors of distance-aware calibration above 0, "
-            f"came {factors.min()} to {factors.max()}; export it again"
-        )
-    wrong = int((~np.isfinite(scores.tuned)).any(axis=1).sum())
-    if wrong or not (np.isfinite(scores.temperature) and scores.temperature > 0):
-        raise DataError(
-            f"{name}: expected finite logits and a positive temperature, came NaN or infinity for "
-            f"{wrong} of {len(scores.labels)} images, temperature {scores.temperature}; "
-            "a model in half precision that overflows does so: export it as fp32"
-        )
 
 
 def _printable_values(value: Any) -> Any:

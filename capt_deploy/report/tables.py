@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from capt_deploy.core.text import counted
-from capt_deploy.evaluation.evaluate import SCOPES
 from capt_deploy.evaluation.summary import changes, percent, worse_than_zero_shot
 from capt_deploy.report.measure import FEW, MeasuredModel
 from capt_deploy.report.promises import Promise
@@ -14,8 +13,9 @@ from capt_deploy.report.results import Results
 
 NONE = "–"
 _SURE = 0.8
-_ACCURACIES = ("base", "new", "harmonic", "all")
 _ACCURACY = "accuracy, %"
+
+Cell = tuple[str, str]  # a figure, and the range to read it with
 
 
 @dataclass(frozen=True)
@@ -25,22 +25,6 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     numbers: Sequence[str] = ()  # titles of columns to be aligned to the right
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Neighbouring columns of the headline table: a figure, measured in several scopes."""
-
-    title: str
-    scopes: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A figure, and the range to read it with."""
-
-    text: str
-    range: str = ""
 
 
 def summary_line(results: Results) -> str:
@@ -76,11 +60,15 @@ def _whole_percent(share: float) -> str:
 
 def context_line(results: Results) -> str:
     """Return how many photos and classes, and which models."""
-    classes = len(results.evaluation.class_names)
+    classes, counts = len(results.evaluation.class_names), ""
+    if len(results.main.after) > 1:
+        report = results.main.report
+        counts = ", ".join(f"{scope} {report[scope]['n']:,}" for scope in results.main.after)
+        counts = f" Photos: {counts}."
     noun = "class" if classes == 1 else "classes"
     others = [model.name for model in results.models if model is not results.main]
-    compared = f", compared with {', '.join(others)}" if others else ""
-    return f"{results.main.name} among {classes:,} {noun}{compared}."
+    compared = f"; compared with {', '.join(others)}" if others else ""
+    return f"Model: {results.main.name}, which chooses among {classes:,} {noun}{compared}.{counts}"
 
 
 def warnings(results: Results) -> list[str]:
@@ -88,23 +76,24 @@ def warnings(results: Results) -> list[str]:
     return [*results.evaluation.notes, *worse_than_zero_shot(results.main.report)]
 
 
-def headline(results: Results) -> tuple[list[Columns], list[tuple[str, list[Cell]]]]:
-    """Return columns of the headline table, and name and cells of each model."""
+def headline(results: Results) -> tuple[dict[str, list[str]], dict[str, list[Cell]]]:
+    """Return the scopes of each figure of the headline table, and the cells of each model."""
     scopes = list(results.main.after)
     accuracies = [*scopes]
     if results.main.report["harmonic_mean"] is not None:
         accuracies.insert(2, "harmonic")
-    columns = [
-        Columns("Accuracy, %", accuracies),
-        Columns("Calibration error (ECE), %", scopes),
-        Columns("Negative log-likelihood", scopes),
-    ]
-    rows = []
+    columns = {
+        "Accuracy, %": accuracies,
+        "Calibration error (ECE), %": scopes,
+        "Negative log-likelihood": scopes,
+    }
+    rows = {}
     for model in results.models:
         cells = [_accuracy(model, scope) for scope in accuracies]
-        cells += [_calibration_error(model, scope) for scope in scopes]
-        cells += [Cell(f"{model.report[scope]['nll']:.3f}") for scope in scopes]
-        rows.append((model.name, cells))
+        for scope in scopes:
+            limit = f"chance ≤ {percent(model.chance[scope][1])}"
+            cells.append((percent(model.report[scope]["ece_15"]), limit))
+        rows[model.name] = cells + [(f"{model.report[scope]['nll']:.3f}", "") for scope in scopes]
     return columns, rows
 
 
@@ -113,45 +102,7 @@ def _accuracy(model: MeasuredModel, scope: str) -> Cell:
         value, (low, high) = model.report["harmonic_mean"], model.intervals["harmonic_mean"]
     else:
         value, (low, high) = model.report[scope]["accuracy"], model.intervals[scope]
-    return Cell(percent(value), f"{percent(low)}–{percent(high)}")
-
-
-def _calibration_error(model: MeasuredModel, scope: str) -> Cell:
-    _, quantile = model.chance[scope]
-    return Cell(percent(model.report[scope]["ece_15"]), f"chance ≤ {percent(quantile)}")
-
-
-def explanations(results: Results) -> list[tuple[str, str]]:
-    """Return each term of the headline table and what it means."""
-    terms = [
-        (
-            "Accuracy",
-            "the share of photos that are right. Below it the 95 % confidence interval: where the "
-            "accuracy on very many such photos would lie.",
-        ),
-        (
-            "Calibration error (ECE)",
-            "by how much confidence and accuracy differ on average, in 15 bins of confidence. "
-            "Below it what a perfectly calibrated model may show by chance on so few photos: up to "
-            "there an error is no sign of a fault.",
-        ),
-        (
-            "Negative log-likelihood",
-            "how much the true classes surprise the model; confident mistakes count most. Lower is "
-            "better.",
-        ),
-    ]
-    report = results.main.report
-    scopes = [scope for scope in SCOPES if scope in results.main.after]
-    if len(scopes) > 1:
-        photos = ", ".join(f"{scope} {report[scope]['n']:,}" for scope in scopes)
-        meaning = (
-            "base are classes that the model was tuned on, new are classes that it never saw, each "
-            "measured among its own classes; all is all photos among all classes; harmonic is the "
-            f"harmonic mean of base and new, high only if both are. Photos: {photos}."
-        )
-        terms.append(("Base, new, all", meaning))
-    return terms
+    return percent(value), f"{percent(low)}–{percent(high)}"
 
 
 def tuning_changes(results: Results) -> list[str]:

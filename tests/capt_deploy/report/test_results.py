@@ -23,18 +23,6 @@ def test_logits_that_are_not_finite_are_refused_with_their_number_and_model(make
             find_results(with_scores(data, **{field: logits}), "")
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, np.nan])
-def test_a_temperature_is_positive(make_data, temperature):
-    with pytest.raises(DataError, match="positive temperature"):
-        find_results(with_scores(make_data(), temperature=temperature), "")
-
-
-@pytest.mark.parametrize("factor", [0.0, np.nan, np.inf])
-def test_factors_are_positive(make_data, factor):
-    with pytest.raises(DataError, match="tuned: expected factors"):
-        find_results(with_scores(make_data(), factors=np.array([1, 1, 1, factor])), "")
-
-
 def test_all_models_are_compared_with_the_zero_shot_one(make_data):
     data = make_data()
     results = find_results(data, "")
