@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 MADE_BY = "capt-eval report"  # marks a file as an earlier report
 _FOLDER = Path(__file__).parent
 _HTML, _MARKDOWN, _STYLE = "report.html.jinja", "report.md.jinja", "style.css"
+MOST_CLASSES = 100  # of the confusion matrix
+_NUMBERED = 20  # with more classes there is no room for numbers in its cells
+_SHADES = 10
 _SPECIAL = re.compile(r"([\\`*_{}\[\]|~$#])")
 
 
@@ -136,23 +139,26 @@ def _of_scope(results: Results, scope: str) -> str:
 
 
 def _confusion_matrix(results: Results) -> dict[str, Any] | None:
-    """Return the picture and how many of the classes it shows; None without confusions."""
+    """Return names and cells of the most confused classes; None without confusions."""
     if not results.pairs:
         return None
     counts, _ = count_confusions(results.predictions)
-    order = order_by_confusion(counts, plots.MOST_CLASSES)
+    order = order_by_confusion(counts, MOST_CLASSES)
+    # The shares are of all photos of a class, also of those taken for a class that is not shown.
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    shades = np.ceil(_SHADES * np.sqrt(shares)).astype(int)  # a root, lest single photos fade away
     mined = np.zeros(counts.shape, bool)
     for true, taken in results.evaluation.pairs:
         mined[true, taken] = counts[true, taken] > 0
     shown = np.ix_(order, order)
-    # The shares are of all photos of a class, also of those taken for a class that is not shown.
-    svg = plots.draw_confusions(
-        counts[shown],
-        counts.sum(axis=1)[order],
-        [results.evaluation.class_names[column] for column in order],
-        mined[shown],
-    )
-    return {"url": _data_url(svg), "shown": len(order), "framed": bool(mined[shown].any())}
+    cells = np.dstack([part[shown] for part in (counts, shades, mined)]).tolist()
+    names = [results.evaluation.class_names[column] for column in order]
+    return {
+        "names": names,
+        "rows": list(zip(names, cells, strict=True)),
+        "numbered": len(order) <= _NUMBERED,
+        "framed": bool(mined[shown].any()),
+    }
 
 
 def _data_url(svg: bytes) -> str:

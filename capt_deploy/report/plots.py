@@ -5,14 +5,10 @@ the reader's own fonts show letters that matplotlib's lack. Sizes are in inches.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
-from unicodedata import east_asian_width
-
-import numpy as np
-from numpy.typing import NDArray
 
 from capt_deploy.core.text import shortened
 from capt_deploy.metrics.calibration import Floats
@@ -49,9 +45,6 @@ _LINES: tuple[dict[str, Any], ...] = (
 
 _SMALL_MARKS: dict[str, Any] = {"linestyle": "none", "markersize": 2.5, "clip_on": False}
 
-MOST_CLASSES = 100
-_FEW_CLASSES = 12  # have room for larger cells
-_NUMBERED = 20  # with more classes there is no room for numbers in the cells
 _LONGEST = 28  # characters of a name
 
 
@@ -134,78 +127,3 @@ def draw_risks(curves: Mapping[str, tuple[Floats, Floats]], areas: Mapping[str, 
         for text in legend_box.get_texts():
             text.set_parse_math(False)
     return svg.getvalue()
-
-
-def draw_confusions(
-    counts: NDArray[np.int64],
-    images: NDArray[np.int64],
-    class_names: Sequence[str],
-    mined: NDArray[np.bool_],
-) -> bytes:
-    """Draw which share of each class is taken for which, with mined pairs framed.
-
-    Args:
-        counts: (classes, classes) of images, `[true, predicted]`; up to `MOST_CLASSES` classes.
-        images: (classes,) of the class, whatever they are taken for.
-        class_names: one for each.
-        mined: (classes, classes).
-    """
-    from matplotlib.colors import PowerNorm
-
-    names, classes = [shortened(name, _LONGEST) for name in class_names], len(class_names)
-    cell = 0.44 if classes <= _FEW_CLASSES else 0.34
-    if classes > _NUMBERED:
-        cell = max(0.1, 0.16 - 0.0006 * classes)
-    size = _SIZE - 1 if classes <= _NUMBERED else _SIZE - 2
-    side, room = max(cell * classes, 2.0), 0.35 + max(map(_width, names)) * size / 72
-    width, height = room + side + 0.25, room + side + 0.6
-    svg = BytesIO()
-    with _figure(width, height, svg) as figure:
-        panel = figure.add_axes((room / width, room / height, side / width, side / height))
-        shares = counts / np.maximum(images, 1)[:, np.newaxis]
-        norm = PowerNorm(0.5, 0, 1)  # a root, so that single images do not fade away
-        image = panel.imshow(shares, cmap="Greys", norm=norm, interpolation="none", aspect="auto")
-        true, taken = np.nonzero(mined)
-        panel.scatter(
-            taken,
-            true,
-            marker="s",
-            s=(0.86 * 72 * side / classes) ** 2,
-            facecolor="none",
-            edgecolor="#c40",
-            linewidth=1.2,
-        )
-        _name_axes(panel, names, size)
-        # Placed by hand: matplotlib would put them beside the names as wide as its own font is.
-        middle = room + side / 2
-        figure.text(middle / width, 0.05 / height, "taken for", ha="center", va="bottom")
-        figure.text(0.05 / width, middle / height, "true class", rotation=90, va="center")
-        if classes <= _NUMBERED:
-            for row, column in np.argwhere(counts).tolist():
-                colour = "white" if norm(shares[row, column]) > 0.6 else "black"
-                number = f"{counts[row, column]}"
-                panel.text(column, row, number, ha="center", va="center", color=colour)
-        place = (room / width, 1 - 0.2 / height, min(2.5, side) / width, 0.12 / height)
-        bar = figure.colorbar(image, cax=figure.add_axes(place), orientation="horizontal")
-        bar.set_ticks([0, 0.04, 0.25, 0.5, 1], labels=["0", "4 %", "25 %", "50 %", "100 %"])
-        panel.spines[["top", "right"]].set_visible(True)
-    return svg.getvalue()
-
-
-def _name_axes(panel: "Axes", names: Sequence[str], size: float) -> None:
-    ticks = range(len(names))
-    # Anchored, so that browsers align the end of the text, however wide their fonts make it.
-    anchored: dict[str, Any] = {"rotation_mode": "anchor", "ha": "right", "va": "center"}
-    panel.set_xticks(ticks, names, rotation=90, fontsize=size, parse_math=False, **anchored)
-    panel.set_yticks(ticks, names, fontsize=size, parse_math=False)
-    lines = np.arange(len(names) - 1) + 0.5
-    panel.set_xticks(lines, minor=True)
-    panel.set_yticks(lines, minor=True)
-    panel.grid(which="minor", color="0.92", linewidth=0.4)
-    panel.tick_params(which="both", length=0)
-
-
-def _width(text: str) -> float:
-    """Return the width of a text in multiples of its size, rather more than less."""
-    sizes = {"W": 1.0, "F": 1.0}
-    return sum(sizes.get(east_asian_width(c), 0.8 if c.isupper() else 0.66) for c in text)

@@ -88,11 +88,11 @@ def test_the_policy_lets_the_own_style_in(make_data):
 def test_pictures_have_texts_and_tables_captions(make_data):
     found = read(make_data(tuned=(True, True, False, False)))
     assert all(image["alt"] for image in found.all("img"))
-    assert len(found.all("caption")) == len(found.all("table")) == 4
+    assert len(found.all("caption")) == len(found.all("table")) == 5
     titles = [name for name, _ in found.found if name in ("h1", "h2")]
     assert titles == ["h1", *["h2"] * 6]
     texts = [image["alt"] for image in found.all("img")]
-    for kind, count in (("Reliability", 6), ("Risk", 3), ("Confusion", 1)):
+    for kind, count in (("Reliability", 6), ("Risk", 3)):
         assert len([text for text in texts if text.startswith(kind)]) == count
 
 
@@ -144,16 +144,47 @@ def test_few_sure_photos_and_no_confusions_are_not_made_much_of(make_data):
     assert not re.search(r"\b1 (photos|images)\b|\bof 0 |\(- %\)", text)
 
 
-def test_only_confusions_that_happened_are_framed(make_data, monkeypatch):
-    from capt_deploy.report import plots
+def matrix(found, names):
+    """Return the cells of the confusion matrix by true and predicted class, (class, title)."""
+    cells = {}
+    for attributes in found.all("td"):
+        if " taken for " in attributes.get("title", ""):
+            true, rest = attributes["title"].split(" taken for ")
+            taken, count = rest.split(": ")
+            cells[true, taken] = int(count), attributes["class"].split()
+    assert {name for pair in cells for name in pair} <= set(names)
+    return cells
 
-    framed = []
-    monkeypatch.setattr(
-        plots, "draw_confusions", lambda counts, _, __, mined: framed.append((counts, mined)) or b""
-    )
-    read(make_data(pairs=[(a, b) for a in range(4) for b in range(4) if a != b]))
-    ((counts, mined),) = framed
-    assert mined.any() and (counts[mined] > 0).all()
+
+def test_cells_hold_counts_and_only_confusions_that_happened_are_framed(make_data):
+    pairs = [(a, b) for a in range(4) for b in range(4) if a != b]
+    data = make_data(pairs=pairs, strength=1.0)
+    best, labels = data.main.tuned.argmax(axis=1), data.main.labels
+    found = read(data)
+    cells = matrix(found, data.class_names)
+    for true, name in enumerate(data.class_names):
+        for taken, other in enumerate(data.class_names):
+            count = int(((labels == true) & (best == taken)).sum())
+            shade = -(-10 * (count / 15) ** 0.5 // 1)
+            if not count:
+                assert (name, other) not in cells
+                continue
+            classes = [f"s{shade:.0f}"] + ["mined"] * (true != taken)
+            assert cells[name, other] == (count, classes)
+            assert f">{count}</td>" in render_html(find_results(data, ""))
+    assert any("mined" in classes for _, classes in cells.values())
+    assert "Framed" in found.text and "Framed" not in read(replace(data, pairs=[])).text
+
+
+def test_up_to_a_hundred_classes_are_all_named(make_data):
+    names = tuple(f"class {index}" for index in range(100))
+    found = read(make_data(images=200, names=names, strength=1.0))
+    heads = [cell for cell in found.all("th") if cell.get("title", "").startswith("class ")]
+    assert {cell["title"] for cell in heads} == set(names)
+    more = tuple(f"class {index}" for index in range(120))
+    found = read(make_data(images=240, names=more, strength=1.0))
+    assert "most confused of 120 classes" in " ".join(found.text.split())
+    assert len([cell for cell in found.all("th") if cell.get("title", "")]) <= 100
 
 
 @pytest.mark.parametrize(
