@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from capt_deploy.bundle.read import is_bundle
+from capt_deploy.core.console import counted
 from capt_deploy.core.errors import ConfigError
-from capt_deploy.core.text import counted
 from capt_deploy.evaluation.evaluate import Evaluation
 from capt_deploy.evaluation.scoring import score_bundle, score_graphs
 from capt_deploy.evaluation.summary import NO_ZERO_SHOT
@@ -58,7 +58,7 @@ def score(
     if split in _USES:
         notes.append(f"these are {split} images, which were used {_USES[split]}")
     if evaluation.skipped:
-        count = counted(len(evaluation.skipped))
+        count = counted(len(evaluation.skipped), "image")
         notes.append(f"{count} could not be read and are left out")
     return replace(evaluation, notes=notes)
 
@@ -68,7 +68,9 @@ def _of_run(scored: "RunScores", name: str) -> Evaluation:
 
     model, notes = scored.model, []
     if scored.seen:
-        notes.append(f"{counted(scored.seen)} of this split were also used to make the model")
+        notes.append(
+            f"{counted(scored.seen, 'image')} of this split were also used to make the model"
+        )
     return Evaluation(
         model.class_names,
         model.tuned,

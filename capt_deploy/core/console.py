@@ -143,8 +143,8 @@ def track(items: Sequence[T], label: str, unit: str) -> Iterator[T]:
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """Return a number with its noun, such as "1 image" or "2 images"."""
-    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
+    """Return a number with its noun, such as "1 image" or "2,000 images"."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 class PathInHome(click.Path):

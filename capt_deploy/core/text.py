@@ -1,13 +1,8 @@
-"""Words for numbers, and texts that fit where they are shown."""
+"""Texts that fit where they are shown."""
 
 import unicodedata
 
 _UNPRINTABLE = ("Cc", "Cs")  # categories: control characters, halves of a character
-
-
-def counted(number: int, noun: str = "image") -> str:
-    """Return a number with its noun, such as `1 image` or `2,000 images`."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def shortened(name: str, longest: int) -> str:

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from capt_deploy.core.console import table
-from capt_deploy.core.text import counted
+from capt_deploy.core.console import counted, table
 from capt_deploy.evaluation.evaluate import SCOPES, Report
 
 NO_ZERO_SHOT = (
@@ -44,7 +43,7 @@ def summary(report: Report) -> str:
     if skipped := report["skipped"]:
         names = ", ".join(path for path, _ in skipped[:_MOST_NAMES])
         more = ", …" if len(skipped) > _MOST_NAMES else ""
-        lines.append(f"{counted(len(skipped))} could not be read: {names}{more}")
+        lines.append(f"{counted(len(skipped), 'image')} could not be read: {names}{more}")
     return "\n".join(lines)
 
 
@@ -57,13 +56,13 @@ def changes(counts: Mapping[str, int]) -> list[str]:
     sentences = []
     if errors := counts["zero_shot_errors_in_pairs"]:
         sentences.append(
-            f"tuning corrects {counts['recovered']:,} of the {counted(errors)} "
+            f"tuning corrects {counts['recovered']:,} of the {counted(errors, 'image')} "
             f"({percent(counts['recovered'] / errors)} %) in which zero-shot makes a mistake known "
             "from training"
         )
     if right := counts["zero_shot_right"]:
         sentences.append(
-            f"tuning breaks {counts['broken']:,} of the {counted(right)} "
+            f"tuning breaks {counts['broken']:,} of the {counted(right, 'image')} "
             f"({percent(counts['broken'] / right)} %) that zero-shot gets right"
         )
     return sentences

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from capt_deploy.core.text import counted
+from capt_deploy.core.console import counted
 from capt_deploy.core.version import __version__
 from capt_deploy.evaluation.summary import percent
 from capt_deploy.report import plots, tables

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from capt_deploy.core.text import counted
+from capt_deploy.core.console import counted
 from capt_deploy.evaluation.summary import changes, percent, worse_than_zero_shot
 from capt_deploy.report.measure import FEW, MeasuredModel
 from capt_deploy.report.promises import Promise
@@ -65,10 +65,10 @@ def context_line(results: Results) -> str:
         report = results.main.report
         counts = ", ".join(f"{scope} {report[scope]['n']:,}" for scope in results.main.after)
         counts = f" Photos: {counts}."
-    noun = "class" if classes == 1 else "classes"
+    among = counted(classes, "class", "classes")
     others = [model.name for model in results.models if model is not results.main]
     compared = f"; compared with {', '.join(others)}" if others else ""
-    return f"Model: {results.main.name}, which chooses among {classes:,} {noun}{compared}.{counts}"
+    return f"Model: {results.main.name}, which chooses among {among}{compared}.{counts}"
 
 
 def warnings(results: Results) -> list[str]:

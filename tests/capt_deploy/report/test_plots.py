@@ -74,15 +74,6 @@ def test_one_image_that_is_right_can_be_drawn():
     assert texts(plots.draw_risks({"tuned": risk_coverage(probabilities, labels)}, {"tuned": 0.0}))
 
 
-<<<<<<< HEAD
-def test_missing_matplotlib_is_said_with_the_way_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"--report needs matplotlib .*pip install '\.\[plot\]'"):
-        plots.check_plotting()
-
-
-=======
->>>>>>> fe90c51 (The report is a template, a stylesheet and tables; one value holds an evaluation of a run or a bundle)
 def test_a_bin_with_few_images_gets_no_line(monkeypatch):
     from matplotlib.axes import Axes
 
