@@ -28,7 +28,7 @@ from capt_train.run.locking import locked
 from capt_train.run.recolour import recolour
 from capt_train.run.setup import Setup, absolute, load, prepare
 from capt_train.tune.stages import TuningTask, stages
-from capt_train.tune.strength import Trial, promises, try_out
+from capt_train.tune.strength import Trial, run_trial, worth_tuning
 from capt_train.tune.tune import tune
 from capt_train.tune.views import Views, embed_views
 
@@ -118,7 +118,7 @@ def _tune(setup: Setup, cache: EmbeddingCache, out: Path) -> Outcome:
         task = _with_visual_side(setup, learner, task)
         fixed = config.visual.strength
         trial = _tried(task, make, out) if fixed is None else None
-        learner.set_strength(float(promises(task, trial) if fixed is None else fixed > 0))
+        learner.set_strength(float(worth_tuning(task, trial) if fixed is None else fixed > 0))
     states, before = [], None
     for stage in stages(task, learner):
         if stage.visual and before is None:
@@ -133,7 +133,7 @@ def _tune(setup: Setup, cache: EmbeddingCache, out: Path) -> Outcome:
 def _tried(task: TuningTask, make: Callable[[tuple[int, ...]], Learner], out: Path) -> Trial | None:
     """Return the trial of the run; a resumed one decides by what it has written."""
     if not (out / runs.TRIAL).exists():
-        trial = try_out(task, make)
+        trial = run_trial(task, make)
         write_json(out / runs.TRIAL, trial and asdict(trial))
     return runs.read_trial(out)
 

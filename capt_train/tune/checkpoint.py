@@ -1,4 +1,4 @@
-"""Tuning state as safetensors: tensors as they are, everything else as JSON in the header."""
+"""Tuning state on disk: safetensors, with everything that is no tensor as JSON in the header."""
 
 import json
 from collections.abc import Mapping
@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from textwrap import shorten
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,16 +18,16 @@ from capt_deploy.core.files import write_bytes
 
 @dataclass(frozen=True)
 class TuningState:
-    """Where the tuning stands after an epoch."""
+    """The progress of a tuning after an epoch."""
 
     epoch: int = 0  # epochs done
     best_epoch: int = 0
-    best_nll: float | None = None  # on validation, nats; None where there is none
+    best_nll: float | None = None  # on validation images, nats; None without any
     history: tuple[Mapping[str, float], ...] = field(default=())  # one entry an epoch
 
     @property
     def epochs_since_best(self) -> int:
-        """How many epochs have passed without a better one."""
+        """Return the number of epochs since the best one."""
         return self.epoch - self.best_epoch
 
 
@@ -39,32 +38,32 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer | None = None,
     extra: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
-    """Write parameters and, if given, the optimizer's own and further tensors, atomically."""
+    """Write parameters, and if given the optimizer's state and further tensors, atomically."""
     tensors = {f"module.{name}": value.detach() for name, value in module.state_dict().items()}
     if optimizer is not None:
-        for index, own in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": value for name, value in own.items()}
+        for index, values in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
     tensors |= {f"extra.{name}": value for name, value in extra.items()}
-    cpu = {name: value.cpu().contiguous() for name, value in tensors.items()}
-    write_bytes(path, save(cpu, metadata={"state": json.dumps(asdict(state))}))
+    on_cpu = {name: value.cpu().contiguous() for name, value in tensors.items()}
+    write_bytes(path, save(on_cpu, metadata={"state": json.dumps(asdict(state))}))
 
 
 def load_checkpoint(
     path: Path, module: nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> tuple[TuningState, dict[str, Tensor]]:
-    """Load what `save_checkpoint` wrote into `module` and `optimizer`.
+    """Load a checkpoint into `module` and `optimizer`.
 
     Returns:
-        The state, and the further tensors.
+        The state, and the further tensors that were saved.
 
     Raises:
         RunError: the file is missing, damaged, or belongs to another module.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            raw = json.loads(file.metadata()["state"])
+            values = json.loads(file.metadata()["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        state = TuningState(**{**raw, "history": tuple(raw["history"])})
+        state = TuningState(**{**values, "history": tuple(values["history"])})
         module.load_state_dict(part_of(tensors, "module"))
         if optimizer is not None:
             _load_optimizer(optimizer, part_of(tensors, "optimizer"))
@@ -75,15 +74,15 @@ def load_checkpoint(
 
 
 def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors whose names start with `prefix.`, without it."""
-    start = prefix + "."
-    return {name[len(start) :]: of for name, of in tensors.items() if name.startswith(start)}
+    """Return the tensors whose names start with `prefix.`, named without it."""
+    start = f"{prefix}."
+    return {name[len(start) :]: t for name, t in tensors.items() if name.startswith(start)}
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    own: dict[int, dict[str, Any]] = {}
+    state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
-        own.setdefault(int(index), {})[key] = tensor
+        state.setdefault(int(index), {})[key] = tensor
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": own, "param_groups": groups})
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,8 +1,8 @@
-"""An affine map of the input's colours, fitted before anything else is tuned (ours).
+"""Fit an affine map of the input's colours, before anything else is tuned (ours).
 
-A camera, a lamp or a scanner that washes colours out, tints or darkens them moves every image the
-same way. No prompt can undo that, and adapters deep in the tower only in part; twelve numbers in
-front of it can. They cost nothing at inference, for they fold into the patch convolution.
+A camera, lamp or scanner that washes out, tints or darkens colours shifts all images alike. No
+prompt can undo that, and adapters deep in the tower only partly; twelve numbers in front of it can.
+They cost nothing at inference, because they fold into the patch convolution.
 """
 
 import math
@@ -19,18 +19,18 @@ from capt_deploy.core.console import progress
 from capt_train.calibrate.temperature import calibrated_losses
 from capt_train.clip.backbone import Backbone
 from capt_train.clip.colour_map import ColourMap
-from capt_train.tune.schedule import learning_rate
+from capt_train.tune.epochs import learning_rate
 
-_ROUNDS = 4  # of steps, each followed by a look at the images that decide
+_ROUNDS = 4  # the steps are divided into rounds; after each, the deciding images are measured
 _BATCH = 64
 _EMBEDDED_AT_ONCE = 256
-_TUNED_AT_ONCE = 16  # through the whole tower and back: more would fill a GPU's memory
-_STANDARD_ERRORS = 2.0  # by which the map must be better than none
+_TUNED_AT_ONCE = 16  # images through the whole tower and back; more would fill a GPU
+_STANDARD_ERRORS = 2.0  # the gain must exceed 0 by this many
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Preprocessed images, and their classes as positions among those that are tuned."""
+    """Preprocessed images with their labels as positions among the tuned classes."""
 
     pixels: UInt8[Tensor, "images height width 3"]
     labels: Int[Tensor, " images"]
@@ -38,16 +38,16 @@ class Labelled:
 
 @dataclass(frozen=True)
 class ColourFit:
-    """What was found, and whether it is worth having."""
+    """The fitted map, if it gains, and its gain."""
 
-    colours: ColourMap | None  # None: the images stay as they are
-    gain: float  # in calibrated NLL, on the images that decide; of the best map seen
-    standard_error: float  # of that gain
+    colours: ColourMap | None  # None: no gain, images stay unchanged
+    gain: float  # of the best map, in calibrated NLL on the deciding images
+    standard_error: float  # of the gain
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
-        own = None if self.colours is None else self.colours.to_dict()
-        return {"colours": own, "gain": self.gain, "standard_error": self.standard_error}
+        colours = None if self.colours is None else self.colours.to_dict()
+        return {"colours": colours, "gain": self.gain, "standard_error": self.standard_error}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ColourFit":
@@ -56,19 +56,20 @@ class ColourFit:
         Raises:
             TypeError, KeyError, ValueError: values of wrong form.
         """
-        own = None if values["colours"] is None else ColourMap.from_dict(values["colours"])
+        record = values["colours"]
+        colours = None if record is None else ColourMap.from_dict(record)
         figures = float(values["gain"]), float(values["standard_error"])
         if not all(map(math.isfinite, figures)):
             raise ValueError("expected finite numbers")
-        return cls(own, *figures)
+        return cls(colours, *figures)
 
 
 class _Trained(nn.Module):
-    """The map while it is fitted, as the exponential of a matrix; starts as the identity.
+    """The map during fitting, as the exponential of a matrix that starts as the identity.
 
-    So it stays invertible, and a camera that divides saturation by five is as near as one that
-    multiplies it. Brightness and saturation, which cameras change most, have a number each besides
-    their share in the matrix, so that their steps are larger.
+    So it stays invertible, and dividing saturation by five is as far away as multiplying it.
+    Brightness and saturation, which cameras change most, have a parameter each besides the matrix,
+    so that their steps are larger.
     """
 
     def __init__(self) -> None:
@@ -97,19 +98,18 @@ def fit_colours(
 ) -> ColourFit:
     """Fit the map by cross-entropy with the hand-written prompt; keep it if other images gain.
 
-    It is kept where its calibrated NLL on `deciding` is lower than without it by two standard
-    errors of that difference, image by image. If it is not lower at all after half of the steps,
-    the rest is not tried. Classes that are not tuned on are not asked: a map of twelve numbers
-    has no room for single classes.
+    The map is kept where it lowers the calibrated NLL of `deciding` by more than two standard
+    errors of the difference, image by image. Fitting stops half-way where there is no gain at all.
+    New classes need no say: twelve numbers cannot overfit to single classes.
 
     Args:
-        backbone: frozen, without a map.
+        backbone: the frozen model, without a map.
         reference: hand-written t⁰ of the tuned classes.
         train: images to fit on.
-        deciding: other images; with fewer than two of them nothing is kept.
-        steps: of Adam, at least 4.
+        deciding: other images; with fewer than two, no map is kept.
+        steps: number of steps of Adam, at least 4.
         rate: peak learning rate.
-        seed: of the order of images, and of which are mirrored.
+        seed: seed of the order of images and of mirroring.
     """
     best = none = ColourFit(None, 0.0, 0.0)
     if len(deciding.labels) < 2:  # one image has no standard error
@@ -122,20 +122,20 @@ def fit_colours(
         for step, (pixels, labels) in enumerate(_minibatches(train, steps, seed)):
             optimizer.param_groups[0]["lr"] = learning_rate(step, steps, 0, rate)
             optimizer.zero_grad()
-            for part, own in zip(
+            for part, targets in zip(
                 pixels.split(_TUNED_AT_ONCE), labels.split(_TUNED_AT_ONCE), strict=True
             ):
                 logits = _logits(backbone.recoloured(trained()), reference, part)
-                total = functional.cross_entropy(logits, own.to(logits.device), reduction="sum")
+                total = functional.cross_entropy(logits, targets.to(logits.device), reduction="sum")
                 (total / len(labels)).backward()
             optimizer.step()
             counter.advance(1)
             if step + 1 in ends:
-                found = trained().detached()
-                gains = before - _losses(backbone.recoloured(found), reference, deciding)
+                colours = trained().detached()
+                gains = before - _losses(backbone.recoloured(colours), reference, deciding)
                 gain = float(gains.mean())  # NaN is no gain
                 if gain > best.gain:
-                    best = ColourFit(found, gain, float(gains.std()) / len(gains) ** 0.5)
+                    best = ColourFit(colours, gain, float(gains.std()) / len(gains) ** 0.5)
                 elif best is none and 2 * (step + 1) >= steps:
                     break
     sure = best.gain > _STANDARD_ERRORS * best.standard_error
@@ -143,7 +143,7 @@ def fit_colours(
 
 
 def _minibatches(images: Labelled, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield random images, half of them mirrored, with their labels; each once before any twice."""
+    """Yield random minibatches, half of the images mirrored; every image once before any twice."""
     draw = torch.Generator().manual_seed(seed)
     count, order = len(images.labels), torch.empty(0, dtype=torch.long)
     for _ in range(steps):
@@ -164,7 +164,7 @@ def _logits(
 
 @torch.no_grad()
 def _losses(backbone: Backbone, reference: Tensor, images: Labelled) -> Float[Tensor, " images"]:
-    """Return each image's NLL at the temperature that calibration would fit to all of them."""
+    """Return each image's NLL at the best temperature for all of them."""
     parts = images.pixels.split(_EMBEDDED_AT_ONCE)
     logits = torch.cat([_logits(backbone, reference, part) for part in parts])
     return calibrated_losses(logits, images.labels.to(logits.device)).cpu()

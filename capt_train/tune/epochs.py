@@ -1,5 +1,6 @@
-"""The epochs of a tuning. What varies from step to step is a function of seed and step alone."""
+"""The training loop. Everything random in a step depends on seed, stage and epoch alone."""
 
+import math
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,11 @@ from capt_train.method.learner import Learner
 from capt_train.method.loss_terms import Step, loss_terms, weighted_sum
 from capt_train.tune.checkpoint import TuningState, load_checkpoint, part_of, save_checkpoint
 from capt_train.tune.precision import Precision
-from capt_train.tune.schedule import learning_rate
 from capt_train.tune.stages import Stage, TuningTask
 
 
 class Epochs:
-    """The learner with its optimizer and confusion bank, epoch by epoch."""
+    """The learner with its optimizer and confusion bank, trained epoch by epoch."""
 
     def __init__(self, learner: Learner, task: TuningTask, stage: Stage) -> None:
         config = task.config
@@ -30,15 +30,15 @@ class Epochs:
         groups = [(learner.text_parameters, stage.text_rate)]
         groups += [(learner.visual_parameters, stage.visual_rate)] if stage.visual else []
         self._rates = [rate for parameters, rate in groups if parameters]
-        self._optimizer = _optimizer([own for own, _ in groups if own], config)
-        self._parameters = [one for own, _ in groups for one in own]
+        self._optimizer = _optimizer([parameters for parameters, _ in groups if parameters], config)
+        self._parameters = [parameter for parameters, _ in groups for parameter in parameters]
         self._precision = Precision(config.tuning.autocast, self._device)
         self._labels = task.train.labels_among(task.tuned).to(self._device)
         self._label_noise = _label_noise(task)
         self.bank = task.bank
 
     def epoch(self, number: int) -> dict[str, float]:
-        """Take one step for every minibatch; return the mean of every loss term.
+        """Take one step per minibatch and return the mean of each loss term.
 
         Raises:
             FloatingPointError: a term or its gradient is not finite.
@@ -81,7 +81,7 @@ class Epochs:
         frozen = None
         if self._stage.visual and task.views is not None:
             frozen = task.views.embeddings[views, rows].to(device)
-        own = (gates, texts.gates)
+        routers = (gates, texts.gates)
         return Step(
             task.scale * torch.einsum("bd,pcd->pbc", images, embeddings),
             self._labels[rows],
@@ -90,7 +90,7 @@ class Epochs:
             mined,
             images,
             frozen,
-            tuple(g for g in own if g is not None),
+            tuple(g for g in routers if g is not None),
             self._label_noise,
         )
 
@@ -105,7 +105,7 @@ class Epochs:
         return encoded.embeddings, encoded.gates
 
     def _mine(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return mined classes of every image, and the confused samples retrieved for it."""
+        """Return the mined classes of each image, and the confused samples retrieved for it."""
         if self.bank is None:
             return None, None
         mined = mined_classes(self.bank, self._task.config.confusion.pairs)
@@ -114,8 +114,8 @@ class Epochs:
         return mined, retrieve(self.bank, torch.arange(len(mined), device=mined.device), mined)
 
     @torch.no_grad()
-    def write_back(self) -> None:
-        """Let the bank see the views that are never tuned on (METHOD 2)."""
+    def update_bank(self) -> None:
+        """Update the bank with predictions on the views that are never trained on (METHOD 2)."""
         views = self._task.views
         if self.bank is None or views is None or not views.held:
             return
@@ -126,13 +126,12 @@ class Epochs:
 
     @torch.no_grad()
     def validation_nll(self) -> float | None:
-        """Return the NLL at the temperature that would be fitted now, for so it will be used.
+        """Return the validation NLL in nats at the best temperature; None without images (ours).
 
-        At temperature 1 the NLL mostly tells how far the scale is off, which calibration mends
-        (ours).
+        At temperature 1 the NLL mostly measures a wrong scale, which calibration corrects later.
 
         Raises:
-            FloatingPointError: embeddings are not finite: the epoch's last step went too far.
+            FloatingPointError: embeddings are not finite after the epoch's last step.
         """
         task = self._task
         texts = self._learner.mean_texts(task.tuned)
@@ -140,9 +139,11 @@ class Epochs:
         if self._stage.visual and len(task.val) and task.val_tokens is not None:
             images = self._learner.embed_tokens(task.val_tokens)
         elif self._stage.visual and task.views is not None and task.views.tokens is not None:
-            images = self._learner.embed_tokens(task.views.tokens[0, :1])  # any will tell
-        for name, own in (("class", texts), ("image", images)):
-            if not torch.isfinite(own).all():
+            images = self._learner.embed_tokens(
+                task.views.tokens[0, :1]
+            )  # one image is enough to see nan
+        for name, embeddings in (("class", texts), ("image", images)):
+            if not torch.isfinite(embeddings).all():
                 raise FloatingPointError(f"the {name} embeddings became nan")
         if not len(task.val):
             return None
@@ -151,14 +152,14 @@ class Epochs:
         return calibrated_nll(logits, labels)
 
     def save(self, path: Path, state: TuningState) -> None:
-        """Write all that the next epoch depends on."""
+        """Write a checkpoint with everything that the next epoch depends on."""
         extra = {f"precision.{name}": value for name, value in self._precision.state().items()}
         if self.bank is not None:
             extra |= {f"bank.{name}": tensor for name, tensor in vars(self.bank).items()}
         save_checkpoint(path, self._learner, state, self._optimizer, extra)
 
     def load(self, path: Path) -> TuningState:
-        """Go on from what `save` wrote."""
+        """Load a checkpoint written by `save` and return its state."""
         state, extra = load_checkpoint(path, self._learner, self._optimizer)
         self._precision.load(part_of(extra, "precision"))
         if self.bank is not None:
@@ -175,16 +176,18 @@ class Epochs:
     def _culprit(self, terms: dict[str, Tensor]) -> str:
         """Return the name of the first term whose gradient is not finite."""
         for name, value in terms.items():
-            if not value.requires_grad:  # of something that is not tuned
+            if not value.requires_grad:  # a term of modules that this stage does not train
                 continue
-            own = torch.autograd.grad(value, self._parameters, retain_graph=True, allow_unused=True)
-            if not all(torch.isfinite(g).all() for g in own if g is not None):
+            gradients = torch.autograd.grad(
+                value, self._parameters, retain_graph=True, allow_unused=True
+            )
+            if not all(torch.isfinite(g).all() for g in gradients if g is not None):
                 return f"the {name} term"
         return "the weighted sum"
 
 
 def _label_noise(task: TuningTask) -> float:
-    """Return the share of wrong labels among the training images, as the frozen model sees it."""
+    """Return ε: as set, else estimated from the frozen model's logits of the training images."""
     fixed = task.config.tuning.label_noise
     if fixed is not None:
         return fixed
@@ -194,25 +197,35 @@ def _label_noise(task: TuningTask) -> float:
 
 
 def _one_each(partners: Int[Tensor, "batch mined"], draw: torch.Generator) -> Int[Tensor, " some"]:
-    """Choose one retrieved sample for each query that has any."""
-    there = partners >= 0
+    """Return one random retrieved sample for each query that has any (-1 marks none)."""
+    retrieved = partners >= 0
     order = torch.rand(partners.shape, generator=draw).to(partners.device)
-    chosen = partners.gather(1, order.masked_fill(~there, -1.0).argmax(dim=1, keepdim=True))
-    return chosen[there.any(dim=1)].squeeze(1)
+    chosen = partners.gather(1, order.masked_fill(~retrieved, -1.0).argmax(dim=1, keepdim=True))
+    return chosen[retrieved.any(dim=1)].squeeze(1)
 
 
 def _optimizer(
     groups: list[list[torch.nn.Parameter]], config: TrainConfig
 ) -> torch.optim.Optimizer:
-    own = [{"params": parameters} for parameters in groups]
+    param_groups = [{"params": parameters} for parameters in groups]
     tuning = config.tuning
     rate, decay = tuning.learning_rate, tuning.weight_decay
     if tuning.optimizer == "sgd":
-        return torch.optim.SGD(own, rate, tuning.momentum, weight_decay=decay)
-    return torch.optim.AdamW(own, rate, weight_decay=decay)
+        return torch.optim.SGD(param_groups, rate, tuning.momentum, weight_decay=decay)
+    return torch.optim.AdamW(param_groups, rate, weight_decay=decay)
 
 
 def _generator(seed: int, stage: Stage, epoch: int) -> torch.Generator:
-    # All in one number, far apart, so that neighbouring seeds do not share epochs.
+    # far apart, so that neighbouring seeds do not share the random numbers of an epoch
     offset = zlib.crc32(stage.name.encode())
     return torch.Generator().manual_seed(seed * 1_000_003 + offset + epoch)
+
+
+def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
+    """Return the rate of a 0-based step: linear warm-up to `peak`, then a half cosine to 0.
+
+    A pure function of the step, so that a resumed run needs no state for it.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))

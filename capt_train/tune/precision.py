@@ -10,19 +10,21 @@ _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Precision:
-    """How a step is computed, and how its gradient is applied."""
+    """Autocast, gradient scaling and clipping of a training step."""
 
     def __init__(self, autocast: str, device: torch.device) -> None:
-        """Choose the type; `auto` takes bf16 on GPUs that have it, and float32 elsewhere."""
+        """Choose the type; `auto` is bf16 on GPUs that support it, else float32."""
         if autocast == "auto":
-            fit = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-            autocast = "bf16" if fit else "off"
+            supported = device.type == "cuda" and torch.cuda.is_bf16_supported(
+                including_emulation=False
+            )
+            autocast = "bf16" if supported else "off"
         self._device, self._dtype = device, _TYPES.get(autocast)
-        # Gradients of fp16 vanish unless the loss is scaled up.
+        # fp16 gradients underflow unless the loss is scaled up
         self._scaler = torch.amp.GradScaler(device.type, enabled=autocast == "fp16")
 
     def towers(self) -> AbstractContextManager[object]:
-        """Return the context for the towers' forward pass."""
+        """Return the autocast context of the towers' forward pass."""
         if self._dtype is None:
             return nullcontext()
         return torch.autocast(self._device.type, self._dtype)
@@ -34,26 +36,26 @@ class Precision:
         parameters: Iterable[nn.Parameter],
         clip_norm: float,
     ) -> bool:
-        """Go one step; return False, with nothing changed, where a gradient is not finite.
+        """Take an optimizer step; return False, with nothing changed, if a gradient is not finite.
 
-        With fp16 such steps are part of finding the scale, so they are skipped and True returned,
-        as long as there is a scale left to blame.
+        With fp16 such a step is skipped and True returned while the loss scale can still be
+        lowered, because that is how the scaler finds its scale.
         """
         optimizer.zero_grad()
         self._scaler.scale(loss).backward()
         self._scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, clip_norm or float("inf"))
-        if not torch.isfinite(norm) and self._scaler.get_scale() <= 1:  # 1 where it is not fp16
+        if not torch.isfinite(norm) and self._scaler.get_scale() <= 1:  # 1 without fp16
             return False
         self._scaler.step(optimizer)
         self._scaler.update()
         return True
 
     def state(self) -> dict[str, Tensor]:
-        """Return what a resumed run needs; empty unless fp16."""
+        """Return the scaler's state for a resumed run; empty without fp16."""
         return {name: torch.tensor(value) for name, value in self._scaler.state_dict().items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Go on with a saved state."""
+        """Restore a state returned by `state`."""
         if state:
             self._scaler.load_state_dict({name: value.item() for name, value in state.items()})

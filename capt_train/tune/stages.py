@@ -1,4 +1,4 @@
-"""What is tuned on, and in which stages."""
+"""What is tuned on, and the stages of a tuning."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,21 +12,37 @@ from capt_train.data.features import Features
 from capt_train.method.learner import Learner
 from capt_train.tune.views import Views
 
+TEXT = "text-"  # prefix of the text side's checkpoints where a visual stage follows
+
 
 @dataclass(frozen=True)
 class TuningTask:
-    """What is tuned on, apart from the learner itself."""
+    """Images, classes and settings of a tuning; everything but the learner."""
 
     scale: float  # 1/τ of the backbone
-    tuned: tuple[int, ...]  # indices of the classes that are tuned, ascending
+    tuned: tuple[int, ...]  # indices of the tuned classes, ascending
     train: Features  # images of these classes
-    val: Features  # likewise; may be empty
+    val: Features  # images of these classes; may be empty
     reference: Float[Tensor, "classes dim"]  # hand-written t⁰ of these classes
     config: TrainConfig
-    bank: ConfusionBank | None = None  # as the hand-written prompt fills it, colours mapped
+    bank: ConfusionBank | None = None  # filled by the hand-written prompt, colours mapped
     views: Views | None = None  # of the training images
     val_tokens: Float[Tensor, "images tokens width"] | None = None
-    alpha: Float[Tensor, " samples"] | None = None  # s·cᵞ of the training images
+    alpha: Float[Tensor, " samples"] | None = None  # α = s·cᵞ of the training images
+
+    def with_rows(self, chosen: Bool[Tensor, " samples"]) -> "TuningTask":
+        """Return the task with some of its training images and an unchanged bank."""
+        views = None if self.views is None else self.views.with_rows(chosen)
+        alpha = None if self.alpha is None else self.alpha[chosen]
+        train = self.train.rows(chosen.nonzero().squeeze(1))
+        return replace(self, train=train, views=views, alpha=alpha)
+
+    def with_new_bank(self) -> "TuningTask":
+        """Return the task with a bank filled from its own classes and images, if it has a bank."""
+        if self.bank is None:
+            return self
+        bank = zero_shot_bank(self.scale, self.train, self.tuned, self.reference)
+        return replace(self, bank=bank)
 
 
 def zero_shot_bank(
@@ -35,7 +51,7 @@ def zero_shot_bank(
     tuned: Sequence[int],
     reference: Float[Tensor, "classes dim"],
 ) -> ConfusionBank:
-    """Return the bank as the frozen model fills it, over the classes that are tuned.
+    """Return the bank as the frozen model fills it, over the tuned classes.
 
     Args:
         scale: 1/τ of the backbone.
@@ -48,66 +64,44 @@ def zero_shot_bank(
     return ConfusionBank.fill(scale * embeddings @ reference.T, labels, embeddings)
 
 
-def with_rows(task: TuningTask, chosen: Bool[Tensor, " samples"]) -> TuningTask:
-    """Return the task with some of its training images; its bank is left as it is."""
-    views = task.views
-    if views is not None:
-        tokens = None if views.tokens is None else views.tokens[:, chosen]
-        views = Views(views.embeddings[:, chosen], views.untouched[chosen], tokens)
-    rows = chosen.nonzero().squeeze(1)
-    alpha = None if task.alpha is None else task.alpha[chosen]
-    return replace(task, train=task.train.rows(rows), views=views, alpha=alpha)
-
-
-def refilled(task: TuningTask) -> TuningTask:
-    """Return the task with a bank of its own classes and images."""
-    if task.bank is None:
-        return task
-    bank = zero_shot_bank(task.scale, task.train, task.tuned, task.reference)
-    return replace(task, bank=bank)
-
-
-TEXT = "text-"  # in front of the checkpoints of a text side that a visual one comes after
-
-
 @dataclass(frozen=True)
 class Stage:
-    """One run of the loop: the text side alone, or both sides together."""
+    """One run of the training loop: the text side alone, or both sides together."""
 
-    name: str  # in front of its checkpoints' names; "" for the last one
+    name: str  # prefix of its checkpoints' names; "" for the last stage
     epochs: int
     text_rate: float  # peak learning rate of the text side
-    visual_rate: float = 0.0  # of the visual side; 0 leaves it as it is
-    consistency: float = 0.0  # weight of that term
+    visual_rate: float = 0.0  # of the visual side; 0 leaves it unchanged
+    consistency: float = 0.0  # weight of the consistency term
     patience: int = 0
 
     @property
     def visual(self) -> bool:
-        """Whether the visual side takes part."""
+        """Tell whether the visual side is trained."""
         return self.visual_rate > 0
 
 
 def stages(task: TuningTask, learner: Learner) -> list[Stage]:
-    """Return what is tuned after what (ours).
+    """Return the stages of a tuning in order (ours).
 
-    The text side comes first, for its steps are cheap on cached embeddings, and the visual side
-    then learns beside prompts that fit. That side first stays near the frozen one. Then it may
-    move far; where that does not help on validation images, it is taken back, and where there are
-    none, it is not tried.
+    The text side comes first, because its steps are cheap on cached embeddings; the visual side
+    then learns beside prompts that fit. It first stays near the frozen tower (a strong consistency
+    term), then may move further. That second visual stage is kept only where validation images
+    gain, and not tried where there are none.
     """
     tuning, visual = task.config.tuning, task.config.visual
     text = Stage("", tuning.epochs, tuning.learning_rate, patience=tuning.patience)
     if learner.visual is None:
         return [text] if learner.text_parameters else []
-    slower = tuning.learning_rate * visual.text_rate
-    near = Stage("", visual.epochs, slower, visual.learning_rate, visual.consistency)
+    text_rate = tuning.learning_rate * visual.text_rate
+    near = Stage("", visual.epochs, text_rate, visual.learning_rate, visual.consistency)
     far = replace(
         near,
         epochs=visual.far_epochs,
         consistency=visual.far_consistency,
         patience=visual.far_patience,
     )
-    order = [replace(text, name=TEXT)] if learner.text_parameters else []
+    first = [replace(text, name=TEXT)] if learner.text_parameters else []
     if not len(task.val) or not visual.far_epochs:
-        return [*order, near]
-    return [*order, replace(near, name="near-"), far]
+        return [*first, near]
+    return [*first, replace(near, name="near-"), far]

@@ -1,7 +1,7 @@
-"""How much of the visual side's tuning to keep: κ of METHOD 5, by validation and a trial (ours).
+"""Choose κ, how much of the visual side's tuning to keep (METHOD 5), by a trial (ours).
 
-Where the frozen visual side is right already, adapter and experts can only overfit, and no loss on
-the training images says so. Images of classes that were not tuned on do.
+Where the frozen vision tower is right already, adapters and experts can only overfit, and no loss
+on training images shows it. Images of classes that were not tuned on do.
 """
 
 import tempfile
@@ -18,56 +18,58 @@ from capt_deploy.core.console import say
 from capt_train.calibrate.temperature import calibrated_losses
 from capt_train.data.features import every_second
 from capt_train.method.learner import Learner
-from capt_train.tune.stages import TuningTask, refilled, stages, with_rows
+from capt_train.tune.stages import TuningTask, stages
 from capt_train.tune.tune import DivergenceError, tune
 
-GRID = (0.0, 0.25, 0.5, 0.75, 1.0)  # of κ
-_STANDARD_ERRORS = 2.0  # by which a gain must be above 0
-_LEAST_GAIN = 1e-3  # nats; what rounding may look like
-_FEWEST_CLASSES = 4  # that can be halved into two problems
+GRID = (0.0, 0.25, 0.5, 0.75, 1.0)  # candidates for κ
+_STANDARD_ERRORS = 2.0  # a gain must exceed 0 by this many
+_LEAST_GAIN = 1e-3  # nats; smaller gains may be rounding
+_FEWEST_CLASSES = 4  # two problems of two classes each
 
 
 @dataclass(frozen=True)
 class Gains:
-    """By how much each κ of GRID lowers the calibrated NLL of images that were not tuned on.
+    """For each κ of GRID, how much it lowers the calibrated NLL of held-out images, in nats.
 
-    Against the model before its visual side was tuned, whose prompt had the frozen one beside it.
+    The baseline is the model before its visual side was tuned.
     """
 
     mean: tuple[float, ...]
-    error: tuple[float, ...]  # standard error of that mean
+    error: tuple[float, ...]  # standard error of the mean
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a short run on half of the classes says; None where too few images can be asked.
+    """The result of a short tuning on half of the classes.
 
-    Without any answer, as after a tuning that diverged, it promises nothing.
+    A value is None where too few images could be held out; both are after a diverged tuning.
     """
 
-    seen: Gains | None  # on images of its own classes that it was not tuned on
-    unseen: Gains | None  # on images of the other classes
+    seen: Gains | None  # on held-out images of the tuned half
+    unseen: Gains | None  # on images of the other half
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Trial":
-        """Read the JSON form, that of `asdict`.
+        """Read the JSON form that `asdict` gives.
 
         Raises:
             TypeError, KeyError, ValueError: values of wrong form.
         """
-        asked = []
+        gains = []
         for name in ("seen", "unseen"):
-            own = values[name]
-            mean, error = ((), ()) if own is None else (own["mean"], own["error"])
-            if own is not None and not len(mean) == len(error) == len(GRID):
+            record = values[name]
+            if record is None:
+                gains.append(None)
+                continue
+            mean, error = (tuple(map(float, record[key])) for key in ("mean", "error"))
+            if not len(mean) == len(error) == len(GRID):
                 raise ValueError(f"{name}: expected {len(GRID)} gains")
-            gains = Gains(tuple(map(float, mean)), tuple(map(float, error)))
-            asked.append(None if own is None else gains)
-        return cls(*asked)
+            gains.append(Gains(mean, error))
+        return cls(*gains)
 
 
 @dataclass(frozen=True)
-class _Question:
+class _HeldOut:
     """Images that the tuning has not seen."""
 
     classes: tuple[int, ...]
@@ -76,17 +78,17 @@ class _Question:
     labels: Int[Tensor, " samples"]  # positions in `classes`
 
 
-def try_out(task: TuningTask, make: Callable[[tuple[int, ...]], Learner]) -> Trial | None:
-    """Tune on half of the classes for half as long, and ask about images it has not seen.
+def run_trial(task: TuningTask, make: Callable[[tuple[int, ...]], Learner]) -> Trial | None:
+    """Tune on half of the classes for half as long and measure κ on held-out images.
 
-    Without validation images, every second training image is left out and asked about instead.
+    Without validation images, every second training image is held out.
 
     Args:
-        task: what is to be tuned on, with views and tokens.
-        make: returns a new learner that is to be tuned on some classes.
+        task: the run's task, with views and tokens.
+        make: returns a new learner for the given classes.
 
     Returns:
-        The trial, without answers where its tuning diverged; None with fewer than four classes.
+        The trial; None with fewer than four classes or without a visual stage.
     """
     if len(task.tuned) < _FEWEST_CLASSES:
         return None
@@ -99,15 +101,15 @@ def try_out(task: TuningTask, make: Callable[[tuple[int, ...]], Learner]) -> Tri
         with tempfile.TemporaryDirectory() as folder:
             for stage in stages(half, learner):
                 if stage.visual and before is None:
-                    before = [learner.mean_texts(question.classes) for question in (seen, unseen)]
-                tune(learner, half, Path(folder), stage, "trial:")
+                    before = [learner.mean_texts(images.classes) for images in (seen, unseen)]
+                tune(learner, half, Path(folder), stage, "trial on half of the classes:")
     except DivergenceError as error:
         say(
-            f"note: the visual side is left as it came, for its trial diverged ({error.reason}); "
-            f"lower {error.setting} to have it tuned"
+            f"note: the visual side stays as it was, because its trial diverged ({error.reason}); "
+            f"lower {error.setting} to tune it"
         )
         return Trial(None, None)
-    if before is None:  # there is no visual side to try
+    if before is None:
         return None
     return Trial(
         _gains(learner, before[0], task.scale, seen),
@@ -115,11 +117,10 @@ def try_out(task: TuningTask, make: Callable[[tuple[int, ...]], Learner]) -> Tri
     )
 
 
-def promises(task: TuningTask, trial: Trial | None) -> bool:
-    """Return whether the visual side may help seen and unseen classes, as far as they were asked.
+def worth_tuning(task: TuningTask, trial: Trial | None) -> bool:
+    """Tell whether tuning the visual side may help seen and unseen classes.
 
-    If not, tuning it is not worth the time. Where no trial was possible, validation images will
-    tell afterwards; without these nothing could.
+    Without a trial, validation images can still judge afterwards; without these, nothing could.
     """
     if trial is None:
         return len(task.val) > 0
@@ -132,16 +133,16 @@ def choose_strength(
     trial: Trial | None,
     before: Float[Tensor, "classes dim"],
 ) -> None:
-    """Set the tuned model's κ.
+    """Set the κ of a tuned learner.
 
-    What it does to seen classes is asked of the tuned model itself where there are validation
-    images; what it does to unseen ones only the trial knows.
+    The gain on seen classes is measured on the tuned model itself where there are validation
+    images; the gain on unseen classes is known from the trial alone.
 
     Args:
         learner: as tuned.
-        task: what it was tuned on.
-        trial: of this task, if there was one.
-        before: class embeddings of the tuned classes before the visual side was tuned.
+        task: the task it was tuned on.
+        trial: the trial of this task, if there was one.
+        before: embeddings of the tuned classes before the visual side was tuned.
     """
     seen = _gains(learner, before, task.scale, _validation(task)) if len(task.val) else None
     if seen is None and trial is not None:
@@ -149,61 +150,60 @@ def choose_strength(
     learner.set_strength(best_strength(seen, trial.unseen if trial else None))
 
 
-def best_strength(*asked: Gains | None) -> float:
-    """Return the κ whose smallest gain is the largest, of those that surely gain wherever asked.
+def best_strength(*gains: Gains | None) -> float:
+    """Return the κ whose smallest gain is largest, among those that surely gain everywhere.
 
-    So what helps some classes is not paid for by others. With no such κ, or nobody to ask, it
-    is 0: the visual side stays as it came. Where only seen or only unseen classes could be asked,
-    they decide alone.
+    So no group of classes pays for another. Unknown gains (None) do not vote. The result is 0 where
+    no κ qualifies or nothing is known: the visual side stays as it was.
     """
-    known = [gains for gains in asked if gains is not None]
-    best, value = _LEAST_GAIN, 0.0
-    for place, strength in enumerate(GRID):
-        least = min((gains.mean[place] for gains in known), default=0.0)
-        sure = all(g.mean[place] > _STANDARD_ERRORS * g.error[place] for g in known)
+    known = [gain for gain in gains if gain is not None]
+    best, strength = _LEAST_GAIN, 0.0
+    for place, candidate in enumerate(GRID):
+        least = min((gain.mean[place] for gain in known), default=0.0)
+        sure = all(gain.mean[place] > _STANDARD_ERRORS * gain.error[place] for gain in known)
         if sure and least > best:
-            best, value = least, strength
-    return value
+            best, strength = least, candidate
+    return strength
 
 
-def _halved(task: TuningTask) -> tuple[TuningTask, _Question, _Question]:
-    """Return the trial's task, unseen images of its classes, and images of the others."""
+def _halved(task: TuningTask) -> tuple[TuningTask, _HeldOut, _HeldOut]:
+    """Return the trial's task, held-out images of its classes, and images of the other classes."""
     config, count = task.config, len(task.tuned)
     draw = torch.Generator().manual_seed(config.seed)
     inside = torch.zeros(count, dtype=torch.bool)
     inside[torch.randperm(count, generator=draw)[: count // 2]] = True
-    own, others = _among(task, inside), _among(task, ~inside)
-    unseen = _training_images(others, torch.ones(len(others.train), dtype=torch.bool))
-    if len(own.val):
-        seen = _validation(own)
-        unseen = _joined(unseen, _validation(others))
+    half, rest = _among(task, inside), _among(task, ~inside)
+    unseen = _training_images(rest, torch.ones(len(rest.train), dtype=torch.bool))
+    if len(half.val):
+        seen = _validation(half)
+        unseen = _joined(unseen, _validation(rest))
     else:
-        odd = every_second(own.train.labels)
-        seen = _training_images(own, odd)
-        own = with_rows(own, ~odd)
-    names = ("tuning.epochs", "visual.epochs", "visual.far_epochs")
+        odd = every_second(half.train.labels)
+        seen = _training_images(half, odd)
+        half = half.with_rows(~odd)
     values = config.values()
+    names = ("tuning.epochs", "visual.epochs", "visual.far_epochs")
     shorter = config.with_settings({name: -(-values[name] // 2) for name in names})
-    return refilled(replace(own, config=shorter)), seen, unseen
+    return replace(half, config=shorter).with_new_bank(), seen, unseen
 
 
-def _joined(one: _Question, other: _Question) -> _Question:
-    """Return images of the same classes as one question."""
+def _joined(first: _HeldOut, second: _HeldOut) -> _HeldOut:
+    """Return the images of both, which are of the same classes."""
     return replace(
-        one,
-        frozen=torch.cat([one.frozen, other.frozen]),
-        tokens=torch.cat([one.tokens, other.tokens]),
-        labels=torch.cat([one.labels, other.labels]),
+        first,
+        frozen=torch.cat([first.frozen, second.frozen]),
+        tokens=torch.cat([first.tokens, second.tokens]),
+        labels=torch.cat([first.labels, second.labels]),
     )
 
 
 def _among(task: TuningTask, inside: Bool[Tensor, " classes"]) -> TuningTask:
-    """Return the task with some of its classes; its bank is left as it is."""
+    """Return the task with some of its classes and an unchanged bank."""
     classes = tuple(c for c, chosen in zip(task.tuned, inside.tolist(), strict=True) if chosen)
-    wanted = torch.tensor(classes)
-    val = torch.isin(task.val.labels, wanted)
+    indices = torch.tensor(classes)
+    val = torch.isin(task.val.labels, indices)
     return replace(
-        with_rows(task, torch.isin(task.train.labels, wanted)),
+        task.with_rows(torch.isin(task.train.labels, indices)),
         tuned=classes,
         val=task.val.rows(val.nonzero().squeeze(1)),
         val_tokens=None if task.val_tokens is None else task.val_tokens[val],
@@ -211,34 +211,34 @@ def _among(task: TuningTask, inside: Bool[Tensor, " classes"]) -> TuningTask:
     )
 
 
-def _validation(task: TuningTask) -> _Question:
+def _validation(task: TuningTask) -> _HeldOut:
     if task.val_tokens is None:
-        raise ValueError("validation images without tokens")
+        raise ValueError("expected validation images with tokens")
     labels = task.val.labels_among(task.tuned)
-    return _Question(task.tuned, task.val.embeddings, task.val_tokens, labels)
+    return _HeldOut(task.tuned, task.val.embeddings, task.val_tokens, labels)
 
 
-def _training_images(task: TuningTask, chosen: Bool[Tensor, " samples"]) -> _Question:
+def _training_images(task: TuningTask, chosen: Bool[Tensor, " samples"]) -> _HeldOut:
     if task.views is None or task.views.tokens is None:
-        raise ValueError("training images without tokens")
+        raise ValueError("expected training images with tokens")
     labels = task.train.labels_among(task.tuned)
     frozen, tokens = task.views.embeddings[0][chosen], task.views.tokens[0][chosen]
-    return _Question(task.tuned, frozen, tokens, labels[chosen])
+    return _HeldOut(task.tuned, frozen, tokens, labels[chosen])
 
 
 @torch.no_grad()
-def _gains(learner: Learner, before: Tensor, scale: float, question: _Question) -> Gains | None:
-    """Return what each κ gains; the learner's own κ is put back afterwards."""
-    if len(question.labels) < 2:  # one image has no standard error
+def _gains(learner: Learner, before: Tensor, scale: float, images: _HeldOut) -> Gains | None:
+    """Return the gain of each κ; the learner's κ is restored afterwards."""
+    if len(images.labels) < 2:  # one image has no standard error
         return None
-    texts, labels = learner.mean_texts(question.classes), question.labels.to(before.device)
-    losses = [calibrated_losses(scale * question.frozen.to(before) @ before.T, labels)]
-    own = learner.strength
-    for strength in GRID[1:]:
-        learner.set_strength(strength)
-        images = learner.embed_tokens(question.tokens)
-        losses.append(calibrated_losses(scale * images @ texts.T, labels))
-    learner.set_strength(own)
-    gains = torch.stack([losses[0] - one for one in losses]).double()
+    texts, labels = learner.mean_texts(images.classes), images.labels.to(before.device)
+    losses = [calibrated_losses(scale * images.frozen.to(before) @ before.T, labels)]
+    strength = learner.strength
+    for candidate in GRID[1:]:
+        learner.set_strength(candidate)
+        embeddings = learner.embed_tokens(images.tokens)
+        losses.append(calibrated_losses(scale * embeddings @ texts.T, labels))
+    learner.set_strength(strength)
+    gains = torch.stack([losses[0] - loss for loss in losses]).double()
     error = gains.std(dim=1) / len(labels) ** 0.5
     return Gains(tuple(gains.mean(dim=1).tolist()), tuple(error.tolist()))

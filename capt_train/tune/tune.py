@@ -1,9 +1,9 @@
-"""Tuning one stage: epoch by epoch, as long as it helps, resumable at any of them."""
+"""Tune one stage: epoch by epoch, with early stopping, resumable after any epoch."""
 
 from dataclasses import replace
 from pathlib import Path
 
-from capt_deploy.core.console import progress
+from capt_deploy.core.console import progress, say
 from capt_deploy.core.errors import RunError
 from capt_train.confusion.bank import ConfusionBank
 from capt_train.method.learner import Learner
@@ -15,15 +15,15 @@ BEST, LAST = "best.safetensors", "last.safetensors"
 
 
 class DivergenceError(RunError):
-    """A tuning that left the finite numbers."""
+    """A loss term or gradient that is no longer finite."""
 
     def __init__(self, folder: Path, reason: str, setting: str, kept: str = "") -> None:
-        """Say what happened.
+        """Build the message.
 
         Args:
-            folder: of the checkpoints.
+            folder: the folder of the checkpoints.
             reason: what became nan, and when.
-            setting: the one to lower.
+            setting: the setting to lower.
             kept: which checkpoint stays, if one does.
         """
         super().__init__(f"{folder}: {reason}; lower {setting} and tune again{kept}")
@@ -33,27 +33,27 @@ class DivergenceError(RunError):
 def tune(
     learner: Learner, task: TuningTask, folder: Path, stage: Stage, label: str = "tuning"
 ) -> tuple[TuningState, ConfusionBank | None]:
-    """Tune `learner`; on return it holds the best epoch's parameters, which lie in `folder` too.
+    """Tune `learner` in place and leave it with the parameters of the best epoch.
 
-    Best is the lowest calibrated NLL on validation, or the last epoch where there is none or
-    patience is 0. If `folder` holds the checkpoint of an interrupted run, tuning continues from
-    it. On a CPU it ends with the very bits that it would have had uninterrupted (on the same
-    machine, with the same number of threads); on a GPU with nearly the same numbers, for CUDA's
-    kernels are not made deterministic.
+    The best epoch has the lowest calibrated validation NLL; it is the last epoch where there are no
+    validation images or patience is 0. If `folder` holds the checkpoint of an interrupted run,
+    tuning continues from it: on a CPU with the same bits as an uninterrupted run (same machine and
+    number of threads), on a GPU with nearly the same numbers, since CUDA kernels are not made
+    deterministic.
 
     Args:
-        learner: what is trained.
-        task: what it is trained on.
-        folder: for checkpoints.
-        stage: which parameters, for how long, and how far they may go.
-        label: for the progress.
+        learner: the trained parts.
+        task: images, classes and settings.
+        folder: where checkpoints are written.
+        stage: which side is trained, for how long and at which rates.
+        label: first words of the progress line.
 
     Returns:
-        Where the tuning ended, and the confusion bank after its last write-back.
+        The final state, and the confusion bank after its last update.
 
     Raises:
         DivergenceError: a loss term is not finite; the last good checkpoint stays.
-        RunError: a checkpoint in `folder` is of another run.
+        RunError: a checkpoint in `folder` belongs to another run.
     """
     loop = Epochs(learner, task, stage)
     state = TuningState()
@@ -63,9 +63,9 @@ def tune(
     label += " both sides" if stage.visual else " the text side"
     with progress(label, stage.epochs, "epochs") as counter:
         counter.advance(state.epoch)
-        while state.epoch < stage.epochs and not _stale(state, task, stage.patience):
+        while state.epoch < stage.epochs and not _stopped_early(state, task, stage):
             try:
-                if stage.visual and not last.exists():  # what helps nowhere ends where it began
+                if stage.visual and not last.exists():  # the start counts as a candidate for best
                     state = TuningState(best_nll=loop.validation_nll())
                     save_checkpoint(best, learner, state)
                 terms = loop.epoch(state.epoch)
@@ -75,19 +75,24 @@ def tune(
                 rate = f"{'visual' if stage.visual else 'tuning'}.learning_rate"
                 reason = f"in epoch {state.epoch + 1} {cause}"
                 raise DivergenceError(folder, reason, rate, kept) from cause
-            loop.write_back()
+            loop.update_bank()
             state = _next(state, terms, nll, stage.patience)
             if state.best_epoch == state.epoch:
                 save_checkpoint(best, learner, state)
             loop.save(last, state)
-            newest = reversed(list(state.history[-1].items()))  # validation first, if there is any
-            counter.advance(1, ", ".join(f"{name} {value:.3f}" for name, value in newest))
+            terms_shown = reversed(list(state.history[-1].items()))  # validation first
+            counter.advance(1, ", ".join(f"{name} {value:.3f}" for name, value in terms_shown))
+    if state.epoch < stage.epochs:
+        say(
+            f"{label}: stopped after epoch {state.epoch}, validation has not improved for "
+            f"{state.epochs_since_best} epochs; epoch {state.best_epoch} is kept"
+        )
     load_checkpoint(best, learner)
     return state, loop.bank
 
 
-def _stale(state: TuningState, task: TuningTask, patience: int) -> bool:
-    return bool(len(task.val) and patience and state.epochs_since_best >= patience)
+def _stopped_early(state: TuningState, task: TuningTask, stage: Stage) -> bool:
+    return bool(len(task.val) and stage.patience and state.epochs_since_best >= stage.patience)
 
 
 def _next(

@@ -1,11 +1,11 @@
-"""Augmented views of the training images, embedded once, so that a step runs only what changes."""
+"""Augmented views of the training images, embedded once, so that a step runs only trained parts."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 from torch.nn import functional
 
@@ -16,30 +16,35 @@ from capt_train.data.features import read_pixels
 from capt_train.method.learner import Learner
 
 _BATCH = 64
-_MUCH_MEMORY = 2**30  # bytes of tokens, from which on it is said
+_MUCH_MEMORY = 2**30  # bytes of tokens; more is announced
 
 
 @dataclass(frozen=True)
 class Views:
-    """Images after the frozen part of the tower; view 0 is the image itself."""
+    """Views of images after the frozen part of the tower; view 0 is the image itself."""
 
     embeddings: Float[Tensor, "views samples dim"]  # f⁰, unit norm, colours mapped
-    untouched: Float[Tensor, "samples dim"]  # of the held view, by the model as it came
-    # After the attention of the first changed block; half precision, for it is only trained on.
+    untouched: Float[Tensor, "samples dim"]  # the held view by the frozen model, without colours
+    # after the attention of the first changed block; half precision is enough to train on
     tokens: Float[Tensor, "views samples tokens width"] | None
 
     @property
     def trained(self) -> int:
-        """How many views are trained on; where there are several, the last one is not (ours)."""
+        """Return the number of views trained on: all but the last of several (ours)."""
         return max(1, len(self.embeddings) - 1)
 
     @property
     def held(self) -> int:
-        """The view that tells how the model does on images it was not trained on."""
+        """Return the index of the last view, which shows how the model does on unseen images."""
         return len(self.embeddings) - 1
 
+    def with_rows(self, chosen: Bool[Tensor, " samples"]) -> "Views":
+        """Return the views of some of the images."""
+        tokens = None if self.tokens is None else self.tokens[:, chosen]
+        return Views(self.embeddings[:, chosen], self.untouched[chosen], tokens)
+
     def held_embeddings(self, learner: Learner | None) -> Float[Tensor, "samples dim"]:
-        """Return embeddings of the held view: by the learner, or by the frozen tower without."""
+        """Return embeddings of the held view by the learner, or by the frozen tower without one."""
         if learner is None or learner.visual is None or self.tokens is None:
             return self.embeddings[self.held]
         return learner.embed_tokens(self.tokens[self.held])
@@ -56,18 +61,18 @@ def embed_views(
     seed: int,
     label: str,
 ) -> Views:
-    """Decode images, augment them, and run the frozen part of the tower.
+    """Decode images, augment them and run the frozen part of the tower.
 
     Args:
-        backbone: as it came.
-        learner: new; its visual part decides where the tokens are taken, without one there are
-            none.
+        backbone: the frozen model, without a colour map.
+        learner: a new learner; its visual part decides where tokens are taken. Without a visual
+            part there are no tokens.
         dataset: where the images lie.
         items: readable images, in the order of the training features.
-        views: of each image, at least 1.
-        area: smallest share of the image that an augmented view shows.
-        seed: of the augmentation.
-        label: for the progress.
+        views: the number of views of each image, at least 1.
+        area: the smallest share of the image that an augmented view shows.
+        seed: seed of the augmentation.
+        label: first words of the progress line.
 
     Raises:
         ImageError: an image that could be read before cannot be read now.
@@ -81,9 +86,9 @@ def embed_views(
             batch = items[start : start + _BATCH]
             pixels = read_pixels(backbone, dataset, batch)
             rows = [pixels, *(augment(pixels, area, generator) for _ in range(views - 1))]
-            found = [learner.start(v) for v in rows]
-            embeddings.append(torch.stack([own.cpu() for own, _ in found]))
-            for view, (_, kept) in enumerate(found):
+            encoded = [learner.start(view) for view in rows]
+            embeddings.append(torch.stack([features.cpu() for features, _ in encoded]))
+            for view, (_, kept) in enumerate(encoded):
                 if tokens is not None and kept is not None:
                     tokens[view, start : start + len(batch)] = kept.half()
             held = embeddings[-1][-1]
@@ -97,9 +102,9 @@ def embed_views(
 def _room(
     learner: Learner, views: int, samples: int, label: str
 ) -> Float[Tensor, "{views} {samples} tokens width"] | None:
-    """Return where tokens go, all at once: parts that are joined later would need twice as much.
+    """Return the memory for all tokens at once; joining parts would need twice as much.
 
-    Where that is much memory, say so before it is used.
+    More than a gigabyte is announced before it is used.
     """
     tower = learner.backbone.tower
     if learner.visual is None or tower is None:

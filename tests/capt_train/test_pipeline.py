@@ -300,11 +300,11 @@ def test_a_visual_side_that_promises_nothing_is_not_tuned(
 ) -> None:
     asked: list[Trial | None] = []
 
-    def promises(task: TuningTask, trial: Trial | None) -> bool:
+    def worth_tuning(task: TuningTask, trial: Trial | None) -> bool:
         asked.append(trial)
         return promising
 
-    monkeypatch.setattr(pipeline, "promises", promises)
+    monkeypatch.setattr(pipeline, "worth_tuning", worth_tuning)
     config = configure(method="capt", classes="all", visual_views=2, visual_far_epochs=1)
     report = train(config, tmp_path / "run")
     (trial,) = asked
@@ -381,7 +381,7 @@ def test_without_strength_or_text_side_a_run_is_the_zero_shot_model(
 def test_a_strength_of_zero_ends_with_the_prompt_of_the_text_side_alone(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(pipeline, "promises", lambda *_: True)
+    monkeypatch.setattr(pipeline, "worth_tuning", lambda *_: True)
     monkeypatch.setattr(strength, "best_strength", lambda *_: 0.0)
     config = configure(
         method="capt", classes="all", visual_views=2, visual_far_epochs=1, without=("colours",)
@@ -419,7 +419,7 @@ def test_a_resumed_run_decides_by_the_trial_that_it_has_written(
     def never(*_: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(pipeline, "try_out", never)
+    monkeypatch.setattr(pipeline, "run_trial", never)
     assert train(config, tmp_path / "run", resume=True) == report
     assert (tmp_path / "run" / "trial.json").read_bytes() == trial
 
@@ -434,7 +434,7 @@ def test_a_run_whose_trial_diverges_keeps_to_the_text_side_also_when_resumed(
     assert report["strength"] == 0
     assert len(json.loads(result)["stages"]) == 1
     (run / "result.json").unlink()
-    monkeypatch.delattr(pipeline, "try_out")
+    monkeypatch.delattr(pipeline, "run_trial")
     assert train(config, run, resume=True) == report
     assert (run / "result.json").read_bytes() == result
 

@@ -22,7 +22,7 @@ from capt_train.pipeline import train
 from capt_train.run.folder import load_run
 from capt_train.tune import cross_validation
 from capt_train.tune.cross_validation import out_of_fold_logits
-from capt_train.tune.stages import Stage, TuningTask, with_rows
+from capt_train.tune.stages import Stage, TuningTask
 from capt_train.tune.tune import tune
 from tests.capt_train.tune.test_strength import config, learner, make, numbered, without_val
 from tests.configs import train_config
@@ -42,7 +42,7 @@ def some(task: TuningTask, per_class: int) -> TuningTask:
     """Return the task with that many images of each class."""
     labels = task.train.labels
     same = (labels[:, None] == labels[None, :]).tril(-1).sum(dim=1)
-    return with_rows(task, same < per_class)
+    return task.with_rows(same < per_class)
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_one_image_of_each_class_leaves_whole_classes_out(
     assert (few.shape, none.shape) == ((0, 7), (0,))  # seven images are too few
     assert "not calibrated: there are too few images for it" in capsys.readouterr().err
     assert noted == []
-    eight = with_rows(task, torch.arange(len(task.train)) % 4 < 1 + (task.train.labels == 0))
+    eight = task.with_rows(torch.arange(len(task.train)) % 4 < 1 + (task.train.labels == 0))
 
     def all_rows(made: Learner) -> Tensor:
         return made.mean_texts(tuned)

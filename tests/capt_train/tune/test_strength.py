@@ -29,8 +29,8 @@ from capt_train.tune.strength import (
     Trial,
     best_strength,
     choose_strength,
-    promises,
-    try_out,
+    run_trial,
+    worth_tuning,
 )
 from capt_train.tune.views import Views
 from tests.configs import train_config
@@ -133,13 +133,13 @@ def test_a_strength_must_surely_help_seen_and_unseen_classes(
     choose_strength(made, without_val(task), trial, made.mean_texts(task.tuned))
     assert made.strength == expected
     assert (made.visual is None) == (expected == 0)
-    assert promises(task, trial) == (expected > 0)
+    assert worth_tuning(task, trial) == (expected > 0)
 
 
 def test_without_a_trial_validation_images_decide_afterwards(tiny_backbone: Backbone) -> None:
     made, task = make(tiny_backbone)
-    assert promises(task, None)
-    assert not promises(without_val(task), None)
+    assert worth_tuning(task, None)
+    assert not worth_tuning(without_val(task), None)
     choose_strength(made, without_val(task), None, made.mean_texts(task.tuned))
     assert made.strength == 0
 
@@ -204,7 +204,7 @@ def test_fewer_than_four_classes_are_not_tried_out(classes: int, tiny_backbone: 
     def never(_: tuple[int, ...]) -> Learner:
         raise AssertionError
 
-    assert try_out(task, never) is None
+    assert run_trial(task, never) is None
 
 
 @pytest.fixture
@@ -256,7 +256,7 @@ def test_the_trial_never_sees_the_held_out_classes(
     label = labels_of(task)
     task = task if validated else without_val(task)
     made = learner(tiny_backbone, task.config, task.tuned)
-    assert try_out(task, lambda _: made) == Trial(FLAT, FLAT)
+    assert run_trial(task, lambda _: made) == Trial(FLAT, FLAT)
     seen, unseen = tried["questions"]
     assert len(seen.classes) == 2
     assert {*seen.classes} | {*unseen.classes} == {*task.tuned}
@@ -301,7 +301,7 @@ def test_a_trial_ends_in_numbers_whichever_classes_have_validation_images(
     trials = []
     for seed in (1, 2):
         own = replace(task, config=config(seed=seed, tuning_epochs=2, tuning_learning_rate=0.01))
-        trial = try_out(own, lambda tuned: learner(tiny_backbone, task.config, tuned))
+        trial = run_trial(own, lambda tuned: learner(tiny_backbone, task.config, tuned))
         assert trial is not None
         trials.append(trial)
         for found in (trial.seen, trial.unseen):
@@ -317,7 +317,7 @@ def test_a_trial_ends_in_numbers_whichever_classes_have_validation_images(
 
 def test_a_trial_is_the_same_again(tiny_backbone: Backbone) -> None:
     _, task = make(tiny_backbone)
-    trials = [try_out(task, lambda own: learner(tiny_backbone, task.config, own)) for _ in "ab"]
+    trials = [run_trial(task, lambda own: learner(tiny_backbone, task.config, own)) for _ in "ab"]
     assert trials[0] == trials[1]
 
 
@@ -327,7 +327,7 @@ def test_a_trial_that_diverges_promises_nothing_and_names_the_setting(
 ) -> None:
     _, task = make(tiny_backbone)
     own = replace(task, config=config(**{setting: 1e30}))
-    trial = try_out(own, lambda tuned: learner(tiny_backbone, own.config, tuned))
+    trial = run_trial(own, lambda tuned: learner(tiny_backbone, own.config, tuned))
     told = capsys.readouterr().err
     assert re.search(
         rf"^note: the visual side is left as it came, .* \(in epoch 1 .*\); lower {setting} ",
@@ -336,7 +336,7 @@ def test_a_trial_that_diverges_promises_nothing_and_names_the_setting(
     )
     assert tempfile.gettempdir() not in told
     assert trial is not None
-    assert not promises(own, Trial.from_dict(json.loads(json.dumps(asdict(trial)))))
+    assert not worth_tuning(own, Trial.from_dict(json.loads(json.dumps(asdict(trial)))))
 
 
 def test_one_image_is_too_few_to_be_sure(tiny_backbone: Backbone) -> None:

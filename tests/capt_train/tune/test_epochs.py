@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capt_train.tune.schedule import learning_rate
+from capt_train.tune.epochs import learning_rate
 
 counts = st.integers(1, 200)
 
