@@ -120,7 +120,7 @@ def test_one_image_of_each_class_leaves_whole_classes_out(
     one = some(task, 1)
     few, none = out_of_fold_logits(one, fresh(tiny_backbone, task), 0.0, rows_of)
     assert (few.shape, none.shape) == ((0, 7), (0,))  # seven images are too few
-    assert "not calibrated: there are too few images for it" in capsys.readouterr().err
+    assert "not calibrated: too few images" in capsys.readouterr().err
     assert noted == []
     eight = task.with_rows(torch.arange(len(task.train)) % 4 < 1 + (task.train.labels == 0))
 
@@ -202,13 +202,13 @@ def test_a_run_without_validation_images_is_calibrated(
 
 
 @pytest.mark.parametrize(
-    ("strength", "setting"), [(0.0, "learning_rate"), (1.0, "visual_learning_rate")]
+    ("strength", "setting"), [(0.0, "tuning.learning_rate"), (1.0, "visual.learning_rate")]
 )
 def test_parts_whose_tuning_diverges_give_nothing_and_name_the_setting(
     strength: float, setting: str, tiny_backbone: Backbone, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, task = make(tiny_backbone)
-    task = without_val(replace(task, config=config(**{setting: 1e30})))
+    task = without_val(replace(task, config=config(**{setting.replace(".", "_"): 1e30})))
     logits, labels = out_of_fold_logits(task, fresh(tiny_backbone, task), strength, rows_of)
     assert (logits.shape, labels.shape) == ((0, len(TUNED)), (0,))
     told = capsys.readouterr().err

@@ -321,16 +321,16 @@ def test_a_trial_is_the_same_again(tiny_backbone: Backbone) -> None:
     assert trials[0] == trials[1]
 
 
-@pytest.mark.parametrize("setting", ["learning_rate", "visual_learning_rate"])
+@pytest.mark.parametrize("setting", ["tuning.learning_rate", "visual.learning_rate"])
 def test_a_trial_that_diverges_promises_nothing_and_names_the_setting(
     setting: str, tiny_backbone: Backbone, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, task = make(tiny_backbone)
-    own = replace(task, config=config(**{setting: 1e30}))
+    own = replace(task, config=config(**{setting.replace(".", "_"): 1e30}))
     trial = run_trial(own, lambda tuned: learner(tiny_backbone, own.config, tuned))
     told = capsys.readouterr().err
     assert re.search(
-        rf"^note: the visual side is left as it came, .* \(in epoch 1 .*\); lower {setting} ",
+        rf"^note: the visual side stays as it was, .* \(in epoch 1 .*\); lower {setting} ",
         told,
         re.M,
     )

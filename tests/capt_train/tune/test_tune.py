@@ -283,9 +283,9 @@ def test_a_step_that_goes_too_far_is_an_error_and_keeps_no_broken_checkpoint(
     own = task(tiny_backbone, tuning_learning_rate=1e30, tuning_batch_size=100)
     own = own if validated else replace(own, val=empty())
     reason = "in epoch 1 the class embeddings became nan"
-    with pytest.raises(DivergenceError, match=f"{reason}; lower learn") as caught:
+    with pytest.raises(DivergenceError, match=f"{reason}; lower tuning") as caught:
         run(learner(tiny_backbone), own, tmp_path)
-    assert (caught.value.reason, caught.value.setting) == (reason, "learning_rate")
+    assert (caught.value.reason, caught.value.setting) == (reason, "tuning.learning_rate")
     assert list(tmp_path.iterdir()) == []
 
 
