@@ -55,7 +55,7 @@ class Trial:
         Raises:
             TypeError, KeyError, ValueError: values of wrong form.
         """
-        gains = []
+        gains: list[Gains | None] = []
         for name in ("seen", "unseen"):
             record = values[name]
             if record is None:
