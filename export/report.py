@@ -30,14 +30,14 @@ def score(
     exported: Path | None = None,
     all_graphs: bool = False,
 ) -> Evaluation:
-    """Score a run or a bundle on the images of a split.
+    """Score a run or a bundle on the images of a split; the options are those of `capt-eval`.
 
     Args:
         path: of the run or bundle.
-        data: the data set, as of `capt-train`.
-        split: whose images.
-        class_names: a file of names, as of `capt-train`.
-        backend: that runs bundles.
+        data: the data set.
+        split: `train`, `val` or `test`.
+        class_names: a file of names.
+        backend: what runs bundles.
         exported: the run's bundle, to be scored beside it.
         all_graphs: score every graph of a bundle, not only the one that the backend prefers.
 

@@ -12,28 +12,11 @@ from capt_deploy.core.console import progress, say
 from capt_deploy.core.errors import BundleError, DataError, UnavailableError
 from capt_deploy.data.batches import preprocess_files
 from capt_deploy.data.datasets import read_dataset
-from capt_deploy.evaluation.evaluate import Evaluation, Report, Scores
+from capt_deploy.evaluation.evaluate import Evaluation, Scores
 from capt_deploy.evaluation.summary import NO_ZERO_SHOT
 from capt_deploy.serving.classifier import Classifier, running_on
 
 _BATCH = 32
-
-
-def evaluate_bundle(
-    path: str | Path,
-    data: str | Path,
-    split: str = "test",
-    scope: str | None = None,
-    class_names: Path | None = None,
-    backend: str = "auto",
-    precision: str | None = None,
-) -> Report:
-    """Return the report of `capt-eval` for a bundle.
-
-    Raises:
-        CaptError: bundle, data or backend cannot be used.
-    """
-    return score_bundle(path, data, split, class_names, backend, precision).report(scope)
 
 
 def score_bundle(
@@ -122,6 +105,7 @@ def score_graphs(
             say(f"note: {notes[-1]}")
     if not evaluations:
         raise UnavailableError(f"{path}: none of its graphs can run here: {'; '.join(notes)}")
-    scores = {name: score for one in evaluations for name, score in one.scores.items()}
-    first = evaluations[0]
+    first, scores = evaluations[0], {}
+    for evaluation in evaluations:
+        scores.update(evaluation.scores)
     return replace(first, scores=scores, notes=(*notes, *first.notes))

@@ -39,8 +39,7 @@ def render_html(results: Results) -> str:
             **_texts(results),
             css=css,
             css_hash=b64encode(sha256(css.encode()).digest()).decode(),
-            reliability=_reliability_figures(results),
-            risks=_risk_figures(results),
+            figures=_figures(results),
             confusions=_confusion_matrix(results),
         )
     )
@@ -108,34 +107,28 @@ def _texts(results: Results) -> dict[str, Any]:
     }
 
 
-def _reliability_figures(results: Results) -> list[dict[str, str]]:
-    figures = []
+def _figures(results: Results) -> list[dict[str, str]]:
+    """Return a reliability diagram for each scope, then a risk plot for each scope."""
+    figures: list[dict[str, str]] = []
+    scopes = list(results.main.after)
+
+    def add(kind: str, name: str, scope: str, text: str, svg: bytes) -> None:
+        text = (f", {scope} classes: " if len(scopes) > 1 else ": ") + text
+        url = f"data:image/svg+xml;base64,{b64encode(svg).decode()}"
+        figures.append({"kind": kind, "name": name, "text": text, "url": url})
+
     for model in filter(None, (results.zero_shot, results.main)):
-        for scope, after in model.after.items():
-            before = model.report["uncalibrated"][scope]["ece_15"]
-            text = (
-                f"{_of_scope(results, scope)}: ECE {percent(model.report[scope]['ece_15'])} % "
-                f"(before calibration {percent(before)} %, by chance "
-                f"{percent(model.chance[scope][0])} %)"
-            )
-            url = _data_url(plots.draw_reliability(model.before[scope], after))
-            figures.append({"name": model.name, "text": text, "kind": "Reliability", "url": url})
-    return figures
-
-
-def _risk_figures(results: Results) -> list[dict[str, str]]:
-    figures = []
-    for scope in results.main.after:
+        for scope in scopes:
+            before = percent(model.report["uncalibrated"][scope]["ece_15"])
+            after, chance = percent(model.report[scope]["ece_15"]), percent(model.chance[scope][0])
+            text = f"ECE {after} % (before calibration {before} %, by chance {chance} %)"
+            svg = plots.draw_reliability(model.before[scope], model.after[scope])
+            add("Reliability", model.name, scope, text, svg)
+    for scope in scopes:
         areas = {model.name: model.report[scope]["aurc"] for model in results.models}
-        curves = {model.name: model.risks[scope] for model in results.models}
-        url = _data_url(plots.draw_risks(curves, areas))
-        text = f"{_of_scope(results, scope)}: mistakes among the photos answered"
-        figures.append({"name": "all models", "text": text, "kind": "Risk", "url": url})
+        svg = plots.draw_risks({model.name: model.risks[scope] for model in results.models}, areas)
+        add("Risk", "all models", scope, "mistakes among the photos answered", svg)
     return figures
-
-
-def _of_scope(results: Results, scope: str) -> str:
-    return f", {scope} classes" if len(results.main.after) > 1 else ""
 
 
 def _confusion_matrix(results: Results) -> dict[str, Any] | None:
@@ -159,7 +152,3 @@ def _confusion_matrix(results: Results) -> dict[str, Any] | None:
         "numbered": len(order) <= _NUMBERED,
         "framed": bool(mined[shown].any()),
     }
-
-
-def _data_url(svg: bytes) -> str:
-    return f"data:image/svg+xml;base64,{b64encode(svg).decode()}"

@@ -66,8 +66,8 @@ def context_line(results: Results) -> str:
         counts = ", ".join(f"{scope} {report[scope]['n']:,}" for scope in results.main.after)
         counts = f" Photos: {counts}."
     among = counted(classes, "class", "classes")
-    others = [model.name for model in results.models if model is not results.main]
-    compared = f"; compared with {', '.join(others)}" if others else ""
+    compared_with = [model.name for model in results.models if model is not results.main]
+    compared = f"; compared with {', '.join(compared_with)}" if compared_with else ""
     return f"Model: {results.main.name}, which chooses among {among}{compared}.{counts}"
 
 
@@ -146,7 +146,7 @@ def pair_table(results: Results) -> Table:
 def promise_table(results: Results) -> Table:
     """Return what is promised and what was measured, a column for each scope."""
     scopes = list(dict.fromkeys(promise.scope for promise in results.promises))
-    wanted = list(dict.fromkeys((promise.kind, promise.wanted) for promise in results.promises))
+    kinds = list(dict.fromkeys((promise.kind, promise.wanted) for promise in results.promises))
     cells = {
         (promise.kind, promise.wanted, promise.scope): _measured(promise)
         for promise in results.promises
@@ -157,7 +157,7 @@ def promise_table(results: Results) -> Table:
     }
     rows = [
         [names[kind].format(f"{100 * share:g}"), *(cells[kind, share, scope] for scope in scopes)]
-        for kind, share in wanted
+        for kind, share in kinds
     ]
     return Table(["promise", *(["on these photos"] if scopes == ["all"] else scopes)], rows)
 

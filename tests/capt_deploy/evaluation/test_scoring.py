@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from capt_deploy import BundleError, Classifier, DataError
-from capt_deploy.evaluation.scoring import evaluate_bundle
+from capt_deploy.evaluation.scoring import score_bundle
 from capt_deploy.metrics.calibration import all_metrics
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -24,7 +24,7 @@ def data(tmp_path):
 
 
 def test_accuracy_is_that_of_the_predictions(data):
-    report = evaluate_bundle(BUNDLE, data)
+    report = score_bundle(BUNDLE, data).report()
     classifier = Classifier.load(BUNDLE)
     photos = sorted((data / "test").rglob("*.png"))
     hits = [classifier(photo).label == photo.parent.name.replace("_", " ") for photo in photos]
@@ -33,7 +33,7 @@ def test_accuracy_is_that_of_the_predictions(data):
 
 
 def test_base_and_new_use_their_own_columns_only(data):
-    report = evaluate_bundle(BUNDLE, data)
+    report = score_bundle(BUNDLE, data).report()
     classifier = Classifier.load(BUNDLE)
     hits = []
     for photo in sorted((data / "test").rglob("*.png")):
@@ -45,7 +45,7 @@ def test_base_and_new_use_their_own_columns_only(data):
 
 
 def test_the_report_has_the_keys_of_the_contract(data):
-    report = evaluate_bundle(BUNDLE, data)
+    report = score_bundle(BUNDLE, data).report()
     metrics = set(all_metrics(np.eye(2), np.arange(2)))
     assert len(metrics) == 9
     for scope in ("base", "new", "all"):
@@ -57,7 +57,7 @@ def test_the_report_has_the_keys_of_the_contract(data):
 
 def test_an_unreadable_photo_is_listed_and_left_out(data):
     (data / "test" / "red_ball" / "broken.png").write_bytes(b"nothing")
-    report = evaluate_bundle(BUNDLE, data)
+    report = score_bundle(BUNDLE, data).report()
     assert report["all"]["n"] == 4
     assert [path for path, _ in report["skipped"]] == ["test/red_ball/broken.png"]
 
@@ -74,16 +74,17 @@ def test_labels_are_matched_by_name_not_by_order(data, tmp_path):
         writer.writeheader()
         writer.writerows(rows)
     shutil.rmtree(data / "test" / "blue_sky")
-    assert evaluate_bundle(BUNDLE, listing)["all"] == evaluate_bundle(BUNDLE, data)["all"]
+    listed, whole = (score_bundle(BUNDLE, source).report() for source in (listing, data))
+    assert listed["all"] == whole["all"]
 
 
 def test_a_class_that_the_bundle_does_not_know_is_refused(data):
     (data / "test" / "zebra").mkdir()
     shutil.copy(data / "test/red_ball/9.png", data / "test/zebra/0.png")
     with pytest.raises(DataError, match="zebra"):
-        evaluate_bundle(BUNDLE, data)
+        score_bundle(BUNDLE, data).report()
 
 
 def test_a_lone_graph_has_no_zero_shot_rows_to_compare_with(data):
     with pytest.raises(BundleError, match="expected a bundle, came a graph alone"):
-        evaluate_bundle(BUNDLE / "model.onnx", data)
+        score_bundle(BUNDLE / "model.onnx", data).report()

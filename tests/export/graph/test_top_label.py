@@ -19,7 +19,7 @@ from capt_deploy.confidence.top_label import TopLabelMap
 from capt_deploy.confidence.vector_scaling import VectorScaling
 from capt_deploy.core.errors import GateError
 from capt_deploy.evaluation.evaluate import Report
-from capt_deploy.evaluation.scoring import evaluate_bundle
+from capt_deploy.evaluation.scoring import score_bundle
 from capt_deploy.metrics.calibration import softmax
 from capt_deploy.serving.classifier import Classifier
 from capt_train.calibrate.calibrators import Calibration
@@ -142,12 +142,12 @@ def test_old_bundles_know_nothing_of_it() -> None:
 @pytest.mark.parametrize("case", ["isotonic", "vector", "isotonic with DAC"])
 def test_bundle_and_run_are_evaluated_alike(exported: Any, photos: Path, case: str) -> None:
     model, _, bundle = exported(case)
-    report: Report = evaluate_bundle(bundle, photos)
+    report: Report = score_bundle(bundle, photos).report()
     raw = Calibration()  # what was there before all of it
     plain = replace(model, fitted=replace(model.fitted, calibration=raw))
-    again = evaluate_bundle(
+    again = score_bundle(
         export(source_of(plain), bundle.parent / f"{case}.capt", ExportOptions()), photos
-    )
+    ).report()
     for scope in ("base", "new", "all"):
         if report[scope] is not None:
             assert report["uncalibrated"][scope] == pytest.approx(again[scope], abs=1e-3)

@@ -21,7 +21,7 @@ from capt_deploy.bundle.read import Bundle, open_bundle
 from capt_deploy.core.errors import GateError
 from capt_deploy.data.datasets import read_dataset
 from capt_deploy.data.preprocess import preprocess
-from capt_deploy.evaluation.scoring import evaluate_bundle
+from capt_deploy.evaluation.scoring import score_bundle
 from capt_deploy.metrics.calibration import all_metrics, softmax
 from capt_deploy.serving.classifier import Classifier
 from capt_deploy.verify.check import ask_backend, check_bundle
@@ -177,7 +177,7 @@ def test_a_graph_that_is_too_sure_gets_another_temperature_beside_its_factors(
 def test_each_scope_has_the_factors_of_its_own_most_probable_classes(
     dac_bundle: Path, plain_bundle: Path, text_model: TunedModel, photos: Path
 ) -> None:
-    report, without = (evaluate_bundle(path, photos) for path in (dac_bundle, plain_bundle))
+    report, without = (score_bundle(path, photos).report() for path in (dac_bundle, plain_bundle))
     dataset = read_dataset(photos, strict_names=False).aligned_to(text_model.class_names)
     items, config = dataset.items("test"), text_model.backbone.preprocess
     pixels = np.stack([preprocess(dataset.path(item), config) for item in items])
