@@ -74,7 +74,7 @@ def open_cases(
         threads: the callers.
         stack: keeps the classifiers open.
     """
-    opened: dict[tuple[str, str, str], str] = {}  # name in the request by what it stands for
+    opened = False
     runtime = RuntimeOptions(threads=request.threads)
     for name, precision in _classifiers(bundle, request):
         before = Memory.now()
@@ -86,13 +86,8 @@ def open_cases(
             label = f"{name} {precision}" if precision else name
             say(f"left out {label}: {str(cause).removeprefix(f'backend {name}: ')}")
             continue
-        key = (classifier.backend.name, classifier.backend.device, classifier.precision)
-        if key in opened:
-            classifier.close()
-            say(f"left out {name}: it is the same as {opened[key]} here, on {key[1]}")
-            continue
         stack.enter_context(classifier)
-        opened[key] = name
+        opened = True
         for skipped, reason in classifier.skipped.items():
             say(f"{name} does without {skipped}: {reason}")
         yield from _cases_of(classifier, before, bundle, request, photos, threads)

@@ -1,4 +1,4 @@
-"""`capt-doctor`."""
+"""The command `capt-doctor`."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from capt_deploy.core.console import Command, PathInHome, print_json, say
+from capt_deploy.core.console import Command, PathInHome, counted, print_json, say
 from capt_deploy.core.version import __version__
 
 if TYPE_CHECKING:
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 @click.version_option(__version__, prog_name="capt")
 def main(bundle: Path | None, as_json: bool) -> None:
-    """Say what is here, what works, and what would make the rest work.
+    """Report versions and GPUs, which backends work, and how to fix the others.
 
-    Every backend is really tried, in a process of its own: on a tiny graph, or on a BUNDLE.
-    The exit code is 0 if at least one works.
+    Each backend runs a tiny graph, or a BUNDLE, in a separate process. The exit code is 0 if at
+    least one works.
 
     \b
     Example:
@@ -43,15 +43,15 @@ def main(bundle: Path | None, as_json: bool) -> None:
 
 def _text(diagnosis: "Diagnosis") -> str:
     machine, driver = diagnosis.machine, diagnosis.driver
-    memory = machine["memory_bytes"]
+    memory, cores = machine["memory_bytes"], counted(machine["cores"], "core")
     lines = [
         f"system     {machine['system']}",
-        f"processor  {machine['cpu']}, {machine['cores']} cores of {machine['cores_of_machine']}",
+        f"processor  {machine['cpu']}, {cores} of {machine['cores_of_machine']}",
         f"memory     {'unknown' if memory is None else f'{memory / 1e9:.1f} GB'}",
     ]
     lines += [f"GPU {number}      {_gpu(gpu)}" for number, gpu in enumerate(driver.gpus)]
     if driver.cuda:
-        lines.append(f"driver     takes CUDA up to {driver.cuda}")
+        lines.append(f"driver     runs CUDA up to {driver.cuda}")
     if driver.problem:
         lines.append(f"driver     {driver.problem}")
     versions = [f"{name} {version}" for name, version in diagnosis.versions.items()]

@@ -62,7 +62,7 @@ def gpu_problem() -> str | None:
 
     `cuInit` fails in forked copies of a process that has called it: start processes by spawning.
     """
-    bus = f"{'an' if _is_on_the_bus() else 'no'} NVIDIA GPU is on the bus"
+    bus = f"{'an' if _is_on_the_bus() else 'no'} NVIDIA GPU is on the PCI bus"
     try:
         cuda = ctypes.CDLL(_CUDA)
     except OSError:

@@ -20,10 +20,10 @@ def install_hint(extra: str) -> str:
 
 
 def require_packages(option: str, extra: str, *names: str) -> None:
-    """Make sure, before time is spent, that the packages of an option can be imported.
+    """Raise an error, before time is spent, if a package that an option needs is missing.
 
     Raises:
-        ConfigError: one of them cannot; the message says how to install its extra.
+        ConfigError: a package cannot be imported; the message says how to install the extra.
     """
     for name in names:
         try:

@@ -1,4 +1,4 @@
-"""Texts that fit where they are shown."""
+"""Shorten and clean text for display."""
 
 import unicodedata
 
@@ -6,7 +6,7 @@ _UNPRINTABLE = ("Cc", "Cs")  # categories: control characters, halves of a chara
 
 
 def shortened(name: str, longest: int) -> str:
-    """Return the name on one line, cut in its middle: the ends tell classes apart."""
+    """Return a name on one line, cut in the middle because its ends tell classes apart."""
     name = " ".join(name.split())
     if len(name) <= longest:
         return name

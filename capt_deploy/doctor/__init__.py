@@ -1,1 +1,1 @@
-"""Find out which backends work on this machine, and why the others do not."""
+"""Which backends work on this machine, and why the others do not."""

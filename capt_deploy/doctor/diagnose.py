@@ -1,4 +1,4 @@
-"""What is here, what works, and for what does not: why, and the one line that would fix it."""
+"""Diagnose a machine: its packages and GPUs, the backends that work, and fixes for the others."""
 
 import os
 import platform
@@ -32,53 +32,53 @@ Try = Callable[[str, Path | None], ProbeResult]
 
 @dataclass(frozen=True)
 class Facts:
-    """What fixes depend on."""
+    """The installed packages and the driver, on which fixes depend."""
 
-    packages: Mapping[str, str]  # version by name of what is installed
+    packages: Mapping[str, str]  # version by name
     driver: Driver
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One backend."""
+    """Whether a backend works, and how to fix it."""
 
     name: str
     usable: bool
     device: str | None
     reason: str | None  # why it is not usable
-    fix: str | None  # one line that would change that
-    seconds: float  # that it took to find out
+    fix: str | None  # one line that most likely makes it usable
+    seconds: float  # spent on trying it
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All that `capt-doctor` found out."""
+    """The result of `capt-doctor`."""
 
     versions: Mapping[str, str]
     machine: Mapping[str, Any]
     driver: Driver
-    problems: tuple[str, ...]  # of the machine, whichever backend is used; each with its fix
+    problems: tuple[str, ...]  # of the machine, whichever the backend; each with its fix
     backends: tuple[Finding, ...]
 
     @property
     def chosen(self) -> str | None:
-        """Which backend `auto` takes; None if none works."""
+        """The backend that `auto` takes; None if none works."""
         return next((finding.name for finding in self.backends if finding.usable), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
+        """Return the diagnosis as JSON values."""
         return {**asdict(self), "chosen": self.chosen}
 
 
 def diagnose(bundle: Path | None = None, attempt: Try = probe_backend) -> Diagnosis:
-    """Look at the machine and try every backend.
+    """Inspect the machine and try every backend.
 
     Args:
-        bundle: to try them with; by default a tiny graph.
-        attempt: tries one.
+        bundle: what the backends run; by default a tiny graph.
+        attempt: tries a backend.
 
     Raises:
-        BundleError: the bundle itself is damaged.
+        BundleError: the bundle is damaged.
     """
     if bundle is not None:
         graphs = open_graphs(bundle)

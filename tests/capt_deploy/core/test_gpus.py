@@ -172,5 +172,5 @@ def test_a_missing_driver_is_named_with_the_fix(card: bool, monkeypatch: pytest.
         gpu_problem.cache_clear()
     assert problem is not None
     assert "expected NVIDIA's driver, found no libnothing.so.1" in problem
-    assert f"; {'an' if card else 'no'} NVIDIA GPU is on the bus; " in problem
+    assert f"; {'an' if card else 'no'} NVIDIA GPU is on the PCI bus; " in problem
     assert "install the driver" in problem
