@@ -29,8 +29,7 @@ from benchmarks.record import describe, write_result
 from capt_deploy.backends.tensorrt.cache import EngineCache
 from capt_deploy.backends.tensorrt.engine import load_library
 from capt_deploy.backends.tensorrt.store import Target, key_of, obtain
-from capt_deploy.bundle.graphs import StoredGraph
-from capt_deploy.bundle.read import Bundle, open_bundle
+from capt_deploy.bundle.read import open_bundle
 from capt_deploy.core.console import Command, PathInHome, say, table
 
 _SHOWN = ("bundle", "key", "engine", "all", "cpu", "slowest")
@@ -63,7 +62,7 @@ def load(path: Path, precision: str, cache: EngineCache) -> dict[str, float]:
     load_library(LIBRARY)
     used, times = time.process_time(), [time.perf_counter()]
     bundle = open_bundle(path)
-    graph = _graph(bundle, precision)
+    graph = bundle.graph(precision)
     times.append(time.perf_counter())
     key = key_of(graph, LIBRARY, TARGET)
     times.append(time.perf_counter())
@@ -77,7 +76,7 @@ def load(path: Path, precision: str, cache: EngineCache) -> dict[str, float]:
 
 
 def _measure(path: Path, precision: str, folder: Path, samples: int) -> dict[str, Any]:
-    cache, graph = EngineCache(folder), _graph(open_bundle(path), precision)
+    cache, graph = EngineCache(folder), open_bundle(path).graph(precision)
     key = key_of(graph, LIBRARY, TARGET)
     start = time.perf_counter()
     engine = obtain(cache, key, graph, TARGET, lambda data: data)
@@ -111,10 +110,6 @@ def _summary(samples: list[dict[str, float]]) -> dict[str, Any]:
     """Return the median of each part and the slowest whole."""
     parts = {name: median(sample[name] for sample in samples) for name in samples[0]}
     return {**parts, "slowest": max(sample["all"] for sample in samples), "samples": len(samples)}
-
-
-def _graph(bundle: Bundle, precision: str) -> StoredGraph:
-    return StoredGraph(bundle.graph(precision)[1], precision, bundle.weights_folder(precision))
 
 
 def _drop(files: list[Path]) -> None:

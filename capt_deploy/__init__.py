@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 
-# Where they are, but for the errors.
+# Modules of the names that are not in `core.errors`.
 _MODULES = {
     "BatcherOptions": "serving.requests",
     "Classifier": "serving.classifier",

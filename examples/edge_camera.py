@@ -6,8 +6,8 @@ A JSON line for each frame:
 
     {"frame": "7.jpg", "label": "cat", "confidence": 0.93, "unsure": false, …, "dropped": 3}
 
-`dropped` frames came since the line before and were out of date once there was time for them: an
-answer about now is worth more than all answers, late. A frame that cannot be read has an "error".
+`dropped` frames came since the line before and were skipped: an answer about the present is worth
+more than late answers about everything. A frame that cannot be read has an "error".
 """
 
 import json
@@ -42,37 +42,37 @@ class Frame(NamedTuple):
 
 
 class Stop:
-    """Within its context: true once Ctrl-C or SIGTERM has come; the frame is still finished.
+    """True once Ctrl-C or SIGTERM has come within its context; the frame is still finished.
 
-    A second one ends the program at once, in case the source hangs.
+    A second signal ends the program at once, in case the source hangs.
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self._stopping = False
 
     def __bool__(self) -> bool:
-        return self._asked
+        return self._stopping
 
     def __enter__(self) -> "Stop":
-        self._before = [(kind, signal.signal(kind, self._ask)) for kind in _ENDING]
+        self._before = [(kind, signal.signal(kind, self._stop)) for kind in _ENDING]
         return self
 
     def __exit__(self, *_: object) -> None:
         for kind, handler in self._before:
             signal.signal(kind, handler)
 
-    def _ask(self, kind: int, _: FrameType | None) -> None:
-        self._asked = True
+    def _stop(self, kind: int, _: FrameType | None) -> None:
+        self._stopping = True
         signal.signal(kind, signal.SIG_DFL)
 
 
 def watched(folder: Path, stop: Stop, settle_seconds: float) -> Iterator[Frame]:
-    """Return the newest image of a folder, again whenever there is one newer than the last.
+    """Yield the newest image of a folder whenever there is a newer one.
 
-    New is what was written or moved there since; a single file that is overwritten again and again
-    is a source, too. It counts once it has not changed for `settle_seconds`, as it may be half
-    written; or if all that is new has kept changing for that long: it may never rest. What was
-    overwritten is not counted. Remembered is one time alone: memory does not grow with the folder.
+    An image is new if it was written or moved there since the last one; a single file that is
+    overwritten again and again is a source, too. It is taken once it has not changed for
+    `settle_seconds`, as it may be half written, or once everything new has kept changing for that
+    long. Overwritten images are not counted. Memory does not grow with the folder.
     """
     last = max(_images(folder), default=(0, ""))
     return _newer(folder, last, stop, settle_seconds)
@@ -106,11 +106,11 @@ def _images(folder: Path) -> Iterator[tuple[int, str]]:
             if not (entry.name.lower().endswith(tuple(IMAGE_SUFFIXES)) and entry.is_file()):
                 continue
             try:
-                found = entry.stat()
+                status = entry.stat()
             except FileNotFoundError:  # taken away meanwhile
                 continue
             # st_ctime: of the last change or move, by this machine's clock; elsewhere of creation.
-            came = found.st_ctime_ns if os.name == "posix" else found.st_mtime_ns
+            came = status.st_ctime_ns if os.name == "posix" else status.st_mtime_ns
             yield came, entry.name
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from capt_deploy.bundle.manifest import DISTANCE_AWARE, FileRecord, Manifest, OpenVocabulary
 from capt_deploy.bundle.read import CALIBRATION, MANIFEST, REFERENCE, REPORT, TEXT_EMBEDDINGS
+from capt_deploy.bundle.readme import README, readme
 from capt_deploy.core.console import say
 from capt_deploy.core.errors import BundleError, ConfigError, GateError
 from capt_deploy.core.files import (
@@ -222,6 +223,8 @@ def _write_files(
             "gate_images": {"asked": len(question.photos), "unreadable": question.unreadable},
         },
     )
+    text = readme(manifest, [file.name for file in folder.iterdir()])
+    write_bytes(folder / README, text.encode())
     records = {}
     for file in sorted(folder.iterdir()):
         records[file.name] = FileRecord(sha256_file(file), file.stat().st_size)

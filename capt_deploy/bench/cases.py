@@ -12,7 +12,7 @@ import numpy as np
 from capt_deploy.backends import AUTO, DeviceTimed, RuntimeOptions
 from capt_deploy.bench.images import Photos
 from capt_deploy.bench.measure import SCOPES, BenchOptions, Case, Memory, Threads, Turn, measure
-from capt_deploy.bundle.graphs import open_graphs
+from capt_deploy.bundle.read import open_bundle
 from capt_deploy.core.console import say
 from capt_deploy.core.errors import BackendError, ConfigError, UnavailableError
 from capt_deploy.core.files import expand_home, sha256_file
@@ -101,7 +101,7 @@ def _classifiers(bundle: Path, request: BenchRequest) -> Iterator[tuple[str, str
         names = AUTO if EVERY in names else AUTO[:-1]  # the last one is the CPU's
     precisions: Iterable[str | None] = request.precisions or (None,)
     if EVERY in request.precisions:
-        precisions = tuple(open_graphs(bundle).precisions)
+        precisions = open_bundle(bundle).precisions
     return ((name, precision) for name in names for precision in precisions)
 
 

@@ -1,1 +1,1 @@
-"""The bundle format: manifest, graphs and files, read and checked."""
+"""The bundle format of docs/FORMAT.md: manifest, graphs and files, read and checked."""

@@ -1,125 +1,74 @@
-"""The graphs of a bundle, or a lone one, with the manifest that each carries inside."""
+"""ONNX graphs, and the metadata that each carries inside."""
 
-import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from capt_deploy.bundle.manifest import PRECISION_KEY, Manifest
-from capt_deploy.bundle.onnx_metadata import read_metadata
-from capt_deploy.bundle.read import Bundle, open_bundle
-from capt_deploy.core.errors import BundleError
-from capt_deploy.core.files import expand_home
+from capt_deploy.bundle.manifest import METADATA_KEY
+
+_PROPERTIES = 14  # field number of `metadata_props` in ONNX's ModelProto
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # protobuf's wire types
 
 
 @dataclass(frozen=True)
 class StoredGraph:
-    """A graph as backends want it."""
+    """One ONNX graph, ready for a backend."""
 
     onnx: bytes
     precision: str
-    weights_folder: Path | None = None  # where weights lie that are not in the graph's own file
+    weights_folder: Path | None = None  # of weights that are not in the graph's own file
 
 
-class Graphs(Protocol):
-    """What a classifier can be loaded from."""
+def read_metadata(onnx: bytes, key: str = METADATA_KEY) -> str | None:
+    """Return a metadata property of an ONNX file, by default its manifest as JSON text.
 
-    @property
-    def manifest(self) -> Manifest:
-        """Return what it says of itself."""
-        ...
+    The file is a protobuf message. It is read here without the onnx package, which the runtime
+    does not need, and the graph with its weights is skipped.
 
-    @property
-    def bundle(self) -> Bundle | None:
-        """Return the bundle; None of a lone graph."""
-        ...
-
-    @property
-    def precisions(self) -> Iterable[str]:
-        """Return those that there are, in the bundle's order."""
-        ...
-
-    def read(self, precision: str) -> StoredGraph:
-        """Return the graph in one of them."""
-        ...
+    Returns:
+        The value of `key`; None if there is none, or if the file is no ONNX file.
+    """
+    try:
+        for field, content in _read_fields(memoryview(onnx)):
+            if field == _PROPERTIES:
+                entry = dict(_read_fields(content))  # StringStringEntryProto: 1 key, 2 value
+                if bytes(entry.get(1, b"")) == key.encode():
+                    return bytes(entry.get(2, b"")).decode()
+    except (IndexError, ValueError):
+        pass
+    return None
 
 
-def open_graphs(path: str | Path) -> Graphs:
-    """Open a bundle folder, a zip of one, or a lone `model.onnx`.
+def _read_fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Yield number and content of the length-delimited fields of a protobuf message.
 
     Raises:
-        BundleError: it is damaged or unknown.
+        IndexError, ValueError: it is no protobuf message, or a truncated one.
     """
-    path = expand_home(path)
-    return LoneGraph(path) if path.suffix == ".onnx" else BundleGraphs(path)
+    position = 0
+    while position < len(message):
+        tag, position = _read_varint(message, position)
+        kind = tag & 7
+        if kind == _BYTES:
+            size, position = _read_varint(message, position)
+            if position + size > len(message):
+                raise ValueError("truncated")
+            yield tag >> 3, message[position : position + size]
+            position += size
+        elif kind == _VARINT:
+            _, position = _read_varint(message, position)
+        elif kind in (_FIXED64, _FIXED32):
+            position += 8 if kind == _FIXED64 else 4
+        else:
+            raise ValueError(f"unknown wire type {kind}")
 
 
-class BundleGraphs:
-    """Those of a bundle. The last one read stays in memory, for the next backend to be tried."""
-
-    def __init__(self, path: Path) -> None:
-        self.bundle = open_bundle(path)
-        self.manifest = self.bundle.manifest
-        self._last: StoredGraph | None = None
-        if not self.manifest.verified:
-            warnings.warn(f"{path}: was exported although its check had failed", stacklevel=4)
-
-    @property
-    def precisions(self) -> Iterable[str]:
-        """Return those that there are, in the bundle's order."""
-        return self.manifest.graphs
-
-    def read(self, precision: str) -> StoredGraph:
-        """Return the graph in one of them.
-
-        Raises:
-            BundleError: there is none, or it or the manifest was changed.
-        """
-        if self._last is None or self._last.precision != precision:
-            self._last = None  # before the next one is there as well
-            self._last = self._read(precision)
-        return self._last
-
-    def _read(self, precision: str) -> StoredGraph:
-        path = self.bundle.path
-        _, onnx = self.bundle.graph(precision)
-        # Only the graph is hashed: a manifest with other names would mislabel every image.
-        inside = Manifest.from_json(read_metadata(onnx) or "", f"{path}, inside the graph")
-        if replace(self.manifest, files={}) != inside:
-            raise BundleError(f"{path}: its manifest was changed after the export; export it again")
-        return StoredGraph(onnx, precision, self.bundle.weights_folder(precision))
-
-
-class LoneGraph:
-    """A `model.onnx` without its bundle."""
-
-    bundle = None
-
-    def __init__(self, path: Path) -> None:
-        try:
-            onnx = path.read_bytes()
-        except OSError as cause:
-            raise BundleError(f"{path}: cannot be read ({cause})") from cause
-        text = read_metadata(onnx)
-        if text is None:
-            raise BundleError(f"{path}: carries no manifest; expected a graph from capt-export")
-        self.manifest = Manifest.from_json(text, str(path))
-        graphs = self.manifest.graphs
-        precision = read_metadata(onnx, PRECISION_KEY) or next(iter(graphs))
-        if precision not in graphs:
-            raise BundleError(f"{path}: its manifest knows no {precision} graph; export it again")
-        if graphs[precision].weights:
-            raise BundleError(f"{path}: its weights are in a second file; load the whole bundle")
-        self.precisions = (precision,)
-        self._graph = StoredGraph(onnx, precision)
-
-    def read(self, precision: str) -> StoredGraph:
-        """Return the graph.
-
-        Raises:
-            BundleError: it has another precision.
-        """
-        if precision != self._graph.precision:
-            raise BundleError(f"expected a {precision} graph, came one in {self._graph.precision}")
-        return self._graph
+def _read_varint(message: memoryview, position: int) -> tuple[int, int]:
+    """Return a number of seven bits a byte, lowest first, and the position behind it."""
+    value = shift = 0
+    while True:
+        byte = message[position]
+        value |= (byte & 0x7F) << shift
+        position, shift = position + 1, shift + 7
+        if byte < 0x80:
+            return value, position

@@ -1,16 +1,17 @@
-"""Read a bundle: a `*.capt` folder or a zip of one."""
+"""Read a bundle: a `*.capt` folder, a zip of one, or a lone `model.onnx`."""
 
 import hashlib
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.bundle.manifest import DISTANCE_AWARE, Manifest
+from capt_deploy.bundle.graphs import StoredGraph, read_metadata
+from capt_deploy.bundle.manifest import DISTANCE_AWARE, PRECISION_KEY, Manifest
 from capt_deploy.confidence.decisions import Decisions
 from capt_deploy.core.errors import BundleError
 from capt_deploy.core.files import expand_home, is_inside, sha256_file
@@ -21,24 +22,27 @@ REPORT = "report.json"
 REFERENCE = "reference.safetensors"
 CALIBRATION = "calibration.safetensors"
 
-_LARGEST_MANIFEST = 64 * 2**20  # bytes; a zip of nothing but zeros must not fill the memory
-# A damaged zip shows up as any of these.
+_MANIFEST_LIMIT = 64 * 2**20  # bytes; a zip of nothing but zeros must not fill the memory
+# What zipfile raises for damaged archives.
 _UNREADABLE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle; each file is checked against the manifest's hash when it is read."""
+    """An opened bundle. Each file is checked against the hash in the manifest when it is read."""
 
     path: Path
     manifest: Manifest
+    lone_graph: StoredGraph | None = None  # of a `model.onnx` without its bundle
 
     def read(self, name: str) -> bytes:
-        """Return the content of one of its files.
+        """Return the content of a file.
 
         Raises:
-            BundleError: the manifest does not list it, it is missing, or it was changed.
+            BundleError: the manifest does not list the file, or it is missing or changed.
         """
+        if self.lone_graph is not None:
+            raise BundleError(f"{self.path}: a lone graph has no {name}; load the whole bundle")
         record = self.manifest.files.get(name)
         if record is None:
             listed = ", ".join(sorted(self.manifest.files))
@@ -51,25 +55,36 @@ class Bundle:
             )
         return data
 
-    def graph(self, precision: str | None = None) -> tuple[str, bytes]:
-        """Return the precision and the ONNX bytes of a graph; the first one by default."""
-        graphs = self.manifest.graphs
-        chosen = precision or next(iter(graphs))
-        if chosen not in graphs:
-            raise BundleError(f"{self.path}: no {chosen!r} graph; it holds {', '.join(graphs)}")
-        return chosen, self.read(graphs[chosen].file)
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Precisions of the graphs, in the bundle's order."""
+        lone = self.lone_graph
+        return tuple(self.manifest.graphs) if lone is None else (lone.precision,)
 
-    def weights_folder(self, precision: str) -> Path | None:
-        """Return where the weights of a graph lie that are not in its own file, checked.
+    def graph(self, precision: str) -> StoredGraph:
+        """Return the graph of one precision.
 
         Raises:
-            BundleError: they are missing or changed, or the bundle is a zip.
+            BundleError: there is none, or the graph, its weights or the manifest were changed.
         """
-        name = self.manifest.graphs[precision].weights
-        return None if name is None else self.folder_of(name)
+        if precision not in self.precisions:
+            holds = ", ".join(self.precisions)
+            raise BundleError(f"{self.path}: no {precision!r} graph; it holds {holds}")
+        if self.lone_graph is not None:
+            return self.lone_graph
+        record = self.manifest.graphs[precision]
+        onnx = self.read(record.file)
+        # The hashes do not cover the manifest, and other class names would mislabel every image.
+        inside = Manifest.from_json(read_metadata(onnx) or "", f"{self.path}, inside the graph")
+        if replace(self.manifest, files={}) != inside:
+            raise BundleError(
+                f"{self.path}: its manifest was changed after the export; export it again"
+            )
+        folder = None if record.weights is None else self.verified_folder(record.weights)
+        return StoredGraph(onnx, precision, folder)
 
-    def folder_of(self, name: str) -> Path:
-        """Return the folder of one of its files, for what reads that file by itself.
+    def verified_folder(self, name: str) -> Path:
+        """Check a file without loading it into memory, and return its folder.
 
         Raises:
             BundleError: the file is missing or changed, or the bundle is a zip.
@@ -78,38 +93,19 @@ class Bundle:
         if not self.path.is_dir():
             raise BundleError(f"{self.path}: too large to run from a zip; unpack it first")
         try:
-            known = record is not None and sha256_file(self.path / name) == record.sha256
+            unchanged = record is not None and sha256_file(self.path / name) == record.sha256
         except OSError as cause:
             raise BundleError(f"{self.path}: {name} cannot be read ({cause})") from cause
-        if not known:
+        if not unchanged:
             raise BundleError(f"{self.path}: {name} was changed after the export; export it again")
         return self.path
 
-    def text_embeddings(self) -> dict[str, NDArray[np.float32]]:
-        """Return `text_embeddings` (classes, dim), `bias` (classes,), and maybe `zero_shot` rows.
-
-        The hand-written prompt's rows are there where the graph's embeddings fit them, that is
-        where the visual side is the frozen one. With distance-aware calibration there are also
-        `factors` (classes,), and in an open bundle the rows that further classes are measured to,
-        `tuned_rows` and `tuned_hand_written` (tuned, dim).
-        """
-        return self._arrays(TEXT_EMBEDDINGS)
-
-    def decisions(self) -> Decisions | None:
-        """Return what decides about predictions; None in a bundle without it.
+    def arrays(self, name: str) -> dict[str, NDArray[Any]]:
+        """Return the arrays of a safetensors file; docs/FORMAT.md lists them.
 
         Raises:
-            BundleError: the file is damaged, or is not of these classes.
+            BundleError: as `read`, or the file is damaged.
         """
-        if CALIBRATION not in self.manifest.files:
-            return None
-        arrays = self._arrays(CALIBRATION)
-        try:
-            return Decisions.from_arrays(arrays, len(self.manifest.class_names))
-        except BundleError as cause:
-            raise BundleError(f"{self.path}, {CALIBRATION}: {cause}; export it again") from cause
-
-    def _arrays(self, name: str) -> dict[str, NDArray[Any]]:
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
@@ -118,46 +114,85 @@ class Bundle:
         except SafetensorError as cause:
             raise BundleError(f"{self.path}: {name} is damaged ({cause})") from cause
 
-    def factors(self, precision: str) -> NDArray[np.float32] | None:
-        """Return those that one of its graphs has for distance-aware calibration, (classes,).
+    def text_embeddings(self) -> dict[str, NDArray[np.float32]]:
+        """Return the class rows `text_embeddings` (classes, dim), `bias` (classes,), and others.
+
+        They have the temperature of the first graph. `zero_shot` (classes, dim) are the rows of
+        the hand-written prompt, if the graph's embeddings are those of the frozen model. With
+        distance-aware calibration there are also `factors` (classes,), and for classes to be added
+        `tuned_rows` and `tuned_hand_written` (tuned, dim).
+        """
+        return self.arrays(TEXT_EMBEDDINGS)
+
+    def decisions(self) -> Decisions | None:
+        """Return the scores of the validation images; None in a bundle without them.
 
         Raises:
-            BundleError: they are not there for each class, or are no factors.
+            BundleError: the file is damaged, or does not fit the bundle's classes.
+        """
+        if CALIBRATION not in self.manifest.files:
+            return None
+        arrays = self.arrays(CALIBRATION)
+        try:
+            return Decisions.from_arrays(arrays, len(self.manifest.class_names))
+        except BundleError as cause:
+            raise BundleError(f"{self.path}, {CALIBRATION}: {cause}; export it again") from cause
+
+    def factors(self, precision: str) -> NDArray[np.float32] | None:
+        """Return a graph's factors of distance-aware calibration, (classes,); None without it.
+
+        Raises:
+            BundleError: there is no factor above 0 for each class.
         """
         if DISTANCE_AWARE not in self.manifest.calibration[precision]:
             return None
-        found = self.text_embeddings().get("factors", np.empty(0, np.float32))
-        if found.shape != (len(self.manifest.class_names),) or not (found > 0).all():
+        factors = self.text_embeddings().get("factors", np.empty(0, np.float32))
+        if factors.shape != (len(self.manifest.class_names),) or not (factors > 0).all():
             raise BundleError(
                 f"{self.path}: expected in {TEXT_EMBEDDINGS} a factor above 0 for each of its "
                 f"classes, for its calibration is distance-aware; export it again"
             )
-        return found
+        return factors
 
 
 def open_bundle(path: str | Path) -> Bundle:
-    """Open a bundle folder or a zip of one. Files are checked when they are read.
+    """Open a bundle folder, a zip of one, or a lone graph. Files are checked when they are read.
 
     Raises:
         BundleError: it is no bundle, has another schema version, or names files outside itself.
     """
     path = expand_home(path)
+    if path.suffix == ".onnx" and not path.is_dir():
+        return _open_lone_graph(path)
     if not path.exists():
         raise BundleError(f"{path}: no such bundle; expected a folder or zip from capt-export")
-    manifest = Manifest.from_json(
-        _read_member(path, MANIFEST, _LARGEST_MANIFEST), f"{path}/{MANIFEST}"
-    )
-    graphs = manifest.graphs.values()
-    names = [*manifest.files, *(g.file for g in graphs), *(g.weights for g in graphs if g.weights)]
-    if manifest.open_vocabulary is not None:
-        names += manifest.open_vocabulary.files
-    if escaping := [name for name in names if not is_inside(name)]:
-        raise BundleError(f"{path}: {escaping[0]!r} leads out of the bundle; do not trust it")
+    content = _read_member(path, MANIFEST, _MANIFEST_LIMIT)
+    manifest = Manifest.from_json(content, f"{path}/{MANIFEST}")
+    for name in manifest.linked_files:
+        if not is_inside(name):
+            raise BundleError(f"{path}: {name!r} leads out of the bundle; do not trust it")
     return Bundle(path, manifest)
 
 
+def _open_lone_graph(path: Path) -> Bundle:
+    try:
+        onnx = path.read_bytes()
+    except OSError as cause:
+        raise BundleError(f"{path}: cannot be read ({cause})") from cause
+    text = read_metadata(onnx)
+    if text is None:
+        raise BundleError(f"{path}: carries no manifest; expected a graph from capt-export")
+    manifest = Manifest.from_json(text, str(path))
+    precision = read_metadata(onnx, PRECISION_KEY) or next(iter(manifest.graphs))
+    if precision not in manifest.graphs:
+        raise BundleError(f"{path}: its manifest knows no {precision} graph; export it again")
+    if manifest.graphs[precision].weights:
+        raise BundleError(f"{path}: its weights are in a second file; load the whole bundle")
+    return Bundle(path, manifest, StoredGraph(onnx, precision))
+
+
 def is_bundle(path: Path) -> bool:
-    """Tell whether `path` looks like a bundle folder, a zip, or a lone ONNX file."""
+    """Return whether `path` looks like a bundle folder, a zip, or a lone ONNX file."""
     return (path / MANIFEST).is_file() or (
         path.is_file() and path.suffix in (".onnx", ".zip", ".capt")
     )
@@ -168,7 +203,7 @@ def _read_member(path: Path, name: str, limit: int) -> bytes:
         if path.is_dir():
             return (path / name).read_bytes()
         with zipfile.ZipFile(path) as archive:
-            # A zip of the folder holds either its files or the folder itself.
+            # The files are at the top of the archive or in one folder.
             for member in archive.namelist():
                 if member == name or member.split("/", 1)[1:] == [name]:
                     if archive.getinfo(member).file_size > limit:

@@ -154,10 +154,10 @@ def _print_table(store: "EngineCache", rows: list[dict[str, Any]]) -> None:
 def _open(path: Path, backend: str, precision: str | None) -> "StoredGraph":
     """Return a graph of a bundle, or a lone graph, as `Classifier.load` does."""
     from capt_deploy.backends import preferred_precision
-    from capt_deploy.bundle.graphs import open_graphs
+    from capt_deploy.bundle.read import open_bundle
 
-    graphs = open_graphs(path)
-    return graphs.read(precision or preferred_precision(backend, graphs.precisions))
+    bundle = open_bundle(path)
+    return bundle.graph(precision or preferred_precision(backend, bundle.precisions))
 
 
 def _build(

@@ -27,6 +27,12 @@ BACKENDS = "auto, tensorrt, tensorrt-rtx, onnxruntime, onnxruntime-cuda or onnxr
 )
 @click.option("--coverage", type=float, help="Show sets that hold the true class so often, 0-1.")
 @click.option("--accuracy", type=float, help="Reject what is too unsure for this accuracy, 0-1.")
+@click.option(
+    "--reject-unfamiliar",
+    metavar="SHARE",
+    type=float,
+    help="Reject what looks less familiar than all but this share of known images, such as 0.05.",
+)
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
 @click.option(
     "--fast-decode",
@@ -43,6 +49,7 @@ def main(
     top_k: int,
     coverage: float | None,
     accuracy: float | None,
+    reject_unfamiliar: float | None,
     batch_size: int,
     fast_decode: bool,
     as_json: bool,
@@ -50,7 +57,8 @@ def main(
 ) -> None:
     """Label images with a BUNDLE. PATHS are images, folders, patterns, or - for a list on stdin.
 
-    An image that cannot be read gets a row with its error; the exit code is then 1.
+    An image that cannot be read gets a row with its error; the exit code is then 1. An image of no
+    known class can get a confident label: the text form marks images that look "unfamiliar".
 
     \b
     Example:
@@ -60,28 +68,32 @@ def main(
     """
     if as_json and as_csv:
         raise click.UsageError("choose --json or --csv, not both")
-    from capt_deploy.confidence.decisions import wanted_decisions
-    from capt_deploy.serving.classifier import Classifier, running_on
+    from capt_deploy.confidence.decisions import DecisionOptions
+    from capt_deploy.serving.classifier import Classifier
     from capt_deploy.serving.labelling import find_images, label_files
 
     listed = [line.rstrip("\r\n") for line in sys.stdin] if "-" in paths else []
     files = find_images([path for path in paths if path != "-"], listed)
-    wanted = wanted_decisions(coverage, accuracy)
+    decisions = DecisionOptions.from_given(
+        coverage=coverage, accuracy=accuracy, familiarity=reject_unfamiliar
+    )
     with (
-        Classifier.load(bundle, backend, fast_decode=fast_decode, decisions=wanted) as classifier,
-        # Ctrl-C would wait for the batch ahead if it were not dropped
+        Classifier.load(
+            bundle, backend, fast_decode=fast_decode, decisions=decisions
+        ) as classifier,
+        # On Ctrl-C the batch that is being decoded is dropped
         closing(
             label_files(classifier, files, top_k, batch_size, show_sets=coverage is not None)
         ) as results,
     ):
-        say(f"{len(files)} images, {running_on(classifier)}")
+        say(f"{len(files)} image{'s' * (len(files) != 1)}, {classifier.running_on}")
         failed = _print_json(results, len(files)) if as_json else _print_lines(results, as_csv)
     if failed:
         sys.exit(1)
 
 
 def _print_json(results: "Iterable[LabelledFile]", total: int) -> bool:
-    """Print all rows at the end; return whether one of them is an error."""
+    """Print all rows at the end; return whether one is an error."""
     rows = []
     with progress("predicting", total, "images") as counter:
         for row in results:
@@ -92,7 +104,7 @@ def _print_json(results: "Iterable[LabelledFile]", total: int) -> bool:
 
 
 def _print_lines(rows: "Iterable[LabelledFile]", as_csv: bool) -> bool:
-    """Print each row as soon as it is there; return whether one of them is an error."""
+    """Print each row once its batch is done; return whether one is an error."""
     import csv
 
     from capt_deploy.serving.labelling import CSV_HEADER

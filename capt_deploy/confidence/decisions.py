@@ -46,21 +46,15 @@ class DecisionOptions:
         if self.sets not in METHODS:
             raise ConfigError(f"sets: expected one of {', '.join(METHODS)}, came {self.sets!r}")
 
+    @classmethod
+    def from_given(cls, **shares: float | None) -> "DecisionOptions | None":
+        """Return options with the shares that are given; None if none is.
 
-USUAL = DecisionOptions()  # where nothing is asked for
-
-
-def wanted_decisions(
-    coverage: float | None, accuracy: float | None, own: DecisionOptions = USUAL
-) -> DecisionOptions:
-    """Return options with what is given, the rest as in `own`; itself where nothing is given.
-
-    Raises:
-        ConfigError: a share that is not between 0 and 1.
-    """
-    given = {"coverage": coverage, "accuracy": accuracy}
-    changes: dict[str, Any] = {name: share for name, share in given.items() if share is not None}
-    return replace(own, **changes) if changes else own
+        Raises:
+            ConfigError: a share is not between 0 and 1.
+        """
+        given: dict[str, Any] = {name: share for name, share in shares.items() if share is not None}
+        return cls(**given) if given else None
 
 
 @dataclass(frozen=True, eq=False)  # arrays have no single truth value to compare by

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from capt_deploy.backends import AUTO
-from capt_deploy.bundle.graphs import open_graphs
+from capt_deploy.bundle.read import open_bundle
 from capt_deploy.core.gpus import Driver, find_driver
 from capt_deploy.core.install import install_hint
 from capt_deploy.core.machine import RUNTIME, describe_host, installed
@@ -81,8 +81,8 @@ def diagnose(bundle: Path | None = None, attempt: Try = probe_backend) -> Diagno
         BundleError: the bundle is damaged.
     """
     if bundle is not None:
-        graphs = open_graphs(bundle)
-        graphs.read(next(iter(graphs.precisions)))
+        opened = open_bundle(bundle)
+        opened.graph(opened.precisions[0])
     facts = Facts(installed((*RUNTIME, *_OTHERS)), find_driver())
     findings = tuple(_examine(name, facts, bundle, attempt) for name in AUTO)
     return Diagnosis(

@@ -14,7 +14,7 @@ from capt_deploy.data.batches import preprocess_files
 from capt_deploy.data.datasets import read_dataset
 from capt_deploy.evaluation.evaluate import Evaluation, Scores
 from capt_deploy.evaluation.summary import NO_ZERO_SHOT
-from capt_deploy.serving.classifier import Classifier, running_on
+from capt_deploy.serving.classifier import Classifier
 
 _BATCH = 32
 
@@ -41,7 +41,7 @@ def score_bundle(
     files: list[Path] = []
     skipped: list[tuple[str, str]] = []
     with Classifier.load(path, backend, precision) as classifier:
-        say(running_on(classifier))
+        say(classifier.running_on)
         manifest, precision = classifier.manifest, classifier.precision
         dataset = read_dataset(data, class_names, strict_names=False)
         dataset = dataset.aligned_to(classifier.class_names)

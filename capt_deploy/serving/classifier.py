@@ -1,13 +1,16 @@
 """The class that applications embed: images in, labels with calibrated confidences out."""
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from threading import Lock
+from typing import Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from capt_deploy.backends import (
     DEFAULT_OPTIONS,
@@ -18,19 +21,20 @@ from capt_deploy.backends import (
     start,
 )
 from capt_deploy.backends.choice import first_that_works
-from capt_deploy.bundle.graphs import open_graphs
-from capt_deploy.bundle.manifest import Manifest
-from capt_deploy.confidence.decisions import USUAL, DecisionOptions, wanted_decisions
+from capt_deploy.bundle.graphs import StoredGraph
+from capt_deploy.bundle.read import open_bundle
+from capt_deploy.confidence.decisions import DecisionOptions
 from capt_deploy.confidence.monitor import Monitor
-from capt_deploy.core.errors import BackendError
+from capt_deploy.core.errors import BackendError, ConfigError, ImageError
 from capt_deploy.core.process import Process
 from capt_deploy.data.batches import in_batches
 from capt_deploy.data.images import ImageInput
 from capt_deploy.data.preprocess import preprocess
 from capt_deploy.serving.batcher import Batcher, BatcherOptions
-from capt_deploy.serving.known_classes import KnownClasses
 from capt_deploy.serving.prediction import Prediction
+from capt_deploy.serving.predictor import Predictor
 
+Errors = Literal["raise", "return"]
 _BATCHER = BatcherOptions()
 
 
@@ -39,29 +43,25 @@ class Classifier:
 
     def __init__(
         self,
-        manifest: Manifest,
+        predictor: Predictor,
         backend: Backend,
         precision: str,
-        known: KnownClasses | None = None,
         *,
         skipped: Mapping[str, str] | None = None,
         fast_decode: bool = False,
         batcher: BatcherOptions = _BATCHER,
-        decisions: DecisionOptions = USUAL,
     ) -> None:
-        self.manifest = manifest
+        self.manifest = manifest = predictor.bundle.manifest
         self.backend = backend
         self.precision = precision
-        self.skipped = dict(skipped or {})  # by name, why faster backends are not used
-        self.fast_decode = fast_decode
+        self.skipped = dict(skipped or {})  # by name of a faster backend, why it is not used
         self.preprocess = partial(preprocess, config=manifest.preprocess, fast_decode=fast_decode)
+        self._predictor = predictor
         self._process = Process()
         self._changing = Lock()
         self._closed = False
         self._batcher_options = batcher
-        self._batcher: Batcher[Prediction] | None = None
-        self._decisions = decisions
-        self._known = known or KnownClasses(manifest, None)
+        self._batcher: Batcher | None = None
 
     @classmethod
     def load(
@@ -73,108 +73,187 @@ class Classifier:
         *,
         fast_decode: bool = False,
         batcher: BatcherOptions = _BATCHER,
-        decisions: DecisionOptions = USUAL,
+        decisions: DecisionOptions | None = None,
     ) -> "Classifier":
         """Load a bundle folder, a zip of one, or a lone `model.onnx`.
 
         Args:
-            path: of it.
+            path: of the bundle.
             backend: one of `capt_deploy.backends.NAMES`.
-            precision: which of a bundle's graphs; by default the one that suits the backend.
+            precision: of the bundle's graphs; by default the one that suits the backend.
             options: how to use the machine.
             fast_decode: read large JPEGs at a lower resolution, see `preprocess`.
-            batcher: of `submit`.
-            decisions: what is wanted of prediction sets and of predictions that are not rejected.
+            batcher: batches of `submit`.
+            decisions: prediction sets and rejection. Without them predictions carry sets of
+                coverage 0.9 where the bundle can make some; with them a bundle that cannot is
+                refused, and so is `add_classes`.
 
         Raises:
-            BundleError: it is damaged, unknown, or does not hold that precision.
+            BundleError: it is damaged, unknown, does not hold that precision, or has no scores of
+                validation images although `decisions` are given.
             BackendError: the requested backend cannot run here.
-            ConfigError: the wanted accuracy cannot be promised.
+            ConfigError: `decisions` cannot be promised.
         """
         names = candidates(backend)
-        graphs = open_graphs(path)
-        known = KnownClasses(graphs.manifest, graphs.bundle)
-        # Before an engine is built; whoever hands options over asks for what they say
-        known.check(decisions, asked=decisions is not USUAL)
+        bundle = open_bundle(path)
+        if not bundle.manifest.verified:
+            warnings.warn(f"{path}: was exported although its check had failed", stacklevel=2)
+        predictor = Predictor(bundle, decisions)
+        loaded: list[StoredGraph] = []  # the last graph, in case the next backend takes it too
 
         def begin(name: str) -> tuple[Backend, str]:
-            graph = graphs.read(precision or preferred_precision(name, graphs.precisions))
-            own = start(name, graph.onnx, graph.precision, graph.weights_folder, options)
-            return own, graph.precision
+            selected = precision or preferred_precision(name, bundle.precisions)
+            if not loaded or loaded[0].precision != selected:
+                loaded.clear()  # so that two graphs are never in memory
+                loaded.append(bundle.graph(selected))
+            graph = loaded[0]
+            engine = start(name, graph.onnx, graph.precision, graph.weights_folder, options)
+            return engine, graph.precision
 
         (engine, chosen), skipped = first_that_works(names, begin)
         return cls(
-            graphs.manifest,
+            predictor,
             engine,
             chosen,
-            known,
             skipped=skipped,
             fast_decode=fast_decode,
             batcher=batcher,
-            decisions=decisions,
         )
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """Class names, in the order of all probabilities; added ones behind the bundle's."""
-        return self._known.names
+        return self._predictor.class_names
 
     @property
     def tuned(self) -> tuple[bool, ...]:
-        """Whether the prompt was tuned on each class."""
-        return self._known.tuned
+        """Whether each class was tuned on."""
+        return self._predictor.tuned
+
+    @property
+    def running_on(self) -> str:
+        """Backend, device and precision in words, and which faster backends do not work."""
+        skipped = ", ".join(self.skipped)
+        why = f" (capt-doctor says why not {skipped})" if skipped else ""
+        return f"{self.backend.name} on {self.backend.device}, {self.precision}{why}"
 
     def add_classes(self, names: Iterable[str]) -> None:
-        """Let all later predictions know further classes, by name alone; all of them or none.
+        """Add classes by name alone to all later predictions; all of them or none.
 
-        They get the rows that an export with `--classes` gives them. Predictions that are under way
-        in other threads end with the classes that they began with.
+        They get the rows that an export with `--classes` gives them. Predictions under way in other
+        threads end with the classes that they began with. Validation images say nothing about
+        added classes, so that later predictions have no set, rejection or familiarity; a warning
+        says so once. A classifier that was loaded with `decisions`, which ask for these, refuses.
 
         Raises:
-            ConfigError: a name is empty, too long for the text tower, or there already.
+            ConfigError: a name is empty, too long for the text tower, or exists already.
             BundleError: the bundle was not exported with `--open-vocab`, was changed, or a package
-                is missing; or sets or rejection were asked for when it was loaded.
+                is missing; or the classifier was loaded with `decisions`.
         """
         self._check()
-        self._known.add(names, self.precision, self._decisions)
+        self._predictor.add_classes(names, self.precision)
 
     def monitor(self) -> Monitor:
-        """Return what watches all predictions from the first call of this method on.
+        """Return the monitor of all predictions from the first call of this method on.
 
         It compares them with those of the run's validation images, where the bundle has these.
         """
-        return self._known.monitor(self._decisions)
+        return self._predictor.monitor()
 
     def __call__(
         self, image: ImageInput, *, coverage: float | None = None, accuracy: float | None = None
     ) -> Prediction:
-        """Classify one image; see `run`. Raises `ImageError` if it cannot be decoded."""
+        """Classify one image; see `run`.
+
+        Raises:
+            ImageError: the image cannot be decoded.
+            BundleError, ConfigError: as `run`.
+        """
         pixels = self.preprocess(image)[np.newaxis]
         return self.run(pixels, coverage=coverage, accuracy=accuracy)[0]
 
+    @overload
     def predict(
         self,
-        images: Iterable[ImageInput],
+        images: Iterable[ImageInput] | ImageInput,
         batch_size: int = 32,
         *,
         coverage: float | None = None,
         accuracy: float | None = None,
-    ) -> list[Prediction]:
-        """Classify images; while one batch runs, the next one is decoded, and no more of them.
+    ) -> list[Prediction]: ...
+
+    @overload
+    def predict(
+        self,
+        images: Iterable[ImageInput] | ImageInput,
+        batch_size: int = 32,
+        *,
+        coverage: float | None = None,
+        accuracy: float | None = None,
+        errors: Literal["return"],
+    ) -> list[Prediction | ImageError]: ...
+
+    def predict(
+        self,
+        images: Iterable[ImageInput] | ImageInput,
+        batch_size: int = 32,
+        *,
+        coverage: float | None = None,
+        accuracy: float | None = None,
+        errors: Errors = "raise",
+    ) -> list[Prediction] | list[Prediction | ImageError]:
+        """Classify images; while one batch runs, the next one is decoded.
+
+        Args:
+            images: any number of images. A single one (a path, bytes, a Pillow image, one array)
+                gives a list of one prediction.
+            batch_size: images run at once.
+            coverage: of prediction sets; see `run`.
+            accuracy: of predictions that are not rejected; see `run`.
+            errors: "return" puts the `ImageError` of an image that cannot be decoded in its place.
 
         Raises:
-            ImageError: at the first image that cannot be decoded.
+            ImageError: an image cannot be decoded, unless errors are returned.
             BundleError, ConfigError: as `run`.
         """
-        self._check()
-        wanted = self._wanted(coverage, accuracy)
-        predictions: list[Prediction] = []
-        for batch in in_batches(images, self.preprocess, batch_size):
-            predictions += self._answer(np.stack(batch), wanted)
-        return predictions
+        options = {"coverage": coverage, "accuracy": accuracy}
+        return [*self.stream(images, batch_size, errors=errors, **options)]
 
-    def submit(self, image: ImageInput) -> "Future[Prediction]":
-        """Return at once with the prediction to come; a thread runs such requests in batches.
+    def stream(
+        self,
+        images: Iterable[ImageInput] | ImageInput,
+        batch_size: int = 32,
+        *,
+        coverage: float | None = None,
+        accuracy: float | None = None,
+        errors: Errors = "raise",
+    ) -> Iterator[Prediction | ImageError]:
+        """Yield the results of `predict` batch by batch, with at most two batches in memory."""
+        self._check()
+        if errors not in ("raise", "return"):
+            raise ConfigError(f"errors: expected 'raise' or 'return', came {errors!r}")
+        options = self._predictor.options(coverage, accuracy)
+        if isinstance(images, str | Path | bytes | Image.Image) or (
+            isinstance(images, np.ndarray) and images.ndim < 4
+        ):
+            images = [images]
+        decode = self.preprocess if errors == "raise" else self._try_preprocess
+        for batch in in_batches(images, decode, batch_size):
+            pixels = [item for item in batch if not isinstance(item, ImageError)]
+            predictions = iter(self._predict(np.stack(pixels), options) if pixels else [])
+            for item in batch:
+                yield item if isinstance(item, ImageError) else next(predictions)
+
+    def _try_preprocess(self, image: ImageInput) -> NDArray[np.uint8] | ImageError:
+        try:
+            return self.preprocess(image)
+        except ImageError as error:
+            return error
+
+    def submit(
+        self, image: ImageInput, *, coverage: float | None = None, accuracy: float | None = None
+    ) -> "Future[Prediction]":
+        """Return at once with the future of a prediction; a thread runs such requests in batches.
 
         Paths and bytes are decoded in the background; arrays and Pillow images, which the caller
         could change meanwhile, before this returns. Callbacks of the future run in the thread that
@@ -182,17 +261,19 @@ class Classifier:
 
         Raises:
             BusyError: more requests wait than `BatcherOptions.max_waiting`.
-            BackendError: it is closed, or the batcher's thread has died.
+            BackendError: the classifier is closed, or the batcher's thread has died.
+            BundleError, ConfigError: as `run`.
         """
         self._check()
+        options = self._predictor.options(coverage, accuracy)
         batcher = self._batcher
         if batcher is None:
             with self._changing:
                 self._check()
                 batcher = self._batcher = self._batcher or Batcher(
-                    self.preprocess, self._answer, self._batcher_options
+                    self.preprocess, self._predict_each, self._batcher_options
                 )
-        return batcher.submit(image)
+        return batcher.submit(image, options)
 
     def run(
         self,
@@ -205,15 +286,26 @@ class Classifier:
 
         Args:
             pixels: of the images.
-            coverage: wanted of their prediction sets; by default as the classifier was loaded.
-            accuracy: wanted of those that are not rejected; likewise.
+            coverage: share of the images whose prediction set holds the true class, 0-1; by
+                default as the classifier was loaded.
+            accuracy: share of right ones among the predictions that are not rejected; likewise.
 
         Raises:
-            BundleError: sets or rejection are asked for, and the bundle has no scores for them.
-            ConfigError: the wanted accuracy cannot be promised.
+            BundleError: one of the two is given, and there are no scores of validation images.
+            ConfigError: the accuracy cannot be promised.
         """
         self._check()
-        return self._answer(pixels, self._wanted(coverage, accuracy))
+        return self._predict(pixels, self._predictor.options(coverage, accuracy))
+
+    def _predict(self, pixels: NDArray[np.uint8], options: DecisionOptions) -> list[Prediction]:
+        outputs = self.backend.run(pixels)
+        return self._predictor.predictions(outputs, self.precision, options)
+
+    def _predict_each(
+        self, pixels: NDArray[np.uint8], options: list[DecisionOptions]
+    ) -> list[Prediction]:
+        outputs = self.backend.run(pixels)
+        return self._predictor.predictions_each(outputs, self.precision, options)
 
     def close(self, *, drain: bool = True) -> None:
         """Answer what was submitted, or cancel it without `drain`; then free the backend.
@@ -229,36 +321,16 @@ class Classifier:
         else:
             self.backend.close()
 
+    def _check(self) -> None:
+        self._process.check()
+        if self._closed:
+            raise BackendError("the classifier is closed; load it again")
+
     def __repr__(self) -> str:
-        return f"Classifier({len(self.class_names)} classes, {running_on(self)})"
+        return f"Classifier({len(self.class_names)} classes, {self.running_on})"
 
     def __enter__(self) -> "Classifier":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _check(self) -> None:
-        self._process.check()
-        if self._closed:
-            raise BackendError("the classifier is closed; load it again")
-
-    def _wanted(self, coverage: float | None, accuracy: float | None) -> DecisionOptions:
-        if coverage is None and accuracy is None:
-            return self._decisions
-        wanted = wanted_decisions(coverage, accuracy, self._decisions)
-        self._known.check(wanted, asked=True)
-        return wanted
-
-    def _answer(
-        self, pixels: NDArray[np.uint8], wanted: DecisionOptions | None = None
-    ) -> list[Prediction]:
-        outputs = self.backend.run(pixels)
-        return self._known.predictions(outputs, self.precision, wanted or self._decisions)
-
-
-def running_on(classifier: Classifier) -> str:
-    """Return in words what runs a classifier, and whether that is second choice."""
-    backend, skipped = classifier.backend, ", ".join(classifier.skipped)
-    why = f" (capt-doctor says why not {skipped})" if skipped else ""
-    return f"{backend.name} on {backend.device}, {classifier.precision}{why}"

@@ -1,4 +1,4 @@
-"""Label many files, and let one broken file spoil only its own row."""
+"""Label many files; an unreadable file costs only its own row."""
 
 import glob
 from collections.abc import Generator, Iterable, Sequence
@@ -6,79 +6,88 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capt_deploy.core.errors import DataError
+from capt_deploy.core.errors import DataError, ImageError
 from capt_deploy.core.files import expand_home, visible_files
-from capt_deploy.data.batches import preprocess_files
 from capt_deploy.data.images import IMAGE_SUFFIXES
 from capt_deploy.serving.classifier import Classifier
 from capt_deploy.serving.prediction import Prediction
 
 CSV_HEADER = ("path", "label", "confidence", "error", "prediction_set", "rejected")
+LOW_FAMILIARITY = 0.05  # of known images, one in twenty is below
 
 
 @dataclass(frozen=True)
 class LabelledFile:
-    """One row of `capt-predict`: a prediction or an error."""
+    """One row of `capt-predict`: a file with its prediction or its error."""
 
     path: str
-    prediction: Prediction | None
+    result: Prediction | ImageError
     top_k: int
-    error: str | None = None
-    show_set: bool = False  # in the line of text
+    show_set: bool = False  # in the text form
+
+    @property
+    def error(self) -> str | None:
+        """Why the file could not be read; None if it was."""
+        return str(self.result) if isinstance(self.result, ImageError) else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row's JSON form."""
-        if self.prediction is None:
-            return {"path": self.path, "error": self.error}
-        return {"path": self.path, **self.prediction.to_dict(self.top_k)}
+        if isinstance(self.result, ImageError):
+            return {"path": self.path, "error": str(self.result)}
+        return {"path": self.path, **self.result.to_dict(self.top_k)}
 
     def fields(self) -> tuple[str, ...]:
-        """Return the row's CSV fields, those of CSV_HEADER."""
-        own = self.prediction
-        if own is None:
-            return self.path, "", "", self.error or "", "", ""
-        inside = "" if own.prediction_set is None else "; ".join(own.prediction_set)
-        rejected = "" if own.rejected is None else str(own.rejected).lower()
-        return self.path, own.label, f"{own.confidence:.6f}", "", inside, rejected
+        """Return the row's CSV fields, in the order of CSV_HEADER."""
+        prediction = self.result
+        if isinstance(prediction, ImageError):
+            return self.path, "", "", str(prediction), "", ""
+        names = "; ".join(prediction.prediction_set or ())
+        rejected = "" if prediction.rejected is None else str(prediction.rejected).lower()
+        confidence = f"{prediction.confidence:.6f}"
+        return self.path, prediction.label, confidence, "", names, rejected
 
     def __str__(self) -> str:
-        if self.prediction is None:
-            return f"{self.path}: error: {self.error}"
-        top = self.prediction.top(self.top_k)
-        shown = ", ".join(f"{label} {share:.3f}" for label, share in top)
-        rejected = " (rejected)" if self.prediction.rejected else ""
-        likely = self.prediction.prediction_set
-        listed = f"; one of: {'; '.join(likely)}" if self.show_set and likely else ""
-        return f"{self.path}: {shown}{rejected}{listed}"
+        prediction = self.result
+        if isinstance(prediction, ImageError):
+            return f"{self.path}: error: {prediction}"
+        line = ", ".join(f"{label} {share:.3f}" for label, share in prediction.top(self.top_k))
+        familiarity = prediction.familiarity
+        if familiarity is not None and familiarity < LOW_FAMILIARITY:
+            line += f" (unfamiliar: {familiarity:.3f})"
+        if prediction.rejected:
+            line += " (rejected)"
+        if self.show_set and prediction.prediction_set:
+            line += f"; one of: {'; '.join(prediction.prediction_set)}"
+        return f"{self.path}: {line}"
 
 
 def find_images(paths: Iterable[str], listed: Iterable[str] = ()) -> list[str]:
     """Expand folders (recursively) and patterns into files, in order, without repetition.
 
-    Names that are `listed` in a file or pipe are taken as they are: one that is not there gets
-    its error row later and does not stop the others.
+    Names in `listed`, which come from a file or a pipe, are taken as they are: a missing one gets
+    an error row later and does not stop the others.
 
     Raises:
         DataError: a path does not exist, or nothing is left.
     """
-    found: dict[str, None] = {}
+    files: dict[str, None] = {}
     for name in paths:
         if not name:
             raise DataError("one of the paths is empty; is a shell variable unset?")
         path = expand_home(name)
         if path.is_dir():
-            files = [f for f in visible_files(path) if f.suffix.lower() in IMAGE_SUFFIXES]
-            found |= dict.fromkeys(str(file) for file in files)
+            images = [f for f in visible_files(path) if f.suffix.lower() in IMAGE_SUFFIXES]
+            files |= dict.fromkeys(map(str, images))
         elif path.exists():
-            found[str(path)] = None
+            files[str(path)] = None
         elif matches := sorted(glob.glob(str(path), recursive=True)):
-            found |= dict.fromkeys(match for match in matches if Path(match).is_file())
+            files |= dict.fromkeys(match for match in matches if Path(match).is_file())
         else:
             raise DataError(f"{name}: no such file, folder, or pattern with a match")
-    found |= dict.fromkeys(name for name in listed if name)
-    if not found:
+    files |= dict.fromkeys(name for name in listed if name)
+    if not files:
         raise DataError("found no image in what was given; expected images or folders of images")
-    return list(found)
+    return list(files)
 
 
 def label_files(
@@ -90,9 +99,6 @@ def label_files(
     show_sets: bool = False,
 ) -> Generator[LabelledFile, None, None]:
     """Yield a row for every file, in order; while one batch runs, the next one is decoded."""
-    config, fast = classifier.manifest.preprocess, classifier.fast_decode
-    for batch in preprocess_files(files, config, batch_size, fast_decode=fast):
-        predictions = iter([] if batch.pixels is None else classifier.run(batch.pixels))
-        for name in batch.files:
-            prediction = None if name in batch.errors else next(predictions)
-            yield LabelledFile(name, prediction, top_k, batch.errors.get(name), show_sets)
+    results = classifier.stream(files, batch_size, errors="return")
+    for name, result in zip(files, results, strict=True):
+        yield LabelledFile(name, result, top_k, show_sets)

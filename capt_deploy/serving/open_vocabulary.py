@@ -1,4 +1,4 @@
-"""Name classes where a bundle is used: names to rows of the head, without torch.
+"""Add classes by name where a bundle is used: the text side of an open bundle, without torch.
 
 A bundle of `capt-export --open-vocab` holds the text tower with its learned prompts as a graph,
 and the tokenizer. Texts are cleaned as open_clip cleans them, by the same library.
@@ -23,32 +23,30 @@ from capt_deploy.core.errors import BundleError, ConfigError
 from capt_deploy.core.install import install_hint
 from capt_deploy.data.class_names import distinct_names
 
-ROWS = ("rows", "hand_written")  # outputs of the graph; the second one with DAC only
-_AT_ONCE = 64  # names
+ROW_OUTPUTS = ("rows", "hand_written")  # of the text graph; the second one with DAC only
+_BATCH = 64  # names encoded at once
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def _spaced(text: str) -> str:
+def _join_words(text: str) -> str:
     return " ".join(text.split())
 
 
-# What is left to do with a text that is free of mojibake and HTML, by open_clip's names for it.
+# open_clip's cleaning functions by their names there, after the repair of mojibake and HTML.
 CLEANINGS: Mapping[str, Callable[[str], str]] = {
-    "whitespace": _spaced,
-    "lower": lambda text: _spaced(text).lower(),
-    "canonicalize": lambda text: _spaced(text.replace("_", " ").translate(_NO_PUNCTUATION).lower()),
+    "whitespace": _join_words,
+    "lower": lambda text: _join_words(text).lower(),
+    "canonicalize": lambda text: _join_words(
+        text.replace("_", " ").translate(_NO_PUNCTUATION).lower()
+    ),
 }
 
 
-class PromptTokens:
-    """Puts names into the prompts of a bundle, and makes token ids of them. Thread-safe."""
+class PromptTokenizer:
+    """Puts class names into the prompts of a bundle and tokenizes them. Thread-safe."""
 
     def __init__(self, record: OpenVocabulary, tokenizer: bytes) -> None:
-        """Read the tokenizer.
-
-        Args:
-            record: what the manifest says of it.
-            tokenizer: the content of `tokenizer.json`.
+        """Open the tokenizer, given the content of `tokenizer.json`.
 
         Raises:
             BundleError: it cannot be read, or a library is missing.
@@ -59,32 +57,35 @@ class PromptTokens:
         self._tokenizer, self._fix_text = _open_tokenizer(tokenizer)
 
     def ids(self, text: str) -> list[int]:
-        """Return the ids of a text with start and end, without padding."""
+        """Return the token ids of a text with start and end, without padding."""
         clean = html.unescape(html.unescape(self._fix_text(text))).strip()
         ids: list[int] = self._tokenizer.encode(CLEANINGS[self._record.cleaning](clean)).ids
         return ids
 
     def rows(self, names: Sequence[str]) -> NDArray[np.int64]:
-        """Return what the graph takes, (classes, prompts, tokens), no longer than needed.
+        """Return the graph's input, (classes, prompts, tokens), as short as the graph takes it.
 
         Raises:
             ConfigError: a name is too long for the text tower.
         """
-        prompts, most = self._record.prompts, self._record.context_length
+        prompts, limit = self._record.prompts, self._record.context_length
         ids = [[self.ids(p.replace("{}", name)) for p in prompts] for name in names]
-        for name, own in zip(names, ids, strict=True):
-            if (longest := max(map(len, own))) > most:
+        lengths = [max(map(len, texts)) for texts in ids]
+        for name, length in zip(names, lengths, strict=True):
+            if length > limit:
                 raise ConfigError(
-                    f"class names: {name!r} is too long, {longest} tokens with the prompt, and the "
-                    f"model takes {most}; shorten it"
+                    f"class names: {name!r} is too long, {length} tokens with the prompt, and the "
+                    f"model takes {limit}; shorten it"
                 )
-        length = max(len(text) for own in ids for text in own) if self._record.cuttable else most
-        padded = [[text + [self._record.pad] * (length - len(text)) for text in own] for own in ids]
-        return np.array(padded, dtype=np.int64)
+        size = max(lengths) if self._record.cuttable else limit
+        pad = self._record.pad
+        return np.array(
+            [[text + [pad] * (size - len(text)) for text in texts] for texts in ids], np.int64
+        )
 
 
-class TextSide:
-    """Prompts, tokenizer and text tower of a bundle. Thread-safe."""
+class TextEncoder:
+    """Encodes class names with the text tower of a bundle. Thread-safe."""
 
     def __init__(
         self,
@@ -93,26 +94,26 @@ class TextSide:
         onnx: bytes | Path,
         folder: Path | None = None,
     ) -> None:
-        """Open it.
+        """Open tokenizer and graph.
 
         Args:
-            record: what the manifest says of it.
+            record: the manifest's `open_vocabulary`.
             tokenizer: the content of `tokenizer.json`.
-            onnx: the graph, `tokens` (classes, prompts, tokens) to `ROWS` (classes, dim), or its
-                file, which then must be one that nobody else can change.
-            folder: where weights lie that are not in the graph's own file.
+            onnx: the graph from `tokens` (classes, prompts, tokens) to `ROW_OUTPUTS`, each
+                (classes, dim), or its file, which then nobody else may be able to change.
+            folder: of weights that are not in the graph's own file.
 
         Raises:
             BundleError: the tokenizer cannot be read, or a library is missing.
             BackendError: the graph cannot be loaded.
         """
-        self.tokens = PromptTokens(record, tokenizer)
+        self.tokens = PromptTokenizer(record, tokenizer)
         self.logit_bias = record.logit_bias
         self._session = start_session(onnx, "ORT_ENABLE_ALL", folder)
 
     @classmethod
-    def of(cls, bundle: Bundle) -> "TextSide":
-        """Open that of a bundle.
+    def from_bundle(cls, bundle: Bundle) -> "TextEncoder":
+        """Open the text side of a bundle.
 
         Raises:
             BundleError: the bundle has none, it was changed, or a library is missing.
@@ -123,7 +124,7 @@ class TextSide:
                 f"{bundle.path}: its classes are fixed; export the run with --open-vocab, or with "
                 f"--classes and a list of the wanted ones"
             )
-        folder = None if record.weights is None else bundle.folder_of(record.weights)
+        folder = None if record.weights is None else bundle.verified_folder(record.weights)
         return cls(record, bundle.read(record.tokenizer), bundle.read(record.file), folder)
 
     def rows(self, names: Sequence[str]) -> NDArray[np.float32]:
@@ -132,25 +133,25 @@ class TextSide:
         Raises:
             ConfigError: a name is too long for the text tower.
         """
-        return self._run(names, ROWS[:1])[0]
+        return self._run(names, ROW_OUTPUTS[:1])[0]
 
     def both_rows(self, names: Sequence[str]) -> list[NDArray[np.float32]]:
-        """Return these and t⁰_c, (classes, dim) unit norm; of graphs made for DAC only.
+        """Return scale·Ŵ_c and t⁰_c, each (classes, dim), the latter with unit norm; DAC only.
 
         Raises:
             ConfigError: a name is too long for the text tower.
         """
-        return self._run(names, ROWS)
+        return self._run(names, ROW_OUTPUTS)
 
     def _run(self, names: Sequence[str], outputs: Sequence[str]) -> list[NDArray[np.float32]]:
-        batches = [names[start : start + _AT_ONCE] for start in range(0, len(names), _AT_ONCE)]
+        batches = [names[start : start + _BATCH] for start in range(0, len(names), _BATCH)]
         parts = [self._session.run([*outputs], {"tokens": self.tokens.rows(b)}) for b in batches]
-        return [np.concatenate(own) for own in zip(*parts, strict=True)]
+        return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
-class Head:
-    """All classes of a classifier, and the linear layer that tells them apart."""
+class ClassHead:
+    """The linear layer from image embeddings to the logits of all classes."""
 
     class_names: tuple[str, ...]
     tuned: tuple[bool, ...]
@@ -162,10 +163,10 @@ class Head:
     top_label: TopLabelMap | None = None
 
     @classmethod
-    def of(cls, bundle: Bundle, precision: str) -> "Head":
-        """Return what one of a bundle's graphs has inside."""
+    def from_bundle(cls, bundle: Bundle, precision: str) -> "ClassHead":
+        """Return the layer inside one of a bundle's graphs."""
         manifest, tensors = bundle.manifest, bundle.text_embeddings()
-        # They are written at the temperature of the first graph.
+        # The rows are written at the temperature of the first graph.
         first = manifest.calibration[next(iter(manifest.graphs))]["temperature"]
         factor = np.float32(first / manifest.calibration[precision]["temperature"])
         weight, bias = (tensors[name] * factor for name in ("text_embeddings", "bias"))
@@ -181,11 +182,13 @@ class Head:
             )
         return replace(head, factors=factors, tuned_texts=TunedTexts(texts[0], texts[1]))
 
-    def with_classes(self, texts: TextSide, names: Iterable[str], temperature: float) -> "Head":
-        """Return the head with further classes behind its own.
+    def with_classes(
+        self, texts: TextEncoder, names: Iterable[str], temperature: float
+    ) -> "ClassHead":
+        """Return the head with new classes behind the present ones.
 
         Raises:
-            ConfigError: a name is empty, too long, or there already.
+            ConfigError: a name is empty, too long, or exists already.
         """
         new = distinct_names(names, self.class_names)
         if not new:
@@ -197,7 +200,7 @@ class Head:
             rows, hand_written = texts.both_rows(new)
             factors = np.concatenate([factors, self.tuned_texts.factors(rows, hand_written)])
         bias = np.full(len(new), texts.logit_bias / temperature, np.float32)
-        return Head(
+        return ClassHead(
             (*self.class_names, *new),
             (*self.tuned, *[False] * len(new)),
             np.concatenate([self.weight, rows / np.float32(temperature)]),
@@ -213,7 +216,7 @@ class Head:
         return logits if self.factors is None else applied(logits, self.factors)
 
     def probabilities(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the calibrated probabilities, (batch, classes), of these logits."""
+        """Return the calibrated probabilities, (batch, classes), of calibrated logits."""
         return probabilities_of(logits, self.top_label).astype(np.float32)
 
 
@@ -227,7 +230,7 @@ def _open_tokenizer(content: bytes) -> tuple[Any, Callable[[str], str]]:
         ) from cause
     try:
         tokenizer = Tokenizer.from_str(content.decode())
-    except Exception as cause:  # the library raises nothing more special
+    except Exception as cause:  # the library raises no type of its own
         raise BundleError(f"tokenizer.json cannot be read ({cause}); export it again") from cause
     tokenizer.no_padding()
     tokenizer.no_truncation()

@@ -6,23 +6,27 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from capt_deploy.confidence.decisions import DecisionOptions
 from capt_deploy.core.errors import BackendError, BusyError, ConfigError
+from capt_deploy.serving.prediction import Prediction
 
 Pixels = NDArray[np.uint8]
-T = TypeVar("T")
+Run = Callable[[Pixels, list[DecisionOptions]], list[Prediction]]
+"""Returns predictions of (batch, height, width, 3) pixels, with options for each image."""
+
+_CLOSED = "the classifier is closed; load it again"
 
 
 @dataclass(frozen=True)
 class BatcherOptions:
-    """When a batch starts, and how many requests may wait for theirs."""
+    """When a batch starts, and how many requests may wait."""
 
     max_batch: int = 32
-    max_wait_ms: float = 2.0  # of any request, from its submission on, while the device is idle
+    max_wait_ms: float = 2.0  # of a request since its submission, while the device is idle
     max_waiting: int = 256  # requests that are being decoded or wait for a batch
 
     def __post_init__(self) -> None:
@@ -35,16 +39,17 @@ class BatcherOptions:
 
 
 @dataclass(eq=False)
-class Request(Generic[T]):
-    """One image, and the answer to come."""
+class Request:
+    """One image and the future of its prediction."""
 
-    run: Callable[[Pixels], list[T]]  # keeps its classifier alive until it is answered
-    future: "Future[T]" = field(default_factory=Future)
+    run: Run  # keeps the classifier alive until the request is answered
+    options: DecisionOptions
+    future: "Future[Prediction]" = field(default_factory=Future)
     submitted: float = field(default_factory=time.monotonic)  # seconds
-    pixels: Pixels | None = None
+    pixels: Pixels | None = None  # (height, width, 3), once decoded
 
     def begin(self) -> bool:
-        """Tell whether it still wants an answer, and make sure that it cannot be cancelled."""
+        """Return whether an answer is still expected; it cannot be cancelled any more."""
         return self.future.running() or self.future.set_running_or_notify_cancel()
 
     def fail(self, error: BaseException) -> None:
@@ -53,61 +58,56 @@ class Request(Generic[T]):
             self.future.set_exception(error)
 
     def cancel(self) -> None:
-        """Cancel it, and tell those who wait for it."""
+        """Cancel the request and notify everybody who waits for it."""
         self.future.cancel()
         self.future.set_running_or_notify_cancel()
 
 
-class RequestQueue(Generic[T]):
-    """Those that are being decoded, and those that wait for a batch. Thread-safe."""
+class RequestQueue:
+    """Requests that are being decoded or wait for a batch. Thread-safe."""
 
     def __init__(self, options: BatcherOptions) -> None:
         self._options = options
         self._changed = threading.Condition()
-        self._ready: deque[Request[T]] = deque()
-        self._entered = 0  # requests that are decoded or ready, up to max_waiting
-        self._refused: str | None = None  # why nothing is taken any more
-        self._dropped: str | None = None  # why what has been decoded is not taken either
-        self._cancelling = False
+        self._decoded: deque[Request] = deque()
+        self._count = 0  # requests that are being decoded or are decoded, up to max_waiting
+        self._refusal: str | None = None  # why new requests are refused
+        self._end: str | None = None  # why decoded requests are refused too
+        self.cancelling = False  # whether what has not run yet is cancelled
 
     def enter(self) -> None:
-        """Make room for a request."""
+        """Count a new request in, before it is decoded."""
         with self._changed:
-            if self._refused:
-                raise BackendError(self._refused)
-            if self._entered >= self._options.max_waiting:
+            if self._refusal:
+                raise BackendError(self._refusal)
+            if self._count >= self._options.max_waiting:
                 raise BusyError(
                     f"expected at most {self._options.max_waiting} requests to wait, and that many "
                     f"do; try again later, or raise max_waiting"
                 )
-            self._entered += 1
+            self._count += 1
 
     def leave(self) -> None:
-        """Give up the room of a request that needs no batch."""
+        """Count a request out that needs no batch."""
         with self._changed:
-            self._entered -= 1
+            self._count -= 1
 
-    def put(self, request: Request[T]) -> None:
-        """Let a decoded request wait for its batch."""
+    def put(self, request: Request) -> None:
+        """Add a decoded request."""
         with self._changed:
-            dropped = self._dropped
-            if not dropped:
-                self._ready.append(request)
+            end = self._end
+            if not end:
+                self._decoded.append(request)
                 self._changed.notify_all()
-        if dropped:
-            request.fail(BackendError(dropped))
+        if end:
+            request.fail(BackendError(end))
 
-    @property
-    def cancelling(self) -> bool:
-        """Whether what has not run yet shall not run."""
-        return self._cancelling
-
-    def take(self) -> list[Request[T]]:
-        """Wait for a batch; none is the last one."""
+    def take(self) -> list[Request]:
+        """Wait for a batch; an empty one is the last."""
         with self._changed:
             while True:
-                if not self._ready:
-                    if self._dropped:
+                if not self._decoded:
+                    if self._end:
                         return []
                     self._changed.wait()
                 elif (seconds := self._seconds_left()) > 0:
@@ -115,40 +115,35 @@ class RequestQueue(Generic[T]):
                 else:
                     return self._pop(self._options.max_batch)
 
-    def _pop(self, most: int) -> list[Request[T]]:
-        size = min(len(self._ready), most)
-        self._entered -= size
-        return [self._ready.popleft() for _ in range(size)]
+    def _pop(self, limit: int) -> list[Request]:
+        size = min(len(self._decoded), limit)
+        self._count -= size
+        return [self._decoded.popleft() for _ in range(size)]
 
     def _seconds_left(self) -> float:
-        """Return how long the next batch may wait for further requests."""
-        if self._refused or len(self._ready) >= self._options.max_batch:
+        """Return how long the next batch may still wait for further requests."""
+        if self._refusal or len(self._decoded) >= self._options.max_batch:
             return 0.0
-        # Decoded first is not always submitted first.
-        oldest = min(request.submitted for request in self._ready)
+        # The request decoded first is not always the one submitted first.
+        oldest = min(request.submitted for request in self._decoded)
         return oldest + self._options.max_wait_ms / 1000 - time.monotonic()
 
     def refuse(self, *, drain: bool) -> None:
-        """Take no new requests; without `drain` cancel those that wait."""
+        """Refuse new requests; without `drain` cancel those that wait."""
         with self._changed:
-            self._refused = self._refused or "the classifier is closed; load it again"
-            self._cancelling |= not drain
-            waiting = [] if drain else self._pop(len(self._ready))
+            self._refusal = self._refusal or _CLOSED
+            self.cancelling |= not drain
+            waiting = [] if drain else self._pop(len(self._decoded))
             self._changed.notify_all()
         for request in waiting:
             request.cancel()
 
-    def finish(self, reason: str) -> None:
-        """Take nothing of any kind any more."""
+    def finish(self, reason: str = _CLOSED, *, fail: bool = False) -> None:
+        """Refuse everything from now on; with `fail` answer what waits with an error."""
         with self._changed:
-            self._refused = self._refused or reason
-            self._dropped = self._dropped or self._refused
+            self._refusal = self._refusal or reason
+            self._end = self._end or self._refusal
+            waiting = self._pop(len(self._decoded)) if fail else []
             self._changed.notify_all()
-
-    def fail(self, reason: str) -> None:
-        """Answer with an error whatever waits and whatever comes."""
-        self.finish(reason)
-        with self._changed:
-            waiting = self._pop(len(self._ready))
         for request in waiting:
             request.fail(BackendError(reason))

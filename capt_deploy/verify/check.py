@@ -1,11 +1,10 @@
-"""Run the export's gate again, on any machine: a bundle carries what its graphs have to say."""
+"""Run the export's gate again, on any machine, against the reference in the bundle."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from capt_deploy.backends import Backend, Outputs, joined
 from capt_deploy.bundle.read import Bundle, open_bundle
@@ -16,37 +15,37 @@ from capt_deploy.core.files import expand_home
 from capt_deploy.data.batches import frugal_batch, preprocess_files
 from capt_deploy.data.preprocess import PreprocessConfig
 from capt_deploy.serving.classifier import Classifier
-from capt_deploy.verify.gate import GateResult, compare, gate_table
-from capt_deploy.verify.reference import Reference, chosen, patterns
+from capt_deploy.verify.gate import GateResult, compare_outputs, gate_table
+from capt_deploy.verify.reference import ReferenceOutputs, draw_patterns
 
-_ROWS = 1e-3  # by how much logits of the rows for tools may differ
+_ROW_LIMIT = 1e-3  # by how much logits of the class rows may differ
 
 
 def check_bundle(
     path: str | Path, images: str | Path | None = None, backend: str = "auto"
 ) -> dict[str, Any]:
-    """Ask each graph of a bundle what the trained model was asked when it was exported.
+    """Compare each graph of a bundle with the trained model's answers in its reference.
 
     Args:
         path: the bundle.
-        images: a folder below which the images of the export's gate lie; they are known by their
-            hashes. Without it the graphs are asked about drawn patterns alone.
+        images: a folder below which images of the export's gate lie; they are recognised by their
+            hashes. Without it only the drawn patterns are compared.
         backend: one of `capt_deploy.backends.NAMES`.
 
     Returns:
-        By precision, for `patterns` and `images`, what `report.json` holds of the gate; for a
-        graph that cannot run here, `not_checked` with the reason.
+        By precision, for `patterns` and `images`, the gate of `report.json`; for a graph that
+        cannot run here, `not_checked` with the reason.
 
     Raises:
-        GateError: a graph does not say what the trained model said, or the rows for tools do not.
+        GateError: a graph or the class rows differ from the trained model.
         UnavailableError: none of the graphs can run here.
         CaptError: bundle, images or backend cannot be used.
     """
     bundle = open_bundle(path)
     _check_files(bundle)
-    reference = Reference.of(bundle)
-    _check_rows(bundle, reference)
-    found = {} if images is None else reference.find(expand_home(images))
+    reference = ReferenceOutputs.from_bundle(bundle)
+    _check_rows(bundle, reference.patterns)
+    files = {} if images is None else reference.find(expand_home(images))
     results: dict[str, GateResult] = {}
     report: dict[str, Any] = {}
     for precision in bundle.manifest.graphs:
@@ -57,70 +56,68 @@ def check_bundle(
             report[precision] = {"not_checked": str(cause)}
             continue
         with classifier:
-            own = _check(classifier, reference, found, bundle.factors(precision))
-        results |= {f"{precision}, {kind}": result for kind, result in own.items()}
-        report[precision] = {kind: result.to_dict() for kind, result in own.items()}
+            checked = _check_graph(classifier, bundle, reference, files)
+        results |= {f"{precision}, {kind}": result for kind, result in checked.items()}
+        report[precision] = {kind: result.to_dict() for kind, result in checked.items()}
     if not results:
         raise UnavailableError(f"{path}: none of its graphs can run here; nothing was checked")
     say(gate_table(results))
     if failed := [f"{name}: {', '.join(r.failures)}" for name, r in results.items() if r.failures]:
-        raise GateError(f"{path} does not say what the trained model said: {'; '.join(failed)}")
+        raise GateError(f"{path} differs from the trained model: {'; '.join(failed)}")
     return report
 
 
 def _check_files(bundle: Bundle) -> None:
-    """Make sure that files are as they were exported; a graph's own are checked on loading."""
+    """Check the hashes of all files except the graphs, which are checked on loading."""
     graphs = bundle.manifest.graphs.values()
     texts = bundle.manifest.open_vocabulary
-    large = texts.weights if texts is not None else None
-    for name in {*bundle.manifest.files} - {own for g in graphs for own in (g.file, g.weights)}:
-        if name == large:
-            bundle.folder_of(name)  # hashes it without holding it in memory
+    for name in {*bundle.manifest.files} - {file for g in graphs for file in (g.file, g.weights)}:
+        if texts is not None and name == texts.weights:
+            bundle.verified_folder(name)  # too large to be held in memory
         else:
             bundle.read(name)
 
 
-def _check_rows(bundle: Bundle, reference: Reference) -> None:
-    """Make sure that the rows for tools give the reference's logits."""
+def _check_rows(bundle: Bundle, patterns: Outputs) -> None:
+    """Check that the class rows give the logits of the reference."""
     rows = bundle.text_embeddings()
     first = next(iter(bundle.manifest.graphs))
-    asked = reference.patterns
-    logits = asked.embedding @ rows["text_embeddings"].T + rows["bias"]
+    logits = patterns.embedding @ rows["text_embeddings"].T + rows["bias"]
     factors = bundle.factors(first)
-    wanted = asked.logits if factors is None else undone(asked.logits, factors)
-    # The rows have the first graph's temperature, the reference that of float32.
-    factor = float((logits * wanted).sum() / (logits * logits).sum())
-    if not np.abs(factor * logits - wanted).max() <= _ROWS:
+    expected = patterns.logits if factors is None else undone(patterns.logits, factors)
+    # The rows have the temperature of the first graph, the reference that of float32.
+    ratio = float((logits * expected).sum() / (logits * logits).sum())
+    if not np.abs(ratio * logits - expected).max() <= _ROW_LIMIT:
         raise GateError(f"{bundle.path}: its text embeddings are not those of its {first} graph")
 
 
-def _check(
-    classifier: Classifier,
-    reference: Reference,
-    found: dict[int, Path],
-    factors: NDArray[np.float32] | None,
+def _check_graph(
+    classifier: Classifier, bundle: Bundle, reference: ReferenceOutputs, files: dict[int, Path]
 ) -> dict[str, GateResult]:
     precision, preprocess = classifier.precision, classifier.manifest.preprocess
-    drawn = classifier.backend.run(patterns(preprocess.size))
-    unknown = np.full(len(drawn.logits), -1)
-    results = {"patterns": compare(precision, reference.patterns, drawn, unknown, factors)}
-    if found:
-        places = list(found)
-        expected = chosen(reference.images, places)
+    factors = bundle.factors(precision)
+    outputs = classifier.backend.run(draw_patterns(preprocess.size))
+    unknown = np.full(len(outputs.logits), -1)
+    results = {
+        "patterns": compare_outputs(precision, reference.patterns, outputs, unknown, factors)
+    }
+    if files:
+        rows = [*files]
+        expected = Outputs(*(part[rows] for part in reference.images))
         label = f"asking the {precision} graph"
-        answers = ask_backend(classifier.backend, preprocess, list(found.values()), label)
-        labels = reference.labels[places]
-        results["images"] = compare(precision, expected, answers, labels, factors)
+        outputs = run_on_files(classifier.backend, preprocess, [*files.values()], label)
+        labels = reference.labels[rows]
+        results["images"] = compare_outputs(precision, expected, outputs, labels, factors)
     return results
 
 
-def ask_backend(
+def run_on_files(
     backend: Backend, preprocess: PreprocessConfig, files: Sequence[Path], label: str
 ) -> Outputs:
-    """Return what a graph says of image files, read by its own configuration.
+    """Return the outputs of a graph for image files; `label` is shown with the progress.
 
     Raises:
-        DataError: one of them cannot be read.
+        DataError: a file cannot be read.
     """
     parts: list[Outputs] = []
     names = [str(file) for file in files]

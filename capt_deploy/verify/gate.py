@@ -1,8 +1,4 @@
-"""Whether a graph says what the trained model said: differences, and a limit for each.
-
-The float32 torch model's answers travel in the bundle, so that any machine can ask its own backend
-the same questions (`capt-export --check`).
-"""
+"""Differences between a graph and the trained model, with a limit for each."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -25,30 +21,31 @@ from capt_deploy.metrics.calibration import (
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that a graph may differ; shares in 0-1."""
+    """How far a graph may be from the trained model; shares in 0-1."""
 
-    top1_agreement: float  # the least share of images with the same most probable class
+    top1_agreement: float  # least share of images with the same most probable class
     max_logit_difference: float
     mean_logit_difference: float
     max_probability_difference: float
-    embedding_cosine: float  # the least, of any image
+    embedding_cosine: float  # least of any image
     accuracy_difference: float
     ece_difference: float  # ECE-15
     nll_difference: float  # nats
 
 
-# float32: METHOD 9. The others leave room for what their digits cost on a sound export, several
-# times the figures of benchmarks/export_matrix.py. In float16 a mean that is wrong by 0.02 is still
-# beyond them; where int8's rounding would hide it, the network is compared before it is lowered.
+# fp32: METHOD 9. The others are several times the differences of sound exports that
+# benchmarks/export_matrix.py measures. A pixel mean that is wrong by 0.02 still fails fp16; int8's
+# rounding would hide it, so the network is compared before it is quantized.
 LIMITS: Mapping[str, Limits] = {
     "fp32": Limits(1.0, 1e-4, 1e-4, 1e-4, 1 - 1e-6, 0.0, 1e-4, 1e-4),
     "fp16": Limits(0.995, 0.2, 0.02, 0.05, 0.9999, 0.005, 0.005, 0.005),
     "bf16": Limits(0.98, 1.0, 0.1, 0.2, 0.998, 0.01, 0.01, 0.02),
     "int8": Limits(0.97, 1.5, 0.15, 0.25, 0.998, 0.01, 0.01, 0.03),
 }
-# Over the root of the number of images. Rounding moves confidences over edges of bins: between
-# float32 and int8 of the photo model, the ECE of 256 images differs with a deviation of 0.17/√256.
+# Divided by the root of the number of images. Rounding moves confidences across edges of bins: the
+# ECE of 256 images differs between fp32 and int8 with a standard deviation of 0.17/√256.
 _ECE_NOISE = {"fp16": 0.2, "bf16": 0.5, "int8": 0.5}
+_AT_LEAST = ("top1_agreement", "embedding_cosine")  # the others are at most their limit
 _SHOWN = {
     "top1_agreement": "top-1 same",
     "max_logit_difference": "max |Δlogit|",
@@ -62,11 +59,11 @@ _SHOWN = {
 
 @dataclass(frozen=True)
 class GateResult:
-    """Differences between the trained model and a graph as a runtime runs it."""
+    """Differences between the trained model and a graph as a backend runs it."""
 
     precision: str
     images: int
-    labelled: int  # of them; the last three figures are of these
+    labelled: int  # of the images; the last three figures are of these
     top1_agreement: float
     max_logit_difference: float
     mean_logit_difference: float
@@ -78,27 +75,29 @@ class GateResult:
 
     @property
     def limits(self) -> Limits:
-        """What is enforced: in reduced precision few images cannot be held to the share of many.
+        """The limits in force, wider for few images in reduced precision.
 
-        As many may get another class as chance has it in 95 of 100 cases if the true agreement is
-        the limit; the ECE of few images jumps whenever one changes its bin.
+        If the true agreement is the limit, in 95 of 100 cases no more images than allowed here get
+        another class. The ECE of few images jumps whenever one of them changes its bin.
         """
-        own = LIMITS[self.precision]
+        limits = LIMITS[self.precision]
         if self.precision == "fp32" or not self.images:
-            return own
-        tipped = _may_tip(self.images, own.top1_agreement) / self.images
+            return limits
+        flipped = _allowed_flips(self.images, limits.top1_agreement) / self.images
+        noise = _ECE_NOISE[self.precision] / self.images**0.5
         return replace(
-            own,
-            top1_agreement=1 - tipped,
-            accuracy_difference=max(own.accuracy_difference, tipped),
-            ece_difference=max(own.ece_difference, _ECE_NOISE[self.precision] / self.images**0.5),
+            limits,
+            top1_agreement=1 - flipped,
+            accuracy_difference=max(limits.accuracy_difference, flipped),
+            ece_difference=max(limits.ece_difference, noise),
         )
 
     @property
     def failures(self) -> list[str]:
-        """What is over its limit, in words; empty when the gate passes."""
+        """Figures beyond their limits, in words; empty if the gate passes."""
         return [
-            f"{name.replace('_', ' ')} {value:.3g}, limit {limit:.3g}"
+            f"{name.replace('_', ' ')} {value:.5g}, expected at "
+            f"{'least' if name in _AT_LEAST else 'most'} {limit:.5g}"
             for name, limit in asdict(self.limits).items()
             if (value := getattr(self, name)) is not None and not _holds(name, value, limit)
         ]
@@ -123,62 +122,57 @@ class GateResult:
 
 
 def _holds(name: str, value: float, limit: float) -> bool:
-    """Tell whether a value is within its limit; NaN never is."""
-    if name in ("top1_agreement", "embedding_cosine"):
+    """Return whether a value is within its limit; NaN never is."""
+    if name in _AT_LEAST:
         return value >= limit
     return abs(value) <= limit
 
 
-def _may_tip(images: int, agreement: float) -> int:
-    """Return how many of some images may get another class if the true agreement is the limit.
-
-    The 95 % quantile of the binomial distribution, but at least one.
-    """
-    odds, below, count = log((1 - agreement) / agreement), 0.0, -1
-    logarithm = images * log(agreement)  # of the chance that just so many tip over
-    while below < 0.95:
+def _allowed_flips(images: int, agreement: float) -> int:
+    """Return the 95 % quantile of Binomial(images, 1 - agreement), at least 1."""
+    odds, cumulative, count = log((1 - agreement) / agreement), 0.0, -1
+    log_probability = images * log(agreement)  # of exactly `count` flips
+    while cumulative < 0.95:
         count += 1
-        below += exp(logarithm)
-        logarithm += log((images - count) / (count + 1)) + odds if count < images else -inf
+        cumulative += exp(log_probability)
+        log_probability += log((images - count) / (count + 1)) + odds if count < images else -inf
     return max(1, count)
 
 
-def compare(
+def compare_outputs(
     precision: str,
     expected: Outputs,
-    found: Outputs,
+    outputs: Outputs,
     labels: NDArray[np.int64],
     factors: NDArray[np.float32] | None = None,
 ) -> GateResult:
-    """Return how far `found` is from `expected`.
+    """Return the differences between the outputs of a graph and those of the trained model.
 
     Args:
-        precision: of the graph that gave `found`.
+        precision: of the graph.
         expected: of the float32 torch model.
-        found: of the graph, for the same images in the same order.
+        outputs: of the graph, for the same images in the same order.
         labels: (images,) class of each image; -1 where it is not known.
-        factors: (classes,) those of distance-aware calibration.
+        factors: (classes,) of distance-aware calibration.
     """
-    logits, probabilities = found.logits, found.probabilities
+    logits = outputs.logits
     same = logits.argmax(axis=1) == expected.logits.argmax(axis=1)
     if factors is not None:
         logits = aligned(logits, expected.logits, factors)
-    # Where rounding tips an image over to another class, factors and the map of the top label jump.
-    tipped = ~same[:, np.newaxis]
-    probabilities, wanted = (
-        np.where(tipped, softmax(part), own)
-        for part, own in ((logits, probabilities), (expected.logits, expected.probabilities))
-    )
+    # Where rounding changes the most probable class, distance factor and top-label map jump.
+    flipped = ~same[:, np.newaxis]
+    probabilities = np.where(flipped, softmax(logits), outputs.probabilities)
+    reference = np.where(flipped, softmax(expected.logits), expected.probabilities)
     difference = np.abs(logits - expected.logits)
-    cosine = (found.embedding * expected.embedding).sum(axis=1)
+    cosine = (outputs.embedding * expected.embedding).sum(axis=1)
     known = labels >= 0
     changes: tuple[float | None, ...] = (None, None, None)
-    if known.any() and np.isfinite(found.logits).all():
-        own, reference = (
-            part.probabilities[known].astype(np.float64) for part in (found, expected)
+    if known.any() and np.isfinite(outputs.logits).all():
+        after, before = (
+            part.probabilities[known].astype(np.float64) for part in (outputs, expected)
         )
         measures = (accuracy, expected_calibration_error, negative_log_likelihood)
-        changes = tuple(m(own, labels[known]) - m(reference, labels[known]) for m in measures)
+        changes = tuple(m(after, labels[known]) - m(before, labels[known]) for m in measures)
     return GateResult(
         precision,
         len(labels),
@@ -186,14 +180,14 @@ def compare(
         float(same.mean()),
         float(difference.max()),
         float(difference.mean()),
-        float(np.abs(probabilities - wanted).max()),
+        float(np.abs(probabilities - reference).max()),
         float(cosine.min()),
         *changes,
     )
 
 
 def gate_table(results: Mapping[str, GateResult]) -> str:
-    """Return a line of figures for each graph, by name, with its limits below."""
+    """Return a table with the figures of each graph and its limits below."""
     rows = []
     for name, result in results.items():
         values = [getattr(result, field) for field in _SHOWN]

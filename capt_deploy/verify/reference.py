@@ -1,11 +1,10 @@
-"""The trained model's answers that a bundle carries: `reference.safetensors`.
+"""The trained model's answers that a bundle carries in `reference.safetensors`.
 
-Photos stay at home: the images are named by the SHA-256 of their files. Besides them there are a
-few drawn patterns, which every machine can draw again.
+Photos are not part of a bundle: they are named by the SHA-256 of their files. Besides them there
+are a few patterns, which every machine draws alike.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,86 +21,81 @@ PATTERNS = 8
 
 
 @dataclass(frozen=True)
-class Reference:
-    """Outputs to images with labels, and to the patterns."""
+class ReferenceOutputs:
+    """Outputs of the trained model for labelled images and for the patterns."""
 
     sha256: tuple[str, ...]  # of the image files
-    labels: NDArray[np.int64]  # (images,); -1 where it is not known
+    labels: NDArray[np.int64]  # (images,); -1 where the class is not known
     images: Outputs
     patterns: Outputs
 
     def save(self) -> bytes:
-        """Return the content of the file."""
+        """Return the content of `reference.safetensors`."""
         from safetensors.numpy import save
 
         tensors = {
-            f"{kind}.{name}": np.ascontiguousarray(own)
-            for kind, answers in (("images", self.images), ("patterns", self.patterns))
-            for name, own in answers._asdict().items()
+            f"{kind}.{name}": np.ascontiguousarray(array)
+            for kind, outputs in (("images", self.images), ("patterns", self.patterns))
+            for name, array in outputs._asdict().items()
         }
         return save({**tensors, "labels": self.labels}, {"sha256": json.dumps(self.sha256)})
 
     @classmethod
-    def of(cls, bundle: Bundle) -> "Reference":
-        """Read it from a bundle.
+    def from_bundle(cls, bundle: Bundle) -> "ReferenceOutputs":
+        """Read the reference of a bundle.
 
         Raises:
             BundleError: the bundle has none, or it is damaged.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import load
-
         if REFERENCE not in bundle.manifest.files:
             raise BundleError(
                 f"{bundle.path}: holds no {REFERENCE}, so there is nothing to check against; "
                 f"export it again"
             )
-        data = bundle.read(REFERENCE)
+        tensors, data = bundle.arrays(REFERENCE), bundle.read(REFERENCE)
         try:
-            tensors = load(data)
-            size = int.from_bytes(data[:8], "little")
-            sha256 = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["sha256"])
+            # safetensors reads metadata from files only: 8 bytes of length, then a JSON header.
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            sha256 = tuple(json.loads(header["__metadata__"]["sha256"]))
             images, patterns = (
                 Outputs(*(tensors[f"{kind}.{name}"] for name in Outputs._fields))
                 for kind in ("images", "patterns")
             )
-            found = cls(tuple(sha256), tensors["labels"], images, patterns)
-        except (SafetensorError, KeyError, ValueError, TypeError) as cause:
+            reference = cls(sha256, tensors["labels"], images, patterns)
+        except (KeyError, ValueError, TypeError) as cause:
             raise BundleError(f"{bundle.path}: {REFERENCE} is damaged ({cause})") from cause
-        classes, count = len(bundle.manifest.class_names), len(found.sha256)
-        shapes = [
-            (len(own.logits), own.logits.shape[1:], own.probabilities.shape, len(own.embedding))
-            for own in (images, patterns)
-        ]
-        expected = [(n, (classes,), (n, classes), n) for n in (count, PATTERNS)]
-        if shapes != expected or found.labels.shape != (count,):
-            raise BundleError(
-                f"{bundle.path}: {REFERENCE} does not answer for {count} images, {PATTERNS} "
-                f"patterns and {classes} classes; export it again"
-            )
-        return found
+        classes, count = len(bundle.manifest.class_names), len(sha256)
+        for outputs, rows in ((images, count), (patterns, PATTERNS)):
+            shapes = (outputs.logits.shape, outputs.probabilities.shape, len(outputs.embedding))
+            fits = shapes == ((rows, classes), (rows, classes), rows)
+            if not fits or reference.labels.shape != (count,):
+                raise BundleError(
+                    f"{bundle.path}: {REFERENCE} does not answer for {count} images, {PATTERNS} "
+                    f"patterns and {classes} classes; export it again"
+                )
+        return reference
 
     def find(self, folder: Path) -> dict[int, Path]:
-        """Return which of the images lie somewhere below `folder`, by place.
+        """Return the images that lie somewhere below `folder`, by their row.
 
         Raises:
-            DataError: not one of them does.
+            DataError: none of them does.
         """
-        wanted = {digest: place for place, digest in enumerate(self.sha256)}
-        found = {}
+        rows = {digest: row for row, digest in enumerate(self.sha256)}
+        files = {}
         for file in track(visible_files(folder), "looking for the images", "files"):
-            if (place := wanted.get(sha256_file(file))) is not None:
-                found[place] = file
-        if not found:
+            if (row := rows.get(sha256_file(file))) is not None:
+                files[row] = file
+        if not files:
             raise DataError(
-                f"{folder}: none of the {len(wanted)} images that the export was checked on is "
-                f"there; pass the data set of the run, or leave --gate-data out"
+                f"{folder}: holds none of the {len(rows)} images that the export was checked on; "
+                f"pass the data set of the run, or leave --gate-data out"
             )
-        return dict(sorted(found.items()))
+        return dict(sorted(files.items()))
 
 
-def patterns(size: tuple[int, int], count: int = PATTERNS) -> NDArray[np.uint8]:
-    """Draw the patterns: waves of colour, in whole numbers so that all machines draw the same.
+def draw_patterns(size: tuple[int, int], count: int = PATTERNS) -> NDArray[np.uint8]:
+    """Draw waves of colour, in whole numbers so that all machines draw the same.
 
     Returns:
         uint8 array (count, height, width, 3), RGB.
@@ -111,9 +105,3 @@ def patterns(size: tuple[int, int], count: int = PATTERNS) -> NDArray[np.uint8]:
     along = (number + 1) * 128 * x // width + (channel * number + 2) * 96 * y // height
     wave = np.abs((along + 61 * channel * (number + 1)) % 510 - 255)
     return np.ascontiguousarray(np.moveaxis(wave, -1, 0)).astype(np.uint8)
-
-
-def chosen(answers: Outputs, places: Sequence[int]) -> Outputs:
-    """Return the answers to some of the images."""
-    rows = list(places)
-    return Outputs(*(own[rows] for own in answers))

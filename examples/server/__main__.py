@@ -65,7 +65,7 @@ def main(
     import numpy as np
     import uvicorn
 
-    from capt_deploy.confidence.decisions import wanted_decisions
+    from capt_deploy.confidence.decisions import DecisionOptions
     from capt_deploy.serving.batcher import BatcherOptions
     from capt_deploy.serving.classifier import Classifier
     from examples.server.app import make_app
@@ -75,7 +75,7 @@ def main(
         max_bytes, max_seconds, max_pixels, max_images, max_requests, rate=rate, burst=burst
     )
     batcher = BatcherOptions(max_batch, max_wait_ms, max_waiting)
-    decisions = wanted_decisions(coverage, accuracy)
+    decisions = DecisionOptions.from_given(coverage=coverage, accuracy=accuracy)
     listener = _bind(host, port)  # before an engine is built, which can take minutes
     with (
         listener,

@@ -33,7 +33,7 @@ _LIMITS = Limits()
 
 
 def make_app(classifier: Classifier, limits: Limits = _LIMITS) -> FastAPI:
-    """Return the app around a classifier, which whoever loaded it also closes, afterwards."""
+    """Return the app around a classifier, which the caller closes afterwards."""
     # FastAPI's own pages of documentation fetch scripts from elsewhere.
     app = FastAPI(title="capt", version=__version__, docs_url=None, redoc_url=None)
     metrics = Metrics(classifier)
@@ -63,7 +63,7 @@ def make_app(classifier: Classifier, limits: Limits = _LIMITS) -> FastAPI:
 
     @app.get("/readyz")
     async def readyz(request: Request) -> dict[str, str]:
-        with door.entered(request):  # it costs what a request costs
+        with door.entered(request):  # a check costs as much as a request
             await _try_out(classifier)
         return {"status": "ready"}
 
@@ -76,9 +76,9 @@ def make_app(classifier: Classifier, limits: Limits = _LIMITS) -> FastAPI:
 
 
 class Door:
-    """Lets in as many requests as may be inside, of all and of each client, and as often.
+    """Limits how many requests are under way, in all and for each client, and their rate.
 
-    `cut_off` counts those that were inside when the server was made to end without their answers.
+    `cut_off` counts the requests that the server ended without answering.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -88,7 +88,11 @@ class Door:
 
     @contextmanager
     def entered(self, request: Request) -> Iterator[None]:
-        """Hold a place for a request, or raise RefusedError: 429 for the client's sake, 503."""
+        """Count a request as under way.
+
+        Raises:
+            RefusedError: 429 if the client has too many requests, 503 if all clients have.
+        """
         client = request.client.host if request.client else ""
         if seconds := self._buckets.seconds_to_wait(client):
             whole = math.ceil(seconds)
@@ -112,7 +116,7 @@ class Door:
 async def _answers(
     classifier: Classifier, images: list[bytes], metrics: Metrics
 ) -> list[Prediction]:
-    """Classify a request's images, all or none of them."""
+    """Classify the images of a request, all of them or none."""
     futures: list[Future[Prediction]] = []
     try:
         for image in images:
@@ -139,7 +143,7 @@ async def _answers(
 
 
 async def _try_out(classifier: Classifier) -> None:
-    """Let the graph answer once: what only looks ready is not. The monitor is not to see it."""
+    """Run the graph once, without counting the answer in the monitor."""
     pixels = classifier.preprocess(np.zeros((8, 8, 3), np.uint8))[np.newaxis]
     try:
         answer = asyncio.to_thread(classifier.backend.run, pixels)
@@ -163,7 +167,7 @@ def _to_dict(prediction: Prediction, top_k: int) -> dict[str, Any]:
 
 
 def _explain_errors(app: FastAPI) -> None:
-    """Give every error the same form, and none a traceback; the server's log has it."""
+    """Answer every error in the same form; tracebacks are in the log only."""
 
     def add(kind: type[Exception], explain: Callable[[Any], RefusedError]) -> None:
         async def handler(_: Request, error: Exception) -> Response:
@@ -177,12 +181,12 @@ def _explain_errors(app: FastAPI) -> None:
 
     add(RefusedError, lambda error: error)
     add(HTTPException, lambda error: RefusedError(error.status_code, error.detail))
-    add(RequestValidationError, lambda error: RefusedError(422, _what_is_invalid(error)))
+    add(RequestValidationError, lambda error: RefusedError(422, _invalid_fields(error)))
     add(Exception, lambda _: RefusedError(500, "the server failed; its log says why"))
 
 
-def _what_is_invalid(error: RequestValidationError) -> str:
-    return "; ".join(f"{one['loc'][-1]}: {one['msg']}" for one in error.errors())
+def _invalid_fields(error: RequestValidationError) -> str:
+    return "; ".join(f"{detail['loc'][-1]}: {detail['msg']}" for detail in error.errors())
 
 
 def _show_page(app: FastAPI) -> None:
@@ -199,7 +203,7 @@ def _show_page(app: FastAPI) -> None:
 
 
 def _policy(page: str) -> str:
-    """Return a policy under which nothing runs but what stands in the page itself."""
+    """Return a content security policy that allows only the page's own script and style."""
     hashes = {}
     for tag in ("script", "style"):
         (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)

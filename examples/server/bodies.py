@@ -1,8 +1,8 @@
-"""From a request's body to the images in it, or to a `RefusedError` that says what is wrong.
+"""Read the images of a request's body, or raise a `RefusedError` with its HTTP status.
 
-400: the body cannot be parsed. 408: it comes too slowly. 413: it, or an image's pixels, are too
-many. 415: it is of another type, or what is in it is no image that we read. 422: it can be parsed,
-and does not hold what is asked for.
+400: the body cannot be parsed. 408: it comes too slowly. 413: the body, or an image, is too large.
+415: the body has another type, or holds no image of a type that is read. 422: the body can be
+parsed, but does not hold what is expected.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect
 
 from examples.server.limits import Limits, RefusedError
 
-# Not all that Pillow reads: its EPS reader, for one, starts another program.
+# Fewer than Pillow reads: its EPS reader, for example, starts another program.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "WEBP")
 _EXPECTED = (
     'multipart/form-data with files, or application/json with {"image": "BASE64"} or '
@@ -39,7 +39,7 @@ BODY = {  # for OpenAPI
         "content": {
             "multipart/form-data": {"schema": {"type": "object", "properties": {"image": _FILES}}},
             "application/json": {
-                "schema": {"oneOf": [{"type": "object", "properties": one} for one in _EITHER]}
+                "schema": {"oneOf": [{"type": "object", "properties": keys} for keys in _EITHER]}
             },
         },
     }
@@ -69,7 +69,7 @@ async def read_images(request: Request, limits: Limits, parsing: asyncio.Semapho
 
 
 async def _read(request: Request, limits: Limits) -> bytearray:
-    """Return the body. What the client says of its length is no proof: count what comes."""
+    """Return the body, counting bytes as they come: Content-Length may be wrong."""
     body = bytearray()
     try:
         async with asyncio.timeout(limits.body_seconds):
@@ -98,7 +98,7 @@ def _from_json(body: bytearray, limits: Limits) -> list[bytes]:
     if body.count(b",") > limits.images:
         raise _too_many(limits)
     try:
-        value = json.loads(body.decode("ascii"))  # which takes a byte a letter, others up to four
+        value = json.loads(body.decode("ascii"))  # one byte a character in memory
     except ValueError as cause:
         raise RefusedError(400, f"not valid JSON: {cause}") from None
     match value:
@@ -129,7 +129,7 @@ def _from_form(body: bytearray, boundary: bytes, limits: Limits) -> list[bytes]:
 
     def on_part(part: object) -> None:
         nonlocal parts
-        parts += 1  # other fields are ignored, and yet cost time
+        parts += 1  # other fields are ignored, but cost time
         if parts > limits.images:
             raise _too_many(limits)
         if isinstance(part, File):
@@ -164,7 +164,7 @@ def _too_many(limits: Limits) -> RefusedError:
 
 
 def _check(image: bytes, number: int, limits: Limits) -> None:
-    """Look at an image's first bytes, before anything decodes its pixels."""
+    """Check format and size in an image's header, before its pixels are decoded."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is stricter

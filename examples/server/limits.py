@@ -1,4 +1,4 @@
-"""What the server takes from anybody: sizes, and how often."""
+"""Limits on the size and the rate of requests."""
 
 import time
 from collections import OrderedDict
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from capt_deploy.core.errors import ConfigError
 
-_CLIENTS = 10_000  # remembered at once; one more makes room by forgetting who was quiet longest
+_CLIENTS = 10_000  # remembered at once; then the one that was quiet longest is forgotten
 
 
 class RefusedError(Exception):
-    """A request that is not answered, with its HTTP status and the reason the client is told."""
+    """A request that is refused, with the HTTP status and the reason for the client."""
 
     def __init__(self, status: int, reason: str, retry_after: int | None = None) -> None:
         super().__init__(reason)
@@ -20,10 +20,10 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes.
+    """The most that a server takes.
 
-    Bodies wait in at most `body_bytes` times `requests` of memory, and an eighth more. The one that
-    is being parsed takes up to 8 times its size on top, and so do the pixels of decoded images.
+    Waiting bodies need up to `body_bytes` times `requests` of memory, and an eighth more. The one
+    that is being parsed needs up to 8 times its size besides, and so do pixels of decoded images.
     """
 
     body_bytes: int = 10 * 2**20
@@ -44,7 +44,7 @@ class Limits:
 
     @property
     def requests_of_a_client(self) -> int:
-        """Return how many places one client may hold, so that slow bodies leave room for others."""
+        """Requests that one client may have under way, so that slow ones leave room for others."""
         return max(1, self.requests // 8) if self.rate else self.requests
 
 
@@ -59,7 +59,7 @@ class TokenBuckets:
         self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # tokens, at which time
 
     def seconds_to_wait(self, client: str, now: float | None = None) -> float:
-        """Take a token and return 0, or return how long it takes until there is one."""
+        """Take a token and return 0, or return the seconds until there is one."""
         if not self._rate:
             return 0.0
         now = time.monotonic() if now is None else now

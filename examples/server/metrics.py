@@ -1,4 +1,4 @@
-"""What Prometheus is told. A registry of one's own, so that several apps fit into one process."""
+"""Metrics for Prometheus, in a registry of their own, so that one process can hold several apps."""
 
 import math
 import time
@@ -53,10 +53,10 @@ App = Callable[..., Awaitable[None]]
 
 
 class Metrics:
-    """All metrics of one classifier's server."""
+    """The metrics of a server with one classifier."""
 
     def __init__(self, classifier: Classifier) -> None:
-        """Count from now on, the batches of `classifier` included."""
+        """Start counting, batches of `classifier` included."""
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
             "capt_requests", "Requests to /predict.", ["status"], registry=registry
@@ -89,27 +89,27 @@ class Metrics:
         classifier.backend = _CountedBackend(backend, self)
 
     def _watch(self, classifier: Classifier) -> None:
-        """Show how predictions compare with those of the validation images; NaN: not to be told."""
+        """Show how predictions differ from those of the validation images; NaN if unknown."""
         self._monitor, self._watched = classifier.monitor(), 0
 
-        def value(of: Callable[[MonitorSummary], float | None]) -> float:
-            found = of(self._monitor.summary())
-            return math.nan if found is None else found
+        def read(get: Callable[[MonitorSummary], float | None]) -> float:
+            value = get(self._monitor.summary())
+            return math.nan if value is None else value
 
-        for name, (words, of) in _WATCHED.items():
-            Gauge(name, words, registry=self.registry).set_function(partial(value, of))
+        for name, (words, get) in _WATCHED.items():
+            Gauge(name, words, registry=self.registry).set_function(partial(read, get))
 
     def count(self, prediction: Prediction) -> None:
         """Count one answer."""
         self._watched += 1
-        if self._watched % _WINDOW == 0:  # else a shift would not show after a million images
+        if self._watched % _WINDOW == 0:  # a shift after a million images would not show otherwise
             self._monitor.reset()
         self.confidence.observe(prediction.confidence)
         self.predicted.labels(prediction.label).inc()
 
 
 class _CountedBackend:
-    """A backend that tells how large its batches are, and how long they take."""
+    """A backend that measures the size and the duration of its batches."""
 
     def __init__(self, backend: Backend, metrics: Metrics) -> None:
         self.name, self.device = backend.name, backend.device
@@ -125,17 +125,17 @@ class _CountedBackend:
 
 
 class MeasuredRequests:
-    """ASGI middleware: counts what becomes of the requests to one path, whoever answers them."""
+    """ASGI middleware that counts the requests to one path by the status of their answer."""
 
     def __init__(self, app: App, metrics: Metrics, path: str) -> None:
         self._app, self._metrics, self._path = app, metrics, path
 
     async def __call__(self, scope: Message, receive: App, send: App) -> None:
-        """Pass it on, and look at the answer's status."""
+        """Pass a request on and note the status of the answer."""
         if scope["type"] != "http" or scope["path"] != self._path:
             await self._app(scope, receive, send)
             return
-        status, start = 500, time.perf_counter()  # 500: where nothing else answers
+        status, start = 500, time.perf_counter()  # 500 unless an answer starts
 
         async def watch(message: Message) -> None:
             nonlocal status

@@ -13,7 +13,7 @@ from capt_deploy.core.console import say
 from capt_deploy.core.errors import DataError, GateError
 from capt_deploy.data.batches import preprocess_files
 from capt_deploy.verify.gate import LIMITS
-from capt_deploy.verify.reference import patterns
+from capt_deploy.verify.reference import draw_patterns
 from export.graph.lower import BF16, DTYPES, FP32, INT8
 from export.graph.onnx_graph import BF16_OPSET, OnnxGraph, trace
 from export.graph.visual import VisualClassifier
@@ -93,7 +93,7 @@ def trace_precision(source: Source, precision: str, opset: int, expected: Output
 
 
 def _compare_network(network: VisualClassifier, size: tuple[int, int], expected: Outputs) -> None:
-    drawn = torch.from_numpy(patterns(size))
+    drawn = torch.from_numpy(draw_patterns(size))
     found = zip(*(network(part[None])[:2] for part in drawn), strict=True)
     limit = LIMITS[FP32].max_logit_difference
     for what, own, wanted in zip(

@@ -13,8 +13,8 @@ from capt_deploy.backends import Outputs
 from capt_deploy.backends.onnxruntime import OnnxRuntime
 from capt_deploy.core.errors import GateError
 from capt_deploy.serving.classifier import Classifier
-from capt_deploy.verify.check import ask_backend
-from capt_deploy.verify.gate import GateResult, compare
+from capt_deploy.verify.check import run_on_files
+from capt_deploy.verify.gate import GateResult, compare_outputs
 from export.graph.lower import BF16, FP32
 from export.precision.emulation import write_widened
 from export.precision.trace import Traced
@@ -47,7 +47,9 @@ def prove(source: Source, traced: Traced, question: Question, path: Path) -> Pro
         temperature *= factor
         traced.graph.set_head(source.head.cooled(factor))
         answers = _ask(traced, path, source, question)
-    result = compare(precision, question.expected, answers, question.labels, _factors(source))
+    result = compare_outputs(
+        precision, question.expected, answers, question.labels, _factors(source)
+    )
     return Proven(traced, path, temperature, answers, result)
 
 
@@ -65,12 +67,12 @@ def _ask(traced: Traced, path: Path, source: Source, question: Question) -> Outp
     label = f"asking the {precision} graph"
     if precision != BF16:
         backend = OnnxRuntime(path, precision, folder, frugal=True)
-        return ask_backend(backend, preprocess, files, label)
+        return run_on_files(backend, preprocess, files, label)
     with TemporaryDirectory(dir=path.parent) as name:
         wide = Path(name) / path.name
         write_widened(path, wide)
         backend = OnnxRuntime(wide, "emulated", wide.parent, frugal=True)
-        return ask_backend(backend, preprocess, files, label)
+        return run_on_files(backend, preprocess, files, label)
 
 
 def last_look(folder: Path, proven: Mapping[str, Proven], question: Question) -> None:
@@ -82,7 +84,7 @@ def last_look(folder: Path, proven: Mapping[str, Proven], question: Question) ->
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that it has failed was said already
             loaded = Classifier.load(folder, "onnxruntime-cpu", precision)
-        found = ask_backend(loaded.backend, loaded.manifest.preprocess, files, "last look")
+        found = run_on_files(loaded.backend, loaded.manifest.preprocess, files, "last look")
         if not np.allclose(
             found.logits, own.answers.logits[: len(files)], atol=1e-3, equal_nan=True
         ):

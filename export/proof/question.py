@@ -14,7 +14,7 @@ from capt_deploy.core.console import progress, say
 from capt_deploy.core.errors import DataError
 from capt_deploy.core.files import sha256_file
 from capt_deploy.data.batches import frugal_batch, preprocess_files
-from capt_deploy.verify.reference import Reference, patterns
+from capt_deploy.verify.reference import ReferenceOutputs, draw_patterns
 from capt_train.calibrate.temperature import match_temperature
 from export.source.model import Photo, Source, spread
 
@@ -36,10 +36,10 @@ class Question:
         return np.array([photo.label for photo in self.photos])
 
     @property
-    def reference(self) -> Reference:
+    def reference(self) -> ReferenceOutputs:
         """What a bundle carries of it."""
         digests = tuple(sha256_file(photo.path) for photo in self.photos)
-        return Reference(digests, self.labels, self.expected, self.patterns)
+        return ReferenceOutputs(digests, self.labels, self.expected, self.patterns)
 
 
 def ask_torch(source: Source, most_images: int) -> Question:
@@ -70,7 +70,7 @@ def ask_torch(source: Source, most_images: int) -> Question:
         say(f"note: {lost} of {len(files)} images of the check cannot be read")
     if len(readable) < _FEW:
         say(f"note: checked on no more than {len(readable)} images, which tell little")
-    drawn = patterns(preprocess.size)
+    drawn = draw_patterns(preprocess.size)
     return Question(tuple(readable), lost, joined(parts), _torch_answers(source, drawn))
 
 

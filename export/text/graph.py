@@ -15,7 +15,7 @@ from capt_deploy.bundle.manifest import OpenVocabulary
 from capt_deploy.core.console import say
 from capt_deploy.core.errors import GateError
 from capt_deploy.core.files import write_bytes
-from capt_deploy.serving.open_vocabulary import ROWS, TextSide
+from capt_deploy.serving.open_vocabulary import ROW_OUTPUTS, TextEncoder
 from capt_train.clip.backbone import Backbone
 from capt_train.method.prompt import PromptLearner
 from capt_train.method.semantic_experts import SemanticExperts
@@ -156,7 +156,7 @@ def write_open_vocabulary(
     tokenizer = tokenizer_json(backbone.tokens.tokenizer).encode()
     write_bytes(folder / record.tokenizer, tokenizer)
     graph.write(folder / record.file)
-    texts = TextSide(record, tokenizer, folder / record.file, folder if graph.external else None)
+    texts = TextEncoder(record, tokenizer, folder / record.file, folder if graph.external else None)
     prove_tokens(texts.tokens, backbone.tokens, tokens.cpu(), names)
     prove_rows(texts, models, names[:_PROBED], hand_written=hand_written)
     return record
@@ -171,7 +171,7 @@ def _traced(
         axes[2] = torch.export.Dim("tokens", max=tokens.shape[2])
         example = example[:, :, :-1]
     network(example)  # what the tower finds out about itself must not be traced
-    outputs = ROWS if network.hand_written else ROWS[:1]
+    outputs = ROW_OUTPUTS if network.hand_written else ROW_OUTPUTS[:1]
     model = to_onnx(network, ("tokens", example, axes), outputs, OPSET, "the text tower")
     return OnnxGraph(model, OPSET, FP32)
 
@@ -188,7 +188,7 @@ def _record(network: TextRows, backbone: Backbone) -> OpenVocabulary:
 
 
 def prove_rows(
-    texts: TextSide,
+    texts: TextEncoder,
     models: Sequence[TunedModel],
     names: Sequence[str],
     *,

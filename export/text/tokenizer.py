@@ -10,7 +10,7 @@ from torch import Tensor
 
 from capt_deploy.core.errors import ModelError
 from capt_deploy.core.install import install_hint
-from capt_deploy.serving.open_vocabulary import CLEANINGS, PromptTokens
+from capt_deploy.serving.open_vocabulary import CLEANINGS, PromptTokenizer
 from capt_train.clip.text_tokens import TextTokens
 from capt_train.clip.vocabulary import vocabulary
 
@@ -89,7 +89,7 @@ def _byte_pairs(tokenizer: Any) -> str:
 
 
 def prove_tokens(
-    bundled: PromptTokens,
+    bundled: PromptTokenizer,
     tokens: TextTokens,
     wanted: Int[Tensor, "names prompts tokens"],
     names: Sequence[str],

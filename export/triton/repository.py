@@ -127,7 +127,7 @@ def _write_graph(
     folder: Path, bundle: Bundle, precision: str, name: str, batches: tuple[int, int, int]
 ) -> _Variant:
     """Write both models of one graph. Only that graph is in memory meanwhile."""
-    data = bundle.graph(precision)[1]
+    data = bundle.graph(precision).onnx
     signature = read_signature(data, f"{bundle.path}, {precision}")
     pixels = (*bundle.manifest.preprocess.size, 3)
     if signature.images.dims != pixels:
@@ -177,9 +177,8 @@ def _copy_weights(bundle: Bundle, precision: str, signature: Signature, version:
             f"{bundle.path}: its {precision} graph has weights in {signature.weight_files}, the "
             f"manifest says {name!r}; export it again"
         )
-    folder = bundle.weights_folder(precision)
-    if name and folder:
-        shutil.copyfile(folder / name, version / name)
+    if name:
+        shutil.copyfile(bundle.verified_folder(name) / name, version / name)
 
 
 def _labels(bundle: Bundle) -> bytes:

@@ -28,7 +28,10 @@ def test_the_bundle_holds_what_its_manifest_lists(bundle):
     manifest = json.loads((bundle / "manifest.json").read_text())
     on_disk = {file.name for file in bundle.iterdir()} - {"manifest.json"}
     rows = {"text_embeddings.safetensors", "reference.safetensors"}
-    assert on_disk == {"model.onnx", "report.json", *rows}
+    assert on_disk == {"model.onnx", "report.json", "README.txt", *rows}
+    listed = (bundle / "README.txt").read_text()
+    names = {"manifest.json", *on_disk} - {"README.txt"}
+    assert all(f"\n{name} " in listed for name in names)
     assert set(manifest["files"]) == on_disk
     for name, record in manifest["files"].items():
         data = (bundle / name).read_bytes()

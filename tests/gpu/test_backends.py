@@ -18,8 +18,8 @@ from capt_deploy.backends.choice import why_not
 from capt_deploy.bundle.read import Bundle, open_bundle
 from capt_deploy.core.errors import UnavailableError
 from capt_deploy.serving.classifier import Classifier
-from capt_deploy.verify.gate import compare
-from capt_deploy.verify.reference import patterns
+from capt_deploy.verify.gate import compare_outputs
+from capt_deploy.verify.reference import draw_patterns
 
 pytestmark = pytest.mark.gpu
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny.capt"
@@ -43,13 +43,13 @@ def start(name: str) -> Iterator[Start]:
     started = []
 
     def begin(bundle: Bundle, precision: str, options: RuntimeOptions | None = None) -> Backend:
-        _, onnx = bundle.graph(precision)
+        graph = bundle.graph(precision)
         try:
             backend = create(
                 name,
-                onnx,
+                graph.onnx,
                 precision,
-                bundle.weights_folder(precision),
+                graph.weights_folder,
                 options or RuntimeOptions(),
             )
         except UnavailableError as cause:  # TensorRT-RTX on a GPU without RTX, or an old driver
@@ -86,13 +86,13 @@ def every_precision(
 
 def on_cpu(bundle: Bundle, images: NDArray[np.uint8]) -> Outputs:
     """Return what the float32 graph says on the CPU."""
-    _, onnx = bundle.graph("fp32")
-    return create("onnxruntime-cpu", onnx, "fp32", bundle.weights_folder("fp32")).run(images)
+    graph = bundle.graph("fp32")
+    return create("onnxruntime-cpu", graph.onnx, "fp32", graph.weights_folder).run(images)
 
 
 def check(bundle: Bundle, precision: str, found: Outputs, images: NDArray[np.uint8]) -> None:
     labels = np.full(len(images), -1)
-    result = compare(precision, on_cpu(bundle, images), found, labels)
+    result = compare_outputs(precision, on_cpu(bundle, images), found, labels)
     assert result.passed, result.failures
 
 
@@ -100,7 +100,7 @@ def check(bundle: Bundle, precision: str, found: Outputs, images: NDArray[np.uin
 def test_any_number_of_images_is_answered_as_on_the_cpu(
     start: Start, golden: Bundle, images: int
 ) -> None:
-    pixels = patterns(golden.manifest.preprocess.size, images)
+    pixels = draw_patterns(golden.manifest.preprocess.size, images)
     backend = start(golden, "fp32")
     assert backend.device.startswith("cuda:0 (")
     check(golden, "fp32", backend.run(pixels), pixels)
@@ -110,7 +110,7 @@ def test_any_number_of_images_is_answered_as_on_the_cpu(
 def test_lower_precisions_are_within_the_limits_of_the_gate(
     start: Start, every_precision: Bundle, precision: str
 ) -> None:
-    pixels = patterns(every_precision.manifest.preprocess.size, 64)
+    pixels = draw_patterns(every_precision.manifest.preprocess.size, 64)
     check(every_precision, precision, start(every_precision, precision).run(pixels), pixels)
 
 
@@ -118,7 +118,7 @@ def test_cuda_graphs_and_plain_runs_agree(start: Start, golden: Bundle) -> None:
     with_graphs = start(golden, "fp32", RuntimeOptions(cuda_graphs=True))
     plain = start(golden, "fp32", RuntimeOptions(cuda_graphs=False))
     for images in SIZES:
-        pixels = patterns(golden.manifest.preprocess.size, images)
+        pixels = draw_patterns(golden.manifest.preprocess.size, images)
         for _ in range(3):  # captured, then replayed
             for own, wanted in zip(with_graphs.run(pixels), plain.run(pixels), strict=True):
                 np.testing.assert_allclose(own, wanted, rtol=0, atol=1e-5)
@@ -126,7 +126,7 @@ def test_cuda_graphs_and_plain_runs_agree(start: Start, golden: Bundle) -> None:
 
 def test_eight_threads_get_their_own_answers(start: Start, golden: Bundle) -> None:
     backend = start(golden, "fp32")
-    pixels = patterns(golden.manifest.preprocess.size, 40)
+    pixels = draw_patterns(golden.manifest.preprocess.size, 40)
     wanted = backend.run(pixels).logits
     wrong: list[str] = []
     together = threading.Barrier(8)
@@ -151,7 +151,7 @@ def test_eight_threads_get_their_own_answers(start: Start, golden: Bundle) -> No
 def test_times_on_the_device_are_positive_and_disturb_nothing(start: Start, golden: Bundle) -> None:
     backend = start(golden, "fp32")
     assert isinstance(backend, DeviceTimed)
-    pixels = patterns(golden.manifest.preprocess.size, 32)
+    pixels = draw_patterns(golden.manifest.preprocess.size, 32)
     before = backend.run(pixels)
     try:
         times = backend.time_on_device(pixels, 20)

@@ -14,9 +14,8 @@ from capt_deploy.backends.tensorrt.cache import EngineCache
 from capt_deploy.backends.tensorrt.engine import Timings, build_engine, load_library
 from capt_deploy.backends.tensorrt.entry import EngineKey
 from capt_deploy.backends.tensorrt.progress import cancellable
-from capt_deploy.bundle.graphs import StoredGraph
+from capt_deploy.bundle.graphs import StoredGraph, read_metadata
 from capt_deploy.bundle.manifest import Manifest
-from capt_deploy.bundle.onnx_metadata import read_metadata
 from capt_deploy.core.console import say
 from capt_deploy.core.errors import BackendError
 from capt_deploy.core.files import sha256_file, visible_files

@@ -86,8 +86,7 @@ def test_every_form_gives_the_same_manifest_and_files(folder: Path, form: str) -
     bundle = open_bundle(str(path))
     assert bundle == Bundle(path, manifest())
     assert {name: bundle.read(name) for name in FILES} == FILES
-    assert bundle.graph() == ("fp32", FILES["model.onnx"])
-    assert bundle.graph("fp16") == ("fp16", FILES["half.onnx"])
+    assert bundle.precisions == ("fp32", "fp16")
     read = bundle.text_embeddings()
     assert set(read) == set(ROWS)
     for name, rows in ROWS.items():
@@ -109,14 +108,14 @@ def test_a_file_that_the_manifest_does_not_list_is_not_read(folder: Path) -> Non
 def test_a_changed_file_is_refused(folder: Path, change: Callable[[bytes], bytes]) -> None:
     (folder / "model.onnx").write_bytes(change(FILES["model.onnx"]))
     with pytest.raises(BundleError, match=r"model\.onnx is not the file that was exported"):
-        open_bundle(folder).graph()
+        open_bundle(folder).read("model.onnx")
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_missing_file_is_named(folder: Path, form: str) -> None:
     (folder / "model.onnx").unlink()
     with pytest.raises(BundleError, match=r"(cannot read|holds no) model\.onnx"):
-        open_bundle(FORMS[form](folder)).graph()
+        open_bundle(FORMS[form](folder)).read("model.onnx")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -201,7 +200,7 @@ def test_damage_inside_the_compressed_data_is_a_bundle_error(folder: Path) -> No
     data[start : start + 20] = b"\xff" * 20
     path.write_bytes(data)
     with pytest.raises(BundleError, match=r"cannot read model\.onnx"):
-        open_bundle(path).graph()
+        open_bundle(path).read("model.onnx")
 
 
 AWARE = {"fp32": {**CALIBRATION, "distance_aware": True}, "fp16": CALIBRATION}

@@ -165,9 +165,21 @@ def test_sets_and_rejections_are_in_all_forms(decided_bundle):
         assert row["prediction_set"][0] == row["label"]
 
 
+def test_unfamiliar_images_are_rejected_on_request(decided_bundle):
+    rows = json.loads(run(decided_bundle, PHOTOS, "--json", "--reject-unfamiliar", "0.5").stdout)
+    assert [row["rejected"] for row in rows] == [row["familiarity"] < 0.5 for row in rows]
+    assert run(BUNDLE, PHOTOS, "--reject-unfamiliar", "0.5").exit_code == 2
+
+
+def test_one_image_is_counted_in_the_singular():
+    result = run(BUNDLE, next(iter(PHOTOS.rglob("*.png"))), "--backend", "onnxruntime-cpu")
+    assert result.stderr == "1 image, onnxruntime on cpu, fp32\n"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--reject-unfamiliar", "1.5"), "familiarity: expected a share between 0 and 1"),
         (("--accuracy", "0.9999"), "cannot be promised with a certainty of 0.95; the most is 0."),
         (
             ("--coverage", "90"),

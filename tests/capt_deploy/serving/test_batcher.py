@@ -14,12 +14,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from capt_deploy import BackendError, BatcherOptions, BusyError, Classifier, ImageError
+from capt_deploy import (
+    BackendError,
+    BatcherOptions,
+    BusyError,
+    Classifier,
+    DecisionOptions,
+    ImageError,
+)
 from capt_deploy.core.errors import ConfigError
 from capt_deploy.serving.batcher import Batcher
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 PHOTOS = sorted((GOLDEN / "photos").rglob("*.png"))
+USUAL = DecisionOptions()
 LONG = 60.0  # seconds that nothing takes unless it hangs
 HOUR_MS = 3.6e6
 
@@ -39,7 +47,7 @@ class Model:
             raise ImageError(f"no image: {image}")
         return np.full((1, 1, 3), image[0], np.uint8)
 
-    def run(self, pixels: np.ndarray) -> list[int]:
+    def run(self, pixels: np.ndarray, _: object) -> list[int]:
         self.busy.set()
         assert self.free.wait(LONG)
         self.batches.append([int(row.flat[0]) for row in pixels])
@@ -58,10 +66,10 @@ def model() -> Model:
 
 
 @pytest.fixture
-def batcher(model: Model) -> Iterator[Callable[..., Batcher[int]]]:
-    made: list[Batcher[int]] = []
+def batcher(model: Model) -> Iterator[Callable[..., Batcher]]:
+    made: list[Batcher] = []
 
-    def make(**options: float) -> Batcher[int]:
+    def make(**options: float) -> Batcher:
         made.append(Batcher(model.decode, model.run, BatcherOptions(**options)))
         return made[-1]
 
@@ -75,10 +83,10 @@ def image(number: int) -> bytes:
     return bytes([number])
 
 
-def held_up(model: Model, own: Batcher[int]) -> Future[int]:
+def held_up(model: Model, own: Batcher) -> Future[int]:
     """Let one request run that does not end before the model is free."""
     model.hold()
-    first = own.submit(image(255))
+    first = own.submit(image(255), USUAL)
     assert model.busy.wait(LONG)
     return first
 
@@ -121,43 +129,43 @@ def test_eight_threads_get_the_right_answer_to_each_of_500_images(classifier: Cl
 
 
 def test_what_waits_while_the_model_is_busy_runs_together(
-    model: Model, batcher: Callable[..., Batcher[int]]
+    model: Model, batcher: Callable[..., Batcher]
 ) -> None:
     own = batcher(max_batch=4, max_wait_ms=300)
-    first = own.submit(image(255))
+    first = own.submit(image(255), USUAL)
     assert first.result(LONG) == 255
     held = held_up(model, own)
-    futures = [own.submit(image(number)) for number in range(10)]
+    futures = [own.submit(image(number), USUAL) for number in range(10)]
     model.free.set()
     assert [future.result(LONG) for future in futures] == list(range(10))
     assert held.result(LONG) == 255
     assert [len(batch) for batch in model.batches[2:]] == [4, 4, 2]
 
 
-def test_a_full_batch_does_not_wait_for_its_time(batcher: Callable[..., Batcher[int]]) -> None:
+def test_a_full_batch_does_not_wait_for_its_time(batcher: Callable[..., Batcher]) -> None:
     own = batcher(max_batch=3, max_wait_ms=HOUR_MS)
-    futures = [own.submit(image(number)) for number in range(3)]
+    futures = [own.submit(image(number), USUAL) for number in range(3)]
     assert [future.result(LONG) for future in futures] == [0, 1, 2]
 
 
-def test_a_lone_request_does_not_wait_for_others(batcher: Callable[..., Batcher[int]]) -> None:
+def test_a_lone_request_does_not_wait_for_others(batcher: Callable[..., Batcher]) -> None:
     for wait_ms in (0.0, 1.0, 50.0):
-        assert batcher(max_wait_ms=wait_ms).submit(image(7)).result(LONG) == 7
+        assert batcher(max_wait_ms=wait_ms).submit(image(7), USUAL).result(LONG) == 7
 
 
 def test_too_many_are_refused_until_some_are_answered(
-    model: Model, batcher: Callable[..., Batcher[int]]
+    model: Model, batcher: Callable[..., Batcher]
 ) -> None:
     own = batcher(max_waiting=3, max_wait_ms=0)
     held_up(model, own)
-    futures = [own.submit(image(number)) for number in range(3)]
+    futures = [own.submit(image(number), USUAL) for number in range(3)]
     for _ in range(2):
         with pytest.raises(BusyError, match="expected at most 3 requests to wait"):
-            own.submit(image(9))
+            own.submit(image(9), USUAL)
     model.free.set()
     assert [future.result(LONG) for future in futures] == [0, 1, 2]
     for number in range(20):  # no place was lost
-        assert own.submit(image(number)).result(LONG) == number
+        assert own.submit(image(number), USUAL).result(LONG) == number
 
 
 def test_a_bad_image_is_an_error_in_its_own_future_alone(classifier: Classifier) -> None:
@@ -172,7 +180,7 @@ def test_a_bad_image_is_an_error_in_its_own_future_alone(classifier: Classifier)
 
 
 def test_whatever_decoding_raises_is_the_answer(
-    model: Model, batcher: Callable[..., Batcher[int]], monkeypatch: pytest.MonkeyPatch
+    model: Model, batcher: Callable[..., Batcher], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for error in (MemoryError("full"), SystemExit("odd"), ValueError("bug")):
 
@@ -182,21 +190,21 @@ def test_whatever_decoding_raises_is_the_answer(
         monkeypatch.setattr(model, "decode", decode)
         own = batcher(max_wait_ms=0, max_waiting=1)
         for _ in range(3):
-            assert own.submit(image(1)).exception(LONG) is error
+            assert own.submit(image(1), USUAL).exception(LONG) is error
 
 
-def test_errors_free_their_places(batcher: Callable[..., Batcher[int]]) -> None:
+def test_errors_free_their_places(batcher: Callable[..., Batcher]) -> None:
     own = batcher(max_waiting=2, max_wait_ms=0)
     for number in range(10):
         with pytest.raises(ImageError, match="no image"):
-            own.submit(f"{number}.jpg").result(LONG)
-        assert own.submit(image(number)).result(LONG) == number
+            own.submit(f"{number}.jpg", USUAL).result(LONG)
+        assert own.submit(image(number), USUAL).result(LONG) == number
 
 
-def test_a_cancelled_request_is_not_run(model: Model, batcher: Callable[..., Batcher[int]]) -> None:
+def test_a_cancelled_request_is_not_run(model: Model, batcher: Callable[..., Batcher]) -> None:
     own = batcher(max_waiting=4, max_wait_ms=0)
     held = held_up(model, own)
-    futures = [own.submit(image(number)) for number in range(4)]
+    futures = [own.submit(image(number), USUAL) for number in range(4)]
     assert not held.cancel()  # too late
     assert futures[1].cancel() and futures[3].cancel()
     model.free.set()
@@ -205,18 +213,18 @@ def test_a_cancelled_request_is_not_run(model: Model, batcher: Callable[..., Bat
     assert not {1, 3} & {number for batch in model.batches for number in batch}
     done = set(as_completed(futures, LONG))  # tells whether those who wait were told
     assert done == set(futures)
-    assert own.submit(image(9)).result(LONG) == 9
+    assert own.submit(image(9), USUAL).result(LONG) == 9
 
 
 def test_what_the_caller_changes_later_does_not_matter(
-    model: Model, batcher: Callable[..., Batcher[int]]
+    model: Model, batcher: Callable[..., Batcher]
 ) -> None:
     own = batcher(max_wait_ms=0)
     held_up(model, own)
     frame, futures = np.zeros(1, np.uint8), []
     for number in range(5):
         frame[0] = number
-        futures.append(own.submit(frame))
+        futures.append(own.submit(frame, USUAL))
     model.free.set()
     assert [future.result(LONG) for future in futures] == list(range(5))
 
@@ -229,24 +237,24 @@ def test_one_opened_image_can_be_submitted_twice(classifier: Classifier) -> None
 
 
 def test_closing_answers_what_waits_and_takes_nothing_more(
-    model: Model, batcher: Callable[..., Batcher[int]]
+    model: Model, batcher: Callable[..., Batcher]
 ) -> None:
     own = batcher(max_batch=3, max_wait_ms=HOUR_MS)
-    futures = [own.submit(image(number)) for number in range(50)]
+    futures = [own.submit(image(number), USUAL) for number in range(50)]
     own.close()
     assert all(future.done() for future in futures)
     assert [future.result() for future in futures] == list(range(50))
     with pytest.raises(BackendError, match="closed"):
-        own.submit(image(1))
+        own.submit(image(1), USUAL)
     own.close()
 
 
 def test_closing_without_draining_cancels_what_waits(
-    model: Model, batcher: Callable[..., Batcher[int]]
+    model: Model, batcher: Callable[..., Batcher]
 ) -> None:
     own = batcher(max_wait_ms=0)
     held = held_up(model, own)
-    futures = [own.submit(image(number)) for number in range(5)]
+    futures = [own.submit(image(number), USUAL) for number in range(5)]
     closing = threading.Thread(target=own.close, kwargs={"drain": False})
     closing.start()
     for future in futures:
@@ -258,9 +266,9 @@ def test_closing_without_draining_cancels_what_waits(
     assert model.batches == [[255]]
 
 
-def test_an_answer_may_close_what_gave_it(batcher: Callable[..., Batcher[int]]) -> None:
+def test_an_answer_may_close_what_gave_it(batcher: Callable[..., Batcher]) -> None:
     own, closed = batcher(max_wait_ms=0), threading.Event()
-    future = own.submit(image(3))
+    future = own.submit(image(3), USUAL)
     future.add_done_callback(lambda _: (own.close(), closed.set()))
     assert closed.wait(LONG)
     own.close()
@@ -268,34 +276,34 @@ def test_an_answer_may_close_what_gave_it(batcher: Callable[..., Batcher[int]]) 
 
 
 def test_a_failed_batch_tells_its_own_requests_and_the_next_one_runs(
-    model: Model, batcher: Callable[..., Batcher[int]]
+    model: Model, batcher: Callable[..., Batcher]
 ) -> None:
     own = batcher(max_batch=2, max_wait_ms=HOUR_MS)
     model.fail = RuntimeError("out of memory")
-    futures = [own.submit(image(number)) for number in range(2)]
+    futures = [own.submit(image(number), USUAL) for number in range(2)]
     errors = [future.exception(LONG) for future in futures]
     assert all(isinstance(error, BackendError) for error in errors)
     assert all("batch of 2 images failed: out of memory" in str(error) for error in errors)
     assert errors[0] is not errors[1]  # each is raised in another thread
     model.fail = None
-    futures = [own.submit(image(number)) for number in range(2)]
+    futures = [own.submit(image(number), USUAL) for number in range(2)]
     assert [future.result(LONG) for future in futures] == [0, 1]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_the_death_of_the_thread_is_told_to_all_who_wait_and_who_come(
-    model: Model, batcher: Callable[..., Batcher[int]]
+    model: Model, batcher: Callable[..., Batcher]
 ) -> None:
     own = batcher(max_wait_ms=0)
     held = held_up(model, own)
-    futures = [own.submit(image(number)) for number in range(5)]
+    futures = [own.submit(image(number), USUAL) for number in range(5)]
     model.fail = SystemExit("gone")
     model.free.set()
     for future in (held, *futures):
         with pytest.raises(BackendError, match="gone"):
             future.result(LONG)
     with pytest.raises(BackendError, match=r"has died \(SystemExit: gone\)"):
-        own.submit(image(1))
+        own.submit(image(1), USUAL)
     own.close()
 
 

@@ -63,6 +63,56 @@ def test_the_batch_size_does_not_change_predictions(classifier, batch_size):
         )
 
 
+@pytest.mark.parametrize("form", ["path", "text", "bytes", "array", "grey", "pillow"])
+def test_a_single_image_gives_a_list_of_one_prediction(classifier, form):
+    opened = Image.open(PHOTOS[0]).convert("RGB")
+    image = {
+        "path": PHOTOS[0],
+        "text": str(PHOTOS[0]),
+        "bytes": PHOTOS[0].read_bytes(),
+        "array": np.asarray(opened),
+        "grey": np.asarray(opened.convert("L")),
+        "pillow": opened,
+    }[form]
+    (prediction,) = classifier.predict(image)
+    np.testing.assert_array_equal(prediction.probabilities, classifier(image).probabilities)
+    with pytest.raises(ImageError, match="no such file"):
+        classifier.predict("photo.jpg")
+
+
+def test_an_array_of_images_is_several(classifier):
+    images = np.zeros((3, 20, 30, 3), np.uint8)
+    assert len(classifier.predict(images)) == 3
+
+
+def test_errors_can_be_returned_in_the_place_of_their_image(classifier, tmp_path):
+    (tmp_path / "broken.jpg").write_text("no image")
+    images = [PHOTOS[0], tmp_path / "broken.jpg", b"", PHOTOS[1]]
+    for batch_size in (1, 2, 32):
+        first, broken, empty, last = classifier.predict(images, batch_size, errors="return")
+        assert isinstance(broken, ImageError) and "broken.jpg" in str(broken)
+        assert isinstance(empty, ImageError)
+        expected = [classifier(PHOTOS[0]).label, classifier(PHOTOS[1]).label]
+        assert [first.label, last.label] == expected
+    assert len(classifier.predict([b"", b""], errors="return")) == 2
+    with pytest.raises(ConfigError, match="errors: expected 'raise' or 'return', came 'ignore'"):
+        classifier.predict(images, errors="ignore")
+
+
+def test_a_stream_yields_each_batch_as_it_is_done(classifier):
+    drawn = []
+
+    def images():
+        for number in range(9):
+            drawn.append(number)
+            yield PHOTOS[number % 3]
+
+    stream = classifier.stream(images(), batch_size=2)
+    assert next(stream).label == classifier(PHOTOS[0]).label
+    assert len(drawn) == 4
+    assert len(list(stream)) == 8
+
+
 def test_no_images_give_no_predictions(classifier):
     assert classifier.predict([]) == []
 
@@ -233,6 +283,22 @@ def test_sets_grow_with_the_coverage_that_is_asked_for(decided):
     assert sum(len(p.prediction_set) for p in wide) > sum(len(p.prediction_set) for p in usual)
 
 
+def test_a_submitted_image_can_have_a_coverage_and_an_accuracy_of_its_own(decided):
+    for photo in PHOTOS:
+        futures = [
+            decided.submit(photo),
+            decided.submit(photo, coverage=0.99),
+            decided.submit(photo, accuracy=0.7),
+        ]
+        usual, wide, strict = (future.result(60) for future in futures)
+        assert usual.prediction_set == decided(photo).prediction_set
+        assert wide.prediction_set == decided(photo, coverage=0.99).prediction_set
+        assert strict.rejected == decided(photo, accuracy=0.7).rejected
+        assert usual.rejected is None
+    with pytest.raises(ConfigError, match="cannot be promised"):
+        decided.submit(PHOTOS[0], accuracy=0.999)
+
+
 def test_predictions_are_rejected_below_the_threshold_of_the_wanted_accuracy(decided):
     threshold = open_bundle_decisions(decided).threshold(DecisionOptions(accuracy=0.7))
     found = decided.predict(PHOTOS, accuracy=0.7)
@@ -240,7 +306,7 @@ def test_predictions_are_rejected_below_the_threshold_of_the_wanted_accuracy(dec
 
 
 def open_bundle_decisions(classifier):
-    return classifier._known._judge.decisions
+    return classifier._predictor._classes.scores
 
 
 def test_what_cannot_be_promised_is_refused(decided, classifier, decided_bundle):

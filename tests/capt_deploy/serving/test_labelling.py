@@ -11,10 +11,13 @@ from PIL import Image
 
 from capt_deploy.backends import Outputs
 from capt_deploy.bundle.manifest import Graph, Manifest
+from capt_deploy.bundle.read import Bundle
 from capt_deploy.core.errors import DataError
 from capt_deploy.data.preprocess import PreprocessConfig
 from capt_deploy.serving.classifier import Classifier
-from capt_deploy.serving.labelling import find_images, label_files
+from capt_deploy.serving.labelling import LabelledFile, find_images, label_files
+from capt_deploy.serving.prediction import Prediction
+from capt_deploy.serving.predictor import Predictor
 
 
 class ColourBackend:
@@ -40,7 +43,7 @@ def classifier() -> Classifier:
         confusion_pairs=(),
         training={},
     )
-    return Classifier(manifest, ColourBackend(), "fp32")
+    return Classifier(Predictor(Bundle(Path("colours.capt"), manifest)), ColourBackend(), "fp32")
 
 
 @pytest.fixture
@@ -59,7 +62,7 @@ def test_every_file_gets_its_row_in_order_and_a_broken_one_its_error(
     files = [str(photos / name) for name in names]
     rows = list(label_files(classifier, files, 2, batch_size))
     assert [row.path for row in rows] == files
-    labels = [row.prediction.label if row.prediction else None for row in rows]
+    labels = [None if row.error else row.result.label for row in rows]
     assert labels == ["green", None, "blue", None, "red", "green"]
     assert [row.error is None for row in rows] == [label is not None for label in labels]
     assert "text.jpg: no image of a format" in rows[1].error
@@ -93,6 +96,26 @@ def test_an_error_row_reads_the_same_as_json_csv_and_text(
 def test_more_classes_than_there_are_are_not_invented(classifier: Classifier, photos: Path) -> None:
     (row,) = label_files(classifier, [str(photos / "r.png")], 9, 8)
     assert [top["label"] for top in row.to_dict()["top_k"]] == ["red", "green", "blue"]
+
+
+@pytest.mark.parametrize(
+    ("familiarity", "rejected", "shown"),
+    [
+        (0.003, None, " (unfamiliar: 0.003)"),
+        (0.003, True, " (unfamiliar: 0.003) (rejected)"),
+        (0.4, None, ""),
+        (None, None, ""),
+    ],
+)
+def test_an_unfamiliar_image_is_marked_in_text(
+    familiarity: float | None, rejected: bool | None, shown: str
+) -> None:
+    shares = np.array([0.98, 0.02], np.float32)
+    prediction = Prediction(
+        "cat", 0.98, shares, ("cat", "dog"), None, rejected, familiarity=familiarity
+    )
+    assert str(LabelledFile("a.jpg", prediction, 1)) == f"a.jpg: cat 0.980{shown}"
+    assert LabelledFile("a.jpg", prediction, 1).to_dict()["familiarity"] == familiarity
 
 
 def found(root: Path, *paths: str) -> list[str]:

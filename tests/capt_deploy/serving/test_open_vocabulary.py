@@ -19,7 +19,7 @@ from capt_deploy.core.errors import BundleError, ConfigError
 from capt_deploy.data.preprocess import preprocess
 from capt_deploy.metrics.calibration import softmax
 from capt_deploy.serving.classifier import Classifier
-from capt_deploy.serving.open_vocabulary import CLEANINGS, Head, TextSide
+from capt_deploy.serving.open_vocabulary import CLEANINGS, ClassHead, TextEncoder
 
 for library in ("tokenizers", "ftfy"):
     pytest.importorskip(library, reason=f"{library} is not installed: pip install .[open-vocab]")
@@ -59,7 +59,9 @@ def test_added_classes_say_what_torch_says(classifier: Classifier) -> None:
 def test_logits_are_equal_too_bias_and_all() -> None:
     bundle, classifier = open_bundle(GOLDEN / "open.capt"), Classifier.load(GOLDEN / "open.capt")
     temperature = bundle.manifest.calibration["fp32"]["temperature"]
-    head = Head.of(bundle, "fp32").with_classes(TextSide.of(bundle), ADDED, temperature)
+    head = ClassHead.from_bundle(bundle, "fp32").with_classes(
+        TextEncoder.from_bundle(bundle), ADDED, temperature
+    )
     for photo, logits in LOGITS.items():
         pixels = preprocess(photo, bundle.manifest.preprocess)
         outputs = classifier.backend.run(pixels[None])
@@ -124,7 +126,7 @@ def test_other_precisions_have_their_own_temperature() -> None:
         calibration={"fp32": calibration, "fp16": warmer},
     )
     both = Bundle(bundle.path, manifest)
-    first, second = (Head.of(both, precision) for precision in ("fp32", "fp16"))
+    first, second = (ClassHead.from_bundle(both, precision) for precision in ("fp32", "fp16"))
     np.testing.assert_allclose(second.weight, first.weight / 2, rtol=1e-6)
     np.testing.assert_allclose(second.bias, first.bias / 2, rtol=1e-6)
     assert first.bias.any()
@@ -132,7 +134,7 @@ def test_other_precisions_have_their_own_temperature() -> None:
 
 def test_many_names_are_embedded_in_parts(classifier: Classifier) -> None:
     names = [f"dog {number}" for number in range(150)]
-    texts = TextSide.of(open_bundle(GOLDEN / "open.capt"))
+    texts = TextEncoder.from_bundle(open_bundle(GOLDEN / "open.capt"))
     rows = texts.rows(names)
     assert rows.shape == (150, 32)
     for place in (0, 63, 64, 149):
@@ -188,8 +190,8 @@ def test_changed_files_are_not_used(copy: Path, name: str) -> None:
         ({"colour": "blue"}, "unknown keys .'colour'.; upgrade capt"),
         ({"prompts": ["a photo"]}, "expected prompts with {} for the name"),
         ({"prompts": []}, "expected prompts with {} for the name"),
-        ({"prompts": "a photo of a {}."}, "prompts is no list"),
-        ({"context_length": "16"}, "context_length of open vocabulary is '16'"),
+        ({"prompts": "a photo of a {}."}, "prompts: expected a list"),
+        ({"context_length": "16"}, "context_length: expected int, came '16'"),
         ({"tokenizer": "../tokenizer.json"}, "leads out of the bundle"),
         ({"weights": "/etc/passwd"}, "leads out of the bundle"),
     ],

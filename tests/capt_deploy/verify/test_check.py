@@ -21,22 +21,22 @@ from capt_deploy.core.files import sha256_file
 from capt_deploy.data.preprocess import preprocess
 from capt_deploy.serving.classifier import Classifier
 from capt_deploy.verify.check import check_bundle
-from capt_deploy.verify.reference import Reference, patterns
+from capt_deploy.verify.reference import ReferenceOutputs, draw_patterns
 from export.cli.export import main
 
 PHOTOS = Path(__file__).parents[2] / "golden" / "photos"
 
 
 @pytest.fixture
-def reference(golden: Path) -> Reference:
+def reference(golden: Path) -> ReferenceOutputs:
     """Return what the committed bundle itself says of the committed photos."""
     classifier = Classifier.load(golden)
     files = sorted(PHOTOS.rglob("*.png"))
     pixels = np.stack([preprocess(file, classifier.manifest.preprocess) for file in files])
-    drawn = patterns(classifier.manifest.preprocess.size)
+    drawn = draw_patterns(classifier.manifest.preprocess.size)
     answers = (classifier.backend.run(batch) for batch in (pixels, drawn))
     digests = tuple(sha256_file(file) for file in files)
-    return Reference(digests, np.arange(len(files)), *answers)
+    return ReferenceOutputs(digests, np.arange(len(files)), *answers)
 
 
 def shifted(answers: Outputs) -> Outputs:
@@ -44,7 +44,7 @@ def shifted(answers: Outputs) -> Outputs:
 
 
 def test_a_sound_bundle_passes_on_patterns_and_images(
-    with_reference: Callable[[bytes], Path], reference: Reference
+    with_reference: Callable[[bytes], Path], reference: ReferenceOutputs
 ) -> None:
     report = check_bundle(with_reference(reference.save()), PHOTOS)
     own = report["fp32"]
@@ -55,7 +55,7 @@ def test_a_sound_bundle_passes_on_patterns_and_images(
 
 @pytest.mark.parametrize("kind", ["patterns", "images"])
 def test_a_graph_that_says_something_else_is_caught(
-    with_reference: Callable[[bytes], Path], reference: Reference, kind: str
+    with_reference: Callable[[bytes], Path], reference: ReferenceOutputs, kind: str
 ) -> None:
     wrong = replace(reference, **{kind: shifted(getattr(reference, kind))})
     # the rows for tools are compared with what was said of the patterns, before any graph is asked
@@ -65,7 +65,7 @@ def test_a_graph_that_says_something_else_is_caught(
 
 
 def test_another_file_that_was_changed_is_noticed(
-    with_reference: Callable[[bytes], Path], reference: Reference
+    with_reference: Callable[[bytes], Path], reference: ReferenceOutputs
 ) -> None:
     bundle = with_reference(reference.save())
     (bundle / "report.json").write_text("{}")
@@ -75,7 +75,7 @@ def test_another_file_that_was_changed_is_noticed(
 
 def test_a_graph_that_cannot_be_loaded_is_no_pass(
     with_reference: Callable[[bytes], Path],
-    reference: Reference,
+    reference: ReferenceOutputs,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
@@ -87,7 +87,7 @@ def test_a_graph_that_cannot_be_loaded_is_no_pass(
 
 
 def test_an_unknown_backend_is_bad_input(
-    with_reference: Callable[[bytes], Path], reference: Reference
+    with_reference: Callable[[bytes], Path], reference: ReferenceOutputs
 ) -> None:
     with pytest.raises(BackendError, match="expected one of") as caught:
         check_bundle(with_reference(reference.save()), backend="foo")
@@ -95,7 +95,7 @@ def test_an_unknown_backend_is_bad_input(
 
 
 def test_without_images_the_patterns_are_asked_about(
-    with_reference: Callable[[bytes], Path], reference: Reference
+    with_reference: Callable[[bytes], Path], reference: ReferenceOutputs
 ) -> None:
     bundle = with_reference(reference.save())
     assert set(check_bundle(bundle)["fp32"]) == {"patterns"}
@@ -105,7 +105,7 @@ def test_without_images_the_patterns_are_asked_about(
 
 def test_what_cannot_run_here_is_said_and_is_no_pass(
     with_reference: Callable[[bytes], Path],
-    reference: Reference,
+    reference: ReferenceOutputs,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -119,7 +119,7 @@ def test_what_cannot_run_here_is_said_and_is_no_pass(
 
 
 def test_the_command_checks_and_writes_nothing(
-    with_reference: Callable[[bytes], Path], reference: Reference
+    with_reference: Callable[[bytes], Path], reference: ReferenceOutputs
 ) -> None:
     bundle = with_reference(reference.save())
     before = sorted((f.name, f.stat().st_mtime_ns) for f in bundle.iterdir())

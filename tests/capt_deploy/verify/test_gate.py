@@ -6,7 +6,7 @@ import pytest
 from capt_deploy.backends import Outputs
 from capt_deploy.confidence.distance_aware import applied
 from capt_deploy.metrics.calibration import accuracy, expected_calibration_error, softmax
-from capt_deploy.verify.gate import LIMITS, GateResult, compare, gate_table
+from capt_deploy.verify.gate import LIMITS, GateResult, compare_outputs, gate_table
 
 PERFECT = GateResult("fp16", 1000, 1000, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0)
 
@@ -20,7 +20,7 @@ def test_differences_are_the_ones_by_hand() -> None:
     expected = answers(np.array([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]]))
     turned = np.array([[1.0, 0, 0], [0, 0.6, 0.8], [0, 0, 1]], np.float32)
     found = answers(np.array([[2.5, 0.0], [1.0, 0.0], [3.0, 0.0]]), turned)
-    result = compare("fp16", expected, found, np.array([0, 1, -1]))
+    result = compare_outputs("fp16", expected, found, np.array([0, 1, -1]))
     assert (result.images, result.labelled) == (3, 2)
     assert result.top1_agreement == pytest.approx(2 / 3)
     assert result.max_logit_difference == 1.0
@@ -41,20 +41,20 @@ def test_the_jump_of_a_factor_with_the_class_is_no_difference_beside_that_of_the
     factors = np.array([1.0, 0.8], np.float32)
     expected = answers(applied(np.array([[5.0, 4.99], [0.0, 3.0]], np.float32), factors))
     found = answers(applied(np.array([[4.99, 5.0], [0.0, 3.1]], np.float32), factors))
-    result = compare("fp16", expected, found, np.array([-1, -1]), factors)
+    result = compare_outputs("fp16", expected, found, np.array([-1, -1]), factors)
     assert result.top1_agreement == 0.5
     assert result.max_logit_difference == pytest.approx(0.08, abs=1e-4)  # 0.8 · 0.1
     assert result.max_probability_difference < 0.01
-    assert compare("fp16", expected, found, np.array([-1, -1])).max_logit_difference > 0.9
+    assert compare_outputs("fp16", expected, found, np.array([-1, -1])).max_logit_difference > 0.9
     # without another class a wrong factor is one
     wrong = answers(found.logits * np.array([[1.0], [1.1]], np.float32))
-    result = compare("fp16", expected, wrong, np.array([-1, -1]), factors)
+    result = compare_outputs("fp16", expected, wrong, np.array([-1, -1]), factors)
     assert result.max_logit_difference == pytest.approx(0.8 * (3.1 * 1.1 - 3), abs=1e-4)
 
 
 def test_without_labels_accuracy_is_not_judged() -> None:
     same = answers(np.array([[2.0, 0.0]]))
-    result = compare("fp32", same, same, np.array([-1]))
+    result = compare_outputs("fp32", same, same, np.array([-1]))
     assert (result.accuracy_difference, result.ece_difference, result.nll_difference) == (None,) * 3
     assert result.passed
 

@@ -10,8 +10,8 @@ from onnx import numpy_helper
 from capt_deploy.backends import create
 from capt_deploy.core.errors import DataError, GateError
 from capt_deploy.serving.classifier import Classifier
-from capt_deploy.verify.check import ask_backend
-from capt_deploy.verify.gate import compare
+from capt_deploy.verify.check import run_on_files
+from capt_deploy.verify.gate import compare_outputs
 from capt_train.calibrate.calibrators import Calibration
 from capt_train.run.folder import load_run
 from export.graph.visual import VisualClassifier
@@ -32,8 +32,8 @@ def question(source):
 
 def judge(question, backend, preprocess, precision="fp32"):
     files = [photo.path for photo in question.photos]
-    answers = ask_backend(backend, preprocess, files, "asking")
-    return compare(precision, question.expected, answers, question.labels)
+    answers = run_on_files(backend, preprocess, files, "asking")
+    return compare_outputs(precision, question.expected, answers, question.labels)
 
 
 def changed(bundle, change, name="model.onnx"):

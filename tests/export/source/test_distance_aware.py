@@ -24,8 +24,8 @@ from capt_deploy.data.preprocess import preprocess
 from capt_deploy.evaluation.scoring import score_bundle
 from capt_deploy.metrics.calibration import all_metrics, softmax
 from capt_deploy.serving.classifier import Classifier
-from capt_deploy.verify.check import ask_backend, check_bundle
-from capt_deploy.verify.gate import compare
+from capt_deploy.verify.check import check_bundle, run_on_files
+from capt_deploy.verify.gate import compare_outputs
 from capt_train.run.folder import TunedModel
 from export.graph.visual import VisualClassifier
 from export.proof.question import ask_torch
@@ -120,8 +120,8 @@ def test_the_gate_catches_shuffled_factors(
         graph = change_factors(dac_bundle / FILES[precision], change)
         files = [photo.path for photo in question.photos]
         preprocessing = source.learner.backbone.preprocess
-        found = ask_backend(create("auto", graph, precision), preprocessing, files, "asking")
-        result = compare(precision, question.expected, found, question.labels, own.numpy())
+        found = run_on_files(create("auto", graph, precision), preprocessing, files, "asking")
+        result = compare_outputs(precision, question.expected, found, question.labels, own.numpy())
         return result.passed
 
     assert passes(lambda factors: factors)
@@ -209,7 +209,7 @@ def test_each_scope_has_the_factors_of_its_own_most_probable_classes(
 def test_engines_are_built(dac_bundle: Path, precision: str, sm: int) -> None:
     from capt_deploy.backends.tensorrt.engine import build_engine
 
-    _, graph = open_bundle(dac_bundle).graph(precision)
+    graph = open_bundle(dac_bundle).graph(precision).onnx
     assert len(build_engine(graph, sm=sm)) > 10_000
 
 

@@ -16,7 +16,7 @@ from capt_deploy.bundle.manifest import OpenVocabulary
 from capt_deploy.bundle.read import Bundle, open_bundle
 from capt_deploy.core.errors import BundleError, GateError
 from capt_deploy.serving.classifier import Classifier
-from capt_deploy.serving.open_vocabulary import TextSide
+from capt_deploy.serving.open_vocabulary import TextEncoder
 from capt_train.run.folder import TunedModel, load_run
 from export.source.classes import with_classes
 from export.source.merge import merged
@@ -113,7 +113,7 @@ def test_adding_classes_is_exporting_with_them(
     assert added.class_names == exported.class_names
     pixels = coloured_noise(50)
     wanted = exported.backend.run(pixels)
-    head = added._known._opened[0]
+    head = added._predictor._classes.head
     assert head is not None and head.factors is not None
     np.testing.assert_allclose(head.logits(wanted.embedding), wanted.logits, atol=1e-4)
     # photos are taken for one class alone; random directions for all of them
@@ -137,7 +137,7 @@ def test_the_text_graph_knows_the_hand_written_rows(
     _, bundle = open_dac
     outputs = [output.name for output in onnx.load(bundle / "text.onnx").graph.output]
     assert outputs == ["rows", "hand_written"]
-    texts = TextSide.of(open_bundle(bundle))
+    texts = TextEncoder.from_bundle(open_bundle(bundle))
     templates = [template for model in open_models for template in model.config.prompt.templates]
     wanted = open_models[0].backbone.class_embeddings(NEW, templates).numpy()
     np.testing.assert_allclose(texts.both_rows(NEW)[1], wanted, atol=1e-5)

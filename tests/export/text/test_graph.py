@@ -20,7 +20,7 @@ from capt_deploy.confidence.decisions import DecisionOptions
 from capt_deploy.core.errors import BundleError, ConfigError, GateError
 from capt_deploy.data.datasets import Item
 from capt_deploy.serving.classifier import Classifier
-from capt_deploy.serving.open_vocabulary import TextSide
+from capt_deploy.serving.open_vocabulary import TextEncoder
 from capt_train.clip.loading import load_backbone
 from capt_train.data.fewshot import FewShotSplit
 from capt_train.method.learner import make_learner
@@ -118,8 +118,8 @@ def test_adding_to_the_photo_model_is_exporting_with_them(shared: Path, tmp_path
     check_added(bundle, source_of(model), [model], tmp_path)
 
 
-def opened(folder: Path, record: OpenVocabulary) -> TextSide:
-    return TextSide(record, (folder / record.tokenizer).read_bytes(), folder / record.file)
+def opened(folder: Path, record: OpenVocabulary) -> TextEncoder:
+    return TextEncoder(record, (folder / record.tokenizer).read_bytes(), folder / record.file)
 
 
 @torch.no_grad()
@@ -191,7 +191,7 @@ def test_the_graph_holds_the_text_side_alone(bundle: Path) -> None:
 def test_a_graph_that_says_something_else_is_not_written(
     bundle: Path, text_model: TunedModel, text_run: Callable[..., Path]
 ) -> None:
-    texts = TextSide.of(open_bundle(bundle))
+    texts = TextEncoder.from_bundle(open_bundle(bundle))
     prove_rows(texts, [text_model], NEW)
     with pytest.raises(GateError, match="differ by"):
         prove_rows(texts, [shaken(load_run(text_run()), seed=1)], NEW)
@@ -204,7 +204,7 @@ def test_a_bundle_says_what_is_in_it(bundle: Path, text_model: TunedModel) -> No
     assert set(record.files) == {"text.onnx", "tokenizer.json"} < set(manifest.files)
     assert record.prompts == (*TEMPLATES, *["a a a a {}."] * 2)
     assert record.context_length == 16
-    texts = TextSide.of(open_bundle(bundle))
+    texts = TextEncoder.from_bundle(open_bundle(bundle))
     names = text_model.class_names
     wanted = [text_model.backbone.tokenize([t.replace("{}", n) for n in names]) for t in TEMPLATES]
     wanted += [prompt.tokenize(names) for prompt in text_model.learner.prompts]
@@ -220,12 +220,14 @@ def test_what_was_promised_is_not_given_up_for_more_classes(
 ) -> None:
     out = open_export(text_model, tmp_path / "x.capt")
     wanted = DecisionOptions(coverage=0.8)
-    with pytest.raises(BundleError, match="and no class be added to it"):
-        classifier = Classifier.load(out, decisions=wanted)
-        classifier.add_classes(NEW)
+    with Classifier.load(out, decisions=wanted) as classifier:
+        with pytest.raises(BundleError, match="load it without `decisions`"):
+            classifier.add_classes(NEW)
+        assert classifier.class_names == tuple(text_model.class_names)
     with Classifier.load(out) as classifier:
-        classifier.add_classes(NEW)
-        with pytest.raises(BundleError, match="and no class be added to it"):
+        with pytest.warns(UserWarning, match="prediction_set, rejected and familiarity are None"):
+            classifier.add_classes(NEW)
+        with pytest.raises(BundleError, match="none for the classes that were added"):
             classifier.run(np.zeros((1, 16, 16, 3), np.uint8), coverage=0.8)
 
 
@@ -262,5 +264,5 @@ def test_the_command_writes_it_for_listed_classes_of_merged_runs(
     assert len(classifier.manifest.open_vocabulary.prompts) == len(TEMPLATES) + 3
     models = [load_run(run) for run in runs]
     expected = models[0].backbone.scale * untuned_rows(models, ["old tractor"]).numpy()
-    found = TextSide.of(open_bundle(out)).rows(["old tractor"])
+    found = TextEncoder.from_bundle(open_bundle(out)).rows(["old tractor"])
     np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -14,7 +14,7 @@ from open_clip.tokenizer import SimpleTokenizer
 
 from capt_deploy.bundle.manifest import OpenVocabulary
 from capt_deploy.core.errors import BundleError, ModelError
-from capt_deploy.serving.open_vocabulary import CLEANINGS, PromptTokens
+from capt_deploy.serving.open_vocabulary import CLEANINGS, PromptTokenizer
 from capt_train.clip.loading import load_backbone
 from capt_train.clip.text_tokens import TextTokens
 from export.text.tokenizer import cleaning_of, prove_tokens, tokenizer_json
@@ -31,9 +31,9 @@ CHARACTERS = st.one_of(
 NAMES = ("red ball", "blue sky")
 
 
-def prompts(cleaning: str, content: str = JSON) -> PromptTokens:
+def prompts(cleaning: str, content: str = JSON) -> PromptTokenizer:
     record = OpenVocabulary(("a photo of a {}.",), 77, 0, True, cleaning)
-    return PromptTokens(record, content.encode())
+    return PromptTokenizer(record, content.encode())
 
 
 @pytest.mark.parametrize("cleaning", CLEANINGS)
@@ -59,7 +59,7 @@ def test_the_proof_passes_for_what_is_right(family_dir: Callable[[str], Path]) -
         record = OpenVocabulary(
             ("a photo of a {}.",), tokens.length, tokens.pad, False, cleaning_of(tokenizer)
         )
-        bundled = PromptTokens(record, tokenizer_json(tokenizer).encode())
+        bundled = PromptTokenizer(record, tokenizer_json(tokenizer).encode())
         prove_tokens(bundled, tokens, rows, NAMES)
 
 

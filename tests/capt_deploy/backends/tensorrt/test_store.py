@@ -12,9 +12,8 @@ import pytest
 
 from capt_deploy.backends.tensorrt.cache import EngineCache
 from capt_deploy.backends.tensorrt.store import Target, key_of, obtain
-from capt_deploy.bundle.graphs import StoredGraph
+from capt_deploy.bundle.graphs import StoredGraph, read_metadata
 from capt_deploy.bundle.manifest import METADATA_KEY
-from capt_deploy.bundle.onnx_metadata import read_metadata
 from capt_deploy.core.errors import BackendError
 
 pytestmark = pytest.mark.skipif(

@@ -1,9 +1,9 @@
-"""What a judge makes of a graph's answers."""
+"""What a predictor makes of a graph's outputs."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from capt_deploy.backends import Outputs
+from capt_deploy.bundle.graphs import StoredGraph
 from capt_deploy.bundle.manifest import Manifest
+from capt_deploy.bundle.read import Bundle
 from capt_deploy.confidence.decisions import DecisionOptions, Decisions
-from capt_deploy.confidence.monitor import Monitor
 from capt_deploy.core.errors import BackendError, BundleError, ConfigError
 from capt_deploy.metrics.calibration import softmax
-from capt_deploy.serving.prediction import Judge, Prediction
+from capt_deploy.serving.prediction import Prediction
+from capt_deploy.serving.predictor import Predictor
 
 NAMES = ("beaver", "otter", "seal")
 
@@ -25,7 +28,9 @@ NAMES = ("beaver", "otter", "seal")
 def manifest(golden: Path) -> Manifest:
     own = Manifest.from_dict(json.loads((golden / "manifest.json").read_text()), "golden")
     pairs = ({"true": "seal", "predicted": "otter", "count": 3},)
-    return replace(own, class_names=NAMES, tuned=(True,) * 3, confusion_pairs=pairs)
+    calibration = {"fp32": {"temperature": 1.0}}
+    names = {"class_names": NAMES, "tuned": (True,) * 3, "confusion_pairs": pairs}
+    return replace(own, **names, calibration=calibration)
 
 
 def drawn(seed: int, images: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -44,11 +49,36 @@ def known() -> Decisions:
 OPTIONS = DecisionOptions(coverage=0.8, accuracy=0.85, familiarity=0.1)
 
 
+@dataclass(frozen=True)
+class ScoredBundle(Bundle):
+    """A bundle that exists in memory only."""
+
+    scores: Decisions | None = None
+
+    def decisions(self) -> Decisions | None:
+        return self.scores
+
+
+def make(
+    manifest: Manifest, scores: Decisions | None, decisions: DecisionOptions | None = None
+) -> Predictor:
+    return Predictor(ScoredBundle(Path("x.capt"), manifest, scores=scores), decisions)
+
+
+def predict(
+    predictor: Predictor,
+    probabilities: NDArray[np.float32],
+    logits: NDArray[np.float32],
+    options: DecisionOptions,
+) -> list[Prediction]:
+    return predictor.predictions(Outputs(logits, probabilities, probabilities), "fp32", options)
+
+
 def test_each_image_gets_its_own_row_of_what_is_decided(
     manifest: Manifest, known: Decisions
 ) -> None:
     probabilities, logits = drawn(1, 60)
-    found = Judge(manifest, known).predictions(probabilities, logits, OPTIONS)
+    found = predict(make(manifest, known), probabilities, logits, OPTIONS)
     decided = known.decide(probabilities, logits, OPTIONS)
     assert decided.rejected is not None
     assert {own.rejected for own in found} == {True, False}
@@ -71,13 +101,16 @@ def test_each_image_gets_its_own_row_of_what_is_decided(
 
 
 def test_without_scores_nothing_is_said_of_sets_and_rejection(manifest: Manifest) -> None:
-    judge = Judge(manifest, None)
-    judge.check(DecisionOptions())
-    for wanted in (DecisionOptions(coverage=0.8), DecisionOptions(accuracy=0.9)):
-        with pytest.raises(BundleError, match="nothing can be promised"):
-            judge.check(wanted, asked=True)
+    predictor = make(manifest, None)
+    assert predictor.options(None, None) == DecisionOptions()
+    for shares in ((0.8, None), (None, 0.9), (0.9, None)):
+        with pytest.raises(BundleError, match="the run needs validation images"):
+            predictor.options(*shares)
+    with pytest.raises(BundleError, match="load the whole bundle"):
+        lone = Bundle(Path("model.onnx"), manifest, StoredGraph(b"", "fp32"))
+        Predictor(lone).options(0.8, None)
     probabilities, logits = drawn(1, 5)
-    for own in judge.predictions(probabilities, logits, DecisionOptions()):
+    for own in predict(predictor, probabilities, logits, DecisionOptions()):
         assert (own.prediction_set, own.rejected, own.familiarity) == (None, None, None)
         assert (own.confused_with is not None) == (own.label == "otter")
 
@@ -85,34 +118,43 @@ def test_without_scores_nothing_is_said_of_sets_and_rejection(manifest: Manifest
 def test_with_scores_what_cannot_be_promised_is_refused_before_any_image(
     manifest: Manifest, known: Decisions
 ) -> None:
-    judge = Judge(manifest, known)
-    judge.check(OPTIONS)
+    make(manifest, known, OPTIONS)
     with pytest.raises(ConfigError, match="the most is"):
-        judge.check(DecisionOptions(accuracy=0.9999))
+        make(manifest, known, DecisionOptions(accuracy=0.9999))
+    with pytest.raises(ConfigError, match="the most is"):
+        make(manifest, known).options(None, 0.9999)
 
 
-def test_added_classes_have_no_scores(manifest: Manifest, known: Decisions) -> None:
-    judge = Judge(manifest, known, ["cat"])
-    assert judge.class_names == (*NAMES, "cat")
-    with pytest.raises(BundleError, match="no class be added"):
-        judge.check(OPTIONS, asked=True)
-    probabilities = np.array([[0.1, 0.2, 0.1, 0.6], [0.1, 0.6, 0.1, 0.2]], np.float32)
-    cat, otter = judge.predictions(probabilities, np.log(probabilities), DecisionOptions())
-    assert (cat.label, cat.prediction_set, cat.confused_with) == ("cat", None, None)
-    assert (otter.label, otter.confused_with) == ("otter", ("seal", pytest.approx(0.1)))
+def test_options_of_a_call_change_the_usual_ones(manifest: Manifest, known: Decisions) -> None:
+    predictor = make(manifest, known, OPTIONS)
+    assert predictor.options(None, None) == OPTIONS
+    assert predictor.options(0.7, None) == replace(OPTIONS, coverage=0.7)
 
 
-def test_the_monitor_sees_what_was_said(manifest: Manifest, known: Decisions) -> None:
-    monitor = Monitor(known.reference, NAMES)
+def test_each_image_of_a_batch_can_have_options_of_its_own(
+    manifest: Manifest, known: Decisions
+) -> None:
     probabilities, logits = drawn(1, 60)
-    judge, watch = Judge(manifest, known), (monitor, OPTIONS)
-    found = judge.predictions(probabilities, logits, OPTIONS, watch)
+    predictor, wide = make(manifest, known), DecisionOptions(coverage=0.99)
+    options = [wide if row % 3 == 0 else OPTIONS for row in range(60)]
+    outputs = Outputs(logits, probabilities, probabilities)
+    for row, own in enumerate(predictor.predictions_each(outputs, "fp32", options)):
+        expected = predict(predictor, probabilities, logits, options[row])[row]
+        assert own.to_dict(3) == expected.to_dict(3)
+
+
+def test_the_monitor_counts_all_predictions(manifest: Manifest, known: Decisions) -> None:
+    predictor = make(manifest, known, OPTIONS)
+    probabilities, logits = drawn(1, 60)
+    predict(predictor, probabilities, logits, OPTIONS)
+    monitor = predictor.monitor()
+    found = predict(predictor, probabilities, logits, OPTIONS)
     summary = monitor.summary()
     assert summary.images == 60
     assert summary.rejection_rate == pytest.approx(sum(bool(o.rejected) for o in found) / 60)
     assert summary.class_counts == {n: sum(o.label == n for o in found) for n in NAMES}
-    # Of another accuracy, rejections are not those that the monitor expects a share of
-    judge.predictions(probabilities, logits, replace(OPTIONS, accuracy=0.3), watch)
+    # With another accuracy, rejections are not those that the monitor expects a share of
+    predict(predictor, probabilities, logits, replace(OPTIONS, accuracy=0.3))
     assert monitor.summary().images == 120
     assert monitor.summary().rejection_rate == summary.rejection_rate
 
@@ -124,16 +166,16 @@ def test_answers_that_are_no_numbers_are_an_error_that_says_so(
 ) -> None:
     probabilities, logits = drawn(1, 4)
     probabilities[2] = bad
-    monitor = Monitor(None, NAMES)
-    judge = Judge(manifest, known if scored else None)
+    predictor = make(manifest, known if scored else None)
+    monitor = predictor.monitor()
     with pytest.raises(BackendError, match="to 1 of 4 images are not numbers"):
-        judge.predictions(probabilities, logits, DecisionOptions(), (monitor, DecisionOptions()))
+        predict(predictor, probabilities, logits, DecisionOptions())
     assert monitor.summary().images == 0
 
 
 def test_no_images_get_no_predictions(manifest: Manifest, known: Decisions) -> None:
     none = np.empty((0, 3), np.float32)
-    assert Judge(manifest, known).predictions(none, none, OPTIONS) == []
+    assert predict(make(manifest, known), none, none, OPTIONS) == []
 
 
 def test_the_most_probable_classes_come_first_and_ties_in_their_order() -> None:

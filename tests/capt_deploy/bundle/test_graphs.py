@@ -3,8 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from capt_deploy.bundle.graphs import read_metadata
 from capt_deploy.bundle.manifest import METADATA_KEY, Manifest
-from capt_deploy.bundle.onnx_metadata import read_metadata
 
 ONNX = (Path(__file__).parents[2] / "golden" / "tiny.capt" / "model.onnx").read_bytes()
 
