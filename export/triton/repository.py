@@ -127,7 +127,7 @@ def _write_graph(
     folder: Path, bundle: Bundle, precision: str, name: str, batches: tuple[int, int, int]
 ) -> _Variant:
     """Write both models of one graph. Only that graph is in memory meanwhile."""
-    data = bundle.graph(precision).onnx
+    data = bundle.read(bundle.manifest.graphs[precision].file)
     signature = read_signature(data, f"{bundle.path}, {precision}")
     pixels = (*bundle.manifest.preprocess.size, 3)
     if signature.images.dims != pixels:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from capt_deploy.backends import Outputs
 from capt_deploy.bundle.graphs import StoredGraph
 from capt_deploy.bundle.manifest import Manifest
-from capt_deploy.bundle.read import Bundle
+from capt_deploy.bundle.read import Bundle, open_bundle
 from capt_deploy.confidence.decisions import DecisionOptions, Decisions
 from capt_deploy.core.errors import BackendError, BundleError, ConfigError
 from capt_deploy.metrics.calibration import softmax
@@ -33,8 +33,10 @@ def manifest(golden: Path) -> Manifest:
     return replace(own, **names, calibration=calibration)
 
 
-def drawn(seed: int, images: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    logits = np.random.default_rng(seed).normal(0, 2, (images, 3)).astype(np.float32)
+def drawn(
+    seed: int, images: int, classes: int = 3
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    logits = np.random.default_rng(seed).normal(0, 2, (images, classes)).astype(np.float32)
     return softmax(logits).astype(np.float32), logits
 
 
@@ -123,6 +125,28 @@ def test_with_scores_what_cannot_be_promised_is_refused_before_any_image(
         make(manifest, known, DecisionOptions(accuracy=0.9999))
     with pytest.raises(ConfigError, match="the most is"):
         make(manifest, known).options(None, 0.9999)
+
+
+def test_added_classes_end_sets_and_rejection_and_this_is_said(golden: Path) -> None:
+    pytest.importorskip("tokenizers")
+    bundle = open_bundle(golden.with_name("open.capt"))
+    probabilities, logits = drawn(0, 100, classes=4)
+    scores = Decisions.of(probabilities, logits, logits.argmax(axis=1))
+    scored = ScoredBundle(bundle.path, bundle.manifest, scores=scores)
+    with pytest.raises(BundleError, match="load it without `decisions`"):
+        Predictor(scored, OPTIONS).add_classes(["zebra"], "fp32")
+    predictor = Predictor(scored)
+    predictor.options(0.8, None)
+    with pytest.warns(UserWarning, match="prediction_set, rejected and familiarity are None"):
+        predictor.add_classes(["zebra"], "fp32")
+    assert predictor.class_names[-1] == "zebra"
+    with pytest.raises(BundleError, match="there are none for the classes that were added"):
+        predictor.options(0.8, None)
+    embedding = np.eye(32, dtype=np.float32)[:2]
+    outputs = Outputs(logits[:2], probabilities[:2], embedding)
+    for own in predictor.predictions(outputs, "fp32", DecisionOptions()):
+        assert len(own.probabilities) == 5
+        assert (own.prediction_set, own.rejected, own.familiarity) == (None, None, None)
 
 
 def test_options_of_a_call_change_the_usual_ones(manifest: Manifest, known: Decisions) -> None:
