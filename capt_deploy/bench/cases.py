@@ -114,6 +114,7 @@ def _cases_of(
     threads: Threads,
 ) -> Iterator[Case]:
     backend, max_batch = classifier.backend, RuntimeOptions().batches[-1]
+    graph = _graph_hash(classifier, bundle)
     cpu_threads = (request.threads or usable_cores()) if backend.device == "cpu" else None
     for scope in request.scopes:
         on_device = scope == "device"
@@ -134,7 +135,7 @@ def _cases_of(
                 memory_before=before,
                 concurrency=1 if on_device else threads.count,
                 details={
-                    "graph": _graph_hash(classifier, bundle),
+                    "graph": graph,
                     "images": photos.source,
                     "threads": cpu_threads,
                     # ONNX Runtime waits for every run; TensorRT's stand in a queue.
