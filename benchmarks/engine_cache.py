@@ -26,14 +26,15 @@ from typing import Any
 import click
 
 from benchmarks.record import describe, write_result
+from capt_deploy.backends.spec import TENSORRT_RTX
+from capt_deploy.backends.tensorrt.build import EngineRequest
 from capt_deploy.backends.tensorrt.cache import EngineCache
 from capt_deploy.backends.tensorrt.engine import load_library
-from capt_deploy.backends.tensorrt.store import Target, key_of, obtain
 from capt_deploy.bundle.read import open_bundle
 from capt_deploy.core.console import Command, PathInHome, say, table
 
 _SHOWN = ("bundle", "key", "engine", "all", "cpu", "slowest")
-LIBRARY, TARGET = "tensorrt_rtx", Target(89)
+SM = 89
 
 
 @click.command(cls=Command)
@@ -50,21 +51,19 @@ def main(bundle: Path, samples: int, cache: Path | None, precision: str | None) 
     with tempfile.TemporaryDirectory() as folder:
         for own in open_bundle(bundle).manifest.graphs:
             rows[own] = _measure(bundle, own, Path(folder), samples)
-    write_result(
-        "engine_cache",
-        {"library": f"{LIBRARY} {load_library(LIBRARY).__version__}", **describe(), "cells": rows},
-    )
+    library = f"{TENSORRT_RTX.module} {load_library(TENSORRT_RTX).__version__}"
+    write_result("engine_cache", {"library": library, **describe(), "cells": rows})
     click.echo(_table(rows))
 
 
 def load(path: Path, precision: str, cache: EngineCache) -> dict[str, float]:
     """Return the seconds of each part of a load from the cache."""
-    load_library(LIBRARY)
+    load_library(TENSORRT_RTX)
     used, times = time.process_time(), [time.perf_counter()]
     bundle = open_bundle(path)
     graph = bundle.graph(precision)
     times.append(time.perf_counter())
-    key = key_of(graph, LIBRARY, TARGET)
+    key = EngineRequest(graph, TENSORRT_RTX, SM).key
     times.append(time.perf_counter())
     engine = cache.read(key)
     times.append(time.perf_counter())
@@ -77,12 +76,12 @@ def load(path: Path, precision: str, cache: EngineCache) -> dict[str, float]:
 
 def _measure(path: Path, precision: str, folder: Path, samples: int) -> dict[str, Any]:
     cache, graph = EngineCache(folder), open_bundle(path).graph(precision)
-    key = key_of(graph, LIBRARY, TARGET)
+    request = EngineRequest(graph, TENSORRT_RTX, SM)
     start = time.perf_counter()
-    engine = obtain(cache, key, graph, TARGET, lambda data: data)
+    engine = request.obtain(cache, lambda data: data)
     built = time.perf_counter() - start
     say(f"{precision}: built in {built:.1f} s")
-    files = [cache.path_of(key), *(file for file in path.rglob("*") if file.is_file())]
+    files = [cache.path_of(request.key), *(file for file in path.rglob("*") if file.is_file())]
     cold: list[dict[str, float]] = []
     warm: list[dict[str, float]] = []
     for number in range(samples):

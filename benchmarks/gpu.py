@@ -19,8 +19,9 @@ from xml.etree import ElementTree
 
 import click
 
-from benchmarks.gpu_steps import ENGINES, Step, chosen, steps
+from benchmarks.gpu_steps import Step, chosen, steps
 from benchmarks.record import RESULTS, describe
+from capt_deploy.backends.spec import BACKENDS, library_packages
 from capt_deploy.core.console import Command, say, table
 from capt_deploy.core.files import write_json
 from capt_deploy.core.gpus import find_driver
@@ -68,7 +69,8 @@ class Report:
 def main(out: Path, only: str | None) -> None:
     """Run all that needs an NVIDIA GPU."""
     with TemporaryDirectory() as work:
-        engines = [name for name in ENGINES if find_spec(name.replace("-", "_")) is not None]
+        building = [spec for spec in BACKENDS if spec.builds_engines]
+        engines = [spec for spec in building if find_spec(spec.module) is not None]
         known = steps(Path(work), photos=_SHARED.is_dir(), engines=engines)
         own = chosen(known, only or "")
         _run(own, out)
@@ -83,7 +85,7 @@ def _run(own: Sequence[Step], out: Path) -> None:
         out,
         {
             "measured": describe(),
-            "versions": versions(),
+            "versions": versions(library_packages()),
             "machine": describe_machine(),
             "cuda": driver.cuda,
         },

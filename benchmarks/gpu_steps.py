@@ -8,8 +8,9 @@ from pathlib import Path
 import click
 
 from benchmarks.exported import bundle_of
+from capt_deploy.backends.spec import BackendSpec
 
-ENGINES = {"tensorrt": 55.0, "tensorrt-rtx": 25.0}  # seconds that building one may take
+_SECONDS_TO_BUILD, _SECONDS_TO_BUILD_PORTABLE = 55.0, 25.0  # one engine
 _MODEL, _PRECISIONS = "ViT-B/16", ("fp16",)
 _TORCH = ("torch", "open_clip")
 _SCOPES = "device,host,image_to_label"
@@ -28,13 +29,13 @@ class Step:
     junit: Path | None = None  # where pytest says how many tests passed
 
 
-def steps(work: Path, *, photos: bool, engines: Sequence[str]) -> list[Step]:
+def steps(work: Path, *, photos: bool, engines: Sequence[BackendSpec]) -> list[Step]:
     """Return what is run, the most important first; limits add up to less than all seconds.
 
     Args:
         work: where bundles lie meanwhile.
         photos: whether there are those of the ablation.
-        engines: the backends whose engines are built, of ENGINES.
+        engines: the backends whose engines are built.
     """
     bundle, junit = bundle_of(_MODEL, work, _PRECISIONS), work / "tests.xml"
     words = (*("-m", "pytest", "tests/gpu", "-m", "gpu"), "-p", "no:cacheprovider")
@@ -62,12 +63,12 @@ def steps(work: Path, *, photos: bool, engines: Sequence[str]) -> list[Step]:
         # Building is no measuring. These names come along with --only bench.
         *(
             Step(
-                f"bench engine {name}",
-                _command("capt_deploy.cli.build", str(bundle), "--backend", name, "--json"),
-                ENGINES[name],
+                f"bench engine {spec.name}",
+                _command("capt_deploy.cli.build", str(bundle), "--backend", spec.name, "--json"),
+                _SECONDS_TO_BUILD_PORTABLE if spec.portable_engines else _SECONDS_TO_BUILD,
                 "export",
             )
-            for name in engines
+            for spec in engines
         ),
         Step(
             "bench",

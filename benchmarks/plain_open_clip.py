@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from capt_deploy.backends.spec import find_backends, library_packages
 from capt_deploy.bench.cases import full_batches
 from capt_deploy.bench.images import Photos
 from capt_deploy.bench.measure import Case, Memory, Threads, Turn
@@ -78,8 +79,8 @@ def same_labels(
         backend, precision = row["backend"], row["precision"]
         if backend.startswith("open_clip"):
             continue
-        if backend == "onnxruntime":  # one name for two
-            backend += "-cpu" if row["device"] == "cpu" else "-cuda"
+        on_gpu = row["device"] != "cpu"  # the name may stand for several backends
+        backend = next(s.name for s in find_backends(backend) if s.needs_gpu == on_gpu)
         key = precision if device == "cpu" else f"{backend} {precision}"
         if key in shares:
             continue
@@ -124,7 +125,7 @@ def plain_cases(
                 memory_before=before,
                 details={
                     "versions": {
-                        **versions(),
+                        **versions(library_packages()),
                         **installed(("torch", "torchvision", "open_clip_torch")),
                     },
                     "images": photos.source,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from capt_deploy.core.version import __version__
 
 if TYPE_CHECKING:
-    from capt_deploy.backends import RuntimeOptions
+    from capt_deploy.backends.options import RuntimeOptions
     from capt_deploy.confidence.decisions import DecisionOptions
     from capt_deploy.core.errors import (
         BackendError,
@@ -48,7 +48,7 @@ _MODULES = {
     "Classifier": "serving.classifier",
     "DecisionOptions": "confidence.decisions",
     "Prediction": "serving.prediction",
-    "RuntimeOptions": "backends",
+    "RuntimeOptions": "backends.options",
 }
 
 

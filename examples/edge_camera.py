@@ -227,7 +227,7 @@ def main(
     """
     import numpy as np
 
-    from capt_deploy.backends import RuntimeOptions
+    from capt_deploy import RuntimeOptions
     from capt_deploy.serving.classifier import Classifier
 
     folder = Path(source)

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from capt_deploy.backends import AUTO, DeviceTimed, RuntimeOptions
+from capt_deploy.backends.base import DeviceTimed
+from capt_deploy.backends.options import RuntimeOptions
+from capt_deploy.backends.spec import find_backends, library_packages
 from capt_deploy.bench.images import Photos
 from capt_deploy.bench.measure import SCOPES, BenchOptions, Case, Memory, Threads, Turn, measure
 from capt_deploy.bundle.read import open_bundle
@@ -98,7 +100,7 @@ def open_cases(
 def _classifiers(bundle: Path, request: BenchRequest) -> Iterator[tuple[str, str | None]]:
     names = request.backends
     if request.names_several:
-        names = AUTO if EVERY in names else AUTO[:-1]  # the last one is the CPU's
+        names = tuple(s.name for s in find_backends() if EVERY in names or s.needs_gpu)
     precisions: Iterable[str | None] = request.precisions or (None,)
     if EVERY in request.precisions:
         precisions = open_bundle(bundle).precisions
@@ -116,6 +118,7 @@ def _cases_of(
     backend, max_batch = classifier.backend, RuntimeOptions().batches[-1]
     graph = _graph_hash(classifier, bundle)
     cpu_threads = (request.threads or usable_cores()) if backend.device == "cpu" else None
+    queued = backend.queued if isinstance(backend, DeviceTimed) else None
     for scope in request.scopes:
         on_device = scope == "device"
         if on_device and (reason := _why_untimed(classifier)) is not None:
@@ -138,9 +141,8 @@ def _cases_of(
                     "graph": graph,
                     "images": photos.source,
                     "threads": cpu_threads,
-                    # ONNX Runtime waits for every run; TensorRT's stand in a queue.
-                    "queued": backend.name != "onnxruntime" if on_device else None,
-                    "versions": versions(),
+                    "queued": queued if on_device else None,
+                    "versions": versions(library_packages()),
                 },
             )
 

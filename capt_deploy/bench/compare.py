@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import stdev
 from typing import Any
 
+from capt_deploy.backends.spec import find_backends
 from capt_deploy.bench.cases import EVERY, ON_GPU, BenchRequest
 from capt_deploy.core.console import counted, table
 from capt_deploy.core.errors import ConfigError
@@ -172,7 +173,8 @@ def _is_expected(key: Key, request: BenchRequest, measured: Iterable[Key]) -> bo
     """Return whether a run with this request should have a row."""
     backend, kind, precision, scope, batch, callers = key
     names = {*request.backends}
-    if names & {"auto", "onnxruntime", EVERY}:  # which may have become other backends
+    # A name that stands for several backends may have become other ones.
+    if EVERY in names or any(len(find_backends(name)) > 1 for name in names - {ON_GPU}):
         expected = True
     elif ON_GPU in names:
         expected = kind != "cpu"
@@ -213,7 +215,7 @@ def _differences(old: Row, new: Row) -> list[str]:
 
 def _conditions(row: Row) -> dict[str, str]:
     machine = row.get("machine") or {}
-    gpus = machine.get("gpus") or []
+    gpus, versions = machine.get("gpus") or [], row.get("versions") or {}
     values = {
         "device": row["device"],
         "graph": row.get("graph"),
@@ -223,7 +225,7 @@ def _conditions(row: Row) -> dict[str, str]:
         "cores": machine.get("cores"),
         "GPUs": ", ".join(str(gpu.get("name")) for gpu in gpus) or "none",
         "driver": ", ".join(str(gpu.get("driver")) for gpu in gpus) or "none",
-        "version": ", ".join(f"{name} {v}" for name, v in (row.get("versions") or {}).items()),
+        "version": ", ".join(f"{name} {versions[name]}" for name in sorted(versions)),
     }
     return {name: _short(value) for name, value in values.items()}
 

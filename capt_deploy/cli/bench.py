@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from capt_deploy.backends.spec import backend_names
 from capt_deploy.core.console import Command, PathInHome, counted, print_json, say, table
 from capt_deploy.core.version import __version__
 
@@ -43,8 +44,7 @@ def _finite(ctx: click.Context, option: click.Parameter, value: float) -> float:
     metavar="A,B",
     default="auto",
     show_default=True,
-    help="Some of auto, tensorrt, tensorrt-rtx, onnxruntime-cuda, onnxruntime-cpu; or all, or gpu: "
-    "those that work here.",
+    help=f"Some of {', '.join(backend_names())}; or all, or gpu: those that work here.",
 )
 @click.option(
     "--batch",

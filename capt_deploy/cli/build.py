@@ -1,21 +1,23 @@
 """`capt-build`."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from capt_deploy.backends.batch_sizes import BATCHES, check_batches
+from capt_deploy.backends.options import BATCHES, check_batches
+from capt_deploy.backends.spec import BACKENDS, BackendSpec, find_backends
 from capt_deploy.core.console import Command, PathInHome, print_json, say
-from capt_deploy.core.errors import BackendError
+from capt_deploy.core.errors import BackendError, ConfigError
 from capt_deploy.core.version import __version__
 
 if TYPE_CHECKING:
+    from capt_deploy.backends.device import Device
     from capt_deploy.backends.tensorrt.cache import EngineCache, Entry
-    from capt_deploy.backends.tensorrt.store import Target
-    from capt_deploy.bundle.graphs import StoredGraph
 
-_LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_BUILDING = [spec.name for spec in BACKENDS if spec.builds_engines]
+_PORTABLE = ", ".join(spec.name for spec in BACKENDS if spec.portable_engines)
 
 
 def _batches(context: Any, option: Any, text: str) -> tuple[int, int, int]:
@@ -24,7 +26,7 @@ def _batches(context: Any, option: Any, text: str) -> tuple[int, int, int]:
         sizes = [int(part) for part in text.split(",")]
         smallest, usual, largest = sizes * 3 if len(sizes) == 1 else sizes
         check_batches((smallest, usual, largest))
-    except (ValueError, BackendError) as cause:
+    except (ValueError, ConfigError) as cause:
         reason = "expected smallest ≤ usual ≤ largest from 1 on, such as 1,8,32"
         raise click.BadParameter(f"{text!r}: {reason}") from cause
     return smallest, usual, largest
@@ -32,12 +34,12 @@ def _batches(context: Any, option: Any, text: str) -> tuple[int, int, int]:
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("bundle", type=PathInHome(), required=False)
-@click.option("--backend", type=click.Choice(list(_LIBRARIES)), help="Whose engine to build.")
+@click.option("--backend", type=click.Choice(_BUILDING), help="Whose engine to build.")
 @click.option(
     "--sm",
     type=click.IntRange(1),
-    help="Compute capability of another machine's GPU, 89 for 8.9; tensorrt-rtx alone, and then "
-    "no GPU is needed here.",
+    help=f"Compute capability of another machine's GPU, 89 for 8.9; {_PORTABLE} only, which then "
+    "needs no GPU here.",
 )
 @click.option(
     "--device", default=0, show_default=True, type=click.IntRange(0), help="CUDA's number."
@@ -53,14 +55,12 @@ def _batches(context: Any, option: Any, text: str) -> tuple[int, int, int]:
 )
 @click.option("--precision", help="Which graph; by default the one that suits the backend.")
 @click.option("--cache", type=PathInHome(), help="Folder of the engines.  [default: the user's]")
-@click.option(
-    "--list", "as_list", is_flag=True, help="List what the cache holds, and build nothing."
-)
+@click.option("--list", "as_list", is_flag=True, help="List the cached engines; build nothing.")
 @click.option(
     "--prune",
     is_flag=True,
-    help="Remove damaged entries and the least recently used ones above $CAPT_ENGINE_CACHE_GB "
-    "(default 10; 0 removes all), and build nothing.",
+    help="Remove damaged engines and the least recently used ones above $CAPT_ENGINE_CACHE_GB "
+    "(default 10; 0 removes all); build nothing.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 @click.version_option(__version__, prog_name="capt")
@@ -78,9 +78,9 @@ def main(
 ) -> None:
     """Build the engine of a BUNDLE ahead of time, or look after the cache of engines.
 
-    BUNDLE may also be a lone model.onnx. The engine lies in the cache, where Classifier.load finds
-    it. One for another machine can be carried there: copy the file that is printed into the cache
-    folder of that machine.
+    BUNDLE may also be a lone model.onnx. The engine is put in the cache, where Classifier.load
+    finds it. To use it on another machine, copy the file that is printed into the cache folder of
+    that machine.
 
     \b
     Example:
@@ -90,16 +90,16 @@ def main(
     """
     from capt_deploy.backends.tensorrt.cache import EngineCache
 
-    store = EngineCache(cache)
+    engines = EngineCache(cache)
     if as_list or prune:
         if bundle is not None:
             raise click.UsageError("--list and --prune are about the cache: leave BUNDLE out")
-        _look_after(store, prune, as_list, as_json)
+        _look_after(engines, prune, as_list, as_json)
         return
     if bundle is None or backend is None:
         raise click.UsageError("expected BUNDLE and --backend, or --list, or --prune")
-    graph = _open(bundle, backend, precision)
-    result = _build(store, graph, _LIBRARIES[backend], sm, device, batches)
+    (spec,) = find_backends(backend)
+    result = _build(engines, bundle, precision, spec, sm, device, batches)
     if as_json:
         print_json(result)
     else:
@@ -109,78 +109,65 @@ def main(
         )
 
 
-def _look_after(store: "EngineCache", prune: bool, as_list: bool, as_json: bool) -> None:
-    result: dict[str, Any] = {"folder": str(store.folder)}
+def _look_after(engines: "EngineCache", prune: bool, as_list: bool, as_json: bool) -> None:
+    result: dict[str, Any] = {"folder": str(engines.folder)}
     if prune:
-        pruned = store.prune()
-        result["removed"] = {"entries": pruned.entries, "bytes": pruned.bytes}
-        say(f"{store.folder}: removed {pruned.entries} entries, {pruned.bytes / 1e6:.1f} MB")
-    if as_list or as_json:
-        result["entries"] = [_describe(entry) for entry in store.entries()]
+        removed = engines.prune()
+        size = sum(entry.bytes for entry in removed)
+        result["removed"] = {"entries": len(removed), "bytes": size}
+        say(f"{engines.folder}: removed {len(removed)} entries, {size / 1e6:.1f} MB")
+    entries = engines.entries() if as_list or as_json else []
     if as_json:
-        print_json(result)
+        print_json({**result, "entries": [_describe(entry) for entry in entries]})
     elif as_list:
-        _print_table(store, result["entries"])
+        click.echo(_table(entries) if entries else f"{engines.folder}: holds no engine")
 
 
 def _describe(entry: "Entry") -> dict[str, Any]:
-    return {
-        "path": str(entry.path),
-        "bytes": entry.bytes,
-        "used": entry.used,
-        "damaged": entry.key is None,
-        "key": entry.key,
-    }
+    return {**asdict(entry), "path": str(entry.path), "damaged": entry.key is None}
 
 
-def _print_table(store: "EngineCache", rows: list[dict[str, Any]]) -> None:
+def _table(entries: "list[Entry]") -> str:
     from datetime import datetime
 
     from capt_deploy.core.console import table
 
     header = ("entry", "kind", "library", "SM", "GPU", "precision", "batches", "MB", "last used")
-    names = ("kind", "library", "sm", "gpu", "precision", "batches")
-    lines = []
-    for row in rows:
-        key = row["key"] or {"kind": "damaged"}
-        version = f" {key['version']}" if "version" in key else ""
-        cells = {name: str(key.get(name) or "") for name in names}
-        cells["library"] += version
-        used = datetime.fromtimestamp(row["used"]).strftime("%Y-%m-%d %H:%M")
-        lines.append((Path(row["path"]).stem, *cells.values(), f"{row['bytes'] / 1e6:.1f}", used))
-    click.echo(table(header, lines) if lines else f"{store.folder}: holds no engine")
-
-
-def _open(path: Path, backend: str, precision: str | None) -> "StoredGraph":
-    """Return a graph of a bundle, or a lone graph, as `Classifier.load` does."""
-    from capt_deploy.backends import preferred_precision
-    from capt_deploy.bundle.read import open_bundle
-
-    bundle = open_bundle(path)
-    return bundle.graph(precision or preferred_precision(backend, bundle.precisions))
+    rows = []
+    for entry in entries:
+        key = entry.key or {"kind": "damaged"}
+        library = f"{key.get('library', '')} {key.get('version', '')}".strip()
+        cells = [str(key.get(name) or "") for name in ("sm", "gpu", "precision", "batches")]
+        used = datetime.fromtimestamp(entry.used).strftime("%Y-%m-%d %H:%M")
+        size = f"{entry.bytes / 1e6:.1f}"
+        rows.append((entry.path.stem, str(key.get("kind", "")), library, *cells, size, used))
+    return table(header, rows)
 
 
 def _build(
-    store: "EngineCache",
-    graph: "StoredGraph",
-    library: str,
+    engines: "EngineCache",
+    bundle: Path,
+    precision: str | None,
+    spec: BackendSpec,
     sm: int | None,
     device: int,
     batches: tuple[int, int, int],
 ) -> dict[str, Any]:
-    """Obtain the engine; raises like `engine_store.obtain`."""
+    """Build the engine, unless it is cached; return the JSON that describes it."""
     import time
 
-    from capt_deploy.backends.tensorrt.store import key_of, obtain
+    from capt_deploy.backends.tensorrt.build import EngineRequest
+    from capt_deploy.bundle.read import open_bundle
 
+    opened = open_bundle(bundle)
+    graph = opened.graph(precision or spec.preferred(opened.precisions))
     start = time.perf_counter()
-    target = _target(library, sm, device)
-    key = key_of(graph, library, target, batches)
-    path = store.path_of(key)
-    engine = store.read(key)
+    gpu = _open_gpu(spec, sm, device)
+    request = EngineRequest(graph, spec, gpu.sm if gpu else sm or 0, batches, gpu)
+    path, engine = engines.path_of(request.key), engines.read(request.key)
     cached = engine is not None
     if engine is None:
-        engine = obtain(store, key, graph, target, lambda data: data)
+        engine = request.obtain(engines, lambda data: data)
         if not path.exists():
             raise BackendError(f"{path}: the engine was built but could not be kept")
     return {
@@ -188,31 +175,24 @@ def _build(
         "bytes": len(engine),
         "seconds": time.perf_counter() - start,
         "cached": cached,
-        "key": key.to_json(),
+        "key": request.key.to_json(),
     }
 
 
-def _target(library: str, sm: int | None, device: int) -> "Target":
-    """Return the GPU to build for: one named by its SM, else one of this machine.
-
-    Raises:
-        BackendError: the library builds for its own GPU alone.
-        UnavailableError: there is no GPU here, or no library.
-    """
-    from capt_deploy.backends.tensorrt.device import open_device
+def _open_gpu(spec: BackendSpec, sm: int | None, ordinal: int) -> "Device | None":
+    """Return the GPU of this machine to build for; None if `sm` is that of another machine."""
+    from capt_deploy.backends.device import open_device
     from capt_deploy.backends.tensorrt.engine import load_library
-    from capt_deploy.backends.tensorrt.store import Target
     from capt_deploy.core.errors import UnavailableError
 
-    load_library(library)
+    load_library(spec)
     if sm is not None:
-        if library == "tensorrt":
-            raise BackendError("tensorrt builds for the GPU it runs on; leave --sm out")
-        return Target(sm)
+        if not spec.portable_engines:
+            raise BackendError(f"{spec.name} builds for the GPU it runs on; leave --sm out")
+        return None
     try:
-        gpu = open_device(device)
+        return open_device(ordinal)
     except UnavailableError as cause:
-        if library == "tensorrt":
+        if not spec.portable_engines:
             raise
         raise UnavailableError(f"{cause}; or name another machine's GPU with --sm") from cause
-    return Target(gpu.sm, gpu.name, gpu.driver, gpu.active)

@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING
 
 import click
 
+from capt_deploy.backends.spec import backend_names
 from capt_deploy.core.console import Command, PathInHome, print_json, progress, say
 from capt_deploy.core.version import __version__
 
 if TYPE_CHECKING:
     from capt_deploy.serving.labelling import LabelledFile
 
-# As in capt_deploy.backends.NAMES, which is not imported for --help.
-BACKENDS = "auto, tensorrt, tensorrt-rtx, onnxruntime, onnxruntime-cuda or onnxruntime-cpu"
-
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("bundle", type=PathInHome())
 @click.argument("paths", nargs=-1, required=True)
-@click.option("--backend", default="auto", show_default=True, help=f"{BACKENDS}.")
+@click.option(
+    "--backend", default="auto", show_default=True, help=f"One of {', '.join(backend_names())}."
+)
 @click.option(
     "--top-k", default=5, show_default=True, type=click.IntRange(1), help="Classes shown."
 )

@@ -12,10 +12,7 @@ from capt_deploy.core.gpus import find_driver, query_gpus
 from capt_deploy.core.version import __version__
 
 # Names of distributions; several may bring the same module.
-RUNTIME = (
-    *("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx"),
-    *("cuda-bindings", "pycuda"),
-)
+RUNTIME = ("numpy", "pillow", "cuda-bindings", "pycuda")
 
 
 def installed(names: Iterable[str]) -> dict[str, str]:
@@ -29,9 +26,14 @@ def installed(names: Iterable[str]) -> dict[str, str]:
     return packages
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python, capt and the packages that predict."""
-    return {"python": platform.python_version(), "capt": __version__, **installed(RUNTIME)}
+def versions(libraries: Iterable[str]) -> dict[str, str]:
+    """Return the versions of Python, capt and the packages that predict.
+
+    Args:
+        libraries: distributions of the backends, see `capt_deploy.backends.spec`.
+    """
+    packages = installed((*RUNTIME, *libraries))
+    return {"python": platform.python_version(), "capt": __version__, **packages}
 
 
 def describe_host() -> dict[str, Any]:

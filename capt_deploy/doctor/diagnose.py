@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from capt_deploy.backends import AUTO
+from capt_deploy.backends.spec import BackendSpec, find_backends, library_packages
 from capt_deploy.bundle.read import open_bundle
 from capt_deploy.core.gpus import Driver, find_driver
-from capt_deploy.core.install import install_hint
 from capt_deploy.core.machine import RUNTIME, describe_host, installed
 from capt_deploy.core.version import __version__
 from capt_deploy.doctor.probe import ProbeResult, probe_backend
@@ -20,12 +19,6 @@ _OTHERS = ("cuda-python", "torch", "open_clip_torch", "onnx", "click", "safetens
 _DRIVER = (
     "on a machine with an NVIDIA GPU, install its driver (nvidia.com/drivers), and start "
     "containers with --gpus all"
-)
-_OF_CUDA = ("cuda-bindings", "pycuda")  # either gives memory and streams to TensorRT
-# TensorRT-RTX is for GPUs with RTX; these generations of data centre GPUs have none.
-_WITHOUT_RTX = {90, 100, 103}
-_ONE_ONNX_RUNTIME = (
-    "pip uninstall -y onnxruntime onnxruntime-gpu; pip install --no-cache-dir onnxruntime-gpu"
 )
 Try = Callable[[str, Path | None], ProbeResult]
 
@@ -83,8 +76,8 @@ def diagnose(bundle: Path | None = None, attempt: Try = probe_backend) -> Diagno
     if bundle is not None:
         opened = open_bundle(bundle)
         opened.graph(opened.precisions[0])
-    facts = Facts(installed((*RUNTIME, *_OTHERS)), find_driver())
-    findings = tuple(_examine(name, facts, bundle, attempt) for name in AUTO)
+    facts = Facts(installed((*RUNTIME, *library_packages(), *_OTHERS)), find_driver())
+    findings = tuple(_examine(spec, facts, bundle, attempt) for spec in find_backends())
     return Diagnosis(
         {"capt": __version__, "python": platform.python_version(), **facts.packages},
         {**describe_host(), "cores_of_machine": os.cpu_count()},
@@ -94,62 +87,43 @@ def diagnose(bundle: Path | None = None, attempt: Try = probe_backend) -> Diagno
     )
 
 
-def _examine(name: str, facts: Facts, bundle: Path | None, attempt: Try) -> Finding:
-    if name != "onnxruntime-cpu" and facts.driver.problem is not None:
+def _examine(spec: BackendSpec, facts: Facts, bundle: Path | None, attempt: Try) -> Finding:
+    if spec.needs_gpu and facts.driver.problem is not None:
         reason = "needs an NVIDIA GPU, and the driver gives none; see there"
-        return Finding(name, False, None, reason, fix_of(name, facts), 0.0)
-    trial = attempt(name, bundle)
+        return Finding(spec.name, False, None, reason, fix_of(spec, facts), 0.0)
+    trial = attempt(spec.name, bundle)
     usable = trial.device is not None
-    fix = None if usable else fix_of(name, facts)
-    return Finding(name, usable, trial.device, trial.reason, fix, trial.seconds)
+    fix = None if usable else fix_of(spec, facts)
+    return Finding(spec.name, usable, trial.device, trial.reason, fix, trial.seconds)
 
 
-def fix_of(name: str, facts: Facts) -> str:
+def fix_of(spec: BackendSpec, facts: Facts) -> str:
     """Return the line that most likely makes a backend work that does not."""
-    if name != "onnxruntime-cpu" and facts.driver.problem is not None:
+    if spec.needs_gpu and facts.driver.problem is not None:
         hidden = facts.driver.gpus and "CUDA_VISIBLE_DEVICES" in os.environ
         return "unset CUDA_VISIBLE_DEVICES" if hidden else _DRIVER
-    return _fix_of_tensorrt(name, facts) if "tensorrt" in name else _fix_of_onnx(name, facts)
-
-
-def _fix_of_tensorrt(name: str, facts: Facts) -> str:
-    sms = {gpu.sm for gpu in facts.driver.gpus}
-    if name == "tensorrt-rtx" and sms and sms <= _WITHOUT_RTX:
-        return f"TensorRT-RTX is not made for this GPU: {install_hint('tensorrt')}"
-    if name not in facts.packages:
-        return install_hint(name)
-    if not any(package in facts.packages for package in _OF_CUDA):
-        return "pip install cuda-python"
-    return f"pip install --upgrade --force-reinstall {name}"
-
-
-def _fix_of_onnx(name: str, facts: Facts) -> str:
-    if _both(facts):
-        return _ONE_ONNX_RUNTIME
-    if name == "onnxruntime-cpu":
-        there = "onnxruntime-gpu" if "onnxruntime-gpu" in facts.packages else "onnxruntime"
-        return f"pip install --force-reinstall {there}"
-    if "onnxruntime-gpu" in facts.packages:  # then CUDA's own libraries are missing, or too old
-        return "pip install --upgrade 'onnxruntime-gpu[cuda,cudnn]'"
-    return "pip uninstall -y onnxruntime; pip install 'onnxruntime-gpu[cuda,cudnn]'"
-
-
-def _both(facts: Facts) -> bool:
-    return {"onnxruntime", "onnxruntime-gpu"} <= facts.packages.keys()
+    return spec.fix(facts.packages, {gpu.sm for gpu in facts.driver.gpus if gpu.sm is not None})
 
 
 def problems(facts: Facts, findings: tuple[Finding, ...]) -> list[str]:
-    """Return what is wrong whichever backend is used, each with its fix."""
-    found = []
-    if _both(facts):
-        found.append(
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: "
-            + _ONE_ONNX_RUNTIME
-        )
-    works = [finding.name for finding in findings if finding.usable]
-    if facts.driver.gpus and works == ["onnxruntime-cpu"]:
+    """Return the problems of the machine, whichever backend is used, each with its fix."""
+    specs = find_backends()
+    lines = [text for spec in specs if (text := _clash(spec, facts)) is not None]
+    works = {finding.name for finding in findings if finding.usable}
+    if facts.driver.gpus and works and not any(s.needs_gpu for s in specs if s.name in works):
         fixes = "; or ".join(dict.fromkeys(f.fix for f in findings if f.fix))
-        found.append(f"there is an NVIDIA GPU, but only the CPU works: {fixes}")
+        lines.append(f"there is an NVIDIA GPU, but only the CPU works: {fixes}")
     if not works:
-        found.append(f"no backend works: {fix_of('onnxruntime-cpu', facts)}")
-    return found
+        fixes = "; or ".join(fix_of(spec, facts) for spec in specs if not spec.needs_gpu)
+        lines.append(f"no backend works: {fixes}")
+    return list(dict.fromkeys(lines))
+
+
+def _clash(spec: BackendSpec, facts: Facts) -> str | None:
+    """Return the problem that several packages contain the library of a backend."""
+    packages = sorted(name for name in spec.packages if name in facts.packages)
+    if len(packages) < 2:
+        return None
+    names = " and ".join(packages)
+    fix = spec.fix(facts.packages, ())
+    return f"{names} are both installed and overwrite each other's files: {fix}"

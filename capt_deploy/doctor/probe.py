@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from capt_deploy.backends import Outputs
+    from capt_deploy.backends.base import Outputs
 
 GRAPH = Path(__file__).with_name("probe.onnx")  # made by tests/capt_deploy/doctor/test_probe.py
 SIDE = 8  # pixels, height and width of its images
@@ -42,7 +42,7 @@ def probe_backend(
     """Let a backend classify in another process and return whether it works; never raises.
 
     Args:
-        name: one of `capt_deploy.backends.AUTO`.
+        name: of a backend in `capt_deploy.backends.spec.BACKENDS`.
         bundle: the bundle to run; by default a tiny graph with known outputs.
         seconds: time limit.
     """
@@ -97,7 +97,7 @@ def expected_outputs(images: "NDArray[np.uint8]") -> "Outputs":
     """
     import numpy as np
 
-    from capt_deploy.backends import Outputs
+    from capt_deploy.backends.base import Outputs
     from capt_deploy.metrics.calibration import softmax
 
     means = images.astype(np.float32).mean(axis=(1, 2))
@@ -108,13 +108,16 @@ def expected_outputs(images: "NDArray[np.uint8]") -> "Outputs":
 def _run_graph(name: str) -> str:
     import numpy as np
 
-    from capt_deploy.backends import Outputs, RuntimeOptions, create
+    from capt_deploy.backends.base import Outputs
+    from capt_deploy.backends.options import RuntimeOptions
+    from capt_deploy.backends.spec import find_backends
 
     images = np.random.default_rng(0).integers(0, 256, (3, SIDE, SIDE, 3), dtype=np.uint8)
     images[0] = 255
     with tempfile.TemporaryDirectory() as folder:
         options = RuntimeOptions(batches=(1, 2, 4), cache_folder=Path(folder))
-        backend = create(name, GRAPH.read_bytes(), "fp32", None, options)
+        (spec,) = find_backends(name)
+        backend = spec.open(GRAPH.read_bytes(), "fp32", None, options)
         try:
             outputs = backend.run(images)
         finally:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from capt_deploy.backends import Outputs, joined
+from capt_deploy.backends.base import Outputs, concatenate
 from capt_deploy.bundle.read import open_bundle
 from capt_deploy.confidence.distance_aware import undone
 from capt_deploy.core.console import progress, say
@@ -58,7 +58,7 @@ def score_bundle(
     if not labels:
         raise DataError(f"{data}: none of the {len(items)} images in split {split!r} is readable")
     calibration = manifest.calibration[precision]
-    factors, outputs = bundle.factors(precision), joined(batches)
+    factors, outputs = bundle.factors(precision), concatenate(batches)
     scores = Scores(
         np.asarray(labels),
         outputs.logits if factors is None else undone(outputs.logits, factors),

@@ -12,15 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from capt_deploy.backends import (
-    DEFAULT_OPTIONS,
-    Backend,
-    RuntimeOptions,
-    candidates,
-    preferred_precision,
-    start,
-)
+from capt_deploy.backends.base import Backend
 from capt_deploy.backends.choice import first_that_works
+from capt_deploy.backends.options import DEFAULT_OPTIONS, RuntimeOptions
+from capt_deploy.backends.spec import BackendSpec, find_backends
 from capt_deploy.bundle.graphs import StoredGraph
 from capt_deploy.bundle.read import open_bundle
 from capt_deploy.confidence.decisions import DecisionOptions
@@ -79,7 +74,7 @@ class Classifier:
 
         Args:
             path: of the bundle.
-            backend: one of `capt_deploy.backends.NAMES`.
+            backend: one of `capt_deploy.backends.spec.backend_names()`.
             precision: of the bundle's graphs; by default the one that suits the backend.
             options: how to use the machine.
             fast_decode: read large JPEGs at a lower resolution, see `preprocess`.
@@ -94,23 +89,23 @@ class Classifier:
             BackendError: the requested backend cannot run here.
             ConfigError: `decisions` cannot be promised.
         """
-        names = candidates(backend)
+        specs = find_backends(backend)
         bundle = open_bundle(path)
         if not bundle.manifest.verified:
             warnings.warn(f"{path}: was exported although its check had failed", stacklevel=2)
         predictor = Predictor(bundle, decisions)
         loaded: list[StoredGraph] = []  # the last graph, in case the next backend takes it too
 
-        def begin(name: str) -> tuple[Backend, str]:
-            selected = precision or preferred_precision(name, bundle.precisions)
+        def start(spec: BackendSpec) -> tuple[Backend, str]:
+            selected = precision or spec.preferred(bundle.precisions)
             if not loaded or loaded[0].precision != selected:
                 loaded.clear()  # so that two graphs are never in memory
                 loaded.append(bundle.graph(selected))
             graph = loaded[0]
-            engine = start(name, graph.onnx, graph.precision, graph.weights_folder, options)
-            return engine, graph.precision
+            opened = spec.open(graph.onnx, graph.precision, graph.weights_folder, options)
+            return opened, graph.precision
 
-        (engine, chosen), skipped = first_that_works(names, begin)
+        (engine, chosen), skipped = first_that_works(specs, start)
         return cls(
             predictor,
             engine,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.backends import Outputs
+from capt_deploy.backends.base import Outputs
 from capt_deploy.bundle.read import Bundle
 from capt_deploy.confidence.decisions import (
     Decided,

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from capt_deploy.backends import Backend, Outputs, joined
+from capt_deploy.backends.base import Backend, Outputs, concatenate
 from capt_deploy.bundle.read import Bundle, open_bundle
 from capt_deploy.confidence.distance_aware import undone
 from capt_deploy.core.console import progress, say
@@ -30,7 +30,7 @@ def check_bundle(
         path: the bundle.
         images: a folder below which images of the export's gate lie; they are recognised by their
             hashes. Without it only the drawn patterns are compared.
-        backend: one of `capt_deploy.backends.NAMES`.
+        backend: one of `capt_deploy.backends.spec.backend_names()`.
 
     Returns:
         By precision, for `patterns` and `images`, the gate of `report.json`; for a graph that
@@ -127,4 +127,4 @@ def run_on_files(
             if batch.pixels is None or batch.errors:
                 raise DataError(f"cannot be read any more: {next(iter(batch.errors.values()))}")
             parts.append(backend.run(batch.pixels))
-    return joined(parts)
+    return concatenate(parts)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.backends import Outputs
+from capt_deploy.backends.base import Outputs
 from capt_deploy.confidence.distance_aware import aligned
 from capt_deploy.core.console import table
 from capt_deploy.metrics.calibration import (

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.backends import Outputs
+from capt_deploy.backends.base import Outputs
 from capt_deploy.bundle.read import REFERENCE, Bundle
 from capt_deploy.core.console import track
 from capt_deploy.core.errors import BundleError, DataError

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from capt_deploy.backends import Backend, Outputs
+from capt_deploy.backends.base import Backend, Outputs
 from capt_deploy.confidence.monitor import MonitorSummary
 from capt_deploy.core.version import __version__
 from capt_deploy.serving.classifier import Classifier

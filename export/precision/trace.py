@@ -8,7 +8,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from capt_deploy.backends import Outputs
+from capt_deploy.backends.base import Outputs
 from capt_deploy.core.console import say
 from capt_deploy.core.errors import DataError, GateError
 from capt_deploy.data.batches import preprocess_files

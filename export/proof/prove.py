@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.backends import Outputs
+from capt_deploy.backends.base import Outputs
 from capt_deploy.backends.onnxruntime import OnnxRuntime
 from capt_deploy.core.errors import GateError
 from capt_deploy.serving.classifier import Classifier

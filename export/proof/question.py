@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from capt_deploy.backends import Outputs, joined
+from capt_deploy.backends.base import Outputs, concatenate
 from capt_deploy.confidence.top_label import probabilities_of
 from capt_deploy.core.console import progress, say
 from capt_deploy.core.errors import DataError
@@ -71,7 +71,7 @@ def ask_torch(source: Source, most_images: int) -> Question:
     if len(readable) < _FEW:
         say(f"note: checked on no more than {len(readable)} images, which tell little")
     drawn = draw_patterns(preprocess.size)
-    return Question(tuple(readable), lost, joined(parts), _torch_answers(source, drawn))
+    return Question(tuple(readable), lost, concatenate(parts), _torch_answers(source, drawn))
 
 
 @torch.no_grad()

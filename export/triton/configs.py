@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from capt_deploy.backends import Outputs
+from capt_deploy.backends.base import Outputs
 from capt_deploy.core.errors import BundleError
 from capt_deploy.data.preprocess import PreprocessConfig
 from export.triton.pbtxt import Word, entries

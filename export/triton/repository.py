@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capt_deploy.backends.batch_sizes import BATCHES, check_batches
+from capt_deploy.backends.options import BATCHES, check_batches
 from capt_deploy.bundle.read import Bundle
 from capt_deploy.core.errors import BundleError, ConfigError
 from capt_deploy.core.files import expand_home, new_folder, refuse_existing

@@ -13,8 +13,10 @@ import pytest
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
-from capt_deploy.backends import Backend, DeviceTimed, Outputs, RuntimeOptions, create
-from capt_deploy.backends.choice import why_not
+from capt_deploy.backends.base import Backend, DeviceTimed, Outputs
+from capt_deploy.backends.onnxruntime import OnnxRuntime
+from capt_deploy.backends.options import RuntimeOptions
+from capt_deploy.backends.spec import BACKENDS, BackendSpec
 from capt_deploy.bundle.read import Bundle, open_bundle
 from capt_deploy.core.errors import UnavailableError
 from capt_deploy.serving.classifier import Classifier
@@ -23,34 +25,30 @@ from capt_deploy.verify.reference import draw_patterns
 
 pytestmark = pytest.mark.gpu
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny.capt"
-NAMES = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
+ON_GPU = [spec for spec in BACKENDS if spec.needs_gpu]
 SIZES = (1, 3, 8, 32, 45)  # within batches, between them, and beyond the largest
 Start = Callable[..., Backend]
 
 
-@pytest.fixture(scope="module", params=NAMES)
-def name(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(scope="module", params=ON_GPU, ids=[spec.name for spec in ON_GPU])
+def spec(request: pytest.FixtureRequest) -> BackendSpec:
     """Return a backend for GPUs that is installed here."""
-    own: str = request.param
-    if (reason := why_not(own)) is not None:
-        pytest.skip(f"{own}: {reason}")
-    return own
+    backend: BackendSpec = request.param
+    if (reason := backend.problem()) is not None:
+        pytest.skip(f"{backend.name}: {reason}")
+    return backend
 
 
 @pytest.fixture(scope="module")
-def start(name: str) -> Iterator[Start]:
+def start(spec: BackendSpec) -> Iterator[Start]:
     """Return a function that starts it on a graph of a bundle; all are closed at the end."""
     started = []
 
     def begin(bundle: Bundle, precision: str, options: RuntimeOptions | None = None) -> Backend:
         graph = bundle.graph(precision)
         try:
-            backend = create(
-                name,
-                graph.onnx,
-                precision,
-                graph.weights_folder,
-                options or RuntimeOptions(),
+            backend = spec.open(
+                graph.onnx, precision, graph.weights_folder, options or RuntimeOptions()
             )
         except UnavailableError as cause:  # TensorRT-RTX on a GPU without RTX, or an old driver
             pytest.skip(str(cause))
@@ -87,7 +85,7 @@ def every_precision(
 def on_cpu(bundle: Bundle, images: NDArray[np.uint8]) -> Outputs:
     """Return what the float32 graph says on the CPU."""
     graph = bundle.graph("fp32")
-    return create("onnxruntime-cpu", graph.onnx, "fp32", graph.weights_folder).run(images)
+    return OnnxRuntime(graph.onnx, "fp32", graph.weights_folder).run(images)
 
 
 def check(bundle: Bundle, precision: str, found: Outputs, images: NDArray[np.uint8]) -> None:
@@ -163,18 +161,18 @@ def test_times_on_the_device_are_positive_and_disturb_nothing(start: Start, gold
         np.testing.assert_allclose(own, wanted, rtol=0, atol=1e-5)
 
 
-def test_auto_takes_a_gpu_and_labels_as_the_cpu_does(name: str) -> None:
+def test_auto_takes_a_gpu_and_labels_as_the_cpu_does(spec: BackendSpec) -> None:
     photos = sorted((GOLDEN.parent / "photos").rglob("*.png"))
-    with Classifier.load(GOLDEN) as own, Classifier.load(GOLDEN, "onnxruntime-cpu") as cpu:
-        assert own.backend.device.startswith("cuda:"), own.skipped
-        labels = [[one.label for one in c.predict(photos)] for c in (own, cpu)]
+    with Classifier.load(GOLDEN) as gpu, Classifier.load(GOLDEN, "onnxruntime-cpu") as cpu:
+        assert gpu.backend.device.startswith("cuda:"), gpu.skipped
+        labels = [[one.label for one in c.predict(photos)] for c in (gpu, cpu)]
     assert labels[0] == labels[1]
 
 
-def test_bench_has_rows_of_the_device(name: str) -> None:
+def test_bench_has_rows_of_the_device(spec: BackendSpec) -> None:
     from capt_deploy.cli.bench import main
 
-    options = ["--backend", name, "--batch", "1,8", "--seconds", "0.1", "--json"]
+    options = ["--backend", spec.name, "--batch", "1,8", "--seconds", "0.1", "--json"]
     result = CliRunner().invoke(main, [str(GOLDEN), *options])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)

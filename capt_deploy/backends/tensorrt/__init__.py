@@ -1,1 +1,1 @@
-"""TensorRT and TensorRT-RTX: build engines, keep them, run them."""
+"""TensorRT and TensorRT-RTX: build engines, keep them on disk, run them."""

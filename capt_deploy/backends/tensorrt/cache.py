@@ -1,47 +1,77 @@
 """Engines on disk, so that a machine builds each of them once.
 
-An entry is one file, written atomically: a magic word, the length of a JSON header, the header
-(format, key, size and SHA-256 of the body), the body. It is checked whole whenever it is read, and
-whatever is wrong with it, it is built again: losing the cache costs time, never a result.
+An entry is one file, written atomically: a line of JSON (format, key, size and SHA-256 of the
+body), then the body. Every read checks all of it, and a damaged entry is built again: losing the
+cache costs time, never a result. Files with other names are never touched.
 """
 
+import hashlib
+import json
 import os
-import shutil
+import re
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
-from capt_deploy.backends.tensorrt.entry import DamagedError, EngineKey, encode, read_body, read_key
+from filelock import FileLock, Timeout
+
 from capt_deploy.core.console import say
 from capt_deploy.core.errors import BackendError, ConfigError
-from capt_deploy.core.file_lock import file_lock, file_lock_if_free
 from capt_deploy.core.files import cache_folder, write_bytes
 
 T = TypeVar("T")
 
-LIMIT = "CAPT_ENGINE_CACHE_GB"  # in the environment
+LIMIT = "CAPT_ENGINE_CACHE_GB"  # environment variable
 _GIGABYTES = 10.0
+_FORMAT = 2
+_LONGEST_HEADER = 2**16  # bytes
 _ENTRY, _LOCK = ".entry", ".lock"
+_NAME = r"(?:engine|timing|runtime)-[0-9a-f]{32}"
+_LEFTOVER = re.compile(rf"\.?({_NAME})(?:{_LOCK}|{_ENTRY}\.\w+\.tmp)")
+
+
+class DamagedError(Exception):
+    """An entry is not as it was written."""
+
+
+@dataclass(frozen=True)
+class EngineKey:
+    """Everything in which engines differ."""
+
+    library: str  # import name: tensorrt, tensorrt_rtx
+    version: str  # of the library
+    platform: str  # such as linux-x86_64
+    sm: int  # compute capability, 89 for 8.9
+    gpu: str = ""  # its name, if the engine runs on no other GPU
+    driver: str = ""  # likewise
+    onnx: str = ""  # SHA-256 of the graph
+    weights: str = ""  # SHA-256 of the weights in other files, if there are any
+    precision: str = ""
+    batches: tuple[int, ...] = ()  # smallest, usual, largest
+    kind: str = "engine"  # or what the library keeps beside it: "timing", "runtime"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the key as JSON reads it back."""
+        return {**asdict(self), "batches": list(self.batches)}
+
+    @property
+    def name(self) -> str:
+        """The name of the entry, without a suffix."""
+        text = json.dumps(self.to_json(), sort_keys=True)
+        return f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One file of the cache as its header describes it; the body is not checked."""
+    """One file of the cache, as its header describes it; the body is not checked."""
 
     path: Path
     bytes: int
     used: float  # seconds since 1970
-    key: dict[str, Any] | None  # None: it is damaged
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """What was removed."""
-
-    entries: int
-    bytes: int
+    key: dict[str, Any] | None  # None: the header is damaged
 
 
 class EngineCache:
@@ -51,7 +81,7 @@ class EngineCache:
         """Choose a folder; it is made when something is written.
 
         Raises:
-            ConfigError: the environment sets a limit that is no size; or see `cache_folder`.
+            ConfigError: the environment sets a limit that is not a size; or see `cache_folder`.
         """
         self.folder = folder or cache_folder() / "engines"
         self._limit = _limit()
@@ -59,18 +89,18 @@ class EngineCache:
     def obtain(
         self, key: EngineKey, build: Callable[[], bytes], load: Callable[[bytes], T | None]
     ) -> T:
-        """Return what `load` makes of an entry, which is built if there is none that it takes.
+        """Load an entry; build it where it is missing or `load` returns None for it.
 
-        Processes and threads that want the same entry at once build it once.
+        Processes and threads that need the same entry at once build it once.
 
         Raises:
             BackendError: `load` returns None for what was just built.
-            Exception: whatever `build` raises; then nothing is kept.
+            Exception: as `build`; then nothing is kept.
         """
         if (loaded := self._load(key, load)) is not None:
             return loaded
         with self._locked(key):
-            # Somebody else may have built it while this process waited.
+            # Another process may have built it while this one waited.
             if (loaded := self._load(key, load)) is not None:
                 return loaded
             data = build()
@@ -80,63 +110,67 @@ class EngineCache:
         return loaded
 
     def read(self, key: EngineKey) -> bytes | None:
-        """Return a body; None if there is no such entry, or it is not as it was written."""
+        """Return the body of an entry; None if there is none, or it is damaged."""
         path = self.path_of(key)
         try:
-            body = read_body(path, key)
+            body = _read_body(path, key)
         except FileNotFoundError:
             return None
         except (OSError, DamagedError) as cause:
             say(f"engine cache: {path} cannot be used ({cause})")
             return None
-        with suppress(OSError):  # somebody else's file, for example
-            os.utime(path)  # the least recently used are pruned first
+        with suppress(OSError):  # another user's file, for example
+            os.utime(path)  # the least recently used entries are pruned first
         return body
 
     def write(self, key: EngineKey, body: bytes) -> None:
-        """Keep a body; where that is impossible, say so and do without."""
+        """Keep an entry; where that is impossible, say so and go on."""
         path = self.path_of(key)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _clear_way(path)
             write_bytes(path, encode(key, body))
             self.prune(keep=path)
         except OSError as cause:
-            say(f"engine cache: {path} cannot be written ({cause}); doing without")
+            say(f"engine cache: {path} cannot be written ({cause}); going on without it")
 
     def entries(self) -> list[Entry]:
-        """Return what the cache holds, the most recently used first."""
-        found = []
+        """Return the entries, the most recently used first."""
+        entries = []
         for path in self.folder.glob(f"*{_ENTRY}"):
+            if not re.fullmatch(_NAME, path.stem) or path.is_dir():
+                continue
             with suppress(OSError):  # removed meanwhile
                 status = path.stat()
                 try:
                     key = read_key(path)
                 except DamagedError:
                     key = None
-                found.append(Entry(path, status.st_size, status.st_mtime, key))
-        return sorted(found, key=lambda entry: entry.used, reverse=True)
+                entries.append(Entry(path, status.st_size, status.st_mtime, key))
+        return sorted(entries, key=lambda entry: entry.used, reverse=True)
 
-    def prune(self, keep: Path | None = None) -> Pruned:
-        """Remove damaged entries, what killed builds left, and the least recently used.
+    def prune(self, keep: Path | None = None) -> list[Entry]:
+        """Remove damaged entries, the rest of killed builds, and the least recently used entries.
 
         Args:
             keep: an entry that stays, however large it is.
+
+        Returns:
+            The entries that were removed.
         """
-        total = entries = freed = 0
+        total = 0
+        removed: list[Entry] = []
         for entry in self.entries():
-            total += entry.bytes
-            if entry.path == keep or (entry.key is not None and total <= self._limit):
+            if entry.path == keep or (entry.key and total + entry.bytes <= self._limit):
+                total += entry.bytes
                 continue
-            total -= entry.bytes
-            with suppress(OSError):  # Windows does not remove what somebody reads
-                _clear_way(entry.path, files=True)
-                entries, freed = entries + 1, freed + entry.bytes
+            with suppress(OSError):  # Windows does not remove a file that somebody reads
+                entry.path.unlink()
+                removed.append(entry)
         self._remove_leftovers()
-        return Pruned(entries, freed)
+        return removed
 
     def path_of(self, key: EngineKey) -> Path:
-        """Return where an entry lies."""
+        """Return the file of an entry, whether it exists or not."""
         return self.folder / f"{key.name}{_ENTRY}"
 
     def _load(self, key: EngineKey, load: Callable[[bytes], T | None]) -> T | None:
@@ -149,30 +183,86 @@ class EngineCache:
     @contextmanager
     def _locked(self, key: EngineKey) -> Iterator[None]:
         """Keep others from building the same entry; where that is impossible, go on without."""
-        lock = file_lock(
-            self.folder / f"{key.name}{_LOCK}",
-            waiting=lambda: say("engine cache: another process builds this engine; waiting for it"),
-        )
-        with ExitStack() as stack:
+        lock = FileLock(self.folder / f"{key.name}{_LOCK}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(lock)
-            except OSError as cause:
-                say(f"engine cache: {self.folder} cannot be used ({cause}); building without it")
+                lock.acquire(blocking=False)
+            except Timeout:
+                say("engine cache: another process builds this engine; waiting for it")
+                lock.acquire()
+        except OSError as cause:
+            say(f"engine cache: {self.folder} cannot be used ({cause}); building without it")
+        try:
             yield
+        finally:
+            lock.release()  # does nothing if it is not held
 
     def _remove_leftovers(self) -> None:
-        """Remove locks without an entry, and halves of entries that nobody is writing any more."""
-        names = {path.name.split(".")[1] for path in self.folder.glob(f".*{_ENTRY}.*.tmp")}
-        names |= {path.stem for path in self.folder.glob(f"*{_LOCK}")}
-        for name in names:
-            lock = self.folder / f"{name}{_LOCK}"
-            with suppress(OSError), file_lock_if_free(lock) as free:
-                if free:
-                    for half in self.folder.glob(f".{name}{_ENTRY}.*.tmp"):
-                        half.unlink(missing_ok=True)
-                    if not (self.folder / f"{name}{_ENTRY}").exists():
-                        lock.unlink(missing_ok=True)
+        """Remove locks without an entry, and half-written entries that nobody writes any more."""
+        matches = [_LEFTOVER.fullmatch(path.name) for path in self.folder.glob("*")]
+        for name in {match[1] for match in matches if match}:
+            path = self.folder / f"{name}{_LOCK}"
+            with suppress(OSError, Timeout), FileLock(path, blocking=False):
+                for half in self.folder.glob(f".{name}{_ENTRY}.*.tmp"):
+                    half.unlink(missing_ok=True)
+                if not (self.folder / f"{name}{_ENTRY}").exists():
+                    path.unlink(missing_ok=True)
+
+
+def encode(key: EngineKey, body: bytes) -> bytes:
+    """Return the content of an entry."""
+    digest = hashlib.sha256(body).hexdigest()
+    header = {"format": _FORMAT, "key": key.to_json(), "bytes": len(body), "sha256": digest}
+    return json.dumps(header).encode() + b"\n" + body
+
+
+def read_key(path: Path) -> dict[str, Any]:
+    """Return the key of an entry without reading its body.
+
+    Raises:
+        OSError: the file cannot be read.
+        DamagedError: the header is damaged, or the file is cut off.
+    """
+    with _open(path) as file:
+        return _read_header(file)[0]
+
+
+def _read_body(path: Path, key: EngineKey) -> bytes:
+    """Return the body of an entry; raises as `read_key`, also for entries of other users.
+
+    Engines are code, and a hash does not tell who wrote them: only this user and root are trusted.
+    """
+    with _open(path) as file:
+        if hasattr(os, "geteuid") and os.fstat(file.fileno()).st_uid not in (os.geteuid(), 0):
+            raise DamagedError("it belongs to another user")
+        stored_key, size, digest = _read_header(file)
+        if stored_key != key.to_json():
+            raise DamagedError("it is for something else")
+        body = file.read(size)  # `read()` alone grows its memory step by step
+    if hashlib.sha256(body).hexdigest() != digest:
+        raise DamagedError("its content was changed")
+    return body
+
+
+def _open(path: Path) -> IO[bytes]:
+    if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would never end
+        raise DamagedError("it is not a file")
+    return path.open("rb")
+
+
+def _read_header(file: IO[bytes]) -> tuple[dict[str, Any], int, str]:
+    """Return the key, the size of the body, which is checked, and its hash, which is not."""
+    try:
+        header = json.loads(file.readline(_LONGEST_HEADER))
+        form, key, digest = header["format"], dict(header["key"]), str(header["sha256"])
+        written = header["bytes"]
+    except (ValueError, TypeError, LookupError, RecursionError) as cause:
+        raise DamagedError("its header is damaged") from cause
+    size = os.fstat(file.fileno()).st_size - file.tell()
+    if (form, written) != (_FORMAT, size):
+        raise DamagedError("it was cut off, or has another format")
+    return key, size, digest
 
 
 def _limit() -> float:
@@ -185,11 +275,3 @@ def _limit() -> float:
     if not gigabytes >= 0:
         raise ConfigError(f"${LIMIT}: expected gigabytes from 0 on, such as 10, came {text!r}")
     return gigabytes * 1e9
-
-
-def _clear_way(path: Path, files: bool = False) -> None:
-    """Remove a folder that lies where an entry belongs, and with `files` whatever lies there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    elif files:
-        path.unlink()

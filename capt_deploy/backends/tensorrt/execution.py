@@ -1,36 +1,38 @@
-"""Run an engine on one stream: pinned staging, memory on the GPU, a CUDA graph for each batch."""
+"""Run an engine: pinned staging, memory on the GPU, and a CUDA graph for each batch size."""
 
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from capt_deploy.backends import Outputs
-from capt_deploy.backends.batch_sizes import buckets
-from capt_deploy.backends.tensorrt.device import Device
+from capt_deploy.backends.base import Outputs, Pixels
+from capt_deploy.backends.device import Bytes, Device
+from capt_deploy.backends.options import batch_buckets
 from capt_deploy.core.errors import BackendError
 from capt_deploy.core.process import never_free_in_copies
 
 INPUT = "images"
-_SCRATCH = "scratch"  # beside the names of tensors
-_FLOAT = np.dtype(np.float32).itemsize
+_SCRATCH = "scratch"  # a name beside those of tensors
+_FLOAT_BYTES = np.dtype(np.float32).itemsize
+_MOST_EXECUTIONS = 4  # each has its own memory; more threads wait, because the GPU is busy
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The tensors of an engine, by the batch sizes that are run."""
+    """The tensors of an engine, and the batch sizes that it runs."""
 
     pixels: tuple[int, ...]  # (height, width, 3)
     columns: Mapping[str, int]  # of each output, in the order of `Outputs`
-    batches: tuple[int, ...]  # rising; others are filled up to the next one
+    batches: tuple[int, ...]  # rising; other sizes are filled up to the next one
 
     @property
     def largest(self) -> int:
-        """The most images run at once."""
+        """The largest batch that runs at once."""
         return self.batches[-1]
 
     def batch_for(self, images: int) -> int:
@@ -38,32 +40,11 @@ class Layout:
         return next(batch for batch in self.batches if batch >= images)
 
 
-def read_layout(trt: Any, engine: Any, batches: tuple[int, int, int]) -> Layout:
-    """Return the layout of a deserialised engine.
-
-    Raises:
-        BackendError: it is not one of a bundle's graph.
-    """
-    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    if set(names) != {INPUT, *Outputs._fields}:
-        wanted = ", ".join((INPUT, *Outputs._fields))
-        raise BackendError(f"expected a graph with {wanted}; came {', '.join(names)}")
-    batch, *pixels = engine.get_tensor_shape(INPUT)
-    columns = {name: tuple(engine.get_tensor_shape(name))[1:] for name in Outputs._fields}
-    types = {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in names}
-    floats = all(types[name] == np.float32 for name in columns)
-    if batch != -1 or types[INPUT] != np.uint8 or len(pixels) != 3 or not floats:
-        raise BackendError(
-            f"expected uint8 (batch, height, width, 3) in and float32 out; came {types[INPUT]} "
-            f"{(batch, *pixels)} in and {', '.join(str(types[name]) for name in columns)} out"
-        )
-    if any(len(shape) != 1 for shape in columns.values()):
-        raise BackendError(f"expected outputs of two dimensions; came {columns}")
-    return Layout(
-        tuple(pixels),
-        {name: int(shape[0]) for name, shape in columns.items()},
-        buckets(*batches),
-    )
+def read_layout(engine: Any, batches: tuple[int, int, int]) -> Layout:
+    """Return the layout of an engine of a bundle's graph."""
+    columns = {name: int(engine.get_tensor_shape(name)[1]) for name in Outputs._fields}
+    pixels = tuple(engine.get_tensor_shape(INPUT)[1:])
+    return Layout(pixels, columns, batch_buckets(*batches))
 
 
 class Execution:
@@ -85,8 +66,8 @@ class Execution:
             layout: of the engine.
             new_context: makes an execution context that computes in the memory at an address.
             scratch: how many bytes of that memory an execution context needs.
-            capture: make a CUDA graph for each batch size, which has an execution context of its
-                own, for changing the shape of one would make its graph wrong. They share memory.
+            capture: make a CUDA graph for each batch size. Each graph has a context of its own,
+                because a context that changes its shape breaks its graph; all share the memory.
         """
         self._device, self._layout = device, layout
         self._new_context, self._capture = new_context, capture
@@ -94,20 +75,20 @@ class Execution:
         self._graphs: dict[int, Any] = {}  # by batch
         self._stream = device.stream()
         self._addresses: dict[str, int] = {}
-        self._staging: dict[str, NDArray[np.uint8]] = {}
+        self._staging: dict[str, Bytes] = {}
         try:
             self._addresses[_SCRATCH] = device.allocate(max(scratch, 1))
             for name in (INPUT, *layout.columns):
                 size = layout.largest * self._row_bytes(name)
                 self._addresses[name] = device.allocate(size)
                 self._staging[name] = device.pinned(size)
-            if not capture:  # now, for TensorRT-RTX's has memory of its own, which may be missing
+            if not capture:  # now: TensorRT-RTX allocates memory with the context, and may fail
                 self._make_context(0)
         except BaseException:
             self.close()
             raise
 
-    def run(self, images: NDArray[np.uint8]) -> Outputs:
+    def run(self, images: Pixels) -> Outputs:
         """Run (batch, height, width, 3) pixels, at most the layout's largest batch."""
         self._put(images)
         self._enqueue(self._layout.batch_for(len(images)))
@@ -116,7 +97,7 @@ class Execution:
                 self._staged(name, len(images)), self._addresses[name], self._stream
             )
         self._device.synchronize(self._stream)
-        # Copies: the staging memory is overwritten by the next run.
+        # Copies, because the next run overwrites the staging memory.
         return Outputs(
             *(
                 self._staged(name, len(images)).view(np.float32).reshape(-1, columns).copy()
@@ -124,11 +105,11 @@ class Execution:
             )
         )
 
-    def time(self, images: NDArray[np.uint8], iterations: int) -> list[float]:
-        """Return milliseconds of runs one behind the other; see `DeviceTimed`."""
+    def time(self, images: Pixels, iterations: int) -> list[float]:
+        """Return the milliseconds of runs that wait in a queue; see `DeviceTimed`."""
         self._put(images)
         batch = self._layout.batch_for(len(images))
-        self._enqueue(batch)  # what is made once is made here
+        self._enqueue(batch)  # captures the graph of a batch size that has not run yet
         events = [self._device.record(self._stream)]
         try:
             for _ in range(iterations):
@@ -153,37 +134,36 @@ class Execution:
         self._device.free_stream(self._stream)
 
     def _row_bytes(self, name: str) -> int:
-        return prod(self._layout.pixels) if name == INPUT else self._layout.columns[name] * _FLOAT
+        if name == INPUT:
+            return prod(self._layout.pixels)
+        return self._layout.columns[name] * _FLOAT_BYTES
 
-    def _staged(self, name: str, rows: int) -> NDArray[np.uint8]:
+    def _staged(self, name: str, rows: int) -> Bytes:
         return self._staging[name][: rows * self._row_bytes(name)]
 
-    def _put(self, images: NDArray[np.uint8]) -> None:
-        """Copy images to the GPU. What fills up a batch is left of earlier runs, and not read."""
+    def _put(self, images: Pixels) -> None:
+        """Copy images to the GPU. Earlier images fill up the batch; their outputs are not read."""
         staged = self._staged(INPUT, len(images))
         staged.reshape(images.shape)[:] = images
         self._device.to_device(self._addresses[INPUT], staged, self._stream)
 
     def _enqueue(self, batch: int) -> None:
         if not self._capture:
-            context = self._contexts[0]
-            self._shape(context, batch)
-            self._execute(context)
+            self._set_batch(self._contexts[0], batch)
+            self._execute(self._contexts[0])
             return
         if batch not in self._graphs:
             context = self._make_context(batch)
-            self._shape(context, batch)
-            self._execute(context)  # what a new shape puts off must not become part of the graph
+            self._set_batch(context, batch)
+            self._execute(context)  # work that a new shape delays must not become part of the graph
             self._device.synchronize(self._stream)
-            self._graphs[batch] = self._record(context)
+            try:
+                graph = self._device.capture(lambda: self._execute(context), self._stream)
+            except BackendError as cause:
+                advice = "load with RuntimeOptions(cuda_graphs=False)"
+                raise BackendError(f"no CUDA graph of this engine ({cause}); {advice}") from cause
+            self._graphs[batch] = graph
         self._device.launch(self._graphs[batch], self._stream)
-
-    def _record(self, context: Any) -> Any:
-        try:
-            return self._device.capture(lambda: self._execute(context), self._stream)
-        except BackendError as cause:
-            advice = "load with RuntimeOptions(cuda_graphs=False)"
-            raise BackendError(f"no CUDA graph of this engine ({cause}); {advice}") from cause
 
     def _make_context(self, key: int) -> Any:
         context = self._new_context(self._addresses[_SCRATCH])
@@ -196,10 +176,76 @@ class Execution:
         self._contexts[key] = context
         return context
 
-    def _shape(self, context: Any, batch: int) -> None:
+    def _set_batch(self, context: Any, batch: int) -> None:
         if not context.set_input_shape(INPUT, (batch, *self._layout.pixels)):
             raise BackendError(f"the engine does not take a batch of {batch}")
 
     def _execute(self, context: Any) -> None:
         if not context.execute_async_v3(int(self._stream)):
             raise BackendError("the engine failed to run")
+
+
+class ExecutionPool:
+    """Lends executions to threads: as many as run at once, up to four or what the GPU holds."""
+
+    def __init__(self, device: Device, make: Callable[[], Execution]) -> None:
+        self._device = device
+        self._make: Callable[[], Execution] | None = make  # None: closed
+        self._most = _MOST_EXECUTIONS
+        self._made = 0  # lent or free
+        self._free: list[Execution] = []
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def execution(self) -> Iterator[Execution]:
+        """Lend an execution that no other thread uses meanwhile.
+
+        Raises:
+            BackendError: the pool is closed, or the GPU cannot hold a single execution.
+        """
+        with self._device.active():
+            execution = self._take()
+            try:
+                yield execution
+            except BaseException:  # its stream may hold half a run
+                with suppress(Exception):  # the first error is the one to report
+                    execution.close()
+                with self._changed:
+                    self._made -= 1
+                    self._changed.notify_all()
+                raise
+            with self._changed:
+                self._free.append(execution)
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Free all executions once they are idle."""
+        with self._changed:
+            self._make = None
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._made == len(self._free))
+            free, self._free, self._made = self._free, [], 0
+        with self._device.active():
+            for execution in free:
+                execution.close()
+
+    def _take(self) -> Execution:
+        with self._changed:
+            while True:
+                self._changed.wait_for(self._can_take)
+                if self._make is None:
+                    raise BackendError("the backend is closed; load the classifier again")
+                if self._free:
+                    return self._free.pop()
+                try:
+                    execution = self._make()
+                except BackendError:
+                    if not self._made:
+                        raise
+                    self._most = self._made  # the GPU holds no more: wait for one that is lent
+                else:
+                    self._made += 1
+                    return execution
+
+    def _can_take(self) -> bool:
+        return self._make is None or bool(self._free) or self._made < self._most

@@ -5,33 +5,41 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from capt_deploy.backends import in_parts
-from capt_deploy.backends.bound_session import BoundSession, Place
+from capt_deploy.backends import onnxruntime_cuda
+from capt_deploy.backends.base import run_in_parts
 from capt_deploy.backends.onnxruntime import OnnxRuntime, start_session
-from capt_deploy.core.errors import BackendError
+from capt_deploy.backends.onnxruntime_cuda import BoundSession
+from capt_deploy.core.errors import BackendError, UnavailableError
 
 ONNX = (Path(__file__).parents[2] / "golden" / "tiny.capt" / "model.onnx").read_bytes()
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
 
 
-def on_cpu(batches: tuple[int, int, int] = (1, 4, 8)) -> BoundSession:
-    """Everything but the GPU is the same."""
-    place = Place("cpu", 0, lambda shape: np.empty(shape, np.uint8))
-    session = start_session(ONNX, "ORT_ENABLE_ALL", threads=1)
-    return BoundSession(session, place, batches, graphs=False)
+@pytest.fixture
+def bound(monkeypatch: pytest.MonkeyPatch) -> BoundSession:
+    """Return a session whose buffers are on the CPU."""
+
+    def no_device(ordinal: int) -> None:
+        raise UnavailableError("no Python package for CUDA")
+
+    monkeypatch.setattr(onnxruntime_cuda, "open_device", no_device)
+    monkeypatch.setattr(BoundSession, "kind", "cpu")
+    session = BoundSession(0)
+    graph = start_session(ONNX, "ORT_ENABLE_ALL", threads=1)
+    session.attach(graph, (1, 4, 8), graphs=False)
+    return session
 
 
-def test_every_batch_says_the_same_as_without_buffers() -> None:
-    bound, free = on_cpu(), OnnxRuntime(ONNX, "fp32")
+def test_every_batch_says_the_same_as_without_buffers(bound: BoundSession) -> None:
+    free = OnnxRuntime(ONNX, "fp32")
     for size in (8, 3, 1, 5, 8, 40):
-        found = in_parts(bound.run, PIXELS[-size:], bound.largest)
+        found = run_in_parts(bound.run, PIXELS[-size:], bound.largest)
         for name, own in zip(found._fields, found, strict=True):
             expected = getattr(free.run(PIXELS[-size:]), name)
             np.testing.assert_allclose(own, expected, atol=1e-5)
 
 
-def test_what_was_said_stays_when_the_buffers_are_used_again() -> None:
-    bound = on_cpu()
+def test_outputs_stay_when_the_buffers_are_used_again(bound: BoundSession) -> None:
     first = bound.run(PIXELS[:3])
     kept = [column.copy() for column in first]
     bound.run(PIXELS[10:14])
@@ -42,6 +50,11 @@ def test_what_was_said_stays_when_the_buffers_are_used_again() -> None:
 @pytest.mark.parametrize(
     "images", [np.zeros((2, 8, 16, 3), np.uint8), np.zeros((2, 16, 16, 3), np.float32)]
 )
-def test_other_pixels_are_refused(images: np.ndarray) -> None:
+def test_other_pixels_are_refused(bound: BoundSession, images: np.ndarray) -> None:
     with pytest.raises(BackendError, match=r"expected uint8 pixels \(batch, 16, 16, 3\), came"):
-        on_cpu().run(images)
+        bound.run(images)
+
+
+def test_without_a_package_for_cuda_times_are_unavailable(bound: BoundSession) -> None:
+    with pytest.raises(UnavailableError, match="no Python package for CUDA"):
+        bound.time(PIXELS[:1], 1)

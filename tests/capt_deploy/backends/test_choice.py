@@ -7,10 +7,17 @@ from pathlib import Path
 import pytest
 
 from capt_deploy import BackendError, BundleError, Classifier
-from capt_deploy.backends import AUTO, NAMES, RuntimeOptions, candidates, preferred_precision
-from capt_deploy.backends.choice import cuda_provider_problem, first_that_works, why_not
-from capt_deploy.backends.onnxruntime import import_library
-from capt_deploy.core.errors import ConfigError, UnavailableError
+from capt_deploy.backends.choice import first_that_works
+from capt_deploy.backends.onnxruntime import cuda_provider_problem, import_library
+from capt_deploy.backends.spec import (
+    BACKENDS,
+    ONNXRUNTIME_CPU,
+    TENSORRT_RTX,
+    BackendSpec,
+    backend_names,
+    find_backends,
+)
+from capt_deploy.core.errors import UnavailableError
 from capt_deploy.core.gpus import gpu_problem
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "tiny.capt"
@@ -20,7 +27,7 @@ without_gpu = pytest.mark.skipif(gpu_problem() is None, reason="there is a GPU h
 @pytest.fixture
 def all_seem_usable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let nothing be ruled out before it is started."""
-    monkeypatch.setattr("capt_deploy.backends.choice.why_not", lambda _: None)
+    monkeypatch.setattr(BackendSpec, "problem", lambda spec: None)
 
 
 @pytest.fixture
@@ -32,11 +39,11 @@ def starting(**errors: Exception):  # type: ignore[no-untyped-def]
     """Return a function that starts all but some backends, and what was tried."""
     tried: list[str] = []
 
-    def start(name: str) -> str:
-        tried.append(name)
-        if name.replace("-", "_") in errors:
-            raise errors[name.replace("-", "_")]
-        return f"running {name}"
+    def start(spec: BackendSpec) -> str:
+        tried.append(spec.name)
+        if spec.name.replace("-", "_") in errors:
+            raise errors[spec.name.replace("-", "_")]
+        return f"running {spec.name}"
 
     return start, tried
 
@@ -44,7 +51,7 @@ def starting(**errors: Exception):  # type: ignore[no-untyped-def]
 def test_the_first_that_starts_is_taken_and_no_other_is_tried(all_seem_usable: None) -> None:
     start, tried = starting(tensorrt=BackendError("no such GPU"))
     with pytest.warns(UserWarning, match="no such GPU"):
-        started, skipped = first_that_works(AUTO, start)
+        started, skipped = first_that_works(BACKENDS, start)
     assert started == "running tensorrt-rtx"
     assert tried == ["tensorrt", "tensorrt-rtx"]
     assert skipped == {"tensorrt": "no such GPU"}
@@ -55,7 +62,7 @@ def test_whatever_a_library_for_gpus_raises_is_a_reason(
 ) -> None:
     errors = {"tensorrt": OSError("libnvinfer"), "onnxruntime_cuda": AttributeError("Foo")}
     start, _ = starting(tensorrt_rtx=RuntimeError("cuInit"), **errors)
-    started, skipped = first_that_works(AUTO, start)
+    started, skipped = first_that_works(BACKENDS, start)
     assert started == "running onnxruntime-cpu"
     assert skipped == {
         "tensorrt": "OSError: libnvinfer",
@@ -67,7 +74,7 @@ def test_whatever_a_library_for_gpus_raises_is_a_reason(
 def test_an_unusable_bundle_is_not_tried_elsewhere(all_seem_usable: None) -> None:
     start, tried = starting(tensorrt=BundleError("changed"))
     with pytest.raises(BundleError, match="changed"):
-        first_that_works(AUTO, start)
+        first_that_works(BACKENDS, start)
     assert tried == ["tensorrt"]
 
 
@@ -75,7 +82,7 @@ def test_a_single_backend_raises_its_own_error_and_nothing_more() -> None:
     error = RuntimeError("a bug")
     start, _ = starting(onnxruntime_cpu=error)
     with pytest.raises(RuntimeError) as caught:
-        first_that_works(["onnxruntime-cpu"], start)
+        first_that_works([ONNXRUNTIME_CPU], start)
     assert caught.value is error
 
 
@@ -86,7 +93,7 @@ def test_where_none_works_the_error_is_the_last_ones_with_the_reasons_of_the_oth
         onnxruntime_cuda=BackendError("out of memory"), onnxruntime_cpu=UnavailableError("bf16")
     )
     with pytest.raises(UnavailableError, match=r"^bf16 .*onnxruntime-cuda: out of memory"):
-        first_that_works(candidates("onnxruntime"), start)
+        first_that_works(find_backends("onnxruntime"), start)
 
 
 def test_falling_back_to_the_cpu_beside_a_gpu_is_warned_of(
@@ -95,19 +102,23 @@ def test_falling_back_to_the_cpu_beside_a_gpu_is_warned_of(
     monkeypatch.setattr("capt_deploy.backends.choice.nvidia_gpu_is_here", lambda: True)
     start, _ = starting(onnxruntime_cuda=BackendError("libcudnn is missing"))
     with pytest.warns(UserWarning, match="GPU is here, but the CPU is used: .*libcudnn is missing"):
-        first_that_works(candidates("onnxruntime"), start)
+        first_that_works(find_backends("onnxruntime"), start)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        first_that_works(["onnxruntime-cpu"], start)  # asked for by name
+        first_that_works([ONNXRUNTIME_CPU], start)  # asked for by name
+
+
+def names(name: str) -> list[str]:
+    return [spec.name for spec in find_backends(name)]
 
 
 def test_names_stand_for_backends() -> None:
-    assert candidates("auto") == AUTO
-    assert candidates("onnxruntime") == ("onnxruntime-cuda", "onnxruntime-cpu")
-    assert all(candidates(name) == (name,) for name in AUTO)
-    assert set(NAMES) == {*AUTO, "auto", "onnxruntime"}
+    assert find_backends("auto") == BACKENDS
+    assert names("onnxruntime") == ["onnxruntime-cuda", "onnxruntime-cpu"]
+    assert all(find_backends(spec.name) == (spec,) for spec in BACKENDS)
+    assert set(backend_names()) == {"auto", "onnxruntime", *names("auto")}
     with pytest.raises(BackendError, match="'cuda': expected one of auto, "):
-        candidates("cuda")
+        find_backends("cuda")
 
 
 @pytest.mark.parametrize(
@@ -123,13 +134,14 @@ def test_names_stand_for_backends() -> None:
 def test_each_backend_has_the_precision_that_suits_it(
     name: str, available: list[str], expected: str
 ) -> None:
-    assert preferred_precision(name, available) == expected
+    (spec,) = find_backends(name)
+    assert spec.preferred(available) == expected
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("capt_deploy.backends.choice.find_spec", lambda _: None)
-    assert "pip install '.[tensorrt-rtx]'" in str(why_not("tensorrt-rtx"))
-    assert why_not("onnxruntime-cpu") is None
+    monkeypatch.setattr("capt_deploy.backends.spec.find_spec", lambda _: None)
+    assert "pip install '.[tensorrt-rtx]'" in str(TENSORRT_RTX.problem())
+    assert "pip install onnxruntime" in str(ONNXRUNTIME_CPU.problem())
 
 
 def test_a_package_for_the_cpu_alone_is_told_from_one_with_cuda(
@@ -149,7 +161,7 @@ def test_a_package_for_the_cpu_alone_is_told_from_one_with_cuda(
 def test_without_a_gpu_the_cpu_is_taken_and_every_skip_has_its_reason(backend: str) -> None:
     classifier = Classifier.load(GOLDEN, backend)
     assert (classifier.backend.name, classifier.backend.device) == ("onnxruntime", "cpu")
-    assert list(classifier.skipped) == list(candidates(backend)[:-1])
+    assert list(classifier.skipped) == names(backend)[:-1]
     assert all(classifier.skipped.values())
 
 
@@ -164,25 +176,10 @@ def test_the_cpu_asked_for_by_name_skips_nothing() -> None:
     assert Classifier.load(GOLDEN, "onnxruntime-cpu").skipped == {}
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"device": -1},
-        {"threads": 0},
-        {"batches": (0, 8, 32)},
-        {"batches": (4, 2, 32)},
-        {"batches": (1, 2)},
-    ],
-)
-def test_options_that_cannot_be_are_refused(options: dict) -> None:
-    with pytest.raises(ConfigError, match=f"{next(iter(options))}: expected"):
-        RuntimeOptions(**options)
-
-
 def test_a_gpu_backend_that_fails_is_warned_of_where_another_one_works(
     all_seem_usable: None,
 ) -> None:
     start, _ = starting(tensorrt=BackendError("the build ran out of memory"))
     with pytest.warns(UserWarning, match="tensorrt-rtx is used, as tensorrt: the build ran out"):
-        _, skipped = first_that_works(AUTO, start)
+        _, skipped = first_that_works(BACKENDS, start)
     assert skipped == {"tensorrt": "the build ran out of memory"}

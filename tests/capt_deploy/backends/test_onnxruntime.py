@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from capt_deploy.backends import Backend, DeviceTimed, RuntimeOptions, create
+from capt_deploy.backends.base import Backend, DeviceTimed
 from capt_deploy.backends.onnxruntime import OnnxRuntime
+from capt_deploy.backends.options import RuntimeOptions
 from capt_deploy.core.errors import BackendError, UnavailableError
 from capt_deploy.core.machine import usable_cores
 
@@ -15,7 +16,7 @@ ONNX = (Path(__file__).parents[2] / "golden" / "tiny.capt" / "model.onnx").read_
 
 
 def test_outputs_are_consistent_with_each_other():
-    backend = create("onnxruntime-cpu", ONNX, "fp32")
+    backend = OnnxRuntime(ONNX, "fp32")
     pixels = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
     logits, probabilities, embedding = backend.run(pixels)
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -28,13 +29,13 @@ def test_outputs_are_consistent_with_each_other():
 def test_every_optimisation_level_says_the_same():
     # half precision gets a lower level than float32, see the backend
     pixels = np.random.default_rng(1).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
-    high, low = (create("auto", ONNX, precision).run(pixels) for precision in ("fp32", "fp16"))
+    high, low = (OnnxRuntime(ONNX, precision).run(pixels) for precision in ("fp32", "fp16"))
     np.testing.assert_allclose(high.logits, low.logits, atol=1e-4)
 
 
 def test_a_damaged_graph_is_a_typed_error():
     with pytest.raises(BackendError, match="cannot load the graph"):
-        create("auto", ONNX[:1000], "fp32")
+        OnnxRuntime(ONNX[:1000], "fp32")
 
 
 def test_weights_beside_the_current_folder_are_not_read(tmp_path, monkeypatch):
@@ -49,7 +50,7 @@ def test_weights_beside_the_current_folder_are_not_read(tmp_path, monkeypatch):
     onnx.save(model, path, save_as_external_data=True, location="secret", size_threshold=0)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BackendError, match="External data"):
-        create("onnxruntime", path.read_bytes(), "fp32")
+        OnnxRuntime(path.read_bytes(), "fp32")
 
 
 def test_it_is_a_backend_and_measures_no_device():
@@ -87,7 +88,7 @@ def test_a_closed_backend_runs_nothing_and_can_be_closed_again():
 
 def test_bfloat16_is_refused_on_the_cpu():
     with pytest.raises(UnavailableError, match="no bfloat16 kernels on the CPU"):
-        create("onnxruntime-cpu", ONNX, "bf16")
+        OnnxRuntime(ONNX, "bf16")
 
 
 @pytest.mark.parametrize(("before", "expected"), [(None, "1"), ("0", "0")])

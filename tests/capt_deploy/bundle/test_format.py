@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from capt_deploy.backends import Outputs
+from capt_deploy.backends.base import Outputs
 from capt_deploy.bundle import read
 from capt_deploy.bundle.manifest import FileRecord, Graph, Manifest, OpenVocabulary
 from capt_deploy.bundle.readme import README

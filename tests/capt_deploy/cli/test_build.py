@@ -48,7 +48,7 @@ def test_the_cache_is_listed_and_pruned(golden, cache, monkeypatch):
     for batch in ("1", "1,2,4"):
         sm = ("--sm", "120", "--batch", batch)
         assert run(golden, "--backend", "tensorrt-rtx", *sm, "--cache", cache).exit_code == 0
-    (cache / "engine-broken.entry").write_text("broken")
+    (cache / f"engine-{'0' * 32}.entry").write_text("broken")
     lines = run("--list", "--cache", cache).stdout.splitlines()
     assert len(lines) == 5
     assert sum("damaged" in line for line in lines) == 1

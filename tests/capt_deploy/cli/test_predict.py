@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from capt_deploy.backends import NAMES
+from capt_deploy.backends.spec import backend_names
 from capt_deploy.cli.predict import main
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -102,7 +102,9 @@ def test_bad_input_is_one_error_and_exit_code_2(arguments, said):
 
 def test_the_help_names_every_backend():
     text = " ".join(run("--help").stdout.split())
-    assert all(f"{name}," in text or f"{name}." in text or f"{name} or" in text for name in NAMES)
+    assert all(
+        f"{name}," in text or f"{name}." in text or f"{name} or" in text for name in backend_names()
+    )
 
 
 def test_what_runs_and_what_does_not_is_said_on_stderr():

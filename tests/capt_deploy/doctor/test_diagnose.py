@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from capt_deploy.backends import AUTO
+from capt_deploy.backends.spec import BACKENDS, find_backends
 from capt_deploy.core.errors import BundleError
 from capt_deploy.core.gpus import Driver, Gpu
 from capt_deploy.doctor.diagnose import Facts, Finding, diagnose, fix_of, problems
@@ -35,12 +35,13 @@ def here(*gpus):
         ("onnxruntime-cuda", ORT | ORT_GPU, here(ADA), "-y onnxruntime onnxruntime-gpu"),
         ("onnxruntime-cpu", ORT | ORT_GPU, NO_GPU, "-y onnxruntime onnxruntime-gpu"),
         ("onnxruntime-cpu", ORT_GPU, NO_GPU, "--force-reinstall onnxruntime-gpu"),
-        ("onnxruntime-cpu", {}, NO_GPU, "--force-reinstall onnxruntime"),
+        ("onnxruntime-cpu", {}, NO_GPU, "pip install onnxruntime"),
     ],
 )
 def test_there_is_one_line_that_would_fix_it(monkeypatch, name, packages, driver, said):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    line = fix_of(name, Facts(packages, driver))
+    (spec,) = find_backends(name)
+    line = fix_of(spec, Facts(packages, driver))
     assert said in line
     assert "\n" not in line
 
@@ -48,7 +49,7 @@ def test_there_is_one_line_that_would_fix_it(monkeypatch, name, packages, driver
 def test_gpus_that_only_the_environment_hides_are_shown_again(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     facts = Facts(ORT_GPU, Driver((ADA,), "the driver shows no GPU"))
-    assert fix_of("onnxruntime-cuda", facts) == "unset CUDA_VISIBLE_DEVICES"
+    assert fix_of(find_backends("onnxruntime-cuda")[0], facts) == "unset CUDA_VISIBLE_DEVICES"
 
 
 def finding(name, usable):
@@ -57,8 +58,8 @@ def finding(name, usable):
 
 def test_what_is_wrong_whichever_backend_is_used():
     both = ORT | ORT_GPU
-    only_cpu = tuple(finding(name, name == "onnxruntime-cpu") for name in AUTO)
-    none = tuple(finding(name, False) for name in AUTO)
+    only_cpu = tuple(finding(spec.name, not spec.needs_gpu) for spec in BACKENDS)
+    none = tuple(finding(spec.name, False) for spec in BACKENDS)
     assert problems(Facts(ORT, NO_GPU), only_cpu) == []
     (conflict,) = problems(Facts(both, NO_GPU), only_cpu)
     assert "overwrite each other's files" in conflict
@@ -70,7 +71,7 @@ def test_what_is_wrong_whichever_backend_is_used():
 
 def test_every_backend_is_examined_and_one_works():
     diagnosis = diagnose()
-    assert [one.name for one in diagnosis.backends] == list(AUTO)
+    assert [one.name for one in diagnosis.backends] == [spec.name for spec in BACKENDS]
     assert diagnosis.chosen is not None
     for one in diagnosis.backends:
         assert one.usable == (one.device is not None) == (one.reason is None) == (one.fix is None)

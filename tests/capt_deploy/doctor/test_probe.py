@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from capt_deploy.backends import Outputs, create
+from capt_deploy.backends.base import Outputs
+from capt_deploy.backends.onnxruntime import OnnxRuntime
 from capt_deploy.doctor import probe
 from capt_deploy.doctor.probe import GRAPH, SIDE, TO_LOGITS, expected_outputs, probe_backend
 
@@ -112,7 +113,7 @@ def test_the_packaged_graph_is_what_onnx_builds():
 
 def test_onnx_runtime_returns_the_expected_outputs():
     images = np.random.default_rng(0).integers(0, 256, (5, SIDE, SIDE, 3), dtype=np.uint8)
-    outputs = create("onnxruntime-cpu", GRAPH.read_bytes(), "fp32").run(images)
+    outputs = OnnxRuntime(GRAPH.read_bytes(), "fp32").run(images)
     pairs = zip(Outputs._fields, outputs, expected_outputs(images), strict=True)
     for name, actual, expected in pairs:
         np.testing.assert_allclose(actual, expected, atol=1e-4, err_msg=name)

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from capt_deploy.backends import Outputs
+from capt_deploy.backends.base import Outputs
 from capt_deploy.bundle.manifest import Graph, Manifest
 from capt_deploy.bundle.read import Bundle
 from capt_deploy.core.errors import DataError

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from capt_deploy.backends import Outputs
+from capt_deploy.backends.base import Outputs
 from capt_deploy.bundle.graphs import StoredGraph
 from capt_deploy.bundle.manifest import Manifest
 from capt_deploy.bundle.read import Bundle, open_bundle

@@ -3,7 +3,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from capt_deploy.backends import Outputs
+from capt_deploy.backends.base import Outputs
 from capt_deploy.confidence.distance_aware import applied
 from capt_deploy.metrics.calibration import accuracy, expected_calibration_error, softmax
 from capt_deploy.verify.gate import LIMITS, GateResult, compare_outputs, gate_table

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from capt_deploy.backends import Outputs
+from capt_deploy.backends.base import Outputs
 from capt_deploy.bundle.read import REFERENCE, open_bundle
 from capt_deploy.core.errors import BundleError, DataError
 from capt_deploy.core.files import sha256_file

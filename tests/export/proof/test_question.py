@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from capt_deploy.backends import create
+from capt_deploy.backends.onnxruntime import OnnxRuntime
 from capt_deploy.core.errors import DataError, GateError
 from capt_deploy.serving.classifier import Classifier
 from capt_deploy.verify.check import run_on_files
@@ -40,7 +40,7 @@ def changed(bundle, change, name="model.onnx"):
     """Return a backend of the bundle's graph after `change` has been applied to it."""
     graph = onnx.load(bundle / name)
     change(graph.graph)
-    return create("auto", graph.SerializeToString(), "fp32" if name == "model.onnx" else "fp16")
+    return OnnxRuntime(graph.SerializeToString(), "fp32" if name == "model.onnx" else "fp16")
 
 
 def edit(graph, name, function):

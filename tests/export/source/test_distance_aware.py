@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from capt_deploy.backends import create
+from capt_deploy.backends.onnxruntime import OnnxRuntime
 from capt_deploy.bundle.read import Bundle, open_bundle
 from capt_deploy.core.errors import GateError
 from capt_deploy.data.datasets import read_dataset
@@ -120,7 +120,7 @@ def test_the_gate_catches_shuffled_factors(
         graph = change_factors(dac_bundle / FILES[precision], change)
         files = [photo.path for photo in question.photos]
         preprocessing = source.learner.backbone.preprocess
-        found = run_on_files(create("auto", graph, precision), preprocessing, files, "asking")
+        found = run_on_files(OnnxRuntime(graph, precision), preprocessing, files, "asking")
         result = compare_outputs(precision, question.expected, found, question.labels, own.numpy())
         return result.passed
 

@@ -11,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
-from capt_deploy.backends import Outputs
+from capt_deploy.backends.base import Outputs
 from capt_deploy.backends.tensorrt.execution import INPUT, Layout
 from capt_deploy.core.errors import BackendError
 
@@ -220,7 +220,7 @@ def library(name, version, device):
     module = ModuleType(name)
     module.__version__ = version
     module.ILogger = type("ILogger", (), {"ERROR": 1, "INTERNAL_ERROR": 0})
-    module.nptype = lambda own: own
+    module.nptype = lambda kind: kind
     module.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED=2)
     module.CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE=1)
 

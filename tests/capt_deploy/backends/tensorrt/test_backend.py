@@ -9,12 +9,14 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
-from capt_deploy.backends import Backend, DeviceTimed, Outputs, RuntimeOptions
+from capt_deploy.backends.base import Backend, DeviceTimed, Outputs
 from capt_deploy.backends.onnxruntime import OnnxRuntime
-from capt_deploy.backends.tensorrt.backend import TensorRT
+from capt_deploy.backends.options import RuntimeOptions
+from capt_deploy.backends.spec import TENSORRT, TENSORRT_RTX
+from capt_deploy.backends.tensorrt.backend import TensorRT, TensorRTRTX
+from capt_deploy.backends.tensorrt.build import EngineRequest
 from capt_deploy.backends.tensorrt.cache import EngineCache
 from capt_deploy.backends.tensorrt.engine import make_logger
-from capt_deploy.backends.tensorrt.store import Target, key_of
 from capt_deploy.bundle.graphs import StoredGraph
 from capt_deploy.core.errors import BackendError, UnavailableError
 from capt_deploy.core.gpus import gpu_problem
@@ -26,7 +28,7 @@ from tests.capt_deploy.backends.tensorrt.host_device import (
     library,
 )
 
-LIBRARIES = ("tensorrt", "tensorrt_rtx")
+KINDS = (TensorRT, TensorRTRTX)
 STAND_INS = "tests.capt_deploy.backends.tensorrt.host_device"
 
 
@@ -35,11 +37,12 @@ def onnx(golden):
     return (golden / "model.onnx").read_bytes()
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
-def test_a_missing_library_is_named_with_what_installs_it(library, onnx, monkeypatch):
-    monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(UnavailableError, match=rf"{library} is missing; pip install '\.\["):
-        TensorRT(onnx, "fp32", library=library)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_missing_library_is_named_with_what_installs_it(kind, onnx, monkeypatch):
+    module = kind.spec.module
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UnavailableError, match=rf"{module} is missing; pip install '\.\["):
+        kind(onnx, "fp32")
 
 
 def test_a_library_that_is_too_old_says_which_is_wanted(onnx, monkeypatch, tmp_path):
@@ -47,7 +50,7 @@ def test_a_library_that_is_too_old_says_which_is_wanted(onnx, monkeypatch, tmp_p
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UnavailableError, match=r"expected 10\.12 or newer, came 10\.9"):
-        TensorRT(onnx, "fp32", library="tensorrt")
+        TensorRT(onnx, "fp32")
     sys.modules.pop("tensorrt")
 
 
@@ -55,27 +58,26 @@ def test_a_library_that_is_too_old_says_which_is_wanted(onnx, monkeypatch, tmp_p
 @pytest.mark.skipif(gpu_problem() is None, reason="a GPU is here")
 def test_without_a_gpu_it_is_unavailable(onnx):
     with pytest.raises(UnavailableError, match=r"driver|GPU"):
-        TensorRT(onnx, "fp32", library="tensorrt_rtx")
+        TensorRTRTX(onnx, "fp32")
 
 
-@pytest.fixture(params=LIBRARIES)
+@pytest.fixture(params=KINDS)
 def on_host(request, monkeypatch, tmp_path):
     """Return a function that starts the backend on stand-ins for the GPU and the library."""
     device, cache = HostDevice(), EngineCache(tmp_path)
-    version = {"tensorrt": "10.13.0", "tensorrt_rtx": "1.7.1"}[request.param]
-    module = library(request.param, version, device)
-    monkeypatch.setitem(sys.modules, request.param, module)
+    kind, spec = request.param, request.param.spec
+    version = {TENSORRT: "10.13.0", TENSORRT_RTX: "1.7.1"}[spec]
+    monkeypatch.setitem(sys.modules, spec.module, library(spec.module, version, device))
     monkeypatch.setattr("capt_deploy.backends.tensorrt.backend.open_device", lambda ordinal: device)
     make_logger.cache_clear()
 
     def start(entry=b"an engine", **options):
         options = RuntimeOptions(batches=(1, 4, 8), cache_folder=tmp_path, **options)
-        target = Target(device.sm, device.name, device.driver)
         graph = StoredGraph(b"a graph", "fp32")
-        cache.write(key_of(graph, request.param, target, options.batches), entry)
-        return TensorRT(b"a graph", "fp32", None, options, library=request.param)
+        cache.write(EngineRequest(graph, spec, device.sm, options.batches, device).key, entry)
+        return kind(b"a graph", "fp32", None, options)
 
-    start.device, start.cache, start.library = device, cache, request.param
+    start.device, start.cache, start.spec = device, cache, spec
     yield start
     make_logger.cache_clear()
 
@@ -96,7 +98,7 @@ def test_images_are_split_run_and_joined(on_host, graphs):
             assert own.dtype == np.float32
             assert np.array_equal(own, wanted)
     # TensorRT-RTX makes its graphs by itself.
-    assert bool(on_host.device.launched) == (graphs and on_host.library == "tensorrt")
+    assert bool(on_host.device.launched) == (graphs and on_host.spec == TENSORRT)
     assert len(backend.time_on_device(small(8), 5)) == 5
     backend.close()
     assert on_host.device.leaks == []
@@ -114,7 +116,7 @@ def test_what_is_not_its_input_is_refused(on_host):
 
 def test_a_failed_run_is_said_with_the_librarys_own_reason(on_host, monkeypatch):
     def fail(context, stream):
-        make_logger(on_host.library).log(0, "out of\n  registers")
+        make_logger(on_host.spec).log(0, "out of\n  registers")
         return False
 
     backend = on_host()
@@ -127,7 +129,7 @@ def test_a_failed_run_is_said_with_the_librarys_own_reason(on_host, monkeypatch)
 
 def test_old_errors_are_no_reason_of_new_ones(on_host, capsys):
     backend = on_host()
-    make_logger(on_host.library).log(0, "long ago")
+    make_logger(on_host.spec).log(0, "long ago")
     backend.close()
     with pytest.raises(BackendError, match="closed") as caught:
         backend.run(small(1))
@@ -135,7 +137,7 @@ def test_old_errors_are_no_reason_of_new_ones(on_host, capsys):
 
 
 def test_loading_leaves_others_their_errors(on_host):
-    logger = make_logger(on_host.library)
+    logger = make_logger(on_host.spec)
     heard = logger.listen()
     logger.log(0, "of a build in another thread")
     on_host()
@@ -143,7 +145,7 @@ def test_loading_leaves_others_their_errors(on_host):
 
 
 def test_of_many_errors_the_last_are_kept(on_host):
-    logger = make_logger(on_host.library)
+    logger = make_logger(on_host.spec)
     heard = logger.listen()
     for number in range(1000):
         logger.log(0, str(number))
@@ -178,7 +180,7 @@ def test_kernels_that_rtx_compiled_are_kept_for_the_next_time(on_host):
         backend.run(small(1))
         backend.close()
     kept = [entry for entry in on_host.cache.entries() if entry.key["kind"] == "runtime"]
-    assert len(kept) == (on_host.library == "tensorrt_rtx")
+    assert len(kept) == (on_host.spec == TENSORRT_RTX)
     for entry in kept:
         assert entry.key["gpu"] == "the host"
         assert entry.path.read_bytes().endswith(b"kernel " * 3)
@@ -187,22 +189,22 @@ def test_kernels_that_rtx_compiled_are_kept_for_the_next_time(on_host):
 def test_kernels_are_kept_at_once_for_a_process_may_be_killed(on_host):
     backend = on_host()
     kept = [entry for entry in on_host.cache.entries() if entry.key["kind"] == "runtime"]
-    assert len(kept) == (on_host.library == "tensorrt_rtx")
+    assert len(kept) == (on_host.spec == TENSORRT_RTX)
     backend.close()
 
 
 def test_nothing_runs_any_more_when_closing_keeps_the_kernels(on_host, monkeypatch):
     backend, seen = on_host(), []
     monkeypatch.setattr(
-        f"{STAND_INS}.RuntimeCache.serialize", lambda own: seen.append(on_host.device.leaks)
+        f"{STAND_INS}.RuntimeCache.serialize", lambda kernels: seen.append(on_host.device.leaks)
     )
     backend.close()
-    assert seen == ([[]] if on_host.library == "tensorrt_rtx" else [])
+    assert seen == ([[]] if on_host.spec == TENSORRT_RTX else [])
 
 
 @pytest.mark.parametrize("problem", [TypeError("the library's own"), None])
 def test_kernels_that_cannot_be_had_keep_nothing_from_closing(on_host, problem, monkeypatch):
-    def serialize(own):
+    def serialize(kernels):
         if problem is not None:
             raise problem
 
@@ -214,7 +216,7 @@ def test_kernels_that_cannot_be_had_keep_nothing_from_closing(on_host, problem, 
 
 
 def test_where_cuda_graphs_fail_it_does_without_and_says_why(on_host):
-    if on_host.library == "tensorrt_rtx":
+    if on_host.spec == TENSORRT_RTX:
         pytest.skip("it makes its graphs by itself")
     on_host.device.captures = False
     with pytest.warns(UserWarning, match=r"runs without CUDA graphs: .*cudaStreamEndCapture"):
@@ -226,7 +228,7 @@ def test_where_cuda_graphs_fail_it_does_without_and_says_why(on_host):
 
 
 def test_graphs_of_rtx_that_fail_are_switched_off(on_host, monkeypatch):
-    if on_host.library == "tensorrt":
+    if on_host.spec == TENSORRT:
         pytest.skip("its graphs are made here")
     create = Engine.create_execution_context
 
@@ -242,13 +244,13 @@ def test_graphs_of_rtx_that_fail_are_switched_off(on_host, monkeypatch):
 @pytest.mark.parametrize("problem", ["runs", "memory", "numbers"])
 def test_what_loads_but_does_not_run_is_an_error_at_once(on_host, problem, monkeypatch):
     if problem == "runs":
-        monkeypatch.setattr(f"{STAND_INS}.Context.execute_async_v3", lambda own, stream: False)
+        monkeypatch.setattr(f"{STAND_INS}.Context.execute_async_v3", lambda context, stream: False)
     elif problem == "memory":
         on_host.device.left = 100
     else:
         nothing = Outputs(*(values * np.nan for values in answer(small(1))))
         monkeypatch.setattr(f"{STAND_INS}.answer", lambda images: nothing)
-    with pytest.raises(BackendError, match=r"failed to run|out of memory|gave no number"):
+    with pytest.raises(BackendError, match=r"failed to run|out of memory|are not finite"):
         on_host()
     assert on_host.device.leaks == []
 
@@ -257,13 +259,13 @@ def test_what_loads_but_does_not_run_is_an_error_at_once(on_host, problem, monke
 def test_an_engine_that_does_not_load_is_built_again(on_host, entry, monkeypatch):
     built = []
 
-    def build(onnx, **options):
+    def build(onnx, spec, **options):
         built.append(options["sm"])
         return b"an engine"
 
-    monkeypatch.setattr("capt_deploy.backends.tensorrt.store.build_engine", build)
+    monkeypatch.setattr("capt_deploy.backends.tensorrt.build.build_engine", build)
     assert len(on_host(entry).run(small(2)).logits) == 2
-    assert built == [89 if on_host.library == "tensorrt_rtx" else None]
+    assert built == [89 if on_host.spec == TENSORRT_RTX else None]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
@@ -287,12 +289,12 @@ def test_a_forked_copy_says_so_and_frees_nothing(on_host):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_the_librarys_objects_end_in_their_own_process_alone(on_host, monkeypatch):
     ended, kinds = [], ["Context", "Engine"]
-    if on_host.library == "tensorrt_rtx":
+    if on_host.spec == TENSORRT_RTX:
         kinds += ["RuntimeCache", "RuntimeConfig"]
     for kind in kinds:
         monkeypatch.setattr(
             f"{STAND_INS}.{kind}.__del__",
-            lambda own: ended.append(type(own).__name__),
+            lambda ended_object: ended.append(type(ended_object).__name__),
             raising=False,
         )
     backend = on_host()
@@ -307,15 +309,13 @@ def test_the_librarys_objects_end_in_their_own_process_alone(on_host, monkeypatc
     assert sorted(set(ended)) == kinds
 
 
-@pytest.fixture(scope="module", params=LIBRARIES)
+@pytest.fixture(scope="module", params=KINDS)
 def backend(request, onnx, tmp_path_factory):
-    if (problem := gpu_problem()) is not None:
+    if (problem := request.param.spec.problem()) is not None:
         pytest.skip(problem)
-    if find_spec(request.param) is None:
-        pytest.skip(f"{request.param} is not installed here")
     options = RuntimeOptions(batches=(1, 4, 8), cache_folder=tmp_path_factory.mktemp("engines"))
     try:
-        own = TensorRT(onnx, "fp32", None, options, library=request.param)
+        own = request.param(onnx, "fp32", None, options)
     except UnavailableError as cause:
         pytest.skip(str(cause))
     yield own
@@ -374,13 +374,13 @@ def test_other_shapes_and_types_are_refused(backend):
 
 @pytest.mark.gpu
 def test_the_second_load_builds_nothing_and_closing_is_final(backend, onnx, capsys):
-    library = "tensorrt_rtx" if backend.name == "tensorrt-rtx" else "tensorrt"
+    kind = type(backend)
     options = RuntimeOptions(batches=(1, 4, 8))
-    TensorRT(onnx, "fp32", None, options, library=library).close()
+    kind(onnx, "fp32", None, options).close()
     capsys.readouterr()
     for graphs in (True, False):
         options = RuntimeOptions(batches=(1, 4, 8), cuda_graphs=graphs)
-        again = TensorRT(onnx, "fp32", None, options, library=library)
+        again = kind(onnx, "fp32", None, options)
         assert "building" not in capsys.readouterr().err
         assert close_to(again.run(pixels(5)), backend.run(pixels(5)))
         again.close()

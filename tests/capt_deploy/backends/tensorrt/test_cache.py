@@ -1,5 +1,5 @@
 """Every way to damage an entry ends in the right engine. The engine is a real one where
-TensorRT-RTX is installed; building it anew is tested for real in test_engine_store.py."""
+TensorRT-RTX is installed; building it anew is tested for real in test_build.py."""
 
 import json
 import os
@@ -13,8 +13,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from capt_deploy.backends.tensorrt.cache import LIMIT, EngineCache
-from capt_deploy.backends.tensorrt.entry import EngineKey, encode, read_key
+from capt_deploy.backends.tensorrt.cache import LIMIT, EngineCache, EngineKey, encode, read_key
 from capt_deploy.core.errors import BackendError, ConfigError
 
 KEY = EngineKey(
@@ -23,7 +22,6 @@ KEY = EngineKey(
     precision="fp16",
     batches=(1, 8, 32),
 )
-HEADER = 12  # bytes of the magic word and the length in front of the JSON
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +67,7 @@ def truncate(part):
 
 
 def body_of(data):
-    return data.index(b"}", data.index(b"sha256")) + 1
+    return data.index(b"\n") + 1
 
 
 def flip(place, bit=0):
@@ -86,18 +84,18 @@ def with_header(**changes):
 
     def damage(path, data):
         end = body_of(data)
-        header = json.loads(data[HEADER:end])
+        header = json.loads(data[:end])
         for name, value in changes.items():
             header[name] = {**header[name], **value} if isinstance(value, dict) else value
         text = json.dumps(header).encode()
-        path.write_bytes(data[:8] + len(text).to_bytes(4, "little") + text + data[end:])
+        path.write_bytes(text + b"\n" + data[end:])
 
     return damage
 
 
 def with_size_of_another_type(path, data):
     size = len(data) - body_of(data)
-    with_header(bytes=float(size))(path, data)
+    with_header(bytes=str(size))(path, data)
 
 
 def another(**changes):
@@ -117,32 +115,23 @@ def replaced_by(make):
     return damage
 
 
-def folder_in_its_place(path):
-    path.mkdir()
-    (path / "file").write_text("in the way")
-
-
 def pipe_in_its_place(path):
     os.mkfifo(path)
 
 
 def headless(text):
-    return lambda path, data: path.write_bytes(data[:8] + len(text).to_bytes(4, "little") + text)
+    return lambda path, data: path.write_bytes(text)
 
 
 DAMAGES = {
     "empty": lambda path, data: path.write_bytes(b""),
-    "cut off in the magic word": truncate(lambda data: 5),
-    "cut off in the length": truncate(lambda data: 10),
     "cut off in the header": truncate(lambda data: 100),
     "cut off behind the header": truncate(body_of),
     "cut off in the middle": truncate(lambda data: len(data) // 2),
     "the last byte missing": truncate(lambda data: -1),
     "one byte more": lambda path, data: path.write_bytes(data + b"\0"),
-    "magic word flipped": flip(lambda data: 0),
-    "length flipped": flip(lambda data: 8, 3),
-    "length of 4 GB": flip(lambda data: 11, 7),
-    "brace of the header flipped": flip(lambda data: HEADER),
+    "brace of the header flipped": flip(lambda data: 0),
+    "end of the header flipped": flip(lambda data: body_of(data) - 1),
     "digit of the SM flipped": flip(lambda data: data.index(b'"sm": 89') + 6),
     "digit of the hash flipped": flip(lambda data: data.index(b'"sha256": "') + 11),
     "first byte of the body flipped": flip(body_of),
@@ -157,7 +146,7 @@ DAMAGES = {
     "other weights inside": another(weights="c" * 64),
     "other batches inside": another(batches=(1, 1, 1)),
     "timings in its place": another(kind="timing"),
-    "another format": with_header(format=2),
+    "another format": with_header(format=1),
     "header with another size": with_header(bytes=10),
     "header with a size that is no whole number": with_size_of_another_type,
     "header with another hash": with_header(sha256="0" * 64),
@@ -167,7 +156,6 @@ DAMAGES = {
     "header nested too deeply": headless(b"[" * 60000),
     "header is no UTF-8": headless(b"\xff\xfe{}"),
     "text of somebody else": lambda path, data: path.write_text("not an engine\n"),
-    "a folder": replaced_by(folder_in_its_place),
     "a link to itself": replaced_by(lambda path: path.symlink_to(path)),
     "a link to nowhere": replaced_by(lambda path: path.symlink_to(path.with_name("nowhere"))),
     "a pipe": replaced_by(pipe_in_its_place),
@@ -277,9 +265,11 @@ def test_threads_at_once_build_once(cache, engine):
 SLOW = f"""
 import sys, time
 from pathlib import Path
-from capt_deploy.backends.tensorrt.cache import EngineCache
-from capt_deploy.backends.tensorrt.entry import EngineKey
+from capt_deploy.backends.tensorrt.cache import EngineCache, EngineKey
+from capt_deploy.core.console import messages_on_stderr
 KEY = {KEY}
+shown = messages_on_stderr()
+shown.__enter__()
 log = Path(sys.argv[2])
 def build():
     with log.open("a") as file:
@@ -331,7 +321,7 @@ def test_half_an_entry_of_a_killed_process_is_cleared_away(cache, builder, engin
     cache.folder.mkdir()
     half = cache.path_of(KEY).with_name(f".{cache.path_of(KEY).name}.0123abcd.tmp")
     half.write_bytes(encode(KEY, engine)[:1000])
-    stale = cache.folder / "engine-00000000.lock"
+    stale = cache.folder / f"engine-{'0' * 32}.lock"
     stale.touch()
     cache.prune()
     assert list(cache.folder.iterdir()) == []
@@ -344,9 +334,11 @@ def test_half_an_entry_of_a_killed_process_is_cleared_away(cache, builder, engin
 FULL = f"""
 import resource, sys
 from pathlib import Path
-from capt_deploy.backends.tensorrt.cache import EngineCache
-from capt_deploy.backends.tensorrt.entry import EngineKey
+from capt_deploy.backends.tensorrt.cache import EngineCache, EngineKey
+from capt_deploy.core.console import messages_on_stderr
 KEY = {KEY}
+shown = messages_on_stderr()
+shown.__enter__()
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 print(len(EngineCache(Path(sys.argv[1])).obtain(KEY, lambda: bytes(100_000), lambda body: body)))
 """
@@ -369,7 +361,7 @@ def test_a_cache_that_cannot_be_made_is_done_without(tmp_path, builder, engine, 
     assert get(cache, builder) == engine
     assert "building without it" in capsys.readouterr().err
     assert cache.entries() == []
-    assert cache.prune().entries == 0
+    assert cache.prune() == []
 
 
 def test_the_least_recently_used_are_pruned_but_never_the_newest(tmp_path, monkeypatch):
@@ -382,7 +374,7 @@ def test_the_least_recently_used_are_pruned_but_never_the_newest(tmp_path, monke
     cache.read(keys[0])  # used again
     monkeypatch.setenv(LIMIT, str(3.5e-9 * cache.path_of(KEY).stat().st_size))
     cache = EngineCache(tmp_path)
-    assert cache.prune().entries == 3
+    assert len(cache.prune()) == 3
     assert {entry.key["sm"] for entry in cache.entries()} == {0, 4, KEY.sm}
     monkeypatch.setenv(LIMIT, "0")
     EngineCache(tmp_path).write(replace(KEY, sm=9), bytes(1000))
@@ -395,20 +387,33 @@ def test_damaged_entries_are_listed_and_pruned(cache, builder):
     get(cache, builder, other)
     cache.path_of(other).write_bytes(b"nothing")
     assert [entry.key is None for entry in cache.entries()].count(True) == 1
-    pruned = cache.prune()
-    assert (pruned.entries, pruned.bytes) == (1, 7)
+    assert [entry.bytes for entry in cache.prune()] == [7]
     assert [entry.key["sm"] for entry in cache.entries()] == [89]
 
 
-def test_a_folder_of_somebody_else_is_not_pruned(cache, builder, tmp_path):
+def test_a_folder_in_place_of_an_entry_costs_only_time(cache, builder, engine):
+    folder = cache.path_of(KEY)
+    folder.mkdir(parents=True)
+    (folder / "file").write_text("mine")
+    assert get(cache, builder) == engine
+    assert cache.entries() == []
+    assert (folder / "file").read_text() == "mine"
+
+
+def test_files_of_others_are_never_pruned(cache, builder, monkeypatch):
     get(cache, builder)
-    for name in ("notes.txt", "data.bin", ".hidden.tmp"):
+    foreign = ["notes.txt", ".hidden.tmp", "poetry.lock", "notes.entry", "engine-1.lock"]
+    foreign += [f".{cache.path_of(KEY).name}.old", "engine-mine.entry", ".notes.entry.1234.tmp"]
+    for name in foreign:
         (cache.folder / name).write_text("mine")
-    (cache.folder / "folder").mkdir()
+    (cache.folder / "diary.entry").mkdir()
+    (cache.folder / "diary.entry" / "page").write_text("mine")
     shutil.copy(cache.path_of(KEY), cache.folder / "copy.bin")
-    cache.prune()
-    kept = {"notes.txt", "data.bin", ".hidden.tmp", "folder", "copy.bin"}
-    assert kept < {path.name for path in cache.folder.iterdir()}
+    monkeypatch.setenv(LIMIT, "0")
+    EngineCache(cache.folder).prune()
+    kept = {path.name for path in cache.folder.iterdir()}
+    assert kept == {*foreign, "diary.entry", "copy.bin"}
+    assert (cache.folder / "diary.entry" / "page").read_text() == "mine"
 
 
 @pytest.mark.parametrize("text", ["ten", "-1", "nan", ""])

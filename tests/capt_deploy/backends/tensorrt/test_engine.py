@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from capt_deploy.backends.tensorrt.engine import build_engine
+from capt_deploy.backends.spec import TENSORRT, TENSORRT_RTX
+from capt_deploy.backends.tensorrt.engine import _make_monitor, build_engine
 from capt_deploy.core.errors import BackendError
 
 GOLDEN = Path(__file__).parents[3] / "golden" / "tiny.capt" / "model.onnx"
@@ -23,16 +24,16 @@ builds = pytest.mark.skipif(
 def graph(kind, *, dtype="FLOAT", domain="", shape=("batch", 8), **attributes):
     """One node between casts, on `images` and, where it takes two inputs, an 8×8 matrix."""
     onnx = pytest.importorskip("onnx", reason="onnx is not installed here")
-    helper, own = onnx.helper, getattr(onnx.TensorProto, dtype)
+    helper, element = onnx.helper, getattr(onnx.TensorProto, dtype)
     inputs = ["x", "weight"] if "MatMul" in kind else ["x"]
     nodes = [
-        helper.make_node("Cast", ["images"], ["x"], to=own),
+        helper.make_node("Cast", ["images"], ["x"], to=element),
         helper.make_node(kind, inputs, ["y"], name="the_node", domain=domain, **attributes),
         helper.make_node("Cast", ["y"], ["logits"], to=onnx.TensorProto.FLOAT),
     ]
     images = helper.make_tensor_value_info("images", onnx.TensorProto.UINT8, shape)
     logits = helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, None)
-    weight = helper.make_tensor("weight", own, (8, 8), [0.5] * 64)
+    weight = helper.make_tensor("weight", element, (8, 8), [0.5] * 64)
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.example", 1)]
     made = helper.make_graph(nodes, "graph", [images], [logits], [weight])
     return helper.make_model(made, opset_imports=opsets, ir_version=10)
@@ -190,17 +191,11 @@ except Exception:
     assert (done.stdout, done.stderr) == ("", "")
 
 
-@pytest.mark.parametrize("batches", [(0, 1, 2), (4, 2, 8), (1, 16, 8), (1, 8)])
-def test_batches_must_rise(batches):
-    with pytest.raises(BackendError, match="smallest ≤ usual ≤ largest"):
-        build_engine(b"", batches=batches)
-
-
 def test_a_missing_library_names_the_extra_to_install(monkeypatch):
-    for library, extra in {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}.items():
-        monkeypatch.setitem(sys.modules, library, None)
-        with pytest.raises(BackendError, match=rf"pip install '\.\[{extra}\]'"):
-            build_engine(b"", library=library)
+    for spec in (TENSORRT, TENSORRT_RTX):
+        monkeypatch.setitem(sys.modules, spec.module, None)
+        with pytest.raises(BackendError, match=rf"pip install '\.\[{spec.extra}\]'"):
+            build_engine(b"", spec)
 
 
 def test_a_library_that_does_not_load_says_why(monkeypatch, tmp_path):
@@ -208,9 +203,33 @@ def test_a_library_that_does_not_load_says_why(monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(BackendError, match=r"does not load: libnvinfer\.so\.11"):
-        build_engine(b"", library="tensorrt")
+        build_engine(b"", TENSORRT)
 
 
-def test_another_library_is_refused():
-    with pytest.raises(BackendError, match="'openvino': expected one of tensorrt, tensorrt_rtx"):
-        build_engine(b"", library="openvino")
+class Library:
+    """A library's way to call back; its monitors are told of all phases, whoever calls."""
+
+    class IProgressMonitor:
+        pass
+
+
+def test_the_steps_of_the_whole_are_shown_and_the_last_ones_filled_in(capsys):
+    cancelled = threading.Event()
+    monitor = _make_monitor(Library, cancelled)
+    monitor.phase_start("whole", None, 3)
+    monitor.phase_start("part", "whole", 100)
+    assert all(monitor.step_complete("part", step) for step in range(100))
+    monitor.phase_finish("part")
+    assert monitor.step_complete("whole", 0)
+    monitor.phase_finish("whole")
+    assert capsys.readouterr().err == "building an engine: 3/3 steps\n"
+    cancelled.set()
+    assert not monitor.step_complete("whole", 1)
+
+
+def test_a_closed_terminal_does_not_reach_the_library(monkeypatch):
+    monitor = _make_monitor(Library, threading.Event())
+    monkeypatch.setattr(sys, "stderr", None)
+    monitor.phase_start("whole", None, 1)
+    assert monitor.step_complete("whole", 0)
+    monitor.phase_finish("whole")

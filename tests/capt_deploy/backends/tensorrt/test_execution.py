@@ -1,11 +1,13 @@
-from types import SimpleNamespace
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
 
 from capt_deploy.backends.tensorrt.execution import (
-    INPUT,
     Execution,
+    ExecutionPool,
     read_layout,
 )
 from capt_deploy.core.errors import BackendError
@@ -95,34 +97,102 @@ def test_times_are_of_each_run_alone(device):
         assert execution(device).time(images(5), 3) == [1.0, 1.0, 1.0]
 
 
-def engine(shapes=None, types=None):
-    own = Engine(None)
-    own.names += [name for name in shapes or {} if name not in own.names]
-    own.num_io_tensors = len(own.names)
-    shape_of, type_of = own.get_tensor_shape, own.get_tensor_dtype
-    own.get_tensor_shape = lambda name: (shapes or {}).get(name) or shape_of(name)
-    own.get_tensor_dtype = lambda name: (types or {}).get(name) or type_of(name)
-    return own
-
-
-TRT = SimpleNamespace(nptype=lambda own: own)
-
-
 def test_a_layout_is_read_from_the_engine():
-    assert read_layout(TRT, engine(), (1, 4, 8)) == LAYOUT
+    assert read_layout(Engine(None), (1, 4, 8)) == LAYOUT
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"shapes": {"more": (1,)}, "types": {"more": np.float32}},
-        {"shapes": {INPUT: (4, *PIXELS)}},
-        {"shapes": {INPUT: (-1, 3)}},
-        {"shapes": {"logits": (-1, 3, 3)}},
-        {"types": {INPUT: np.float32}},
-        {"types": {"embedding": np.float16}},
-    ],
-)
-def test_an_engine_of_something_else_is_refused(changes):
-    with pytest.raises(BackendError, match="expected"):
-        read_layout(TRT, engine(**changes), (1, 4, 8))
+@pytest.fixture
+def pool(device):
+    return ExecutionPool(device, partial(execution, device))
+
+
+def ask(pool, seed):
+    asked = images(1 + seed % 8, seed)
+    with pool.execution() as own:
+        return same(own.run(asked), answer(asked))
+
+
+def test_threads_get_their_own_answers_from_few_executions(pool, device):
+    with ThreadPoolExecutor(12) as threads:
+        assert all(threads.map(partial(ask, pool), range(300)))
+    assert device.held["stream", id(device)] <= 4
+    pool.close()
+    assert device.leaks == []
+
+
+def test_one_thread_uses_one_execution(pool, device):
+    assert all(ask(pool, seed) for seed in range(20))
+    assert device.held["stream", id(device)] == 1
+
+
+def test_a_failed_execution_is_not_used_again(pool, device):
+    with pytest.raises(ValueError, match="of the caller"), pool.execution():
+        raise ValueError("of the caller")
+    assert device.leaks == []
+    assert ask(pool, 3)
+
+
+def test_a_closed_pool_says_so_every_time(pool, device):
+    ask(pool, 1)
+    pool.close()
+    pool.close()
+    for _ in range(6):
+        with pytest.raises(BackendError, match="closed"), pool.execution():
+            pass
+    assert device.leaks == []
+
+
+def test_what_fits_once_is_waited_for_by_other_threads():
+    device, refused = HostDevice(memory=1000), threading.Event()  # an execution takes 800
+
+    def make():
+        try:
+            return execution(device)
+        except BackendError:
+            refused.set()
+            raise
+
+    pool = ExecutionPool(device, make)
+    with ThreadPoolExecutor(6) as threads:
+        with pool.execution():  # the others come while it is lent
+            waiting = [threads.submit(ask, pool, seed) for seed in range(50)]
+            assert refused.wait(10)
+            assert not any(one.done() for one in waiting)
+        assert all(one.result() for one in waiting)
+    pool.close()
+    assert (device.leaks, device.left) == ([], 1000)
+
+
+def test_what_does_not_fit_once_is_an_error_each_time():
+    device = HostDevice(memory=700)
+    pool = ExecutionPool(device, partial(execution, device))
+    for _ in range(6):
+        with pytest.raises(BackendError, match="out of memory"), pool.execution():
+            pass
+    device.left = 1000
+    assert ask(pool, 1)
+
+
+def test_after_the_only_one_failed_another_is_made():
+    device = HostDevice(memory=1000)
+    pool = ExecutionPool(device, partial(execution, device))
+    with ThreadPoolExecutor(1) as threads:
+        with pytest.raises(ValueError, match="of the caller"), pool.execution():
+            waiting = threads.submit(ask, pool, 1)
+            raise ValueError("of the caller")
+        assert waiting.result()
+
+
+def test_closing_waits_for_what_is_lent_and_ends_those_that_wait():
+    device = HostDevice(memory=1000)
+    pool = ExecutionPool(device, partial(execution, device))
+    with ThreadPoolExecutor(2) as threads:
+        with pool.execution() as own:
+            waiting = threads.submit(ask, pool, 1)
+            closing = threads.submit(pool.close)
+            with pytest.raises(BackendError, match="closed"):
+                waiting.result(timeout=10)
+            assert not closing.done()
+            assert len(own.run(images(3, 0)).logits) == 3
+        closing.result(timeout=10)
+    assert device.leaks == []

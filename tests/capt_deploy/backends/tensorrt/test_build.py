@@ -1,22 +1,25 @@
-"""Real builds by TensorRT-RTX into the cache; test_engine_cache.py has all ways to damage it."""
+"""Real builds by TensorRT-RTX into the cache; test_cache.py has all ways to damage it."""
 
 import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
 
+from capt_deploy.backends.spec import TENSORRT_RTX
+from capt_deploy.backends.tensorrt.build import EngineRequest, run_cancellable
 from capt_deploy.backends.tensorrt.cache import EngineCache
-from capt_deploy.backends.tensorrt.store import Target, key_of, obtain
 from capt_deploy.bundle.graphs import StoredGraph, read_metadata
 from capt_deploy.bundle.manifest import METADATA_KEY
 from capt_deploy.core.errors import BackendError
+from tests.capt_deploy.backends.tensorrt.host_device import HostDevice
 
-pytestmark = pytest.mark.skipif(
+builds = pytest.mark.skipif(
     find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed here"
 )
 
@@ -24,12 +27,17 @@ BUILD = """
 import sys
 from pathlib import Path
 from capt_deploy.backends.tensorrt.cache import EngineCache
-from capt_deploy.backends.tensorrt.store import Target, key_of, obtain
+from capt_deploy.backends.spec import TENSORRT_RTX
+from capt_deploy.backends.tensorrt.build import EngineRequest
 from capt_deploy.bundle.graphs import StoredGraph
+from capt_deploy.core.console import messages_on_stderr
+shown = messages_on_stderr()
+shown.__enter__()
 graph = StoredGraph(Path(sys.argv[1]).read_bytes(), "fp32")
-key = key_of(graph, "tensorrt_rtx", Target(89))
+request = EngineRequest(graph, TENSORRT_RTX, 89)
+request.key
 print("starting", flush=True)
-engine = obtain(EngineCache(Path(sys.argv[2])), key, graph, Target(89), lambda data: data)
+engine = request.obtain(EngineCache(Path(sys.argv[2])), lambda data: data)
 print(len(engine), flush=True)
 """
 
@@ -44,9 +52,12 @@ def graph(golden):
     return StoredGraph((golden / "model.onnx").read_bytes(), "fp32")
 
 
+def key_of(graph, sm=89, batches=(1, 8, 32)):
+    return EngineRequest(graph, TENSORRT_RTX, sm, batches).key
+
+
 def get(cache, graph, sm=89):
-    key = key_of(graph, "tensorrt_rtx", Target(sm))
-    return obtain(cache, key, graph, Target(sm), lambda data: data)
+    return EngineRequest(graph, TENSORRT_RTX, sm).obtain(cache, lambda data: data)
 
 
 def start(golden, cache):
@@ -54,6 +65,7 @@ def start(golden, cache):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@builds
 def test_an_engine_is_built_shown_and_kept(cache, graph, capsys):
     engine = get(cache, graph)
     said = capsys.readouterr().err
@@ -64,9 +76,10 @@ def test_an_engine_is_built_shown_and_kept(cache, graph, capsys):
     assert capsys.readouterr().err == ""
 
 
+@builds
 def test_a_damaged_engine_is_really_built_again(cache, graph, capsys):
     engine = get(cache, graph)
-    path = cache.path_of(key_of(graph, "tensorrt_rtx", Target(89)))
+    path = cache.path_of(key_of(graph, 89))
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
@@ -77,6 +90,7 @@ def test_a_damaged_engine_is_really_built_again(cache, graph, capsys):
     assert get(cache, graph) == again
 
 
+@builds
 def test_two_processes_at_once_build_once(cache, golden):
     both = [start(golden, cache) for _ in range(2)]
     answers = [process.communicate(timeout=120) for process in both]
@@ -84,6 +98,7 @@ def test_two_processes_at_once_build_once(cache, golden):
     assert sum("building an engine for" in stderr for _, stderr in answers) == 1
 
 
+@builds
 @pytest.mark.parametrize("seconds", [0.0, 0.3, 0.6])
 def test_a_build_killed_at_any_time_leaves_nothing_that_is_used(seconds, cache, golden, graph):
     process = start(golden, cache)
@@ -96,11 +111,11 @@ def test_a_build_killed_at_any_time_leaves_nothing_that_is_used(seconds, cache, 
     assert sorted(path.suffix for path in cache.folder.iterdir()) == [".entry", ".lock"]
 
 
+@builds
 def test_ctrl_c_leaves_no_lock_and_no_entry(cache, golden, graph):
     process = start(golden, cache)
     assert process.stdout.readline() == "starting\n"
-    while "building an engine" not in process.stderr.readline():
-        pass
+    assert any("building an engine" in line for line in iter(process.stderr.readline, ""))
     process.send_signal(signal.SIGINT)
     _, complained = process.communicate(timeout=60)
     assert process.returncode != 0
@@ -110,44 +125,40 @@ def test_ctrl_c_leaves_no_lock_and_no_entry(cache, golden, graph):
     assert len(get(cache, graph)) > 100_000
 
 
+@builds
 def test_a_gpu_that_the_library_does_not_know_is_an_error_that_keeps_nothing(cache, graph):
     with pytest.raises(BackendError, match="SM 90 is not one of"):
         get(cache, graph, sm=90)
     assert cache.entries() == []
 
 
+@builds
 def test_engines_of_rtx_do_not_depend_on_what_it_compiles_for_at_loading(graph):
-    here = Target(89, "NVIDIA GeForce RTX 4090", "580.65.06, CUDA 13.0")
-    assert key_of(graph, "tensorrt_rtx", here) == key_of(graph, "tensorrt_rtx", Target(89))
-    assert key_of(graph, "tensorrt_rtx", Target(86)) != key_of(graph, "tensorrt_rtx", Target(89))
+    here = EngineRequest(graph, TENSORRT_RTX, 89, device=HostDevice())
+    assert here.key == key_of(graph, 89)
+    assert key_of(graph, 86) != key_of(graph, 89)
 
 
+@builds
 def test_other_graphs_and_weights_have_other_keys(graph, golden, tmp_path):
-    base = key_of(graph, "tensorrt_rtx", Target(89))
+    base = key_of(graph, 89)
     changed = replace(graph, onnx=graph.onnx + b"\0")
-    assert key_of(changed, "tensorrt_rtx", Target(89)) != base
-    assert key_of(graph, "tensorrt_rtx", Target(89), (1, 1, 1)) != base
-    # A bundle whose graph has its weights in its own file is read no further.
-    assert key_of(replace(graph, weights_folder=golden), "tensorrt_rtx", Target(89)) == base
-    # Of a graph that says nothing of itself, every file beside it may hold weights.
-    foreign = StoredGraph(b"no manifest", "fp32", tmp_path)
-    (tmp_path / "weights.bin").write_bytes(b"1")
-    first = key_of(foreign, "tensorrt_rtx", Target(89))
-    (tmp_path / "weights.bin").write_bytes(b"2")
-    second = key_of(foreign, "tensorrt_rtx", Target(89))
+    assert key_of(changed, 89) != base
+    assert key_of(graph, 89, (1, 1, 1)) != base
+    split = replace(graph, onnx=onnx_with_weights(graph.onnx), weights_folder=tmp_path)
+    (tmp_path / "model.data").write_bytes(b"1")
+    first = key_of(split)
+    (tmp_path / "model.data").write_bytes(b"2")
+    second = key_of(split)
     assert first.weights != second.weights
     assert first.onnx == second.onnx
 
 
+@builds
 def test_missing_weights_are_an_error(graph, tmp_path):
-    (tmp_path / "weights.bin").write_bytes(b"1")
-    foreign = replace(graph, onnx=b"no manifest", weights_folder=tmp_path)
-    (tmp_path / "weights.bin").unlink()
-    (tmp_path / "folder").mkdir()
-    assert key_of(foreign, "tensorrt_rtx", Target(89)).weights  # none are there, which is a state
     inside = onnx_with_weights(graph.onnx)
     with pytest.raises(BackendError, match=r"expected the graph's weights, came .*model\.data"):
-        key_of(replace(foreign, onnx=inside), "tensorrt_rtx", Target(89))
+        key_of(replace(graph, onnx=inside, weights_folder=tmp_path))
 
 
 def onnx_with_weights(onnx):
@@ -167,3 +178,60 @@ def varint(number):
         parts.append(0x80 | (number & 0x7F))
         number >>= 7
     return bytes([*parts, number])
+
+
+BUILDS = """
+import sys, time
+from pathlib import Path
+from capt_deploy.backends.tensorrt.engine import build_engine
+from capt_deploy.backends.tensorrt.build import run_cancellable
+onnx = Path(sys.argv[1]).read_bytes()
+def build(cancelled):
+    while True:  # builds of so small a graph end before anybody could stop them
+        print("building", flush=True)
+        build_engine(onnx, sm=89, cancelled=cancelled)
+try:
+    run_cancellable(build)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+def test_what_is_built_is_returned():
+    assert run_cancellable(lambda cancelled: cancelled.is_set()) is False
+
+
+def test_an_error_is_passed_on():
+    with pytest.raises(TimeoutError, match="of its own"):
+        run_cancellable(lambda cancelled: next(iter(())) if cancelled.is_set() else fail())
+
+
+def fail():
+    raise TimeoutError("of its own")
+
+
+def test_ctrl_c_stops_the_build_and_waits_for_its_end():
+    ended = []
+
+    def build(cancelled):
+        threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
+        assert cancelled.wait(30)
+        time.sleep(0.2)  # libraries stop at their next step, not at once
+        ended.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_cancellable(build)
+    assert ended == [True]
+
+
+@builds
+def test_ctrl_c_ends_a_real_build(golden):
+    command = [sys.executable, "-c", BUILDS, golden / "model.onnx"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(2):
+        assert process.stdout.readline() == "building\n"
+    process.send_signal(signal.SIGINT)
+    said, complained = process.communicate(timeout=30)
+    assert said.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in complained
+    assert process.returncode == 0

@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from capt_deploy.backends.tensorrt import device as device_module
-from capt_deploy.backends.tensorrt import device_cuda
-from capt_deploy.backends.tensorrt.device import open_device
+from capt_deploy.backends import device as device_module
+from capt_deploy.backends.device import CudaPython, PyCuda, open_device
 from capt_deploy.core.errors import BackendError, UnavailableError
 from capt_deploy.core.gpus import gpu_problem
 
@@ -33,23 +32,25 @@ def test_without_a_package_for_cuda_it_says_what_to_install(monkeypatch):
 def test_errors_of_cuda_are_typed_and_name_the_call():
     runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not here")
     with pytest.raises(BackendError, match="CUDA: cudaGetDeviceCount failed: "):
-        device_cuda.CudaPython(runtime, 0)
+        CudaPython(runtime, 0)
 
 
 def test_every_call_of_cuda_python_exists():
     # What cannot be called here without a GPU can at least be looked up.
     runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not here")
-    source = Path(device_cuda.__file__).read_text()
+    source = Path(device_module.__file__).read_text()
     names = {word.split('"')[0] for word in source.split('_call("')[1:]}
     assert len(names) > 15
     assert [name for name in sorted(names) if not hasattr(runtime, name)] == []
 
 
+def test_both_ways_to_cuda_have_the_same_methods():
+    methods = [{n for n in dir(kind) if not n.startswith("_")} for kind in (CudaPython, PyCuda)]
+    assert methods[0] == methods[1]
+
+
 def test_importing_it_imports_no_cuda():
-    code = (
-        "import sys, capt_deploy.backends.tensorrt.device;"
-        "print([m for m in sys.modules if 'cuda.' in m])"
-    )
+    code = "import sys, capt_deploy.backends.device;print([m for m in sys.modules if 'cuda.' in m])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
