@@ -105,7 +105,8 @@ def score_graphs(
             say(f"note: {notes[-1]}")
     if not evaluations:
         raise UnavailableError(f"{path}: none of its graphs can run here: {'; '.join(notes)}")
-    first, scores = evaluations[0], {}
+    first = evaluations[0]
+    scores: dict[str, Scores] = {}
     for evaluation in evaluations:
         scores.update(evaluation.scores)
     return replace(first, scores=scores, notes=(*notes, *first.notes))
