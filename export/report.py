@@ -68,9 +68,8 @@ def _of_run(scored: "RunScores", name: str) -> Evaluation:
 
     model, notes = scored.model, []
     if scored.seen:
-        notes.append(
-            f"{counted(scored.seen, 'image')} of this split were also used to make the model"
-        )
+        photos = counted(scored.seen, "image")
+        notes.append(f"the run itself has used {photos} of this split: the figures flatter it")
     return Evaluation(
         model.class_names,
         model.tuned,

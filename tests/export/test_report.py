@@ -103,7 +103,7 @@ def test_what_takes_from_the_figures_is_said_on_the_page(tuned_run, bundle, phot
     shutil.copytree(own / "train", own / "test", dirs_exist_ok=True)
     result = evaluate(tuned_run, "--data", own, "--report", page)
     notes = json.loads((page / "report.json").read_text())["notes"]
-    assert any("of these also served to make the model" in note for note in notes)
+    assert "the run itself has used 8 images of this split: the figures flatter it" in notes
 
 
 def test_a_page_about_a_bundle_needs_no_torch(bundle, photos, tmp_path):
