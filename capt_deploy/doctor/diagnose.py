@@ -89,16 +89,16 @@ def diagnose(bundle: Path | None = None, attempt: Try = probe_backend) -> Diagno
 
 def _examine(spec: BackendSpec, facts: Facts, bundle: Path | None, attempt: Try) -> Finding:
     if spec.needs_gpu and facts.driver.problem is not None:
-        reason = "needs an NVIDIA GPU, and the driver gives none; see there"
+        reason = "needs an NVIDIA GPU, which the driver does not provide"
         return Finding(spec.name, False, None, reason, fix_of(spec, facts), 0.0)
-    trial = attempt(spec.name, bundle)
-    usable = trial.device is not None
+    result = attempt(spec.name, bundle)
+    usable = result.device is not None
     fix = None if usable else fix_of(spec, facts)
-    return Finding(spec.name, usable, trial.device, trial.reason, fix, trial.seconds)
+    return Finding(spec.name, usable, result.device, result.reason, fix, result.seconds)
 
 
 def fix_of(spec: BackendSpec, facts: Facts) -> str:
-    """Return the line that most likely makes a backend work that does not."""
+    """Return one line that most likely makes a backend work."""
     if spec.needs_gpu and facts.driver.problem is not None:
         hidden = facts.driver.gpus and "CUDA_VISIBLE_DEVICES" in os.environ
         return "unset CUDA_VISIBLE_DEVICES" if hidden else _DRIVER
@@ -106,7 +106,7 @@ def fix_of(spec: BackendSpec, facts: Facts) -> str:
 
 
 def problems(facts: Facts, findings: tuple[Finding, ...]) -> list[str]:
-    """Return the problems of the machine, whichever backend is used, each with its fix."""
+    """Return the problems of the machine, whichever the backend, each with its fix."""
     specs = find_backends()
     lines = [text for spec in specs if (text := _clash(spec, facts)) is not None]
     works = {finding.name for finding in findings if finding.usable}
@@ -120,7 +120,7 @@ def problems(facts: Facts, findings: tuple[Finding, ...]) -> list[str]:
 
 
 def _clash(spec: BackendSpec, facts: Facts) -> str | None:
-    """Return the problem that several packages contain the library of a backend."""
+    """Return a problem if several installed packages contain the library of a backend."""
     packages = sorted(name for name in spec.packages if name in facts.packages)
     if len(packages) < 2:
         return None
