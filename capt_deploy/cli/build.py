@@ -8,7 +8,7 @@ import click
 
 from capt_deploy.backends.options import BATCHES, check_batches
 from capt_deploy.backends.spec import BACKENDS, BackendSpec, find_backends
-from capt_deploy.core.console import Command, PathInHome, print_json, say
+from capt_deploy.core.console import Command, PathInHome, counted, print_json, say
 from capt_deploy.core.errors import BackendError, ConfigError
 from capt_deploy.core.version import __version__
 
@@ -115,7 +115,8 @@ def _look_after(engines: "EngineCache", prune: bool, as_list: bool, as_json: boo
         removed = engines.prune()
         size = sum(entry.bytes for entry in removed)
         result["removed"] = {"entries": len(removed), "bytes": size}
-        say(f"{engines.folder}: removed {len(removed)} entries, {size / 1e6:.1f} MB")
+        count = counted(len(removed), "entry", "entries")
+        say(f"{engines.folder}: removed {count}, {size / 1e6:.1f} MB")
     entries = engines.entries() if as_list or as_json else []
     if as_json:
         print_json({**result, "entries": [_describe(entry) for entry in entries]})
