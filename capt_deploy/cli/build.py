@@ -1,5 +1,6 @@
 """`capt-build`."""
 
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,6 +162,8 @@ def _build(
     from capt_deploy.bundle.read import open_bundle
 
     opened = open_bundle(bundle)
+    if not opened.manifest.verified:
+        warnings.warn(f"{bundle}: was exported although its check had failed", stacklevel=2)
     graph = opened.graph(precision or spec.preferred(opened.precisions))
     start = time.perf_counter()
     gpu = _open_gpu(spec, sm, device)

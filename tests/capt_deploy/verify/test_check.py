@@ -81,7 +81,7 @@ def test_a_graph_that_cannot_be_loaded_is_no_pass(
     def refuse(*_: object, **__: object) -> None:
         raise BackendError("cannot load the graph")
 
-    monkeypatch.setattr("capt_deploy.serving.classifier.start", refuse)
+    monkeypatch.setattr("capt_deploy.backends.spec.BackendSpec.open", refuse)
     with pytest.raises(BackendError, match="cannot load"):
         check_bundle(with_reference(reference.save()))
 
@@ -112,7 +112,7 @@ def test_what_cannot_run_here_is_said_and_is_no_pass(
     def refuse(*_: object, **__: object) -> None:
         raise UnavailableError("no such device")
 
-    monkeypatch.setattr("capt_deploy.serving.classifier.start", refuse)
+    monkeypatch.setattr("capt_deploy.backends.spec.BackendSpec.open", refuse)
     with pytest.raises(UnavailableError, match="none of its graphs can run here"):
         check_bundle(with_reference(reference.save()))
     assert "fp32: not checked: no such device" in capsys.readouterr().err
