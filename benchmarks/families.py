@@ -25,6 +25,7 @@ from capt_deploy.core.console import Command, say
 from capt_deploy.core.errors import ModelError
 from capt_train.clip.backbone import Backbone
 from capt_train.clip.colour_map import ColourMap
+from capt_train.clip.text_tokens import whole_words
 from capt_train.config import PromptSettings, TrainConfig
 from capt_train.data.fewshot import FewShotSplit
 from capt_train.method.learner import Learner, left_out, make_learner
@@ -133,7 +134,7 @@ def _text_depth(backbone: Backbone) -> int:
     """Return in how many blocks of the text tower context vectors can be put, the input counted."""
     for depth in count(2):
         try:
-            backbone.check_text_depth(depth)
+            backbone.text.check_depth(depth)
         except ModelError:
             return depth - 1
     raise AssertionError("towers end")
@@ -187,7 +188,7 @@ def _takes_colours(backbone: Backbone) -> bool:
 def _has_words(backbone: Backbone, notes: list[str]) -> bool:
     """Whether there are words for classes never tuned on, as the mixture needs them."""
     try:
-        pseudo_class_names(backbone.words_known(), len(_NAMES), 0, _NAMES)
+        pseudo_class_names(whole_words(backbone.tokens.tokenizer), len(_NAMES), 0, _NAMES)
     except ModelError as refused:
         notes.append(str(refused))
         return False

@@ -15,7 +15,6 @@ from capt_deploy.data.datasets import Item
 from capt_deploy.evaluation.evaluate import Report
 from capt_train.config import TrainConfig
 from capt_train.confusion.bank import ConfusionBank, intensity
-from capt_train.confusion.llm_answers import DryRun
 from capt_train.confusion.mining import find_centres, find_sentences, mined_names, would_ask
 from capt_train.data.embedding_cache import EmbeddingCache
 from capt_train.data.features import Embedded, Features, embed
@@ -66,8 +65,8 @@ def train(
     return report
 
 
-def dry_run(config: TrainConfig, out: Path, split_from: Path | None = None) -> DryRun:
-    """Return what the run would ask the LLM; write nothing but cached embeddings.
+def dry_run(config: TrainConfig, out: Path, split_from: Path | None = None) -> str:
+    """Return the prompts that the run would send to the LLM; write nothing but cached embeddings.
 
     Raises:
         CaptError: as by `train`; also where the run asks nothing.
@@ -204,11 +203,11 @@ def _with_visual_side(setup: Setup, learner: Learner, task: TuningTask) -> Tunin
 
 def _measure(setup: Setup, model: TunedModel, cache: EmbeddingCache) -> Report:
     """Evaluate on test images, or on the best that there is, and say so."""
-    splits = {**setup.dataset.splits, "val": setup.dataset.splits["val"] or setup.split.val}
-    measured_on = next(name for name in ("test", "val", "train") if splits[name])
+    dataset = setup.dataset
+    dataset = dataset.with_split("val", dataset.splits["val"] or setup.split.val)
+    measured_on = next(name for name in ("test", "val", "train") if dataset.splits[name])
     if measured_on != "test":
         say(f"note: no test images: measured on {measured_on} images, which the run has used")
-    dataset = replace(setup.dataset, splits=splits)
     config = setup.config
     own: dict[str, Any] = {"method": config.method, "parts": sorted(model.learner.parts(config))}
     return {

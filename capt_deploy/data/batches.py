@@ -1,4 +1,4 @@
-"""Image files in batches of pixels, where one broken file spoils only its own row."""
+"""Image files in batches of pixels; an unreadable file costs only its own row."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +23,7 @@ _LARGEST_FRUGAL = 64
 
 @dataclass(frozen=True)
 class Batch:
-    """Some files; `pixels` has a row for each readable one, in order."""
+    """Image files and the pixels of the readable ones, in order."""
 
     files: tuple[str, ...]
     pixels: NDArray[np.uint8] | None  # (readable, height, width, 3); None if none is readable
@@ -31,16 +31,16 @@ class Batch:
 
 
 def frugal_batch(config: PreprocessConfig) -> int:
-    """Return how many images to run at once where memory counts more than time."""
+    """Return a batch size for where memory counts more than time."""
     height, width = config.size
     return max(1, min(_LARGEST_FRUGAL, _FRUGAL_PIXELS // (height * width)))
 
 
 def in_batches(items: Iterable[T], work: Callable[[T], R], batch_size: int) -> Iterator[list[R]]:
-    """Yield what `work` makes of items, in order, in lists of `batch_size`.
+    """Yield the results of `work` on items, in order, in lists of `batch_size`.
 
-    A pool of threads works on the next list while the caller has the last one. `items` is drawn
-    from by the caller's thread alone. An error of `work` is raised at its item's list.
+    A pool of threads works on the next list while the caller has the last one. Only the caller's
+    thread iterates over `items`. An error in `work` is raised with the list of its item.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, came {batch_size}")
@@ -54,10 +54,10 @@ def in_batches(items: Iterable[T], work: Callable[[T], R], batch_size: int) -> I
         ahead = [_begin(pool, work, item) for item in first]
         first.clear()
         while ahead:
-            now = ahead
+            current = ahead
             ahead = [_begin(pool, work, item) for item in islice(rest, batch_size)]
-            results = [future.result() for future in now]
-            now.clear()  # or the pixels would be kept while the caller works
+            results = [future.result() for future in current]
+            current.clear()  # or the pixels would be kept while the caller works
             yield results
             del results
     finally:
@@ -66,8 +66,8 @@ def in_batches(items: Iterable[T], work: Callable[[T], R], batch_size: int) -> I
 
 def _begin(pool: ThreadPoolExecutor, work: Callable[[T], R], item: T) -> "Future[R]":
     if isinstance(item, Image.Image):
-        # Pillow reads pixels and EXIF late, and the same image may be there twice.
-        with suppress(Exception):  # `work` meets it again
+        # Pillow reads pixels and EXIF late, and two threads may get the same image.
+        with suppress(Exception):  # that `work` raises as well
             item.load()
             item.getexif()
     return pool.submit(work, item)

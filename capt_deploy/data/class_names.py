@@ -1,4 +1,4 @@
-"""What classes are called: prompts read "aquarium fish", folders say `aquarium_fish`."""
+"""Names of classes: prompts read "aquarium fish" where folders say `aquarium_fish`."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from capt_deploy.data import label_files
 def name_classes(
     root: Path, labels: tuple[str, ...], names_file: str | Path | None, strict_names: bool
 ) -> tuple[str, ...]:
-    """Return a name for each label: that of the file, else the label with spaces for underscores.
+    """Return a name for each label: that in the file, else the label with spaces for underscores.
 
     Raises:
         DataError: two classes share a name, a name is empty, or the file cannot be used.
@@ -25,24 +25,23 @@ def name_classes(
     if "" in names:
         label = labels[names.index("")]
         raise DataError(f"{root}: class {label!r} has an empty name; give it one")
-    for name, times in Counter(name.casefold() for name in names).items():
-        if times > 1:
-            twins = [
-                label for label, own in zip(labels, names, strict=True) if own.casefold() == name
-            ]
-            raise DataError(
-                f"{root}: classes {twins} have the same name {name!r}; "
-                f"merge them or name them apart with --class-names"
-            )
+    folded = [name.casefold() for name in names]
+    name, times = Counter(folded).most_common(1)[0]
+    if times > 1:
+        twins = [label for label, other in zip(labels, folded, strict=True) if other == name]
+        raise DataError(
+            f"{root}: classes {twins} have the same name {name!r}; "
+            f"merge them or name them apart with --class-names"
+        )
     return names
 
 
-def distinct_names(names: Iterable[str], others: Sequence[str] = ()) -> tuple[str, ...]:
-    """Return a list of names with single spaces in them, in their order.
+def distinct_names(names: Iterable[str], taken: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return class names in their order, with single spaces in them.
 
     Args:
-        names: of classes.
-        others: names that are there already.
+        names: the new names.
+        taken: names of existing classes.
 
     Raises:
         ConfigError: no list of texts, an empty name, or two that differ in spelling at most, for
@@ -51,21 +50,21 @@ def distinct_names(names: Iterable[str], others: Sequence[str] = ()) -> tuple[st
     listed = None if isinstance(names, str) else list(names)
     if listed is None or not all(isinstance(name, str) for name in listed):
         raise ConfigError(f"class names: expected a list of texts, came {names!r}")
-    found = [" ".join(name.split()) for name in listed]
-    if "" in found:
-        raise ConfigError(f"class names: the name at place {found.index('') + 1} is empty")
-    known = {spelled_alike(name): name for name in others}
-    for name in found:
-        if (twin := known.get(spelled_alike(name))) is not None:
+    distinct = [" ".join(name.split()) for name in listed]
+    if "" in distinct:
+        raise ConfigError(f"class names: the name at place {distinct.index('') + 1} is empty")
+    known = {plain_spelling(name): name for name in taken}
+    for name in distinct:
+        if (twin := known.get(plain_spelling(name))) is not None:
             raise ConfigError(
                 f"class names: {name!r} is there already, as {twin!r}; name each once"
             )
-        known[spelled_alike(name)] = name
-    return tuple(found)
+        known[plain_spelling(name)] = name
+    return tuple(distinct)
 
 
-def spelled_alike(name: str) -> str:
-    """Return what two names have in common that differ only in case and underscores."""
+def plain_spelling(name: str) -> str:
+    """Return a name for comparison: in lower case, with single spaces and no underscores."""
     return " ".join(name.replace("_", " ").split()).casefold()
 
 

@@ -1,30 +1,37 @@
-"""Labelled image collections on disk, in the four forms that people have.
+"""Labelled images on disk, in the four forms that people have.
 
-1. A folder with `train/`, `val/`, `test/`, each holding a folder per class.
-2. One folder per class; split by a hash of the path, so that a photo added or removed moves
+1. A folder with `train/`, `val/`, `test/`, each with a folder per class.
+2. One folder per class; split by a hash of the path, so that adding or removing a photo moves
    hardly another one, and none of another class.
 3. A CSV or JSONL file with `path,label[,split]`, paths relative to the file.
-4. A CoOp `split_zhou_*.json`, or a folder that holds one.
+4. A CoOp `split_zhou_*.json`, or a folder with one.
 
-Only names are looked at here; images are decoded when they are used. It lives in the runtime
-because a bundle must be evaluated on machines that have no torch.
+Reading a data set lists its files; images are decoded when they are used. It is part of the runtime
+because a bundle must be evaluated on machines without torch.
 """
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from capt_deploy.core.errors import DataError
 from capt_deploy.core.files import expand_home, visible_files
-from capt_deploy.data import label_files
 from capt_deploy.data.class_names import name_classes
 from capt_deploy.data.images import IMAGE_SUFFIXES
-from capt_deploy.data.label_files import Row
+from capt_deploy.data.label_files import (
+    SPLIT_NAMES,
+    Listing,
+    Row,
+    read_csv,
+    read_jsonl,
+    read_zhou,
+)
 
 SPLITS = ("train", "val", "test")
 _SHARES = {"test": 0.2, "val": 0.2}  # of every class, where the data has no split of its own
+_READERS = {".csv": read_csv, ".jsonl": read_jsonl, ".json": read_zhou}
 
 
 @dataclass(frozen=True)
@@ -45,10 +52,10 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Labelled images by split; `class_names` are in label order."""
+    """Labelled images by split, with the names of their classes and the files left out."""
 
     root: Path
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...]  # in label order
     splits: Mapping[str, tuple[Item, ...]]
     skipped: tuple[Skipped, ...] = ()
 
@@ -60,35 +67,44 @@ class Dataset:
         """
         items = self.splits.get(split, ())
         if not items:
-            found = ", ".join(f"{name} ({len(of)})" for name, of in self.splits.items() if of)
-            raise DataError(f"{self.root}: no images in split {split!r}; there are: {found}")
+            counts = {name: len(images) for name, images in self.splits.items() if images}
+            listed = ", ".join(f"{name} ({count})" for name, count in counts.items())
+            raise DataError(f"{self.root}: no images in split {split!r}; there are: {listed}")
         return items
 
-    def aligned_to(self, class_names: tuple[str, ...]) -> "Dataset":
-        """Return the data set with its labels in a model's order of classes.
+    def path(self, item: Item) -> Path:
+        """Return the path of an image."""
+        return self.root / item.path
 
-        Raises:
-            DataError: it has a class that the model does not know.
-        """
+    def classes(self, scope: str) -> tuple[int, ...]:
+        """Return labels: `all`, `base` (the first half, rounded up) or `new` (the rest)."""
+        count = len(self.class_names)
+        half = (count + 1) // 2
+        return tuple({"all": range(count), "base": range(half), "new": range(half, count)}[scope])
+
+    def with_split(self, split: str, items: Sequence[Item]) -> "Dataset":
+        """Return the data set with other images in one split."""
+        return replace(self, splits={**self.splits, split: tuple(items)})
+
+    def _aligned_to(self, class_names: tuple[str, ...]) -> "Dataset":
+        """Return the data set with its labels in a model's order of classes."""
         if unknown := set(self.class_names) - set(class_names):
             raise DataError(
                 f"{self.root}: classes {sorted(unknown)[:5]} are not among the "
                 f"{len(class_names)} of the model; rename them with --class-names"
             )
-        index = [class_names.index(name) for name in self.class_names]
+        label = [class_names.index(name) for name in self.class_names]
         splits = {
-            split: tuple(Item(item.path, index[item.label]) for item in items)
+            split: tuple(Item(item.path, label[item.label]) for item in items)
             for split, items in self.splits.items()
         }
         return replace(self, class_names=class_names, splits=splits)
 
-    def path(self, item: Item) -> Path:
-        """Return where the image lies."""
-        return self.root / item.path
-
 
 def read_dataset(
-    path: str | Path, class_names: str | Path | None = None, *, strict_names: bool = True
+    path: str | Path,
+    class_names: str | Path | None = None,
+    known_classes: tuple[str, ...] | None = None,
 ) -> Dataset:
     """Read any of the four forms.
 
@@ -96,49 +112,56 @@ def read_dataset(
         path: a folder, a `.csv` or `.jsonl` file, or a `split_zhou_*.json`.
         class_names: JSON `{label: name}` or a two-column CSV that renames classes; classes it
             does not mention keep their label with underscores turned to spaces.
-        strict_names: whether it is an error to rename a class that is not there, as it is for
-            training data, while test data may hold fewer classes.
+        known_classes: of a model that is to be tested on the data; labels are then in its order,
+            and `class_names` may rename classes that the data does not have.
 
     Raises:
-        DataError: nothing usable is there, a class has no image, or two classes share a name.
+        DataError: nothing usable is there, a class has no image, two classes share a name, or a
+            class is not known to the model.
     """
     path = expand_home(path)
     if not path.exists():
         raise DataError(f"{path}: no such folder or file; expected a data set (see --help)")
     if path.is_dir():
-        reader = _folder_reader(path)
-        root = path
+        root, listing = path, _read_folder(path)
+    elif path.suffix.lower() in _READERS:
+        root, listing = path.parent, _READERS[path.suffix.lower()](path)
     else:
-        readers: dict[str, Callable[[Path], label_files.Listing]] = {
-            ".csv": label_files.read_csv,
-            ".jsonl": label_files.read_jsonl,
-            ".json": label_files.read_zhou,
-        }
-        if path.suffix.lower() not in readers:
-            raise DataError(f"{path}: expected a folder, .csv, .jsonl or .json, came a file")
-        reader, root = readers[path.suffix.lower()], path.parent
-    return _build(root, reader(path), class_names, strict_names)
+        raise DataError(f"{path}: expected a folder, .csv, .jsonl or .json, came a file")
+    dataset = _build(root, listing, class_names, strict_names=known_classes is None)
+    return dataset if known_classes is None else dataset._aligned_to(known_classes)
 
 
-def _folder_reader(path: Path) -> Callable[[Path], label_files.Listing]:
+def _read_folder(path: Path) -> Listing:
     # "train" may also be a class, of vehicles; and a lone test/ is enough to evaluate on
     folders = _folders(path)
-    splits = [
-        folder for folder in folders if folder.name in label_files.SPLIT_NAMES and _folders(folder)
-    ]
+    splits = [folder for folder in folders if folder.name in SPLIT_NAMES and _folders(folder)]
     if splits and (len(folders) == len(splits) or path / "train" in splits):
-        return _read_split_folders
+        return _list_files(path, {folder: SPLIT_NAMES[folder.name] for folder in splits})
     zhou = sorted(path.glob("split_zhou_*.json"))
     if len(zhou) > 1:
         raise DataError(f"{path}: holds {[file.name for file in zhou]}; pass one of them")
-    if zhou:
-        return lambda _: label_files.read_zhou(zhou[0])
-    return _read_class_folders
+    return read_zhou(zhou[0]) if zhou else _list_files(path, {path: None})
+
+
+def _list_files(root: Path, parents: Mapping[Path, str | None]) -> Listing:
+    """List the files in the class folders of each parent, with the split of that parent."""
+    classes = [(folder, split) for parent, split in parents.items() for folder in _folders(parent)]
+    rows = [
+        Row(file.relative_to(root).as_posix(), folder.name, split)
+        for folder, split in classes
+        for file in visible_files(folder)
+    ]
+    return Listing(tuple(sorted({folder.name for folder, _ in classes})), tuple(rows))
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(f for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
 
 
 def _build(
     root: Path,
-    listing: label_files.Listing,
+    listing: Listing,
     names_file: str | Path | None,
     strict_names: bool,
 ) -> Dataset:
@@ -186,31 +209,6 @@ def _split(rows: Iterable[Row], index: Mapping[str, int]) -> dict[str, tuple[Ite
             rest = rest[count:]
         splits["train"] += rest
     return {
-        split: tuple(sorted(of, key=lambda i: (i.label, i.path))) for split, of in splits.items()
+        split: tuple(sorted(items, key=lambda item: (item.label, item.path)))
+        for split, items in splits.items()
     }
-
-
-def _folders(path: Path) -> list[Path]:
-    return sorted(f for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
-
-
-def _read_class_folders(path: Path) -> label_files.Listing:
-    classes = _folders(path)
-    rows = [
-        Row(file.relative_to(path).as_posix(), folder.name, None)
-        for folder in classes
-        for file in visible_files(folder)
-    ]
-    return label_files.Listing(tuple(folder.name for folder in classes), tuple(rows))
-
-
-def _read_split_folders(path: Path) -> label_files.Listing:
-    present = [folder for folder in _folders(path) if folder.name in label_files.SPLIT_NAMES]
-    labels = {folder.name for split in present for folder in _folders(split)}
-    rows = [
-        Row(file.relative_to(path).as_posix(), folder.name, label_files.SPLIT_NAMES[split.name])
-        for split in present
-        for folder in _folders(split)
-        for file in visible_files(folder)
-    ]
-    return label_files.Listing(tuple(sorted(labels)), tuple(rows))

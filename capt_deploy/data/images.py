@@ -1,4 +1,4 @@
-"""Decode one image from whatever the caller has: a path, bytes, an array, a Pillow image."""
+"""Decoding of one image from a path, bytes, an array or a Pillow image."""
 
 import io
 from collections.abc import Callable
@@ -14,16 +14,16 @@ ImageInput = str | Path | bytes | NDArray[np.uint8] | Image.Image
 """A path, an encoded file as bytes, an HWC RGB uint8 array (or HW grey), or a Pillow image."""
 
 Size = tuple[int, int]
-"""Width and height in pixels, as Pillow has them."""
+"""Width and height in pixels, in Pillow's order."""
 Box = tuple[float, float, float, float]
-"""Left, top, right and bottom in pixels, likewise."""
+"""Left, top, right and bottom in pixels."""
 
 IMAGE_SUFFIXES = frozenset(
     {".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm"}
     | {".tif", ".tiff", ".webp"}
 )
 
-_UPRIGHT = {  # what undoes each EXIF orientation
+_UPRIGHT = {  # the transposition that undoes each EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -32,8 +32,8 @@ _UPRIGHT = {  # what undoes each EXIF orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Those after which the first pixel of the first row is: beside the same pixels as those of its
-# column before, at the right border, at the lower border.
+# Transpositions that swap rows and columns; that move the left border to the right; and the upper
+# border to the bottom.
 _SIDEWAYS = tuple(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
 _ENDS_RIGHT = tuple(_UPRIGHT[orientation] for orientation in (2, 3, 6, 7))
 _ENDS_BELOW = tuple(_UPRIGHT[orientation] for orientation in (3, 4, 7, 8))
@@ -53,18 +53,19 @@ def load_image(source: ImageInput) -> Image.Image:
 def load_shrunk(
     source: ImageInput, enough: Callable[[Size], Size] | None
 ) -> tuple[Image.Image, Box | None]:
-    """Like `load_image`, but let the decoder of JPEGs in files and bytes shrink them.
+    """Decode as `load_image`, but let the decoder shrink JPEGs in files and bytes.
 
     Args:
-        source: what to decode.
-        enough: says, of an upright photo's size, what size is still enough; the photo is decoded
-            at 1/2, 1/4 or 1/8, the smallest that is no smaller than that.
+        source: a path, bytes, array or Pillow image.
+        enough: returns, for the size of an upright photo, the size that is still enough; the photo
+            is decoded at 1/2, 1/4 or 1/8, the smallest that is no smaller. None decodes it whole.
 
     Returns:
-        The image, and what of it is the photo: a shrunk one may end within a pixel. None means all.
+        The image, and the photo's box in it, as a shrunk photo may end within a pixel. None means
+        the whole image.
 
     Raises:
-        ImageError: see there.
+        ImageError: as by `load_image`.
     """
     name = _describe(source)
     try:
@@ -102,14 +103,16 @@ def load_shrunk(
 
 
 def _usable(image: Image.Image, name: str) -> Image.Image:
-    """Return an image that can be resized and converted, or say why this one cannot be."""
+    """Return an image that can be resized and converted, or refuse it."""
     if 0 in image.size:
         raise ImageError(f"{name}: expected at least one pixel, came {image.size}")
     if image.mode == "F":
         raise ImageError(
             f"{name}: expected 8 or 16 bits a channel, came 32-bit floats; convert it first"
         )
-    return image.convert("LA") if image.mode == "La" else image  # that is all Pillow can make of it
+    return (
+        image.convert("LA") if image.mode == "La" else image
+    )  # Pillow converts it to nothing else
 
 
 def _describe(source: ImageInput) -> str:
@@ -135,7 +138,7 @@ def _from_array(array: NDArray[np.uint8]) -> Image.Image:
 
 
 def _shrink_when_decoded(image: Image.Image, enough: Callable[[Size], Size]) -> Box | None:
-    """Return what will be the photo, in the decoded image as it is stored."""
+    """Ask the decoder to shrink; return the photo's box in the image as it is stored."""
     if _turn(image) in _SIDEWAYS:
         width, height = enough((image.height, image.width))
         drafted = image.draft(None, (height, width))
@@ -149,7 +152,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def _turned(box: Box, size: Size, turn: Image.Transpose | None) -> Box:
-    """Return where a box that begins in the corner of a stored image is in the upright one."""
+    """Return the place in the upright image of a box at the upper left of the stored one."""
     (_, _, *extent), whole = box, size
     if turn in _SIDEWAYS:
         extent, whole = extent[::-1], size[::-1]

@@ -13,7 +13,7 @@ SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "va
 
 
 class Row(NamedTuple):
-    """One listed file; `split` is None where the list does not say."""
+    """One listed file; `split` is None where the list has no splits."""
 
     path: str
     label: str
@@ -29,11 +29,10 @@ class Listing(NamedTuple):
 
 def read_csv(path: Path) -> Listing:
     """Read a CSV with a header that names `path`, `label` and perhaps `split`."""
+    reader = csv.DictReader(_lines(path))
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            return _listing(path, ((reader.line_num, row) for row in reader))
-    except (OSError, UnicodeDecodeError, csv.Error) as cause:
+        return _listing(path, ((reader.line_num, row) for row in reader))
+    except csv.Error as cause:
         raise DataError(f"{path}: not a readable UTF-8 CSV file ({cause})") from cause
 
 
@@ -42,13 +41,17 @@ def read_jsonl(path: Path) -> Listing:
     return _listing(path, _json_lines(path))
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _lines(path: Path) -> list[str]:
+    """Return lines with their ends; not `splitlines`, for JSON texts may hold other separators."""
     try:
-        # not splitlines: JSON text may hold other line separators as they are
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            return list(file)
     except (OSError, UnicodeDecodeError) as cause:
         raise DataError(f"{path}: not a readable UTF-8 file ({cause})") from cause
-    for number, line in enumerate(lines, start=1):
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for number, line in enumerate(_lines(path), start=1):
         try:
             value = json.loads(line) if line.strip() else None
         except json.JSONDecodeError as cause:
@@ -61,12 +64,11 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 def read_pairs(path: Path) -> dict[str, str]:
     """Read a two-column CSV without a header: label, name."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in csv.reader(file) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as cause:
-        raise DataError(f"{path}: not a readable UTF-8 CSV file ({cause})") from cause
     pairs: dict[str, str] = {}
+    try:
+        rows = [row for row in csv.reader(_lines(path)) if row]
+    except csv.Error as cause:
+        raise DataError(f"{path}: not a readable UTF-8 CSV file ({cause})") from cause
     for number, row in enumerate(rows, start=1):
         if len(row) != 2:
             raise DataError(f"{path}, row {number}: expected label,name, came {row}")
@@ -80,8 +82,8 @@ def read_pairs(path: Path) -> dict[str, str]:
 def read_zhou(path: Path) -> Listing:
     """Read `{"train": [[path, label index, class name], …], "val": …, "test": …}`.
 
-    CoOp keeps image paths relative to a folder beside the file (`images/`, `jpg/`, …), whose
-    name the file does not tell: the one in which the first image lies is taken.
+    Paths are relative to a folder beside the file (`images/`, `jpg/`, …), whose name is not in the
+    file: it is the folder that holds the first image.
     """
     content = read_json(path, DataError)
     if not isinstance(content, dict) or not set(content) <= {"train", "val", "test"}:
@@ -103,7 +105,7 @@ def read_zhou(path: Path) -> Listing:
                 raise DataError(f"{path}: label {index} is both {names[index]!r} and {name!r}")
             rows.append(Row(str(file), name, split))
     folder = _image_folder(path, rows)
-    rows = [row._replace(path=_checked(path, folder + row.path, "")) for row in rows]
+    rows = [row._replace(path=_inside(path.parent, folder + row.path, str(path))) for row in rows]
     return Listing(tuple(names[index] for index in sorted(names)), tuple(rows))
 
 
@@ -121,28 +123,26 @@ def _image_folder(path: Path, rows: list[Row]) -> str:
 def _listing(path: Path, entries: Iterable[tuple[int, Mapping[str, Any]]]) -> Listing:
     rows = []
     for number, entry in entries:
-        where = f", line {number}"
+        place = f"{path}, line {number}"
         file, label, split = (entry.get(key) for key in ("path", "label", "split"))
         if not file or label is None or label == "":
-            raise DataError(
-                f"{path}{where}: expected the columns path and label, came {dict(entry)}"
-            )
+            raise DataError(f"{place}: expected the columns path and label, came {dict(entry)}")
         if split and str(split).lower() not in SPLIT_NAMES:
-            raise DataError(f"{path}{where}: expected split train, val or test, came {split!r}")
+            raise DataError(f"{place}: expected split train, val or test, came {split!r}")
         split = SPLIT_NAMES[str(split).lower()] if split else None
-        rows.append(Row(_checked(path, str(file), where), str(label), split))
-    given = {row.split is None for row in rows}
-    if len(given) > 1:
+        rows.append(Row(_inside(path.parent, str(file), place), str(label), split))
+    if len({row.split is None for row in rows}) > 1:
         raise DataError(f"{path}: some rows have a split and some have none; fill in all or none")
     return Listing(tuple(sorted({row.label for row in rows})), tuple(rows))
 
 
-def _checked(path: Path, name: str, where: str) -> str:
-    if "\\" in name and not (path.parent / name).exists():
+def _inside(folder: Path, name: str, place: str) -> str:
+    """Return a listed path with forward slashes, or refuse one that leads out of the folder."""
+    if "\\" in name and not (folder / name).exists():
         name = name.replace("\\", "/")  # the list was made on Windows
     if not is_inside(name):
         raise DataError(
-            f"{path}{where}: {name!r} leads out of {path.parent}; "
+            f"{place}: {name!r} leads out of {folder}; "
             f"paths must be relative to the file and stay in its folder"
         )
     return Path(name).as_posix()

@@ -1,4 +1,4 @@
-"""Pixels for the graph: resize, crop, RGB, in the very order in which open_clip does it.
+"""Pixels for the graph: resize, crop and conversion to RGB in the same order as open_clip.
 
 Pixel normalisation is not here: it is folded into the graph's first convolution.
 """
@@ -25,7 +25,7 @@ _MARGIN = 2
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """How an image becomes model input, under open_clip's own keys."""
+    """The preprocessing of a model, with open_clip's keys."""
 
     size: tuple[int, int]  # height, width in pixels
     mean: tuple[float, float, float]  # of RGB in [0, 1]
@@ -36,23 +36,28 @@ class PreprocessConfig:
     fill_color: int = 0  # of the border that "longest" adds
 
     def __post_init__(self) -> None:
-        problems = [
-            (self.mode != "RGB", f"mode RGB, came {self.mode!r}"),
+        checks = [
+            (self.mode == "RGB", "mode", "RGB"),
             (
-                self.interpolation not in _RESAMPLING,
-                f"interpolation to be one of {', '.join(_RESAMPLING)}, came {self.interpolation!r}",
+                self.interpolation in _RESAMPLING,
+                "interpolation",
+                f"one of {', '.join(_RESAMPLING)}",
             ),
             (
-                self.resize_mode not in _RESIZE_MODES,
-                f"resize_mode to be one of {', '.join(_RESIZE_MODES)}, came {self.resize_mode!r}",
+                self.resize_mode in _RESIZE_MODES,
+                "resize_mode",
+                f"one of {', '.join(_RESIZE_MODES)}",
             ),
-            (len(self.size) != 2 or min(self.size) < 1, f"size (height, width), came {self.size}"),
-            (len(self.mean) != 3 or len(self.std) != 3, "three values in mean and in std"),
-            (not all(value > 0 for value in self.std), f"std above 0, came {self.std}"),
+            (len(self.size) == 2 and min(self.size) >= 1, "size", "height and width"),
+            (len(self.mean) == 3, "mean", "three values"),
+            (len(self.std) == 3, "std", "three values"),
+            (all(value > 0 for value in self.std), "std", "values above 0"),
         ]
-        for wrong, expected in problems:
-            if wrong:
-                raise ConfigError(f"preprocessing: expected {expected}")
+        for fine, name, expected in checks:
+            if not fine:
+                raise ConfigError(
+                    f"preprocessing: expected {expected} as {name}, came {getattr(self, name)!r}"
+                )
 
     @classmethod
     def from_dict(
@@ -94,11 +99,11 @@ def preprocess(
     """Decode, resize, crop and convert one image.
 
     Args:
-        source: what to decode.
-        config: what the model takes.
-        fast_decode: let the decoder of JPEGs shrink those that are at least four times as large as
-            they have to be, to no less than twice that. Pixels differ a little from open_clip's
-            then; benchmarks/fast_decode.py measures by how much. Other images keep every bit.
+        source: a path, bytes, array or Pillow image.
+        config: the model's preprocessing.
+        fast_decode: let the decoder shrink JPEGs that are at least four times as large as needed,
+            to no less than twice that. Their pixels then differ a little from open_clip's
+            (benchmarks/fast_decode.py measures by how much); other images keep every bit.
 
     Returns:
         uint8 array (height, width, 3), RGB, 0-255.
@@ -142,7 +147,7 @@ def _target(size: tuple[float, float], config: PreprocessConfig) -> Size:
 
 
 def _enough(size: Size, config: PreprocessConfig) -> Size:
-    """Return what a JPEG may be shrunk to by its decoder, which is worse at it than Pillow."""
+    """Return the size to which a JPEG's decoder, worse at it than Pillow, may shrink it."""
     width, height = _target(size, config)
     return _MARGIN * width, _MARGIN * height
 

@@ -43,8 +43,7 @@ def score_bundle(
     with Classifier.load(path, backend, precision) as classifier:
         say(classifier.running_on)
         manifest, precision = classifier.manifest, classifier.precision
-        dataset = read_dataset(data, class_names, strict_names=False)
-        dataset = dataset.aligned_to(classifier.class_names)
+        dataset = read_dataset(data, class_names, classifier.class_names)
         items = {str(dataset.path(item)): item for item in dataset.items(split)}
         with progress(f"predicting {split} images", len(items), "images") as counter:
             for batch in preprocess_files(list(items), manifest.preprocess, _BATCH):

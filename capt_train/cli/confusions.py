@@ -12,7 +12,7 @@ from capt_deploy.core.console import Command, PathInHome, print_json, say, table
 from capt_deploy.core.version import __version__
 
 if TYPE_CHECKING:
-    from capt_train.confusion.confusions import ConfusedPair, Confusions
+    from capt_train.confusion.confusions import ConfusionCell, Confusions
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
@@ -51,8 +51,7 @@ def main(run: Path, top: int, as_json: bool, csv_file: Path | None, png_file: Pa
     if png_file is not None:
         from capt_train.confusion.plot import plot_confusions
 
-        before, after = confusions.matrices()
-        plot_confusions(png_file, before, after, confusions.class_names)
+        plot_confusions(png_file, confusions.matrices(), confusions.class_names)
         say(f"wrote {png_file}")
     if as_json:
         print_json(confusions.to_dict())
@@ -91,7 +90,7 @@ def _table(confusions: "Confusions", top: int) -> str:
     return table(["confused pair (training images)", "before", "after"], rows)
 
 
-def _row(name: str, pairs: Sequence["ConfusedPair"]) -> list[str]:
+def _row(name: str, pairs: Sequence["ConfusionCell"]) -> list[str]:
     sums = sum(pair.before for pair in pairs), sum(pair.after for pair in pairs)
     return [name, *(f"{round(count, 1):.10g}" for count in sums)]
 

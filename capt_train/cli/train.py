@@ -150,8 +150,7 @@ def main(
     from capt_train.run.folder import CONFIG
 
     if llm_dry_run:
-        asked = dry_run(config, out, split_from)
-        click.echo(asked.text())
+        click.echo(dry_run(config, out, split_from))
         return
 
     try:

@@ -17,33 +17,32 @@ from capt_train.clip.colour_map import ColourMap
 from capt_train.clip.text_tokens import TextTokens
 from capt_train.clip.text_tower import TextTower
 from capt_train.clip.vision_tower import Tower, open_tower
-from capt_train.clip.vocabulary import whole_words
 
 
 class Backbone:
     """An open_clip model in float32 and evaluation mode whose parameters never change."""
 
-    colours: ColourMap | None = None  # in front of the tower
+    colours: ColourMap | None = None  # in front of the visual tower
 
     def __init__(self, model: Any, tokenizer: Any, preprocess: PreprocessConfig) -> None:
         self.model: Any = model.eval().requires_grad_(False)
         self.preprocess = preprocess
         self.scale = float(self.model.logit_scale.exp())  # 1/τ
-        # SigLIP's, of scale·f·t + bias; the same for all classes, so no softmax ever sees it.
+        # SigLIP's, of scale·f·t + bias; the same for all classes, so softmax cancels it.
         bias = getattr(model, "logit_bias", None)
         self.logit_bias = 0.0 if bias is None else float(bias)
         self.tokens = TextTokens(tokenizer)
-        self._text = TextTower(model, self.tokens)
+        self.text = TextTower(model, self.tokens)
         mean, std = torch.tensor(preprocess.mean), torch.tensor(preprocess.std)
         self._mean, self._std = mean.to(self.device), std.to(self.device)
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
+        """Return the device of the model."""
         return self.model.logit_scale.device  # type: ignore[no-any-return]
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 over all weights, the preprocessing, and a tokenizer of its own."""
+        """Return a SHA-256 over weights, preprocessing and the vocabulary that the model brings."""
         digest = hashlib.sha256(json.dumps(self.preprocess.to_dict()).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -61,52 +60,44 @@ class Backbone:
     def normalise(
         self, pixels: UInt8[Tensor, "batch height width 3"]
     ) -> Float[Tensor, "batch 3 height width"]:
-        """Return what the visual tower takes."""
+        """Return the visual tower's input: normalised images, through the colour map if any."""
         images = (pixels.to(self.device).float() / 255 - self._mean) / self._std
         images = images.permute(0, 3, 1, 2)
         return images if self.colours is None else self.colours(images)
 
     def recoloured(self, colours: ColourMap | None) -> "Backbone":
-        """Return the same model with a map of its own in front of the tower."""
+        """Return the same model with another colour map, or None, in front of the visual tower."""
         other = copy.copy(self)
         other.colours = colours
         return other
 
     def free(self, *, text_only: bool = False) -> None:
-        """Give back the memory of the towers, which cannot be used from here on."""
+        """Release the memory of both towers, or of the text tower; they cannot be used any more."""
         for name, parameter in self.model.named_parameters():
             if not (text_only and name.startswith("visual.")):
                 parameter.data = parameter.new_empty(0)
 
     @cached_property
     def tower(self) -> Tower | None:
-        """The visual tower in pieces; None where its tokens cannot be reached."""
+        """Return the visual tower in pieces; None where its tokens cannot be reached."""
         return open_tower(self.model.visual, self.preprocess.size)
 
     @torch.no_grad()
     def text_embeddings(self, texts: Sequence[str]) -> Float[Tensor, "texts dim"]:
         """Return unit-norm embeddings of sentences."""
-        return self.encode(self.tokenize(texts))
+        return self.text.encode(self.tokenize(texts))
 
     @torch.no_grad()
     def sentence_embeddings(self, texts: Sequence[str]) -> Float[Tensor, "texts dim"]:
         """Return unit-norm embeddings of sentences, cut at the end where they are too long."""
         batches = [texts[start : start + 256] for start in range(0, len(texts), 256)]
         tokens = [self.tokens.cut(batch).to(self.device) for batch in batches]
-        return torch.cat([self.encode(part) for part in tokens])
-
-    def words_known(self) -> list[str]:
-        """Return the whole words of the tokenizer's vocabulary, sorted.
-
-        Raises:
-            ModelError: its vocabulary cannot be listed.
-        """
-        return whole_words(self.tokens.tokenizer)
+        return torch.cat([self.text.encode(part) for part in tokens])
 
     def class_embeddings(
         self, class_names: Sequence[str], templates: Sequence[str]
     ) -> Float[Tensor, "classes dim"]:
-        """Return t⁰: the renormalised mean over templates, each with `{}` for the name."""
+        """Return t⁰ (METHOD 1): the renormalised mean over templates with `{}` for the name."""
         per_template = [
             self.text_embeddings([template.replace("{}", name) for name in class_names])
             for template in templates
@@ -114,43 +105,9 @@ class Backbone:
         return functional.normalize(torch.stack(per_template).mean(dim=0), dim=-1)
 
     def tokenize(self, texts: Sequence[str], places: int = 0) -> Int[Tensor, "texts tokens"]:
-        """Return token ids, with so many places for context vectors in front of each text.
+        """Return token ids, with `places` for context vectors in front of each text.
 
         Raises:
             ModelError: a text is longer than the model's context.
         """
         return self.tokens.whole(texts, places).to(self.device)
-
-    def words(self, text: str) -> Int[Tensor, " tokens"]:
-        """Return the token ids of `text` alone, without start, end and padding."""
-        return self.tokens.words(text).to(self.device)
-
-    def token_vectors(self, tokens: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens width"]:
-        """Return what the text tower makes of token ids first.
-
-        Raises:
-            ModelError: the tower takes no vectors in their place, so no prompt can be learned.
-        """
-        return self._text.vectors(tokens)
-
-    @property
-    def cuttable(self) -> bool:
-        """Whether rows of token ids may be cut behind their ends: nothing there is looked at."""
-        return self._text.cuttable
-
-    def encode(
-        self,
-        tokens: Int[Tensor, "texts tokens"],
-        context: Float[Tensor, "*texts context width"] | None = None,
-        deeper: Float[Tensor, "blocks context width"] | None = None,
-    ) -> Float[Tensor, "texts dim"]:
-        """Return unit-norm text embeddings, learned vectors put in; see `TextTower.encode`."""
-        return self._text.encode(tokens, context, deeper)
-
-    def check_text_depth(self, depth: int) -> None:
-        """Make sure that context vectors can be put into the first `depth` blocks.
-
-        Raises:
-            ModelError: there are not so many blocks that can be reached.
-        """
-        self._text.check_depth(depth)

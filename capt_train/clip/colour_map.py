@@ -19,7 +19,7 @@ class ColourMap:
     def __call__(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch 3 height width"]:
-        """Return the images with other colours."""
+        """Return the images with mapped colours."""
         mixed = torch.einsum("ij,bjhw->bihw", self.matrix.to(images), images)
         return mixed + self.offset.to(images)[:, None, None]
 
@@ -29,7 +29,7 @@ class ColourMap:
 
     @property
     def size(self) -> int:
-        """How many numbers are fitted."""
+        """Return the number of fitted values."""
         return self.matrix.numel() + self.offset.numel()
 
     def to_dict(self) -> dict[str, Any]:
@@ -44,8 +44,8 @@ class ColourMap:
             TypeError, KeyError, ValueError: values of wrong form.
         """
         # With a type given, null and the like are TypeErrors rather than RuntimeErrors.
-        own = (torch.tensor(values[name], dtype=torch.float32) for name in ("matrix", "offset"))
-        matrix, offset = own
+        matrix = torch.tensor(values["matrix"], dtype=torch.float32)
+        offset = torch.tensor(values["offset"], dtype=torch.float32)
         if (matrix.shape, offset.shape) != ((3, 3), (3,)):
             raise ValueError(f"expected 3×3 and 3 numbers, came {matrix.shape}, {offset.shape}")
         if not (torch.isfinite(matrix).all() and torch.isfinite(offset).all()):

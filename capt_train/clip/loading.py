@@ -1,4 +1,4 @@
-"""Load a model of open_clip's and choose where it computes."""
+"""Loading of open_clip models, and the device they compute on."""
 
 import logging
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ from capt_deploy.core.install import install_hint
 from capt_deploy.data.preprocess import PreprocessConfig
 from capt_train.clip.backbone import Backbone
 
-# What open_clip imports, or what that imports, only for some tokenizers.
+# Packages that open_clip needs for some tokenizers only.
 _OPTIONAL = ("transformers", "sentencepiece", "tiktoken")
 
 
@@ -65,7 +65,7 @@ def _help(cause: str) -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device; `auto` takes CUDA where it works.
+    """Return the device by name; `auto` means CUDA where it works.
 
     Raises:
         ModelError: the device is unknown or not usable here.

@@ -21,16 +21,17 @@ class TextTower:
         self._model, self._tokens = model, tokens
         self._tower: Any = getattr(model, "text", model)  # CLIP keeps its text tower inline
         self._transformer: Any = getattr(self._tower, "transformer", None)
-        self.cuttable = self._reads_no_further()
+        self.cuttable = self._ignores_padding()  # rows of token ids may be cut behind their ends
         self._blocks: Any = getattr(self._transformer, "resblocks", None)
 
     def vectors(self, tokens: Int[Tensor, "*tokens"]) -> Float[Tensor, "*tokens width"]:
-        """Return what the tower makes of token ids first.
+        """Return the vectors that the tower looks up for token ids.
 
         Raises:
-            ModelError: the tower takes no vectors in their place.
+            ModelError: the tower takes no vectors in their place, so no prompt can be learned.
         """
-        return self._embedding(tokens).detach().clone()  # type: ignore[no-any-return]
+        table = self._embedding
+        return table(tokens.to(table.weight.device)).detach().clone()  # type: ignore[no-any-return]
 
     def encode(
         self,
@@ -40,13 +41,17 @@ class TextTower:
     ) -> Float[Tensor, "texts dim"]:
         """Return unit-norm text embeddings; gradients reach `context`, never the tower.
 
-        `context` takes the place of the first vectors, behind [SOS] where there is one, whatever
-        tokens stand there: one for all texts, or one for each. The model's own `encode_text` does
-        the rest, so every tower that open_clip builds works, pooling and projection included.
-        `deeper` does the same in the second block, the third, and so on.
+        The model's own `encode_text` does the work, so every tower that open_clip builds will do,
+        pooling and projection included.
+
+        Args:
+            tokens: rows of token ids, as by `TextTokens`.
+            context: vectors in place of the first tokens, behind [SOS] where there is one: the same
+                for all texts, or a context for each.
+            deeper: vectors for the same places in the second block, the third, and so on.
 
         Raises:
-            ModelError: `deeper` asks for more blocks than can be reached.
+            ModelError: `deeper` needs more blocks than can be reached.
         """
         with self._replaced_context(context), self._replaced_deeper(deeper):
             if not self.cuttable:
@@ -79,8 +84,8 @@ class TextTower:
                 f"tower has {reached} that can be reached; set text_depth={reached}"
             )
 
-    def _reads_no_further(self) -> bool:
-        """Whether nothing behind the end token changes an embedding, so that rows may be cut there.
+    def _ignores_padding(self) -> bool:
+        """Tell whether nothing behind the end token changes an embedding.
 
         True of causal towers that pool at the end token, or at the highest id if padding is lower.
         """
@@ -95,24 +100,24 @@ class TextTower:
         )
 
     @cached_property
-    def _embedding(self) -> nn.Module:
-        """The table in which the tower looks its tokens up; that it does is found out."""
-        found: Any = getattr(self._tower, "token_embedding", None)
-        if found is None and hasattr(self._transformer, "get_input_embeddings"):
-            found = self._transformer.get_input_embeddings()  # of a Hugging Face tower
-        asked: list[bool] = []
-        if isinstance(found, nn.Embedding):
-            handle = found.register_forward_hook(lambda *_: asked.append(True))
+    def _embedding(self) -> nn.Embedding:
+        """Return the table in which the tower looks its tokens up, tested by one look-up."""
+        table: Any = getattr(self._tower, "token_embedding", None)
+        if table is None and hasattr(self._transformer, "get_input_embeddings"):
+            table = self._transformer.get_input_embeddings()  # of a Hugging Face tower
+        lookups: list[bool] = []
+        if isinstance(table, nn.Embedding):
+            handle = table.register_forward_hook(lambda *_: lookups.append(True))
             try:
-                self.encode(self._tokens.whole(["a"]).to(found.weight.device))
+                self.encode(self._tokens.whole(["a"]).to(table.weight.device))
             finally:
                 handle.remove()
-        if not asked:
+        if not lookups:
             raise ModelError(
                 f"text tower {type(self._tower).__name__}: no vectors can be put in the place of "
                 f"its tokens; tune without a learned prompt (--without prompt)"
             )
-        return found  # type: ignore[no-any-return]
+        return table  # type: ignore[no-any-return]
 
     @contextmanager
     def _replaced_context(self, context: Tensor | None) -> Iterator[None]:
@@ -122,9 +127,9 @@ class TextTower:
         first = self._tokens.leading
 
         def replace(module: nn.Module, arguments: Any, vectors: Tensor) -> Tensor:
-            own = context.expand(vectors.shape[0], -1, -1).to(vectors.dtype)
-            behind = vectors[:, first + own.shape[1] :]
-            return torch.cat([vectors[:, :first], own, behind], dim=1)
+            learned = context.expand(vectors.shape[0], -1, -1).to(vectors.dtype)
+            behind = vectors[:, first + learned.shape[1] :]
+            return torch.cat([vectors[:, :first], learned, behind], dim=1)
 
         handle = self._embedding.register_forward_hook(replace)
         try:
@@ -140,27 +145,29 @@ class TextTower:
         self.check_depth(len(deeper) + 1)
         axis = 1 if getattr(self._transformer, "batch_first", True) else 0
         with ExitStack() as stack:
-            for block, own in zip(self._blocks[1:], deeper, strict=False):
-                hook = partial(_replace_tokens, own=own, first=self._tokens.leading, axis=axis)
+            for block, context in zip(self._blocks[1:], deeper, strict=False):
+                hook = partial(
+                    _replace_tokens, context=context, first=self._tokens.leading, axis=axis
+                )
                 stack.callback(block.register_forward_pre_hook(hook).remove)
             yield
 
 
 def _replace_tokens(
-    _: nn.Module, arguments: tuple[Tensor, ...], own: Tensor, first: int, axis: int
+    _: nn.Module, arguments: tuple[Tensor, ...], context: Tensor, first: int, axis: int
 ) -> tuple[Tensor, ...]:
-    """Put `own` in from place `first` on, on the token axis (0 or 1)."""
-    tokens, *others = arguments
-    sizes = [first, len(own), tokens.shape[axis] - first - len(own)]
+    """Put `context` in from place `first` on, on the token axis (0 or 1)."""
+    tokens, *rest = arguments
+    sizes = [first, len(context), tokens.shape[axis] - first - len(context)]
     before, _, after = tokens.split(sizes, dim=axis)
     batch = tokens.shape[1 - axis]
-    own = own.to(tokens.dtype).unsqueeze(1 - axis)
-    own = own.expand(*((batch, -1, -1) if axis else (-1, batch, -1)))
-    return (torch.cat([before, own, after], dim=axis), *others)
+    context = context.to(tokens.dtype).unsqueeze(1 - axis)
+    context = context.expand(*((batch, -1, -1) if axis else (-1, batch, -1)))
+    return (torch.cat([before, context, after], dim=axis), *rest)
 
 
 class _TextOnly(nn.Module):
-    """Gives `functional_call` a module whose forward is `encode_text`."""
+    """A module whose forward is `encode_text`, as `functional_call` expects."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

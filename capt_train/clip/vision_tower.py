@@ -1,12 +1,12 @@
 """A frozen ViT in pieces, so that adapters go between attention and FFN and experts into the FFN.
 
-open_clip's own ViTs and timm's both have these pieces under different names; other towers (ResNets,
+open_clip's own ViTs and timm's have these pieces under different names. Other towers (ResNets,
 rotary ViTs, convolutional hybrids) keep their visual side frozen.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,37 +24,50 @@ class FeedForward:
     down: nn.Linear
 
 
-@runtime_checkable
-class Tower(Protocol):
-    """What the visual tuner needs of a ViT. Tokens: class token and registers, then patches."""
+class Tower:
+    """A ViT in pieces. Tokens are the class token and registers, then patches."""
 
-    depth: int  # blocks
-    width: int
-    grid: tuple[int, int]  # of patches, rows and columns
     leading: int  # tokens in front of the patches
     pools_class_token: bool  # features depend on nothing but the first token of the last block
+    _norm: str  # a block's layers by name: the normalisation before the FFN,
+    _scale: str  # the scale of its output,
+    _ffn: tuple[str, str, str]  # and its three steps
+
+    def __init__(self, visual: Any, blocks: nn.Module, width: int, grid: Sequence[int]) -> None:
+        self._visual: Any = visual
+        self._blocks: Any = blocks
+        self.depth, self.width = len(self._blocks), int(width)
+        self.grid = (int(grid[0]), int(grid[1]))  # of patches, rows and columns
 
     def embed(
         self, images: Float[Tensor, "batch 3 rows columns"]
     ) -> Float[Tensor, "batch tokens width"]:
-        """Return the tokens that the first block gets."""
-        ...
+        """Return the tokens that enter the first block."""
+        raise NotImplementedError
 
     def attend(
         self, block: int, tokens: Float[Tensor, "batch tokens width"], first_only: bool = False
     ) -> Float[Tensor, "batch queries width"]:
         """Return tokens after the block's attention and its skip; or only the first of them."""
-        ...
+        raise NotImplementedError
 
     def before_ffn(
         self, block: int, tokens: Float[Tensor, "batch queries width"]
     ) -> Float[Tensor, "batch queries width"]:
-        """Return the normalised tokens that the block's FFN gets."""
-        ...
+        """Return the normalised tokens that enter the block's FFN."""
+        return getattr(self._blocks[block], self._norm)(tokens)  # type: ignore[no-any-return]
 
     def ffn(self, block: int) -> FeedForward | None:
         """Return the block's FFN; None where it is not two linear layers."""
-        ...
+        mlp = self._blocks[block].mlp
+        up, activation, down = (getattr(mlp, name, None) for name in self._ffn)
+        if not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity):
+            return None
+        if not (isinstance(up, nn.Linear) and isinstance(down, nn.Linear)):
+            return None
+        if up.out_features != down.in_features or activation is None:  # a gated one halves them
+            return None
+        return FeedForward(up, activation, down)
 
     def feed(
         self,
@@ -63,69 +76,57 @@ class Tower(Protocol):
         update: Float[Tensor, "batch queries width"] | None = None,
     ) -> Float[Tensor, "batch queries width"]:
         """Return tokens after the block's FFN, with `update` added to its output, and its skip."""
-        ...
+        layers = self._blocks[block]
+        output = layers.mlp(self.before_ffn(block, tokens))
+        output = output if update is None else output + update
+        return tokens + getattr(layers, self._scale)(output)  # type: ignore[no-any-return]
 
     def pool(self, tokens: Float[Tensor, "batch queries width"]) -> Float[Tensor, "batch dim"]:
         """Return features, not normalised."""
-        ...
+        raise NotImplementedError
 
 
-class OpenClipTower:
+class OpenClipTower(Tower):
     """open_clip's `VisionTransformer`."""
 
+    leading = 1
+    _norm, _scale, _ffn = "ln_2", "ls_2", ("c_fc", "gelu", "c_proj")
+
     def __init__(self, visual: Any) -> None:
-        self._visual = visual
-        self._blocks: Sequence[Any] = visual.transformer.resblocks
-        self.depth = len(self._blocks)
-        self.width = int(visual.conv1.out_channels)
-        self.grid = (int(visual.grid_size[0]), int(visual.grid_size[1]))
-        self.leading = 1
+        blocks, width = visual.transformer.resblocks, visual.conv1.out_channels
+        super().__init__(visual, blocks, width, visual.grid_size)
         self.pools_class_token = visual.attn_pool is None and visual.pool_type == "tok"
 
     def embed(self, images: Tensor) -> Tensor:  # noqa: D102
         return self._visual._embeds(images)  # type: ignore[no-any-return]
 
     def attend(self, block: int, tokens: Tensor, first_only: bool = False) -> Tensor:  # noqa: D102
-        own = self._blocks[block]
-        normalised = own.ln_1(tokens)
+        layers = self._blocks[block]
+        normalised = layers.ln_1(tokens)
         if first_only:
-            attended = own.attn(normalised[:, :1], normalised, normalised, need_weights=False)[0]
-            return tokens[:, :1] + own.ls_1(attended)  # type: ignore[no-any-return]
-        return tokens + own.ls_1(own.attention(q_x=normalised))  # type: ignore[no-any-return]
-
-    def before_ffn(self, block: int, tokens: Tensor) -> Tensor:  # noqa: D102
-        return self._blocks[block].ln_2(tokens)  # type: ignore[no-any-return]
-
-    def ffn(self, block: int) -> FeedForward | None:  # noqa: D102
-        mlp = self._blocks[block].mlp
-        return _feed_forward(mlp.c_fc, mlp.gelu, mlp.c_proj)
-
-    def feed(self, block: int, tokens: Tensor, update: Tensor | None = None) -> Tensor:  # noqa: D102
-        own = self._blocks[block]
-        output = own.mlp(own.ln_2(tokens))
-        return tokens + own.ls_2(output if update is None else output + update)  # type: ignore[no-any-return]
+            attended = layers.attn(normalised[:, :1], normalised, normalised, need_weights=False)[0]
+            return tokens[:, :1] + layers.ls_1(attended)  # type: ignore[no-any-return]
+        return tokens + layers.ls_1(layers.attention(q_x=normalised))  # type: ignore[no-any-return]
 
     def pool(self, tokens: Tensor) -> Tensor:  # noqa: D102
         pooled, _ = self._visual._pool(tokens)
         return pooled if self._visual.proj is None else pooled @ self._visual.proj  # type: ignore[no-any-return]
 
 
-class TimmTower:
-    """timm's `VisionTransformer` inside open_clip's `TimmModel`."""
+class TimmTower(Tower):
+    """timm's `VisionTransformer` inside open_clip's `TimmModel`; it never drops paths in eval."""
+
+    _norm, _scale, _ffn = "norm2", "ls2", ("fc1", "act", "fc2")
 
     def __init__(self, visual: Any) -> None:
-        self._visual, self._trunk = visual, visual.trunk
-        self._blocks: Sequence[Any] = self._trunk.blocks
-        self.depth = len(self._blocks)
-        self.width = int(self._trunk.embed_dim)
-        rows, columns = self._trunk.patch_embed.grid_size
-        self.grid = (int(rows), int(columns))
-        self.leading = int(self._trunk.num_prefix_tokens)
+        trunk = self._trunk = visual.trunk
+        super().__init__(visual, trunk.blocks, trunk.embed_dim, trunk.patch_embed.grid_size)
+        self.leading = int(trunk.num_prefix_tokens)
         self.pools_class_token = (
-            self._trunk.attn_pool is None
-            and self._trunk.global_pool == "token"
-            and bool(self._trunk.has_class_token)
-            and not hasattr(self._trunk, "dist_token")  # distilled ones read it as well
+            trunk.attn_pool is None
+            and trunk.global_pool == "token"
+            and bool(trunk.has_class_token)
+            and not hasattr(trunk, "dist_token")  # distilled ones read it as well
         )
 
     def embed(self, images: Tensor) -> Tensor:  # noqa: D102
@@ -133,43 +134,20 @@ class TimmTower:
         return trunk.norm_pre(trunk.patch_drop(trunk._pos_embed(trunk.patch_embed(images))))  # type: ignore[no-any-return]
 
     def attend(self, block: int, tokens: Tensor, first_only: bool = False) -> Tensor:  # noqa: D102
-        own = self._blocks[block]
-        attended = tokens + own.drop_path1(own.ls1(own.attn(own.norm1(tokens))))
+        layers = self._blocks[block]
+        attended = tokens + layers.ls1(layers.attn(layers.norm1(tokens)))
         return attended[:, :1] if first_only else attended  # type: ignore[no-any-return]
-
-    def before_ffn(self, block: int, tokens: Tensor) -> Tensor:  # noqa: D102
-        return self._blocks[block].norm2(tokens)  # type: ignore[no-any-return]
-
-    def ffn(self, block: int) -> FeedForward | None:  # noqa: D102
-        mlp = self._blocks[block].mlp
-        if not isinstance(getattr(mlp, "norm", None), nn.Identity):
-            return None
-        return _feed_forward(*(getattr(mlp, name, None) for name in ("fc1", "act", "fc2")))
-
-    def feed(self, block: int, tokens: Tensor, update: Tensor | None = None) -> Tensor:  # noqa: D102
-        own = self._blocks[block]
-        output = own.mlp(own.norm2(tokens))
-        output = output if update is None else output + update
-        return tokens + own.drop_path2(own.ls2(output))  # type: ignore[no-any-return]
 
     def pool(self, tokens: Tensor) -> Tensor:  # noqa: D102
         trunk = self._trunk
         return self._visual.head(trunk.forward_head(trunk.norm(tokens)))  # type: ignore[no-any-return]
 
 
-def _feed_forward(up: Any, activation: Any, down: Any) -> FeedForward | None:
-    linear = isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
-    if not linear or up.out_features != down.in_features:  # a gated one halves them between
-        return None
-    return FeedForward(up, activation, down)
-
-
 @torch.no_grad()
 def open_tower(visual: nn.Module, size: tuple[int, int]) -> Tower | None:
     """Return the tower in pieces, or None where its tokens cannot be reached.
 
-    Whether the pieces are all there is to it is found out, not assumed: on random pixels they must
-    give what the tower itself gives.
+    The pieces are tested: on random pixels they must give the same features as the tower itself.
 
     Args:
         visual: `model.visual` of an open_clip model.

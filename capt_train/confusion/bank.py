@@ -1,19 +1,16 @@
-"""The confusion bank of METHOD 2 and what is mined from it, METHOD 3 and 4 (arXiv 2603.02557).
+"""The confusion bank of METHOD 2 and the miners of METHOD 3 and 4 (arXiv 2603.02557).
 
 Classes are positions 0..C-1 among the tuned ones, samples are rows of the training features.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from capt_deploy.core.errors import RunError
 from capt_deploy.core.files import write_bytes
 from capt_deploy.evaluation.evaluate import ClassPair
 
@@ -23,10 +20,10 @@ _RETRIEVAL_CHUNK = 256  # rows; bounds the memory of queries × confused samples
 
 @dataclass(frozen=True)
 class ConfusionBank:
-    """Who is mistaken for whom among the training images, and the samples behind it.
+    """The confusions among the training images, and the samples behind them (METHOD 2).
 
-    METHOD 2: `N[a,b]` is how many samples of class `a` the model calls `b`. Momentum makes the
-    counts fractions. Never asked at inference.
+    `N[a,b]` is how many samples of class `a` the model calls `b`; momentum makes the counts
+    fractions. Inference does not use the bank.
     """
 
     counts: Float[Tensor, "classes classes"]  # N[true, predicted], zero diagonal
@@ -69,9 +66,9 @@ class ConfusionBank:
             logits: scaled, predicted on views of the training images that were not tuned on.
             momentum: ρ in [0, 1]; 0 keeps nothing of the old bank.
         """
-        found = _probabilities(logits)
-        new = _confusions(self.labels, found.argmax(dim=1), found.shape[1])
-        confidences = momentum * self.confidences + (1 - momentum) * found
+        current = _probabilities(logits)
+        new = _confusions(self.labels, current.argmax(dim=1), current.shape[1])
+        confidences = momentum * self.confidences + (1 - momentum) * current
         return ConfusionBank(
             momentum * self.counts + (1 - momentum) * new,
             self.labels,
@@ -89,23 +86,11 @@ class ConfusionBank:
         cpu = {name: tensor.cpu().contiguous() for name, tensor in vars(self).items()}
         write_bytes(path, save(cpu, metadata=_FORMAT))
 
-    @classmethod
-    def load(cls, path: Path) -> "ConfusionBank":
-        """Read a saved bank onto the CPU.
-
-        Raises:
-            RunError: the file is missing, damaged, or holds something else.
-        """
-        try:
-            with safe_open(path, framework="pt") as file:
-                if file.metadata() != _FORMAT:
-                    raise ValueError("another format or version")
-                bank = cls(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-            _check(bank)
-        except (OSError, SafetensorError, TypeError, ValueError) as cause:
-            reason = shorten(str(cause), 300)
-            raise RunError(f"{path}: not a confusion bank of this run ({reason})") from cause
-        return bank
+    def confusions(self) -> dict[ClassPair, float]:
+        """Return the cells of `N` that are not zero, `{(true, predicted): count}`, by class."""
+        cells = self.counts.nonzero()
+        counts = self.counts[cells[:, 0], cells[:, 1]].tolist()
+        return {(true, label): n for (true, label), n in zip(cells.tolist(), counts, strict=True)}
 
 
 def semantic_scores(
@@ -118,9 +103,9 @@ def semantic_scores(
     Where nothing was ever called `p` the factor is 1.
 
     Args:
-        bank: where the counts come from.
+        bank: holds the counts.
         predicted: pseudo-label `p` of each sample.
-        confidences: its probabilities `C`.
+        confidences: probabilities `C` of each sample.
     """
     behind = bank.counts[:, predicted].T
     total = behind.sum(dim=1, keepdim=True)
@@ -134,7 +119,7 @@ def mined_classes(bank: ConfusionBank, k: int) -> Int[Tensor, "samples mined"]:
     Among equal scores the class that comes first is taken.
 
     Args:
-        bank: whose samples are asked about.
+        bank: whose samples are mined.
         k: how many classes; no more than the C−1 that there are besides `p`.
     """
     scores = semantic_scores(bank, bank.predicted, bank.confidences)
@@ -142,10 +127,8 @@ def mined_classes(bank: ConfusionBank, k: int) -> Int[Tensor, "samples mined"]:
     return torch.cat([bank.predicted[:, None], best[:, : min(k, scores.shape[1] - 1)]], dim=1)
 
 
-def pairs(bank: ConfusionBank, k: int) -> list[tuple[int, int, int]]:
-    """Return `(a, b, samples that mine it)` for each unordered mined pair, `a < b` (METHOD 3).
-
-    These are the pairs that sentences are wanted for, the most frequent first.
+def mined_pairs(bank: ConfusionBank, k: int) -> list[ClassPair]:
+    """Return each unordered mined pair `a < b`, the one that most samples mine first (METHOD 3).
 
     Args:
         bank: whose samples are mined.
@@ -153,21 +136,11 @@ def pairs(bank: ConfusionBank, k: int) -> list[tuple[int, int, int]]:
     """
     classes = len(bank.counts)
     mined = mined_classes(bank, k)
-    own, others = mined[:, :1], mined[:, 1:]
-    codes = torch.minimum(own, others) * classes + torch.maximum(own, others)
-    found, weights = codes.unique(return_counts=True)
-    order = weights.argsort(descending=True, stable=True)
-    return [
-        (code // classes, code % classes, weight)
-        for code, weight in zip(found[order].tolist(), weights[order].tolist(), strict=True)
-    ]
-
-
-def confused_pairs(bank: ConfusionBank) -> dict[ClassPair, float]:
-    """Return the cells of `N` that are not zero, `{(true, predicted): count}`, by class."""
-    cells = bank.counts.nonzero()
-    counts = bank.counts[cells[:, 0], cells[:, 1]].tolist()
-    return {(true, taken): n for (true, taken), n in zip(cells.tolist(), counts, strict=True)}
+    predicted, paired = mined[:, :1], mined[:, 1:]
+    codes = torch.minimum(predicted, paired) * classes + torch.maximum(predicted, paired)
+    distinct, samples = codes.unique(return_counts=True)
+    order = samples.argsort(descending=True, stable=True)
+    return [divmod(code, classes) for code in distinct[order].tolist()]
 
 
 def retrieve(
@@ -190,9 +163,8 @@ def retrieve(
     confused = (bank.labels != bank.predicted).nonzero().squeeze(1)
     if not len(confused):
         return torch.full_like(mined, -1)
-    places = _places_by_class(bank.labels[confused], len(bank.counts))
     chunks = zip(rows.split(_RETRIEVAL_CHUNK), mined.split(_RETRIEVAL_CHUNK), strict=True)
-    return torch.cat([_nearest(bank, confused, places, some, wanted) for some, wanted in chunks])
+    return torch.cat([_nearest(bank, confused, queries, classes) for queries, classes in chunks])
 
 
 def intensity(logits: Float[Tensor, "batch classes"]) -> Float[Tensor, " batch"]:
@@ -205,35 +177,19 @@ def intensity(logits: Float[Tensor, "batch classes"]) -> Float[Tensor, " batch"]
     return 1 - (first - second)
 
 
-def _places_by_class(
-    labels: Int[Tensor, " found"], classes: int
-) -> Int[Tensor, "{classes} largest"]:
-    """Return for each class where in `labels` it stands, ascending, then −1."""
-    order = labels.argsort(stable=True)
-    sizes = labels.bincount(minlength=classes)
-    first = sizes.cumsum(dim=0) - sizes
-    column = torch.arange(len(labels), device=labels.device) - first[labels[order]]
-    places = labels.new_full((classes, int(sizes.max())), -1)
-    places[labels[order], column] = order
-    return places
-
-
 def _nearest(
     bank: ConfusionBank,
-    confused: Int[Tensor, " found"],
-    places: Int[Tensor, "classes largest"],
+    confused: Int[Tensor, " confused"],
     rows: Int[Tensor, " batch"],
     mined: Int[Tensor, "batch mined"],
 ) -> Int[Tensor, "batch mined"]:
     cosines = bank.embeddings[rows] @ bank.embeddings[confused].T
-    place = places[mined]
-    found = confused[place]  # what −1 finds is never wanted
-    wanted = (place >= 0) & (found != rows[:, None, None])
-    behind_cell = wanted & (bank.predicted[found] == mined[:, :1, None])
-    preferred = torch.where(behind_cell.any(dim=2, keepdim=True), behind_cell, wanted)
-    own = cosines.gather(1, place.clamp(min=0).flatten(1)).reshape(place.shape)
-    best = own.masked_fill(~preferred, float("-inf")).argmax(dim=2, keepdim=True)
-    return torch.where(wanted.any(dim=2), found.gather(2, best).squeeze(2), -1)
+    of_class = bank.labels[confused] == mined[:, :, None]  # (batch, mined, confused)
+    allowed = of_class & (confused != rows[:, None, None])
+    behind_cell = allowed & (bank.predicted[confused] == mined[:, :1, None])
+    preferred = torch.where(behind_cell.any(dim=2, keepdim=True), behind_cell, allowed)
+    best = cosines[:, None].masked_fill(~preferred, float("-inf")).argmax(dim=2)
+    return torch.where(allowed.any(dim=2), confused[best], -1)
 
 
 def _probabilities(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch classes"]:
@@ -247,23 +203,3 @@ def _confusions(
     cells = labels * classes + predicted
     counts = cells.bincount(minlength=classes**2).reshape(classes, classes)
     return counts.fill_diagonal_(0).float()
-
-
-def _check(bank: ConfusionBank) -> None:
-    """Refuse tensors that do not belong together; shapes are not checked at run time otherwise."""
-    samples, classes = len(bank.labels), len(bank.counts)
-    shapes = {
-        "counts": (classes, classes),
-        "labels": (samples,),
-        "predicted": (samples,),
-        "confidences": (samples, classes),
-        "embeddings": (samples, *bank.embeddings.shape[-1:]),
-    }
-    for name, shape in shapes.items():
-        if getattr(bank, name).shape != shape:
-            raise ValueError(f"{name} are not of shape {shape}")
-    for classes_of in (bank.labels, bank.predicted):
-        if not ((classes_of >= 0) & (classes_of < classes)).all():
-            raise ValueError("labels that are not among the classes")
-    if bank.counts.diagonal().any() or not (bank.counts >= 0).all():
-        raise ValueError("counts that are negative or of right answers")

@@ -1,4 +1,4 @@
-"""Who is mistaken for whom in a run, as a file that is read without torch (METHOD 2)."""
+"""Which classes a run confuses, as a file that is read without torch (METHOD 2)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ _DECIMALS = 4  # of counts, which momentum makes fractions
 
 
 @dataclass(frozen=True)
-class ConfusedPair:
+class ConfusionCell:
     """One cell of the confusion matrix that is not zero before tuning or after it."""
 
     true: str
@@ -35,11 +35,11 @@ class ConfusedPair:
 
 @dataclass(frozen=True)
 class Confusions:
-    """Everything that `confusions.json` says, worst pair first."""
+    """The content of `confusions.json`, worst pair first."""
 
     class_names: tuple[str, ...]  # of the tuned classes
     shots: tuple[int, ...]  # training images of each
-    pairs: tuple[ConfusedPair, ...]
+    pairs: tuple[ConfusionCell, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of the file."""
@@ -62,7 +62,7 @@ def write_confusions(
     after: "ConfusionBank",
     samples: Sequence[str],
 ) -> None:
-    """Write what two banks of the same images hold, atomically.
+    """Write the confusions in two banks of the same images, atomically.
 
     Args:
         path: usually `CONFUSIONS` in the run folder.
@@ -75,14 +75,14 @@ def write_confusions(
     counts = exact.astype(np.float64).round(_DECIMALS)
     cells = np.argwhere(counts.any(axis=0))
     worst = np.argsort(-counts.max(axis=0)[tuple(cells.T)], kind="stable")
-    behind = _paths_behind((before, after), samples)
+    paths = _paths_behind((before, after), samples)
     pairs = [
-        ConfusedPair(
+        ConfusionCell(
             class_names[true],
             class_names[predicted],
             float(counts[0, true, predicted]),
             float(counts[1, true, predicted]),
-            behind.get((true, predicted), ()),
+            paths.get((true, predicted), ()),
         )
         for true, predicted in cells[worst].tolist()
     ]
@@ -91,59 +91,41 @@ def write_confusions(
 
 
 def read_confusions(path: Path) -> Confusions:
-    """Read what `write_confusions` wrote.
+    """Read a file that `write_confusions` wrote.
 
     Raises:
-        RunError: the file is missing, damaged, or says what cannot be.
+        RunError: the file is missing, damaged or of another form.
     """
     content = read_json(path, RunError)
     try:
         if content["schema"] != _SCHEMA:
             raise ValueError(f"schema {content['schema']!r}, expected {_SCHEMA}")
-        names = _texts(content["class_names"])
-        shots = tuple(_shots(value) for value in content["shots"])
-        pairs = tuple(_pair(row, frozenset(names)) for row in content["pairs"])
-        if not len(names) == len(set(names)) == len(shots):
+        names, shots = content["class_names"], content["shots"]
+        if not isinstance(names, list) or not len(set(names)) == len(shots) == len(names):
             raise ValueError("expected distinct class names with as many shots")
-        if len({(pair.true, pair.predicted) for pair in pairs}) != len(pairs):
-            raise ValueError("a pair is there twice")
+        pairs = tuple(_cell(row, frozenset(names)) for row in content["pairs"])
     except (KeyError, TypeError, ValueError, OverflowError) as cause:
         raise RunError(f"{path}: not as capt-train writes it ({cause!r})") from cause
-    return Confusions(names, shots, pairs)
+    return Confusions(tuple(names), tuple(shots), pairs)
+
+
+def _cell(row: Mapping[str, Any], names: frozenset[str]) -> ConfusionCell:
+    true, predicted = row["true"], row["predicted"]
+    counts = float(row["before"]), float(row["after"])
+    if true == predicted or not {true, predicted} <= names:
+        raise ValueError(f"expected two of the classes, came {true!r}, {predicted!r}")
+    if not all(0 <= count < math.inf for count in counts) or isinstance(row["samples"], str):
+        raise ValueError(f"expected counts and a list of paths, came {row}")
+    return ConfusionCell(true, predicted, *counts, tuple(row["samples"]))
 
 
 def _paths_behind(
     banks: Sequence["ConfusionBank"], samples: Sequence[str]
 ) -> Mapping[ClassPair, tuple[str, ...]]:
-    behind: dict[ClassPair, dict[str, None]] = {}  # in the order of the images, each once
+    """Return the images behind each cell of either bank, each once, in their order."""
+    paths: dict[ClassPair, dict[str, None]] = {}
     columns = [banks[0].labels.tolist(), *(bank.predicted.tolist() for bank in banks)]
-    for path, true, *taken in zip(samples, *columns, strict=True):
-        for predicted in taken:
-            behind.setdefault((true, predicted), {})[path] = None
-    return {cell: tuple(paths) for cell, paths in behind.items()}
-
-
-def _pair(row: Mapping[str, Any], names: frozenset[str]) -> ConfusedPair:
-    true, predicted = row["true"], row["predicted"]
-    if not {true, predicted} <= names or true == predicted:
-        raise ValueError(f"no pair of its classes: {true!r}, {predicted!r}")
-    counts = _count(row["before"]), _count(row["after"])
-    return ConfusedPair(true, predicted, *counts, _texts(row["samples"]))
-
-
-def _texts(values: Any) -> tuple[str, ...]:
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise TypeError("expected a list of texts")
-    return tuple(values)
-
-
-def _shots(value: Any) -> int:
-    if type(value) is not int or value < 0:  # true is an int, too
-        raise TypeError(f"expected a number of images, came {value!r}")
-    return value
-
-
-def _count(value: Any) -> float:
-    if type(value) not in (int, float) or not (math.isfinite(value) and value >= 0):
-        raise TypeError(f"expected a count, came {value!r}")
-    return float(value)
+    for path, true, *labels in zip(samples, *columns, strict=True):
+        for predicted in labels:
+            paths.setdefault((true, predicted), {})[path] = None
+    return {cell: tuple(images) for cell, images in paths.items()}

@@ -1,7 +1,8 @@
 """Image embeddings on disk, keyed by the content of model and image.
 
 One SQLite file per model: its transactions survive kills and concurrent runs. Losing the cache
-costs time, never a result, so a damaged one is put aside and an unwritable one is done without.
+costs time, never a result: a damaged one is put aside, and without a writable one images are
+embedded again.
 """
 
 import hashlib
@@ -17,18 +18,18 @@ from capt_deploy.core.console import say
 from capt_deploy.core.files import cache_folder
 
 Floats = NDArray[np.float32]
-_PIXELS_VERSION = 1  # to be raised when decoding or preprocessing changes its pixels
+_PIXELS_VERSION = 1  # raise it when decoding or preprocessing changes the pixels
 _VARIABLES = 500  # SQLite's oldest builds allow 999 in one statement
 
 
 class EmbeddingCache:
-    """Maps the SHA-256 of an image file to its embedding, for one model."""
+    """A map from the SHA-256 of an image file to its embedding, for one model."""
 
     def __init__(
         self, model_fingerprint: str, device: str = "cpu", folder: Path | None = None
     ) -> None:
         folder = folder or cache_folder()
-        # Whatever may change the last digits of an embedding, or more, starts another file.
+        # Everything that may change the last digits of an embedding is in the name of the file.
         key = f"{model_fingerprint} {device} {_PIXELS_VERSION} {PIL.__version__}"
         self._path = folder / f"embeddings-{hashlib.sha256(key.encode()).hexdigest()[:32]}.sqlite"
         try:
@@ -38,19 +39,19 @@ class EmbeddingCache:
             self._database = self._replacement(cause)
 
     def get(self, keys: Sequence[str]) -> dict[str, Floats]:
-        """Return the embeddings that are there, each (dim,)."""
-        found: dict[str, Floats] = {}
+        """Return the embeddings in the cache, each (dim,)."""
+        embeddings: dict[str, Floats] = {}
         try:
             for start in range(0, len(keys), _VARIABLES):
                 part = keys[start : start + _VARIABLES]
                 marks = ",".join("?" * len(part))
                 query = f"SELECT image, embedding FROM embeddings WHERE image IN ({marks})"
                 for key, data in self._database.execute(query, part):
-                    found[key] = np.frombuffer(data, dtype="<f4")
+                    embeddings[key] = np.frombuffer(data, dtype="<f4")
         except sqlite3.DatabaseError as cause:
             self._database.close()
             self._database = self._replacement(cause)
-        return found
+        return embeddings
 
     def put(self, embeddings: Mapping[str, Floats]) -> None:
         """Store embeddings, all or none."""

@@ -1,4 +1,4 @@
-"""Images to embeddings: read, look up, decode what is missing, embed it, remember it."""
+"""Images as embeddings, which are cached by the content of model and image."""
 
 import hashlib
 import os
@@ -38,23 +38,23 @@ class Features:
         return len(self.labels)
 
     def rows(self, chosen: Int[Tensor, " rows"]) -> "Features":
-        """Return some of the images."""
+        """Return some of the images, in the given order."""
         digests = tuple(self.sha256[row] for row in chosen.tolist()) if self.sha256 else ()
         return Features(self.embeddings[chosen], self.labels[chosen], (), 0, digests)
 
     def kept(self, items: Sequence[Item]) -> list[Item]:
-        """Return which of the `items` these were made of could be read, row by row."""
+        """Return those of the embedded `items` that could be read, one per row."""
         skipped = {file.path for file in self.skipped}
         return [item for item in items if item.path not in skipped]
 
     def labels_among(self, classes: Sequence[int]) -> Int[Tensor, " batch"]:
-        """Return the labels as positions in `classes`, which is ascending and holds them all."""
+        """Return the labels as positions in `classes`, which is ascending and holds every label."""
         return torch.searchsorted(torch.tensor(list(classes)), self.labels)
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """What is tuned on and what decides, by one encoder."""
+    """Training and validation images, embedded by one encoder."""
 
     train: Features
     val: Features  # may be empty
@@ -62,7 +62,7 @@ class Embedded:
 
 @runtime_checkable
 class Encoder(Protocol):
-    """What turns pixels into embeddings: the frozen backbone, or a tuned learner."""
+    """A frozen backbone or a tuned learner."""
 
     def image_embeddings(
         self, pixels: UInt8[Tensor, "batch height width 3"]
@@ -82,12 +82,12 @@ def embed(
     """Embed images in order.
 
     Args:
-        backbone: says how images are preprocessed.
-        cache: holds embeddings of this very encoder, or None.
-        dataset: where the images lie.
+        backbone: gives the preprocessing, and embeds where there is no `encoder`.
+        cache: holds embeddings of the same encoder; None embeds every image.
+        dataset: the data set of the images.
         items: the images.
-        label: names them in the progress.
-        encoder: instead of the backbone.
+        label: their name in the progress bar.
+        encoder: embeds in place of the backbone.
     """
     encoder = encoder or backbone
     rows: list[NDArray[np.float32]] = []
@@ -103,7 +103,7 @@ def embed(
             batch = items[start : start + _BATCH]
             files = list(pool.map(_read, [dataset.path(item) for item in batch]))
             keys = [hashlib.sha256(data).hexdigest() for data in files]
-            known = cache.get(keys) if cache is not None else {}
+            known = {} if cache is None else cache.get(keys)
             missing = {k: data for k, data in zip(keys, files, strict=True) if k not in known}
             decoded = pool.map(lambda data: _decode(data, backbone.preprocess), missing.values())
             results = dict(zip(missing, decoded, strict=True))
@@ -111,11 +111,11 @@ def embed(
             if pixels:
                 stacked = torch.from_numpy(np.stack(list(pixels.values())))
                 vectors = encoder.image_embeddings(stacked).cpu().numpy()
-                fresh = dict(zip(pixels, vectors, strict=True))
+                new = dict(zip(pixels, vectors, strict=True))
                 if cache is not None:
-                    cache.put(fresh)
-                known |= fresh
-                embedded += len(fresh)
+                    cache.put(new)
+                known |= new
+                embedded += len(new)
             for item, key in zip(batch, keys, strict=True):
                 if key in known:
                     rows.append(known[key])
@@ -126,12 +126,9 @@ def embed(
             counter.advance(len(batch), f"{embedded} new, {len(skipped)} unreadable")
     if skipped:
         say(f"note: {len(skipped)} {label} cannot be read and are left out, e.g. {skipped[0].path}")
-    if rows:
-        matrix = np.stack(rows)
-    else:
-        matrix = np.zeros((0, backbone.text_embeddings(["a"]).shape[1]), np.float32)
+    dim = len(rows[0]) if rows else backbone.text_embeddings(["a"]).shape[1]
     return Features(
-        torch.from_numpy(matrix),
+        torch.from_numpy(np.stack(rows) if rows else np.zeros((0, dim), np.float32)),
         torch.tensor(labels, dtype=torch.long),
         tuple(skipped),
         embedded,
@@ -142,25 +139,19 @@ def embed(
 def read_pixels(
     backbone: Backbone, dataset: Dataset, items: Sequence[Item]
 ) -> UInt8[Tensor, "batch height width 3"]:
-    """Decode and preprocess images.
+    """Return the preprocessed pixels of images, RGB 0-255.
 
     Raises:
         ImageError: one of them cannot be read.
     """
     if not items:
         return torch.zeros((0, *backbone.preprocess.size, 3), dtype=torch.uint8)
-    return torch.from_numpy(np.stack([_pixels(dataset.path(item), backbone) for item in items]))
-
-
-def _pixels(path: Path, backbone: Backbone) -> NDArray[np.uint8]:
-    try:
-        return preprocess(path.read_bytes(), backbone.preprocess)
-    except OSError as cause:
-        raise ImageError(f"{path}: cannot be read ({cause})") from cause
+    pixels = [preprocess(dataset.path(item), backbone.preprocess) for item in items]
+    return torch.from_numpy(np.stack(pixels))
 
 
 def every_second(labels: Int[Tensor, " samples"]) -> Bool[Tensor, " samples"]:
-    """Return the second, fourth, … image of each class; the only one of a class is none of them."""
+    """Return a mask of the second, fourth, … image of each class."""
     same = labels[:, None] == labels[None, :]
     return same.tril(diagonal=-1).sum(dim=1) % 2 == 1
 

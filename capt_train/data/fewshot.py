@@ -1,12 +1,12 @@
-"""Choose the few images to tune on, and remember them so that they can be chosen again."""
+"""The few images that a run is tuned on: chosen by seed, and kept in its `split.json`."""
 
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from capt_deploy.core.console import track
 from capt_deploy.core.errors import DataError, ImageError, RunError
@@ -20,21 +20,21 @@ class FewShotSplit:
     """The images a run uses, with their content hashes. `test` is never part of it."""
 
     class_names: tuple[str, ...]  # all of the data set, in label order
-    tuned: tuple[int, ...]  # indices of the classes that are tuned
+    tuned: tuple[int, ...]  # labels of the classes that are tuned
     train: tuple[Item, ...]
     val: tuple[Item, ...]
     sha256: dict[str, str]  # of each image above, by path
     skipped: tuple[Skipped, ...] = ()
-    notices: tuple[str, ...] = ()  # what the person should know about the choice
+    notices: tuple[str, ...] = ()  # about the choice, for people
 
     @property
     def tuned_flags(self) -> tuple[bool, ...]:
-        """Whether each class is tuned."""
-        own = set(self.tuned)
-        return tuple(index in own for index in range(len(self.class_names)))
+        """Return for each class whether it is tuned."""
+        tuned = set(self.tuned)
+        return tuple(label in tuned for label in range(len(self.class_names)))
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 over class names, images, labels and contents."""
+        """Return a SHA-256 of class names, labels and contents, a run's `data_fingerprint`."""
         content = [
             self.class_names,
             self.tuned,
@@ -69,29 +69,26 @@ class FewShotSplit:
         """
         content = read_json(path, RunError)
         try:
-            split = cls._from_json(content)
-            known = split.fingerprint() == content["fingerprint"]
+            rows = [*content["train"], *content["val"]]
+            split = cls(
+                class_names=tuple(content["class_names"]),
+                tuned=tuple(content["tuned"]),
+                train=tuple(Item(name, label) for name, label, _ in content["train"]),
+                val=tuple(Item(name, label) for name, label, _ in content["val"]),
+                sha256={name: digest for name, _, digest in rows},
+                skipped=tuple(Skipped(name, reason) for name, reason in content["skipped"]),
+                notices=tuple(content["notices"]),
+            )
+            unchanged = split.fingerprint() == content["fingerprint"]
+            unchanged &= all(map(is_inside, split.sha256))
         except (KeyError, TypeError, ValueError, AttributeError) as cause:
             raise RunError(f"{path}: not a split as capt-train writes it ({cause!r})") from cause
-        if not known or not all(is_inside(name) for name in split.sha256):
+        if not unchanged:
             raise RunError(f"{path}: was changed after it was written; tune again")
         return split
 
-    @classmethod
-    def _from_json(cls, content: dict[str, Any]) -> "FewShotSplit":
-        rows = [*content["train"], *content["val"]]
-        return cls(
-            class_names=tuple(content["class_names"]),
-            tuned=tuple(content["tuned"]),
-            train=tuple(Item(path, label) for path, label, _ in content["train"]),
-            val=tuple(Item(path, label) for path, label, _ in content["val"]),
-            sha256={path: digest for path, _, digest in rows},
-            skipped=tuple(Skipped(path, reason) for path, reason in content["skipped"]),
-            notices=tuple(content["notices"]),
-        )
-
     def check(self, dataset: Dataset) -> None:
-        """Make sure that the data set still holds these very images and classes.
+        """Check that the data set still holds the same images and classes.
 
         Raises:
             DataError: class names differ, or an image is gone or has changed.
@@ -101,14 +98,9 @@ class FewShotSplit:
                 f"{dataset.root}: its {len(dataset.class_names)} class names are not the "
                 f"{len(self.class_names)} that the run was made with"
             )
-        changed = []
-        for path, digest in self.sha256.items():
-            try:
-                same = sha256_file(dataset.root / path) == digest
-            except OSError:
-                same = False
-            if not same:
-                changed.append(path)
+        changed = [
+            name for name, digest in self.sha256.items() if _sha256(dataset.root / name) != digest
+        ]
         if changed:
             raise DataError(
                 f"{dataset.root}: {len(changed)} of the run's {len(self.sha256)} images changed or "
@@ -119,108 +111,105 @@ class FewShotSplit:
 def choose(dataset: Dataset, classes: str, shots: int, seed: int) -> FewShotSplit:
     """Choose `shots` readable training images of each tuned class by seed.
 
-    A class with fewer gives all it has. Validation images are the data's own of the tuned
+    A class with fewer gives all it has. Validation images are those of the data set in the tuned
     classes; where there are none, training images that were not chosen, up to `shots` a class.
 
     Args:
-        dataset: what to choose from.
+        dataset: all images.
         classes: `all`, or `base`: the first half (rounded up) in label order.
         shots: images a class.
-        seed: decides which.
+        seed: decides which images.
 
     Raises:
         DataError: fewer than two classes, or a tuned class without a readable training image.
     """
-    count = len(dataset.class_names)
-    tuned = tuple(range(count if classes == "all" else (count + 1) // 2))
+    tuned = dataset.classes(classes)
     if len(tuned) < 2:
         raise DataError(
             f"{dataset.root}: expected at least two classes to tune on, came {len(tuned)} "
-            f"({classes} of {count})"
+            f"({classes} of {len(dataset.class_names)})"
         )
+    chosen: list[Item] = []
+    spare: list[Item] = []
+    skipped: list[Skipped] = []
     candidates: dict[int, list[Item]] = {label: [] for label in tuned}
     for item in dataset.splits["train"]:
         if item.label in candidates:
             candidates[item.label].append(item)
-    chosen: list[Item] = []
-    spare: list[Item] = []
-    skipped: list[Skipped] = []
-    for label in track(tuned, "choosing shots", "classes"):
-        items = candidates[label]
+    for label, items in track(list(candidates.items()), "choosing shots", "classes"):
         random.Random(f"{seed}/{dataset.class_names[label]}").shuffle(items)
-        own, rest = _readable(dataset, items, shots, skipped)
-        chosen += own
+        readable, rest = _first_readable(dataset, items, shots, skipped)
+        chosen += readable
         spare += rest[:shots]
-    missing = _without(chosen, tuned)
-    if missing:
-        names = [dataset.class_names[label] for label in missing]
-        raise DataError(f"{dataset.root}: no readable training image of {names}; add some")
-    val = [item for item in dataset.splits["val"] if item.label in candidates] or spare
-    val = _present(dataset, val, skipped)
-    digests = {item.path: sha256_file(dataset.path(item)) for item in (*chosen, *val)}
+    counts = Counter(item.label for item in chosen)
+    if missing := [dataset.class_names[label] for label in tuned if not counts[label]]:
+        raise DataError(f"{dataset.root}: no readable training image of {missing}; add some")
+    val = [item for item in dataset.splits["val"] if item.label in candidates]
+    stand_in = not val
+    # Decoding all of these would take too long here; unreadable ones are left out later.
+    listed, val = val or spare, []
+    for item in listed:
+        if dataset.path(item).is_file():
+            val.append(item)
+        else:
+            skipped.append(Skipped(item.path, "no such file"))
     left_out = (*dataset.skipped, *skipped)
-    notices = tuple(_notices(dataset, chosen, val, left_out, shots))
+    fewer = {dataset.class_names[label]: n for label, n in counts.items() if n < shots}
     return FewShotSplit(
-        dataset.class_names, tuned, tuple(chosen), tuple(val), digests, left_out, notices
+        dataset.class_names,
+        tuned,
+        tuple(chosen),
+        tuple(val),
+        {item.path: sha256_file(dataset.path(item)) for item in (*chosen, *val)},
+        left_out,
+        tuple(_notices(fewer, shots, left_out, bool(val), stand_in)),
     )
 
 
-def _readable(
+def _sha256(path: Path) -> str | None:
+    """Return the SHA-256 of a file; None where it cannot be read."""
+    try:
+        return sha256_file(path)
+    except OSError:
+        return None
+
+
+def _first_readable(
     dataset: Dataset, items: Sequence[Item], count: int, skipped: list[Skipped]
 ) -> tuple[list[Item], list[Item]]:
     """Return the first `count` images that decode, and those after them."""
-    good: list[Item] = []
+    readable: list[Item] = []
     for position, item in enumerate(items):
-        if len(good) == count:
-            return good, list(items[position:])
+        if len(readable) == count:
+            return readable, list(items[position:])
         try:
             load_image(dataset.path(item))
-            good.append(item)
+            readable.append(item)
         except ImageError as error:
             skipped.append(Skipped(item.path, str(error)))
-    return good, []
-
-
-def _present(dataset: Dataset, items: Sequence[Item], skipped: list[Skipped]) -> list[Item]:
-    """Leave out files that a list names but that are gone; decoding would take too long here."""
-    gone = {item for item in items if not dataset.path(item).is_file()}
-    skipped += [Skipped(item.path, "no such file") for item in items if item in gone]
-    return [item for item in items if item not in gone]
-
-
-def _without(items: Sequence[Item], labels: Sequence[int]) -> list[int]:
-    present = {item.label for item in items}
-    return [label for label in labels if label not in present]
+    return readable, []
 
 
 def _notices(
-    dataset: Dataset,
-    chosen: Sequence[Item],
-    val: Sequence[Item],
-    skipped: Sequence[Skipped],
+    fewer: Mapping[str, int],
     shots: int,
-) -> list[str]:
-    notices = []
-    counts: dict[int, int] = {}
-    for item in chosen:
-        counts[item.label] = counts.get(item.label, 0) + 1
-    fewer = {dataset.class_names[label]: n for label, n in counts.items() if n < shots}
+    skipped: Sequence[Skipped],
+    validated: bool,
+    stand_in: bool,
+) -> Iterator[str]:
     if fewer:
         listed = ", ".join(f"{name} ({n})" for name, n in list(fewer.items())[:10])
         more = ", …" if len(fewer) > 10 else ""
-        notices.append(f"{len(fewer)} classes have fewer than {shots} images: {listed}{more}")
+        yield f"{len(fewer)} classes have fewer than {shots} images: {listed}{more}"
     if skipped:
-        notices.append(
+        yield (
             f"{len(skipped)} files are no readable images and were left out, e.g. "
             f"{skipped[0].path}; the run's split.json lists them"
         )
-    if val and not set(val) & set(dataset.splits["val"]):
-        notices.append(
-            "no validation images: training images that were not chosen stand in for them"
-        )
-    if not val:
-        notices.append(
+    if not validated:
+        yield (
             "no validation images: all epochs are trained, and confidences are calibrated by "
             "tuning again without a part of the training images, each in turn"
         )
-    return notices
+    elif stand_in:
+        yield "no validation images: training images that were not chosen stand in for them"

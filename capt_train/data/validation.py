@@ -1,7 +1,7 @@
-"""What a run remembers of its validation images, for decisions that need labelled ones.
+"""The embedded validation images of a run, kept for the export.
 
 Conformal sets, rejection and familiarity depend on the classes of a bundle, which are known only
-when it is exported; embeddings and labels are what they can all be computed from.
+when it is exported.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ _NAMES = ("embeddings", "labels")
 
 @dataclass(frozen=True)
 class Validation:
-    """Images of the tuned classes, by the model as tuned.
+    """Images of the tuned classes, embedded by the tuned model.
 
     No step was taken on them; the best epoch, colours, κ and the calibration were chosen by them.
     """
@@ -32,18 +32,17 @@ class Validation:
     labels: Int[Tensor, " samples"]  # indices of all class names
 
     def fits(self, dim: int, tuned: Sequence[int]) -> bool:
-        """Tell whether it may be of a run with that many dimensions and these classes tuned on."""
+        """Tell whether embeddings and labels fit a run's dimensions and tuned classes."""
         known = torch.isin(self.labels, torch.tensor(list(tuned)))
         return self.embeddings.shape[1] == dim and bool(known.all())
 
     def save(self, path: Path) -> None:
-        """Write it atomically."""
-        own = {name: getattr(self, name).contiguous().cpu() for name in _NAMES}
-        write_bytes(path, save(own))
+        """Write a safetensors file, atomically."""
+        write_bytes(path, save({name: getattr(self, name).contiguous().cpu() for name in _NAMES}))
 
     @classmethod
     def load(cls, path: Path) -> "Validation | None":
-        """Read it; None where a run has none.
+        """Read a saved file; None where there is none.
 
         Raises:
             RunError: the file is damaged or not as capt-train writes it.

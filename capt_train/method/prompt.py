@@ -45,16 +45,16 @@ class PromptLearner(nn.Module):
         self._backbone = backbone
         self._tuned = {index: row for row, index in enumerate(tuned)}
         if random_tokens:
-            width = backbone.token_vectors(backbone.words("a")).shape[1]
+            width = backbone.text.vectors(backbone.tokens.words("a")).shape[1]
             start = 0.02 * torch.randn(random_tokens, width, generator=generator)
         else:
-            start = backbone.token_vectors(backbone.words(words))
+            start = backbone.text.vectors(backbone.tokens.words(words))
         if class_specific:
             start = start.repeat(len(tuned), 1, 1)
         self.context = nn.Parameter(start.float().to(backbone.device))
         self.deeper: nn.Parameter | None = None
         if depth > 1:
-            backbone.check_text_depth(depth)
+            backbone.text.check_depth(depth)
             # The width of the random start is CoOp's.
             shape = (depth - 1, *self.context.shape[-2:])
             deeper = 0.02 * torch.randn(shape, generator=generator)
@@ -68,11 +68,13 @@ class PromptLearner(nn.Module):
             mean = context.mean(dim=0)
             rows = [self._tuned.get(index) for index in classes]
             context = torch.stack([mean if row is None else context[row] for row in rows])
-        return self._backbone.encode(self._tokens[list(classes)], context, self.deeper)
+        return self._backbone.text.encode(self._tokens[list(classes)], context, self.deeper)
 
     def of_names(self, class_names: Sequence[str]) -> Float[Tensor, "classes dim"]:
         """Return the unit-norm embeddings of classes the prompt was not tuned on, by name."""
-        return self._backbone.encode(self.tokenize(class_names), self.common_context, self.deeper)
+        return self._backbone.text.encode(
+            self.tokenize(class_names), self.common_context, self.deeper
+        )
 
     @property
     def common_context(self) -> Float[Tensor, "context width"]:

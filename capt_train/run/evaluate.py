@@ -94,8 +94,7 @@ def score_run(
         CaptError: the run or the data cannot be used.
     """
     model = load_run(run, choose_device("auto"))
-    dataset = read_dataset(data, class_names or model.config.class_names, strict_names=False)
-    dataset = dataset.aligned_to(model.class_names)
+    dataset = read_dataset(data, class_names or model.config.class_names, model.class_names)
     fingerprint = str(model.provenance["model_sha256"])
     with closing(EmbeddingCache(fingerprint, model.backbone.device.type)) as cache:
         return score_model(model, cache, dataset, split)

@@ -19,7 +19,7 @@ from capt_train.calibrate.calibrators import (
     fit_calibration,
 )
 from capt_train.calibrate.label_noise import fit_label_noise
-from capt_train.confusion.bank import ConfusionBank, confused_pairs
+from capt_train.confusion.bank import ConfusionBank
 from capt_train.confusion.confusions import CONFUSIONS, write_confusions
 from capt_train.confusion.plot import plot_confusions
 from capt_train.data.features import Embedded
@@ -75,7 +75,7 @@ def fit(setup: Setup, outcome: Outcome, out: Path) -> TunedModel:
         say(f"strength of the visual side: {learner.strength:g}")
     before = setup.zero_shot_bank(outcome.frozen.train)
     own = split.tuned  # the bank counts among these
-    pairs = {(own[a], own[b]): round(count) for (a, b), count in confused_pairs(before).items()}
+    pairs = {(own[a], own[b]): round(count) for (a, b), count in before.confusions().items()}
     mixture = _mixture(setup, outcome)
     fitted = Fitted(pairs, mixture, learner.strength)
     rows = runs.mixed_rows(learner, setup.zero_shot, split, mixture)
@@ -205,5 +205,5 @@ def _write_banks(
     names = setup.tuned_names
     paths = [item.path for item in outcome.task.train.kept(setup.split.train)]
     write_confusions(out / CONFUSIONS, names, before, after, paths)
-    counts = before.counts.cpu().numpy(), after.counts.cpu().numpy()
-    plot_confusions(out / runs.MATRIX, counts[0], counts[1], names)
+    counts = torch.stack([before.counts, after.counts]).cpu().numpy()
+    plot_confusions(out / runs.MATRIX, counts, names)

@@ -13,6 +13,7 @@ from capt_deploy.core.files import expand_home
 from capt_deploy.data.datasets import Dataset, read_dataset
 from capt_train.clip.backbone import Backbone
 from capt_train.clip.loading import choose_device, load_backbone
+from capt_train.clip.text_tokens import whole_words
 from capt_train.config import TrainConfig
 from capt_train.confusion.bank import ConfusionBank
 from capt_train.confusion.mining import SENTENCES, check_sources
@@ -50,7 +51,9 @@ class Setup:
             ModelError: the tokenizer does not know enough words, or they cannot be listed.
         """
         names = self.split.class_names
-        return pseudo_class_names(self.backbone.words_known(), len(names), self.config.seed, names)
+        return pseudo_class_names(
+            whole_words(self.backbone.tokens.tokenizer), len(names), self.config.seed, names
+        )
 
     @property
     def tuned_names(self) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from capt_deploy.core.errors import ConfigError, DataError
 from capt_deploy.core.files import expand_home, read_json
-from capt_deploy.data.class_names import distinct_names, spelled_alike
+from capt_deploy.data.class_names import distinct_names, plain_spelling
 from capt_train.run.folder import TunedModel
 from export.source.model import KnownImages, Photo, Source
 
@@ -113,9 +113,9 @@ def hand_written_rows(
 
 
 def _refuse_spellings(new: Sequence[str], known: Sequence[str]) -> None:
-    own = {spelled_alike(name): name for name in known}
+    own = {plain_spelling(name): name for name in known}
     for name in new:
-        if (twin := own.get(spelled_alike(name))) is not None:
+        if (twin := own.get(plain_spelling(name))) is not None:
             raise ConfigError(
                 f"class names: {name!r} is no class of the run, but {twin!r} is; write it so, for "
                 f"its row to be the tuned one"

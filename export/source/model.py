@@ -182,7 +182,7 @@ def is_the_data_set(split: FewShotSplit, root: Path) -> bool:
 def other_photos(root: Path, class_names: tuple[str, ...]) -> list[Photo]:
     """Return the images of another data set; without labels where its classes are others."""
     try:
-        dataset = read_dataset(root, strict_names=False).aligned_to(class_names)
+        dataset = read_dataset(root, known_classes=class_names)
         items = next(of for name in ("val", "test", *SPLITS) if (of := dataset.splits[name]))
         say(f"note: checked on {len(items)} labelled images of another data set, {root}")
         return [Photo(dataset.path(item), item.label) for item in items]

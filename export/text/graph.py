@@ -93,7 +93,7 @@ class TextRows(nn.Module):
         count = len(self._templates)
         by_template = None
         if count:
-            flat = self._backbone.encode(tokens[:, :count].flatten(0, 1))
+            flat = self._backbone.text.encode(tokens[:, :count].flatten(0, 1))
             by_template = flat.unflatten(0, (-1, count))
         rows = [self._rows(share, tokens, by_template) for share in self._shares]
         mixed = self._backbone.scale * torch.stack(rows).mean(dim=0)
@@ -109,7 +109,7 @@ class TextRows(nn.Module):
             mean = by_template[:, share.templates].mean(dim=1)
             hand_written = [functional.normalize(mean, dim=-1)]
         learned = [
-            self._backbone.encode(tokens[:, place], prompt.common_context, prompt.deeper)
+            self._backbone.text.encode(tokens[:, place], prompt.common_context, prompt.deeper)
             for place, prompt in share.prompts.items()
         ] or hand_written
         if share.semantic is not None:
@@ -167,7 +167,7 @@ def _traced(
 ) -> OnnxGraph:
     example = tokens[[0, -1]]  # a single class would be taken for a constant
     axes: dict[int, Any] = {0: torch.export.Dim("classes")}
-    if backbone.cuttable:
+    if backbone.text.cuttable:
         axes[2] = torch.export.Dim("tokens", max=tokens.shape[2])
         example = example[:, :, :-1]
     network(example)  # what the tower finds out about itself must not be traced
@@ -181,7 +181,7 @@ def _record(network: TextRows, backbone: Backbone) -> OpenVocabulary:
         prompts=network.prompts,
         context_length=backbone.tokens.length,
         pad=backbone.tokens.pad,
-        cuttable=backbone.cuttable,
+        cuttable=backbone.text.cuttable,
         cleaning=cleaning_of(backbone.tokens.tokenizer),
         logit_bias=backbone.logit_bias,
     )

@@ -11,8 +11,7 @@ from torch import Tensor
 from capt_deploy.core.errors import ModelError
 from capt_deploy.core.install import install_hint
 from capt_deploy.serving.open_vocabulary import CLEANINGS, PromptTokenizer
-from capt_train.clip.text_tokens import TextTokens
-from capt_train.clip.vocabulary import vocabulary
+from capt_train.clip.text_tokens import TextTokens, vocabulary
 
 _LETTERS = re.compile("[a-z]{3,}")
 _WORDS = 400  # of the vocabulary

@@ -75,7 +75,8 @@ class LlmServer:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                server.requests.append((self.path, dict(self.headers), body))
+                headers = {name.title(): value for name, value in self.headers.items()}
+                server.requests.append((self.path, headers, body))
                 self.reply(server.replies.pop(0) if server.replies else server.usual)
 
             def do_GET(self) -> None:

@@ -49,7 +49,7 @@ def by_hand(model: TunedModel, name: str) -> Tensor:
     embeddings = [normalize(backbone.text_embeddings(texts).mean(dim=0), dim=0)]
     tokens = backbone.tokenize([f"a a a a {name}."])
     for prompt in learner.prompts:
-        own = backbone.encode(tokens, prompt.context, prompt.deeper)
+        own = backbone.text.encode(tokens, prompt.context, prompt.deeper)
         embeddings.append(learner.semantic(own)[0][0])
     weights = model.fitted.mixture.outside
     return sum(weight * own for weight, own in zip(weights, embeddings, strict=True))

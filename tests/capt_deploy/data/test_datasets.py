@@ -226,14 +226,24 @@ def test_bad_class_names_are_told_what_is_wrong(
 
 
 def test_labels_are_aligned_to_the_order_of_a_model(put_images: Callable[..., Path]) -> None:
-    dataset = read_dataset(put_images("train/ape/1.png", "train/bee/1.png", "test/bee/2.png"))
-    aligned = dataset.aligned_to(("bee", "cow", "ape"))
+    root = put_images("train/ape/1.png", "train/bee/1.png", "test/bee/2.png")
+    aligned = read_dataset(root, known_classes=("bee", "cow", "ape"))
     assert aligned.class_names == ("bee", "cow", "ape")
     assert aligned.items("train") == (Item("train/ape/1.png", 2), Item("train/bee/1.png", 0))
     assert aligned.items("test") == (Item("test/bee/2.png", 0),)
-    assert dataset.items("test") == (Item("test/bee/2.png", 1),)
+    assert read_dataset(root).items("test") == (Item("test/bee/2.png", 1),)
     with pytest.raises(DataError, match=r"classes \['ape'\] are not among the 1 of the model"):
-        dataset.aligned_to(("bee",))
+        read_dataset(root, known_classes=("bee",))
+
+
+@pytest.mark.parametrize(("count", "base"), [(1, 1), (3, 2), (4, 2)])
+def test_base_is_the_first_half_of_the_classes_rounded_up_and_new_the_rest(
+    count: int, base: int
+) -> None:
+    dataset = Dataset(Path(), tuple("abcd"[:count]), {})
+    assert dataset.classes("all") == tuple(range(count))
+    assert dataset.classes("base") == tuple(range(base))
+    assert dataset.classes("new") == tuple(range(base, count))
 
 
 def test_the_shared_cifar_folder_has_all_its_classes(cifar: Path) -> None:

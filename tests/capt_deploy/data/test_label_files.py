@@ -64,7 +64,7 @@ def test_split_names_are_understood(tmp_path: Path, given: str, meant: str) -> N
         ("path,label\n/etc/a.jpg,cat\n", "line 2: '/etc/a.jpg' leads out of"),
         ("path,label\n//etc/a.jpg,cat\n", "line 2: '//etc/a.jpg' leads out of"),
         ("path,label\nC:\\a.jpg,cat\n", "line 2: .*leads out of"),
-        (b"path,label\na.jpg,K\xe4se\n", "not a readable UTF-8 CSV file"),
+        (b"path,label\na.jpg,K\xe4se\n", "not a readable UTF-8 file"),
     ],
 )
 def test_a_bad_csv_names_the_line_and_what_is_wrong(

@@ -99,23 +99,23 @@ def test_texts_are_cut_only_where_no_embedding_changes(
 
 
 def test_a_context_in_place_of_its_own_words_changes_nothing(tiny_backbone: Backbone) -> None:
-    words = tiny_backbone.token_vectors(tiny_backbone.words("a photo of a"))
+    words = tiny_backbone.text.vectors(tiny_backbone.tokens.words("a photo of a"))
     tokens = tiny_backbone.tokenize(["x x x x cat.", "x x x x big dog."])
     expected = tiny_backbone.text_embeddings(["a photo of a cat.", "a photo of a big dog."])
-    torch.testing.assert_close(tiny_backbone.encode(tokens, words), expected)
+    torch.testing.assert_close(tiny_backbone.text.encode(tokens, words), expected)
     per_text = words.expand(2, -1, -1)
-    torch.testing.assert_close(tiny_backbone.encode(tokens, per_text), expected)
+    torch.testing.assert_close(tiny_backbone.text.encode(tokens, per_text), expected)
 
 
 def test_without_a_start_token_the_context_stands_first(siglip: Backbone) -> None:
-    words = siglip.token_vectors(siglip.words("a photo of a"))
+    words = siglip.text.vectors(siglip.tokens.words("a photo of a"))
     tokens = siglip.tokenize([f"{name}." for name in NAMES], 4)
     expected = siglip.text_embeddings([f"a photo of a {name}." for name in NAMES])
-    torch.testing.assert_close(siglip.encode(tokens, words), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(siglip.text.encode(tokens, words), expected, rtol=0, atol=1e-6)
     for place in range(4):  # the first one too is the context's
         moved = words.clone()
         moved[place] = moved[place].flip(0)
-        assert not torch.allclose(siglip.encode(tokens, moved), expected, atol=1e-3)
+        assert not torch.allclose(siglip.text.encode(tokens, moved), expected, atol=1e-3)
 
 
 def test_deeper_vectors_of_siglip_stand_at_the_same_places(siglip: Backbone) -> None:
@@ -130,7 +130,7 @@ def test_deeper_vectors_of_siglip_stand_at_the_same_places(siglip: Backbone) -> 
                 x = torch.cat([own.expand(3, -1, -1), x[:, 2:]], dim=1)
             x = block(x)
         expected = normalize(text.text_projection(text.ln_final(x)[:, -1]), dim=-1)
-    found = siglip.encode(tokens, context, torch.stack(deeper))
+    found = siglip.text.encode(tokens, context, torch.stack(deeper))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
@@ -185,7 +185,7 @@ def test_the_hook_of_a_context_is_gone_afterwards_even_after_an_error(
     before = backbone.text_embeddings(["a cat."])
     tokens = backbone.tokenize(["x x cat."])
     with pytest.raises(RuntimeError):
-        backbone.encode(tokens, torch.zeros(2, 5))  # of another width
+        backbone.text.encode(tokens, torch.zeros(2, 5))  # of another width
     assert torch.equal(backbone.text_embeddings(["a cat."]), before)
 
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from capt_deploy.core.errors import ModelError
-from capt_train.clip.vocabulary import whole_words
+from capt_train.clip.text_tokens import whole_words
 
 
 @pytest.fixture(scope="module")

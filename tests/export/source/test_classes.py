@@ -79,7 +79,7 @@ def test_prompts_of_their_own_for_each_class_give_new_ones_their_mean(
     with torch.no_grad():
         prompt.context += torch.randn(prompt.context.shape)
         tokens = model.backbone.tokenize(["a a a a tabby cat."])
-        mean = model.backbone.encode(tokens, prompt.context.mean(dim=0), prompt.deeper)
+        mean = model.backbone.text.encode(tokens, prompt.context.mean(dim=0), prompt.deeper)
         other = with_classes(source_of(model), [model], NEW)
         hand_written = model.backbone.class_embeddings(NEW, model.config.prompt.templates)
         weights = model.fitted.mixture.outside

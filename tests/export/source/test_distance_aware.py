@@ -178,7 +178,7 @@ def test_each_scope_has_the_factors_of_its_own_most_probable_classes(
     dac_bundle: Path, plain_bundle: Path, text_model: TunedModel, photos: Path
 ) -> None:
     report, without = (score_bundle(path, photos).report() for path in (dac_bundle, plain_bundle))
-    dataset = read_dataset(photos, strict_names=False).aligned_to(text_model.class_names)
+    dataset = read_dataset(photos, known_classes=text_model.class_names)
     items, config = dataset.items("test"), text_model.backbone.preprocess
     pixels = np.stack([preprocess(dataset.path(item), config) for item in items])
     embeddings = text_model.backbone.image_embeddings(torch.from_numpy(pixels))
