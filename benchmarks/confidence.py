@@ -232,7 +232,9 @@ def _familiar(model: TunedModel, embeddings: Floats, means: Floats) -> dict[str,
 def _embeddings(model: TunedModel, data: str) -> Floats:
     dataset = read_dataset(data)
     items = dataset.items("test")
-    found = embed(model.backbone, None, dataset, items, "test images", model.learner)
+    found = embed(
+        model.backbone, None, dataset, items, "test images", model.learner.image_embeddings
+    )
     return found.embeddings.numpy()
 
 

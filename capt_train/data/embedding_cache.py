@@ -6,6 +6,7 @@ embedded again.
 """
 
 import hashlib
+import json
 import sqlite3
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,9 @@ from capt_deploy.core.files import cache_folder
 
 Floats = NDArray[np.float32]
 _PIXELS_VERSION = 1  # raise it when decoding or preprocessing changes the pixels
-_VARIABLES = 500  # SQLite's oldest builds allow 999 in one statement
+_SELECT = (  # SQLite limits the variables of a statement, but not the length of a JSON list
+    "SELECT image, embedding FROM embeddings WHERE image IN (SELECT value FROM json_each(?))"
+)
 
 
 class EmbeddingCache:
@@ -42,12 +45,8 @@ class EmbeddingCache:
         """Return the embeddings in the cache, each (dim,)."""
         embeddings: dict[str, Floats] = {}
         try:
-            for start in range(0, len(keys), _VARIABLES):
-                part = keys[start : start + _VARIABLES]
-                marks = ",".join("?" * len(part))
-                query = f"SELECT image, embedding FROM embeddings WHERE image IN ({marks})"
-                for key, data in self._database.execute(query, part):
-                    embeddings[key] = np.frombuffer(data, dtype="<f4")
+            for key, data in self._database.execute(_SELECT, [json.dumps(list(keys))]):
+                embeddings[key] = np.frombuffer(data, dtype="<f4")
         except sqlite3.DatabaseError as cause:
             self._database.close()
             self._database = self._replacement(cause)

@@ -2,11 +2,10 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -60,36 +59,25 @@ class Embedded:
     val: Features  # may be empty
 
 
-@runtime_checkable
-class Encoder(Protocol):
-    """A frozen backbone or a tuned learner."""
-
-    def image_embeddings(
-        self, pixels: UInt8[Tensor, "batch height width 3"]
-    ) -> Float[Tensor, "batch dim"]:
-        """Return unit-norm embeddings."""
-        ...
-
-
 def embed(
     backbone: Backbone,
     cache: EmbeddingCache | None,
     dataset: Dataset,
     items: Sequence[Item],
     label: str,
-    encoder: Encoder | None = None,
+    encode: Callable[[Tensor], Tensor] | None = None,
 ) -> Features:
     """Embed images in order.
 
     Args:
-        backbone: gives the preprocessing, and embeds where there is no `encoder`.
+        backbone: gives the preprocessing, and embeds where there is no `encode`.
         cache: holds embeddings of the same encoder; None embeds every image.
         dataset: the data set of the images.
         items: the images.
         label: their name in the progress bar.
-        encoder: embeds in place of the backbone.
+        encode: returns unit-norm embeddings of pixels, in place of the backbone.
     """
-    encoder = encoder or backbone
+    encode = encode or backbone.image_embeddings
     rows: list[NDArray[np.float32]] = []
     labels: list[int] = []
     digests: list[str] = []
@@ -110,7 +98,7 @@ def embed(
             pixels = {k: v for k, v in results.items() if isinstance(v, np.ndarray)}
             if pixels:
                 stacked = torch.from_numpy(np.stack(list(pixels.values())))
-                vectors = encoder.image_embeddings(stacked).cpu().numpy()
+                vectors = encode(stacked).cpu().numpy()
                 new = dict(zip(pixels, vectors, strict=True))
                 if cache is not None:
                     cache.put(new)

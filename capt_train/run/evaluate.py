@@ -55,7 +55,9 @@ def score_model(
     own = features.embeddings
     if model.moves_images:
         label = f"{split} images as tuned"
-        own = embed(model.backbone, None, dataset, items, label, model.learner).embeddings
+        own = embed(
+            model.backbone, None, dataset, items, label, model.learner.image_embeddings
+        ).embeddings
     fitted = model.fitted
     scores = Scores(
         features.labels.numpy(),

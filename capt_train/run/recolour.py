@@ -49,7 +49,7 @@ def recolour(setup: Setup, frozen: Embedded, out: Path) -> tuple[Backbone, Embed
 
     def again(own: Features, items: Sequence[Item], name: str) -> Features:
         label = f"recoloured {name} images"
-        found = embed(backbone, None, setup.dataset, own.kept(items), label, seen)
+        found = embed(backbone, None, setup.dataset, own.kept(items), label, seen.image_embeddings)
         if found.skipped:  # else rows would belong to other images
             raise ImageError(f"{found.skipped[0].path}: could be read before, but not now")
         return replace(found, skipped=own.skipped)
