@@ -77,9 +77,11 @@ class ConfusionSettings(SettingsGroup, group="confusion"):
     llm_model: str | None = setting(
         None, "model to ask there; the key is taken from $CAPT_LLM_KEY", option="--llm-model"
     )
-    llm_timeout_s: float = setting(60.0, "seconds to wait for an answer")
-    llm_retries: int = setting(5, "further attempts after a failed request")
-    llm_backoff_s: float = setting(1.0, "seconds before the first retry, doubled for each further")
+    llm_timeout_s: float = setting(60.0, "seconds to wait for a whole answer", ABOVE_0)
+    llm_retries: int = setting(5, "further attempts after a failed request", at_least(0))
+    llm_backoff_s: float = setting(
+        1.0, "seconds before the first retry, doubled for each further", at_least(0)
+    )
 
 
 @dataclass(frozen=True)

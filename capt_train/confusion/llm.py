@@ -82,15 +82,6 @@ class LlmClient:
                 f"{KEY_VARIABLE}: expected a key of printable ASCII characters without blanks; "
                 f"copy it again"
             )
-        checks = [
-            (bool(self.model.strip()), "--llm-model", "a name", self.model),
-            (0 < self.timeout_s < 1e6, "llm timeout", "seconds above 0", self.timeout_s),
-            (0 <= self.retries <= 20, "llm retries", "0 up to 20", self.retries),
-            (self.backoff_s >= 0, "llm backoff", "seconds, 0 or more", self.backoff_s),
-        ]
-        for fine, name, expected, value in checks:
-            if not fine:
-                raise ConfigError(f"{name}: expected {expected}, came {value!r}")
         if find_spec("openai") is None:
             raise ConfigError(
                 "--llm-url: expected the openai library, which is not installed; install the "
