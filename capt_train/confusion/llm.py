@@ -116,7 +116,7 @@ class LlmClient:
         ) from None
 
     def _post(self, content: str) -> bytes:
-        """Return the body of the model's answer."""
+        """Return the body of the model's answer to a prompt."""
         import openai
         from anyio.from_thread import start_blocking_portal
 
@@ -131,6 +131,7 @@ class LlmClient:
             raise _RetryableError(f"no connection: {reason}") from None
 
     async def _complete(self, content: str) -> bytes:
+        """Send one prompt; return the answer's body, its size and total time limited."""
         import openai
         from anyio import fail_after
 
@@ -180,9 +181,9 @@ class LlmClient:
             ) from None
 
     def _refusal(self, code: int, body: bytes, headers: Mapping[str, str]) -> Exception:
-        said = self._excerpt(body.decode("utf-8", "replace"))
+        excerpt = self._excerpt(body.decode("utf-8", "replace"))
         if code in _TRANSIENT or code >= 500:
-            return _RetryableError(f"HTTP {code}, {said}", _retry_after_s(headers))
+            return _RetryableError(f"HTTP {code}, {excerpt}", _retry_after_s(headers))
         fixes = {
             401: f"set {KEY_VARIABLE} to a key that is valid there",
             403: f"set {KEY_VARIABLE} to a key that may use {self.model}",
@@ -192,7 +193,7 @@ class LlmClient:
         if code < 400:
             fix = "redirects are not followed, to keep the key; give the final address as --llm-url"
         kind = RunError if code in _PROMPT_REFUSED else ConfigError
-        return kind(f"{self.base_url}: expected an answer, came HTTP {code}, {said}; {fix}")
+        return kind(f"{self.base_url}: expected an answer, came HTTP {code}, {excerpt}; {fix}")
 
     def _sentences_in(self, body: bytes) -> PairSentences:
         """Return the sentences in a chat completion."""
@@ -200,16 +201,16 @@ class LlmClient:
             choice = json.loads(body)["choices"][0]
             text, cut_off = choice["message"]["content"], choice.get("finish_reason") == "length"
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            said = self._excerpt(body.decode("utf-8", "replace"))
-            raise _RetryableError(f"no chat completion, but {said}") from None
+            excerpt = self._excerpt(body.decode("utf-8", "replace"))
+            raise _RetryableError(f"no chat completion, but {excerpt}") from None
         if cut_off:
             raise _RetryableError("an answer that the server's token limit cut off")
         text = text if isinstance(text, str) else ""
         sentences = _parse(text)
         if sentences is None:
-            said = self._excerpt(text, ending=True)
+            excerpt = self._excerpt(text, ending=True)
             raise _RetryableError(
-                f"a message that does not end with the JSON asked for, but {said}"
+                f"a message that does not end with the JSON asked for, but {excerpt}"
             )
         if self._holds_key("\n".join(sentences.commonality + sentences.difference)):
             raise _RetryableError("sentences that hold the key")
