@@ -33,9 +33,8 @@ class Tower:
     _scale: str  # the scale of its output,
     _ffn: tuple[str, str, str]  # and its three steps
 
-    def __init__(self, visual: Any, blocks: nn.Module, width: int, grid: Sequence[int]) -> None:
-        self._visual: Any = visual
-        self._blocks: Any = blocks
+    def __init__(self, visual: Any, blocks: Any, width: int, grid: Sequence[int]) -> None:
+        self._visual, self._blocks = visual, blocks
         self.depth, self.width = len(self._blocks), int(width)
         self.grid = (int(grid[0]), int(grid[1]))  # of patches, rows and columns
 

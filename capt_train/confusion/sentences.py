@@ -108,7 +108,7 @@ class Gathered:
                 different |= texts
             counts.append(len(different))
         sources = tuple(source for source in SOURCES if source in origins)
-        return ClassCoverage(name, len(pairs), *counts, sources)
+        return ClassCoverage(name, len(pairs), counts[0], counts[1], sources)
 
 
 def gather(
