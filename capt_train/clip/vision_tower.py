@@ -51,8 +51,8 @@ class Tower:
         raise NotImplementedError
 
     def before_ffn(
-        self, block: int, tokens: Float[Tensor, "batch queries width"]
-    ) -> Float[Tensor, "batch queries width"]:
+        self, block: int, tokens: Float[Tensor, "*batch width"]
+    ) -> Float[Tensor, "*batch width"]:
         """Return the normalised tokens that enter the block's FFN."""
         return getattr(self._blocks[block], self._norm)(tokens)  # type: ignore[no-any-return]
 
