@@ -7,11 +7,11 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from importlib.util import find_spec
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from capt_deploy.core.errors import ConfigError, RunError
+from capt_deploy.core.install import require_packages
 from capt_deploy.core.version import __version__
 from capt_train.confusion.sentences import NamePair, PairSentences, clean
 from capt_train.parts import SENTENCE_KINDS
@@ -82,11 +82,7 @@ class LlmClient:
                 f"{KEY_VARIABLE}: expected a key of printable ASCII characters without blanks; "
                 f"copy it again"
             )
-        if find_spec("openai") is None:
-            raise ConfigError(
-                "--llm-url: expected the openai library, which is not installed; install the "
-                "extra llm, in a clone with: pip install -e '.[llm]'"
-            )
+        require_packages("--llm-url", "llm", "openai")
 
     @property
     def base_url(self) -> str:

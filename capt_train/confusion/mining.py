@@ -14,8 +14,8 @@ from capt_train.confusion.bank import ConfusionBank, mined_pairs
 from capt_train.confusion.llm import LlmClient, key_from_environment
 from capt_train.confusion.llm_answers import ask_all, dry_run, read_cache
 from capt_train.confusion.sentences import (
-    NamePair,
     Gathered,
+    NamePair,
     gather,
     pair_key,
     read_class_file,

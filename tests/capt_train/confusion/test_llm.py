@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
@@ -263,8 +264,8 @@ def test_a_proxy_that_cannot_be_used_is_named_without_its_password(
 
 
 def test_a_missing_library_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("capt_train.confusion.llm.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="openai library, which is not installed"):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ConfigError, match=r"--llm-url needs openai .*pip install '\.\[llm\]'"):
         LlmClient("http://x/v1", "m", key=None, timeout_s=1.0, retries=0, backoff_s=0.0)
 
 
