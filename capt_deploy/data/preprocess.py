@@ -38,16 +38,8 @@ class PreprocessConfig:
     def __post_init__(self) -> None:
         checks = [
             (self.mode == "RGB", "mode", "RGB"),
-            (
-                self.interpolation in _RESAMPLING,
-                "interpolation",
-                f"one of {', '.join(_RESAMPLING)}",
-            ),
-            (
-                self.resize_mode in _RESIZE_MODES,
-                "resize_mode",
-                f"one of {', '.join(_RESIZE_MODES)}",
-            ),
+            (self.interpolation in _RESAMPLING, "interpolation", ", ".join(_RESAMPLING)),
+            (self.resize_mode in _RESIZE_MODES, "resize_mode", ", ".join(_RESIZE_MODES)),
             (len(self.size) == 2 and min(self.size) >= 1, "size", "height and width"),
             (len(self.mean) == 3, "mean", "three values"),
             (len(self.std) == 3, "std", "three values"),
@@ -55,9 +47,8 @@ class PreprocessConfig:
         ]
         for fine, name, expected in checks:
             if not fine:
-                raise ConfigError(
-                    f"preprocessing: expected {expected} as {name}, came {getattr(self, name)!r}"
-                )
+                value = getattr(self, name)
+                raise ConfigError(f"preprocessing: {name}: expected {expected}, came {value!r}")
 
     @classmethod
     def from_dict(

@@ -88,10 +88,9 @@ class Gathered:
                 facts[f"--{kind}: unknown"] = [name for name in file if name not in class_names]
                 facts[f"--{kind}: missing"] = [name for name in class_names if name not in file]
                 facts[f"--{kind}: empty"] = [name for name in class_names if file.get(name) == ()]
-        rows = self.coverage(class_names)
-        facts["only templates describe"] = [
-            row.name for row in rows if {*row.sources} <= {"templates"}
-        ]
+        covered = self.coverage(class_names)
+        bare = [row.name for row in covered if {*row.sources} <= {"templates"}]
+        facts["only templates describe"] = bare
         return [f"{fact}: {list_names([*names])}" for fact, names in facts.items() if names]
 
     def _coverage_of(self, name: str) -> ClassCoverage:
@@ -213,12 +212,7 @@ def read_class_file(path: Path, class_names: Sequence[str]) -> dict[str, tuple[s
 def read_pair_file(path: Path, class_names: Sequence[str]) -> dict[NamePair, PairSentences]:
     """Read `{"a|b": {"commonality": [sentence, …], "difference": […]}}`, in any order of a and b.
 
-    Args:
-        path: the JSON file.
-        class_names: matched as by `read_class_file`.
-
-    Returns:
-        Sentences by pair; names that are no class and empty lists are kept.
+    Class names are matched as by `read_class_file`; other names and empty lists are kept.
 
     Raises:
         DataError: the file cannot be read or has another form.

@@ -216,7 +216,7 @@ GOOD = {"size": [224, 224], "mean": list(MEAN), "std": list(STD)}
     ("change", "named"),
     [
         ({"resize": 3}, "resize"),
-        ({"mode": "L"}, "RGB as mode"),
+        ({"mode": "L"}, "mode: expected RGB"),
         ({"interpolation": "nearest"}, "bicubic, bilinear.*nearest"),
         ({"resize_mode": "fit"}, "shortest, longest, squash.*fit"),
         ({"size": 0}, "size"),
@@ -227,8 +227,8 @@ GOOD = {"size": [224, 224], "mean": list(MEAN), "std": list(STD)}
         ({"mean": [0.5, 0.5]}, "three values"),
         ({"mean": [0.5, 0.5, 0.5, 0.5]}, "three values"),
         ({"mean": ["a", 0.5, 0.5]}, "could not convert"),
-        ({"std": [0.5, 0.0, 0.5]}, "above 0 as std"),
-        ({"std": [0.5, float("nan"), 0.5]}, "above 0 as std"),
+        ({"std": [0.5, 0.0, 0.5]}, "std: expected values above 0"),
+        ({"std": [0.5, float("nan"), 0.5]}, "std: expected values above 0"),
     ],
 )
 @pytest.mark.parametrize("error", [ConfigError, BundleError])
