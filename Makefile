@@ -1,15 +1,16 @@
 # make demo: set up, then tune, export and predict on the embedded pictograms, offline
 # make test: set up, then run every check and every test
-# make wheel: build dist/capt-VERSION-py3-none-any.whl
+# make docs: build the documentation into build/site
+# make wheel: build dist/capt-….whl, to be installed anywhere
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 DEPLOY_VENV ?= .venv-deploy
 BIN = $(VENV)/bin
 
-.PHONY: demo test check wheel install clean
+.PHONY: demo test check docs wheel install clean
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.demo
 	$(BIN)/python -m examples.demo.run
 
 test: check $(DEPLOY_VENV)/.installed
@@ -22,14 +23,32 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+docs: $(VENV)/.docs
+	rm -rf build/docs && mkdir -p build/docs
+	cp README.md ARCHITECTURE.md CONTRIBUTING.md CHANGELOG.md build/docs/
+	cp -r docs build/docs/docs
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
+
 wheel: $(VENV)/.installed
-	$(BIN)/python -m build --wheel
+	$(BIN)/python -m build --wheel --outdir dist
 
 install: $(VENV)/.installed
 
+# What tuning and exporting need; `make test` adds the tools of development to the same environment.
+$(VENV)/.demo: pyproject.toml
+	@echo "installing capt with torch and open_clip into $(VENV): 5 to 7 GB, some minutes"
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[export]'
+	touch $@
+
 $(VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@ $(VENV)/.demo
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[docs]'
 	touch $@
 
 # The runtime alone, as an edge machine has it: no torch.

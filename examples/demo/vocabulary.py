@@ -88,3 +88,13 @@ def parse(name: str) -> Spec:
     if first not in COLOURS or second not in PATTERNS or shape not in SHAPES:
         raise ValueError(f"{name!r} does not name a colour, a pattern and a shape of this world")
     return Spec(first, second, shape)
+
+
+def natural_name(name: str) -> str:
+    """Return a class name as a person says it: pattern and colour before the shape.
+
+    "dotted red ring" becomes "red dotted ring"; `plain` comes first ("plain red circle").
+    """
+    spec = parse(name)
+    words = (spec.pattern, spec.colour) if spec.pattern == "plain" else (spec.colour, spec.pattern)
+    return " ".join((*words, spec.shape))

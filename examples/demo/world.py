@@ -15,11 +15,12 @@ import click
 import numpy as np
 
 from .drawing import render
-from .vocabulary import CLASSES
+from .vocabulary import CLASSES, natural_name
 
 __all__ = ["CLASSES", "VERSION", "main", "render", "write_world"]
 
 VERSION = 1
+NAMES = "class_names.json"  # class folders to names in natural word order
 
 
 def _write_pictures(folder: Path, seed: int, counts: dict[str, int]) -> None:
@@ -68,6 +69,8 @@ def write_world(
     stage = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         _write_pictures(stage / "world", seed, counts)
+        names = {name.replace(" ", "_"): natural_name(name) for name in CLASSES}
+        (stage / "world" / NAMES).write_text(json.dumps(names, indent=1), encoding="utf-8")
         (stage / "world" / "world.json").write_text(marker, encoding="utf-8")
         if not _is_world(folder, marker):
             (stage / "world").rename(folder)

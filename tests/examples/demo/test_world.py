@@ -124,6 +124,7 @@ def test_world_depends_on_the_seed_alone(tmp_path: Path) -> None:
     )
     assert one == same
     assert one.keys() == other.keys()
+    assert one.pop(world.NAMES) == other.pop(world.NAMES)
     assert all(one[name] != other[name] for name in one)
     assert len(set(one.values())) == len(one), "no picture occurs twice, across splits either"
 
