@@ -31,21 +31,16 @@ from benchmarks.record import add_cells, load_cells, write_docs
 from capt_deploy.bundle.read import REPORT
 from capt_deploy.confidence.conformal import METHODS, ScoreTable
 from capt_deploy.confidence.decisions import DecisionOptions, Decisions
-from capt_deploy.confidence.familiarity import (
-    auroc,
-    max_logit,
-    max_probability,
-    negative_energy,
-    prototype_similarity,
-)
-from capt_deploy.confidence.top_label import probabilities_of
+from capt_deploy.confidence.distance_aware import unit_norm
+from capt_deploy.confidence.familiarity import negative_energy
 from capt_deploy.core.console import Command, say
 from capt_deploy.core.errors import BundleError, ConfigError
 from capt_deploy.core.files import read_json
 from capt_deploy.data.datasets import read_dataset
 from capt_deploy.evaluation.evaluate import Report
 from capt_deploy.evaluation.scoring import score_bundle
-from capt_deploy.metrics.calibration import Floats, Ints, softmax
+from capt_deploy.metrics.calibration import softmax
+from capt_deploy.metrics.probabilities import Floats, Ints
 from capt_deploy.metrics.reliability import calibrated_ece
 from capt_train.config import CalibrationSettings, TrainConfig
 from capt_train.data.features import embed
@@ -90,7 +85,7 @@ def main(folder: Path | None, worlds: str, seeds: str, again: bool, docs: bool) 
 
 def _measure(place: World, folder: Path, seed: int) -> dict[str, Any]:
     runs = {}
-    for method, calibrator in (("coop", "temperature"), ("capt", "auto")):
+    for method, calibrator in (("coop", "temperature"), ("capt", None)):
         runs[method] = folder / f"{method}-{seed}"
         config = TrainConfig(
             *(place.data, place.model),
@@ -103,7 +98,8 @@ def _measure(place: World, folder: Path, seed: int) -> dict[str, Any]:
             train(config, runs[method], resume=runs[method].exists())
     coop, tuned = (score_run(runs[method], place.data) for method in ("coop", "capt"))
     before, after = coop.report(), tuned.report()
-    temperature = replace(tuned, scores=replace(tuned.scores, top_label=None)).report()
+    unmapped = replace(tuned.scores.calibration, top_label=None)
+    temperature = replace(tuned, scores=replace(tuned.scores, calibration=unmapped)).report()
     ece = {
         "zero-shot": _both(before["uncalibrated"]["zero_shot"]),
         "zero-shot + temperature": _both(before["zero_shot"]),
@@ -129,7 +125,7 @@ def _measure(place: World, folder: Path, seed: int) -> dict[str, Any]:
     scopes = {scope: _scope(tuned, scope) for scope in (BASE, NEW)}
     return {
         "refused": {name: own["failures"] for name, own in gate.items() if own["failures"]},
-        "calibrator": tuned.model.fitted.calibration.kind,
+        "calibrator": tuned.model.fitted.calibration.calibrator,
         "ece_15": ece,
         "chance": {s: calibrated_ece(own)[0] for s, (own, _) in scopes.items()},
         "sets": _sets(*scopes[BASE], seed),
@@ -148,7 +144,7 @@ def _scope(scored: RunScores, scope: str) -> tuple[Floats, Ints]:
     rows = np.isin(scored.scores.labels, columns)
     logits = scored.scores.tuned[rows][:, columns]
     labels = np.searchsorted(columns, scored.scores.labels[rows])
-    return probabilities_of(logits, scored.scores.top_label), labels
+    return scored.scores.calibration.probabilities(logits), labels
 
 
 def _sets(probabilities: Floats, labels: Ints, seed: int) -> dict[str, dict[str, float]]:
@@ -158,7 +154,7 @@ def _sets(probabilities: Floats, labels: Ints, seed: int) -> dict[str, dict[str,
     for _ in range(_SPLITS):
         order = draw.permutation(len(labels))
         known, asked = np.array_split(order, 2)
-        table = ScoreTable.of(probabilities[known], labels[known])
+        table = ScoreTable.from_probabilities(probabilities[known], labels[known])
         for method, coverage in product(METHODS, COVERAGES):
             sets = table.sets(probabilities[asked], coverage, method)
             inside = sets[np.arange(len(asked)), labels[asked]]
@@ -175,7 +171,7 @@ def _in_use(scored: RunScores, decisions: Decisions, scope: str) -> dict[str, An
     scores = scored.scores
     rows = np.asarray(scored.model.tuned)[scores.labels] == (scope == BASE)
     logits, labels = scores.tuned[rows], scores.labels[rows]
-    probabilities = probabilities_of(logits, scores.top_label)
+    probabilities = scores.calibration.probabilities(logits)
     right = probabilities.argmax(axis=1) == labels
     figures: dict[str, Any] = {}
     for method, coverage in product(METHODS, COVERAGES):
@@ -214,7 +210,7 @@ def _familiarity(scored: RunScores, place: World) -> dict[str, dict[str, float]]
     found: dict[str, dict[str, float]] = {}
     for name, unknown in (("new classes", items[~base]), ("pictograms", others)):
         pair = [_familiar(model, part, means) for part in (items[base], unknown)]
-        found[name] = {score: auroc(pair[0][score], pair[1][score]) for score in pair[0]}
+        found[name] = {score: _auroc(pair[0][score], pair[1][score]) for score in pair[0]}
     return found
 
 
@@ -222,11 +218,18 @@ def _familiar(model: TunedModel, embeddings: Floats, means: Floats) -> dict[str,
     rows = model.text_embeddings[list(model.split.tuned)].numpy()
     logits = model.backbone.scale * embeddings @ rows.T / model.fitted.temperature
     return {
-        "confidence": max_probability(softmax(logits)),
-        "largest logit": max_logit(logits),
+        "confidence": softmax(logits).max(axis=1),
+        "largest logit": logits.max(axis=1),
         "energy": negative_energy(logits),
-        "class means": prototype_similarity(embeddings, means),
+        "class means": (unit_norm(embeddings) @ unit_norm(means).T).max(axis=1),
     }
+
+
+def _auroc(known: Floats, unknown: Floats) -> float:
+    """Return how often a known image scores higher than an unknown one; ties count half."""
+    ordered = np.sort(unknown)
+    below = np.searchsorted(ordered, known, "left") + np.searchsorted(ordered, known, "right")
+    return float(below.mean() / (2 * len(ordered)))
 
 
 def _embeddings(model: TunedModel, data: str) -> Floats:

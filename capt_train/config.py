@@ -7,7 +7,8 @@ from functools import cache
 from typing import Any
 
 from capt_deploy.core.errors import CaptError, ConfigError
-from capt_train.parts import CALIBRATORS, GROUPS, LOSSES, METHODS, PARTS, members
+from capt_train.calibrators import CALIBRATORS
+from capt_train.parts import GROUPS, LOSSES, METHODS, PARTS, members
 from capt_train.settings import (
     ABOVE_0,
     SHARE,
@@ -260,10 +261,11 @@ class TrainConfig(SettingsGroup):
                         f"{label}: only semantic experts read sentences; add "
                         "--with semantic-experts, or leave it out"
                     )
-        if self.calibration.calibrator == "vector" and self.classes == "base":
+        calibrator = self.calibration.calibrator
+        if calibrator and CALIBRATORS[calibrator].needs_all_classes and self.classes == "base":
             raise ConfigError(
                 "--set calibration.calibrator: expected another one with --classes base, for "
-                "vector has no factor for the classes that are not tuned on"
+                f"{calibrator} has no factor for the classes that are not tuned on"
             )
         goals = {**self.loss_weights, "balance": 0.0}  # balance alone teaches nothing
         if self.parts and not any(goals.values()):

@@ -37,8 +37,6 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 }
 # What is said of two confused classes (METHOD 3)
 SENTENCE_KINDS = ("commonality", "difference")
-# How confidences can be calibrated (METHOD 8), from simple to complex; see `calibrators`
-CALIBRATORS = ("temperature", "line", "isotonic", "vector")
 # What each --method trains; `capt` has the parts that earn their place (docs/ablation.md).
 METHODS: Mapping[str, tuple[str, ...]] = {
     "zeroshot": (),

@@ -216,7 +216,7 @@ def _measure(setup: Setup, model: TunedModel, cache: EmbeddingCache) -> Report:
         "shots": config.shots,
         "seed": config.seed,
         "temperature": model.fitted.temperature,
-        "calibrator": model.fitted.calibration.kind,
+        "calibrator": model.fitted.calibration.calibrator,
         "strength": model.fitted.strength,
         "mixture": model.fitted.mixture.to_dict(),
         "trained_parameters": model.learner.size,

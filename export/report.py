@@ -77,7 +77,7 @@ def _of_run(scored: "RunScores", name: str) -> Evaluation:
         scored.files,
         {"tuned": scored.scores},
         [(file.path, file.reason) for file in scored.skipped],
-        {"run": name, **provenance(model), "calibrated by": model.fitted.calibration.kind},
+        {"run": name, **provenance(model), "calibrated by": model.fitted.calibration.calibrator},
         notes,
     )
 

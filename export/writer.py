@@ -10,7 +10,7 @@ from safetensors.numpy import save as save_arrays
 from safetensors.torch import save
 from torch import Tensor
 
-from capt_deploy.bundle.manifest import DISTANCE_AWARE, FileRecord, Manifest, OpenVocabulary
+from capt_deploy.bundle.manifest import FileRecord, Manifest, OpenVocabulary
 from capt_deploy.bundle.read import CALIBRATION, MANIFEST, REFERENCE, REPORT, TEXT_EMBEDDINGS
 from capt_deploy.bundle.readme import README, readme
 from capt_deploy.core.console import say
@@ -31,7 +31,7 @@ from export.precision.trace import trace_precision
 from export.proof.prove import Proven, last_look, prove
 from export.proof.question import Question, ask_torch
 from export.source.classes import with_classes
-from export.source.decisions import decisions_of
+from export.source.decisions import decisions_from_validation
 from export.source.fold import Head
 from export.source.merge import merged
 from export.source.model import Source, distance_aware, source_of
@@ -93,7 +93,7 @@ def export_run(
         source = distance_aware(source)
     if class_names is not None:
         source = with_classes(source, models, class_names)
-    if source.factors is not None and bool((source.factors == 1).all()):
+    if source.calibration.factors is not None and set(source.calibration.factors) == {1.0}:
         say("note: --dac changes nothing here: the factors of all classes are 1")
 
     def begin(folder: Path) -> OpenVocabulary | None:
@@ -173,11 +173,6 @@ def _manifest(
     verified: bool,
 ) -> Manifest:
     """Return the manifest, without the hashes of its files and the names of second ones."""
-    others: dict[str, float] = {}
-    if not source.moves_images:
-        others["zero_shot_temperature"] = source.zero_shot_temperature
-    if source.factors is not None:
-        others[DISTANCE_AWARE] = True
     return Manifest(
         class_names=source.class_names,
         tuned=source.tuned,
@@ -185,16 +180,14 @@ def _manifest(
         graphs={
             precision: own.traced.graph.record(own.path.name) for precision, own in proven.items()
         },
-        calibration={
-            precision: {"temperature": own.temperature, **others}
-            for precision, own in proven.items()
-        },
         confusion_pairs=source.pairs,
         training=source.training,
         verified=verified,
         open_vocabulary=text_side,
-        top_label=source.calibration.top_label,
-        vector_scaling=source.calibration.vector,
+        **source.calibration.to_manifest(
+            {precision: own.temperature for precision, own in proven.items()},
+            None if source.moves_images else source.zero_shot_temperature,
+        ),
     )
 
 
@@ -213,7 +206,7 @@ def _write_files(
     head = source.head.cooled(first.temperature / source.temperature)
     write_bytes(folder / TEXT_EMBEDDINGS, save(_texts(source, head, manifest)))
     write_bytes(folder / REFERENCE, question.reference.save())
-    if (decisions := decisions_of(source)) is not None:
+    if (decisions := decisions_from_validation(source)) is not None:
         write_bytes(folder / CALIBRATION, save_arrays(decisions.arrays()))
     write_json(
         folder / REPORT,
@@ -236,8 +229,8 @@ def _texts(source: Source, head: Head, manifest: Manifest) -> dict[str, Tensor]:
     texts = {"text_embeddings": head.weight.contiguous(), "bias": head.bias}
     if source.zero_shot_head is not None:
         texts["zero_shot"] = source.zero_shot_head.weight.contiguous()
-    if source.factors is not None:
-        texts["factors"] = source.factors
+    if source.calibration.factors is not None:
+        texts["factors"] = torch.tensor(source.calibration.factors, dtype=torch.float32)
     if source.tuned_texts is not None and manifest.open_vocabulary is not None:
         texts["tuned_rows"] = torch.from_numpy(source.tuned_texts.rows)
         texts["tuned_hand_written"] = torch.from_numpy(source.tuned_texts.hand_written)

@@ -222,7 +222,7 @@ def decided_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     probabilities = softmax(logits).astype(np.float32)
     draws = random.random((200, 1))  # labels are drawn from the probabilities, which so are right
     labels = (probabilities.cumsum(axis=1) < draws).sum(axis=1).clip(max=3)
-    content = save(Decisions.of(probabilities, logits, labels).arrays())
+    content = save(Decisions.from_validation(probabilities, logits, labels).arrays())
     (bundle / CALIBRATION).write_bytes(content)
     manifest = json.loads((bundle / MANIFEST).read_text())
     record = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}

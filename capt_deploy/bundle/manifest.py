@@ -6,15 +6,18 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from capt_deploy.bundle.records import read_record
-from capt_deploy.confidence.top_label import TopLabelMap
-from capt_deploy.confidence.vector_scaling import VectorScaling
+from capt_deploy.confidence.calibration import (
+    DISTANCE_AWARE,
+    Calibration,
+    TopLabelMap,
+    VectorScaling,
+)
 from capt_deploy.core.errors import BundleError
 from capt_deploy.data.preprocess import PreprocessConfig
 
 SCHEMA_VERSION = 1
 METADATA_KEY = "capt_manifest"  # metadata key of the manifest inside an ONNX file
 PRECISION_KEY = "capt_precision"  # metadata key of the graph's precision
-DISTANCE_AWARE = "distance_aware"  # in `calibration`, where the graph has distance factors
 # The second temperature needs embeddings that are those of the frozen model.
 _TEMPERATURES = ({"temperature", "zero_shot_temperature"}, {"temperature"})
 
@@ -100,6 +103,7 @@ class Manifest:
                 raise ValueError(f"expected {sorted(_TEMPERATURES[0])} of {precision}")
             if calibration.get(DISTANCE_AWARE, True) is not True:
                 raise ValueError(f"{DISTANCE_AWARE} of {precision}: expected true or none")
+            self.calibration_of(precision)  # raises where the temperature is not above 0
         for pair in self.confusion_pairs:
             if unknown := {pair.get("true"), pair.get("predicted")} - {*self.class_names}:
                 raise ValueError(
@@ -107,6 +111,11 @@ class Manifest:
                 )
             if type(pair.get("count", 1)) is not int:
                 raise ValueError(f"a confusion pair's count is {pair['count']!r}")
+
+    def calibration_of(self, precision: str) -> Calibration:
+        """Return the calibration inside one graph, without the factors of DAC."""
+        entry = self.calibration[precision]
+        return Calibration.from_manifest(entry, self.top_label, self.vector_scaling)
 
     @property
     def linked_files(self) -> list[str]:

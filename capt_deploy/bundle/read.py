@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capt_deploy.bundle.graphs import StoredGraph, read_metadata
-from capt_deploy.bundle.manifest import DISTANCE_AWARE, PRECISION_KEY, Manifest
+from capt_deploy.bundle.manifest import PRECISION_KEY, Manifest
+from capt_deploy.confidence.calibration import DISTANCE_AWARE, Calibration
 from capt_deploy.confidence.decisions import Decisions
 from capt_deploy.core.errors import BundleError
 from capt_deploy.core.files import expand_home, is_inside, sha256_file
@@ -138,21 +139,22 @@ class Bundle:
         except BundleError as cause:
             raise BundleError(f"{self.path}, {CALIBRATION}: {cause}; export it again") from cause
 
-    def factors(self, precision: str) -> NDArray[np.float32] | None:
-        """Return a graph's factors of distance-aware calibration, (classes,); None without it.
+    def calibration_of(self, precision: str) -> Calibration:
+        """Return the calibration inside one graph.
 
         Raises:
-            BundleError: there is no factor above 0 for each class.
+            BundleError: it is distance-aware, and there is no factor above 0 for each class.
         """
+        calibration = self.manifest.calibration_of(precision)
         if DISTANCE_AWARE not in self.manifest.calibration[precision]:
-            return None
+            return calibration
         factors = self.text_embeddings().get("factors", np.empty(0, np.float32))
         if factors.shape != (len(self.manifest.class_names),) or not (factors > 0).all():
             raise BundleError(
                 f"{self.path}: expected in {TEXT_EMBEDDINGS} a factor above 0 for each of its "
                 f"classes, for its calibration is distance-aware; export it again"
             )
-        return factors
+        return replace(calibration, factors=tuple(factors.tolist()))
 
 
 def open_bundle(path: str | Path) -> Bundle:

@@ -1,11 +1,12 @@
-"""What a prediction is worth: prediction set, rejection, familiarity, and who it is mistaken for.
+"""Prediction sets, rejection and familiarity of predictions, from scores of validation images.
 
-A bundle carries what its validation images got, so that coverage and accuracy can be chosen where
-it is used (METHOD 8). All of it is about images of the classes tuned on, as these images are.
+A bundle carries the scores, so that coverage and accuracy can be chosen where it is used (METHOD
+8). All promises are about images like the validation images, which are of the classes tuned on.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,33 +14,33 @@ from numpy.typing import NDArray
 
 from capt_deploy.confidence.conformal import METHODS, Method, ScoreTable, choose_penalty
 from capt_deploy.confidence.familiarity import FamiliarityTable, negative_energy
-from capt_deploy.confidence.monitor import Reference
+from capt_deploy.confidence.monitor import UsageBaseline
 from capt_deploy.confidence.rejection import RejectionTable
 from capt_deploy.core.errors import BundleError, ConfigError
-from capt_deploy.metrics.calibration import Floats, Ints
+from capt_deploy.metrics.probabilities import Floats, Ints
 
-FEWEST_IMAGES = 10  # that say anything about others
+FEWEST_IMAGES = 10  # with fewer validation images, nothing can be promised
 _CACHED = 64  # thresholds kept; a server's clients may ask for any accuracy
-_PARTS = ("sets", "rejection", "familiarity", "reference")  # in front of the names of arrays
+_TABLES = ("sets", "rejection", "familiarity", "reference")  # prefixes of arrays in a bundle
 _Array = NDArray[np.floating]
 
 
 @dataclass(frozen=True)
 class DecisionOptions:
-    """What is wanted of prediction sets and of what is not rejected; shares in 0-1."""
+    """What prediction sets and predictions that are not rejected must achieve; shares in 0-1."""
 
-    coverage: float = 0.9  # of prediction sets
+    coverage: float = 0.9  # share of prediction sets that hold the true class
     sets: Method = "lac"
     class_conditional: bool = False  # whether the coverage is promised for each class
-    accuracy: float | None = None  # wanted of predictions that are not rejected
-    certainty: float = 0.95  # of that promise
-    familiarity: float = 0.0  # images below are rejected; that share of known images is among them
+    accuracy: float | None = None  # of predictions that are not rejected
+    certainty: float = 0.95  # with which the accuracy is promised
+    familiarity: float = 0.0  # less familiar images are rejected, as is that share of known images
 
     def __post_init__(self) -> None:
         for name in ("coverage", "accuracy", "certainty", "familiarity"):
             share = getattr(self, name)
-            may_be = (name == "accuracy" and share is None) or (name == "familiarity" and not share)
-            if not may_be and not (isinstance(share, int | float) and 0 < share < 1):
+            off = (name == "accuracy" and share is None) or (name == "familiarity" and not share)
+            if not off and not (isinstance(share, int | float) and 0 < share < 1):
                 raise ConfigError(
                     f"{name}: expected a share between 0 and 1, such as 0.9; came {share!r}"
                 )
@@ -58,8 +59,8 @@ class DecisionOptions:
 
 
 @dataclass(frozen=True, eq=False)  # arrays have no single truth value to compare by
-class Decided:
-    """What is decided about some images."""
+class BatchDecisions:
+    """Decisions about the images of a batch."""
 
     sets: NDArray[np.bool_]  # (images, classes)
     rejected: NDArray[np.bool_] | None  # (images,); None where nothing was to be rejected
@@ -68,21 +69,20 @@ class Decided:
 
 @dataclass(frozen=True, eq=False)
 class Decisions:
-    """The validation images' scores, by which others are judged."""
+    """Scores of validation images, by which other images are judged."""
 
     sets: ScoreTable
     rejection: RejectionTable
     familiarity: FamiliarityTable
-    reference: Reference
-    _thresholds: dict[tuple[float, float], float] = field(default_factory=dict, repr=False)
+    reference: UsageBaseline
 
     @classmethod
-    def of(cls, probabilities: _Array, logits: _Array, labels: Ints) -> "Decisions":
+    def from_validation(cls, probabilities: _Array, logits: _Array, labels: Ints) -> "Decisions":
         """Return the scores of images that the calibration was not fitted on.
 
         Args:
             probabilities: calibrated, (images, classes).
-            logits: (images, classes), times the temperature that they were divided by.
+            logits: calibrated, but times the temperature, (images, classes).
             labels: (images,) columns.
         """
         # As graphs return them: thresholds are compared with float32
@@ -90,60 +90,61 @@ class Decisions:
         best, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
         penalty = choose_penalty(probabilities, labels)
         return cls(
-            ScoreTable.of(probabilities, labels, penalty),
+            ScoreTable.from_probabilities(probabilities, labels, penalty),
             RejectionTable(confidence, best == labels),
             FamiliarityTable(negative_energy(logits)),
-            Reference.of(confidence, best, probabilities.shape[1]),
+            UsageBaseline.from_predictions(confidence, best, probabilities.shape[1]),
         )
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Return all tables as arrays of one axis, as a bundle stores them."""
-        found: dict[str, NDArray[Any]] = {}
-        for part in _PARTS:
-            own = getattr(self, part).arrays()
-            found |= {f"{part}.{name}": np.ascontiguousarray(a) for name, a in own.items()}
-        return found
+        """Return all tables as arrays of one axis, for a bundle."""
+        return {
+            f"{table}.{name}": np.ascontiguousarray(array)
+            for table in _TABLES
+            for name, array in getattr(self, table).arrays().items()
+        }
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], classes: int) -> "Decisions":
-        """Return what `arrays` was called on, for a bundle of that many classes.
+        """Return the tables from the result of `arrays`, for a bundle of that many classes.
 
         Raises:
-            BundleError: an array is missing or cannot be one of a table.
+            BundleError: an array is missing or does not belong to a table.
         """
-        parts = {
-            part: {
-                name.removeprefix(f"{part}."): array
-                for name, array in arrays.items()
-                if name.startswith(f"{part}.")
-            }
-            for part in _PARTS
-        }
+        sets, rejection, familiarity, reference = (
+            {name.split(".", 1)[1]: a for name, a in arrays.items() if name.startswith(f"{table}.")}
+            for table in _TABLES
+        )
         try:
-            sets = ScoreTable.from_arrays(parts["sets"])
-            reference = Reference.from_arrays(parts["reference"])
-            if sets.labels.max() >= classes or len(reference.class_shares) != classes:
-                raise ValueError(f"they are not of {classes} classes")
-            rejection = RejectionTable.from_arrays(parts["rejection"])
-            familiarity = FamiliarityTable.from_arrays(parts["familiarity"])
-            counts = {*map(len, (sets.labels, rejection.confidence, familiarity.scores))}
-            if counts != {reference.images}:
-                raise ValueError(f"of {reference.images} images, came scores of {sorted(counts)}")
-            return cls(sets, rejection, familiarity, reference)
+            decisions = cls(
+                ScoreTable.from_arrays(sets),
+                RejectionTable.from_arrays(rejection),
+                FamiliarityTable.from_arrays(familiarity),
+                UsageBaseline.from_arrays(reference),
+            )
+            decisions._check(classes)
         except (KeyError, ValueError) as cause:
             raise BundleError(f"the scores of its validation images: {cause}") from cause
+        return decisions
+
+    def _check(self, classes: int) -> None:
+        if self.sets.labels.max() >= classes or len(self.reference.class_shares) != classes:
+            raise ValueError(f"they are not of {classes} classes")
+        tables = (self.sets.labels, self.rejection.confidence, self.familiarity.scores)
+        if (counts := {*map(len, tables)}) != {self.images}:
+            raise ValueError(f"of {self.images} images, came scores of {sorted(counts)}")
 
     @property
     def images(self) -> int:
-        """How many images they are of."""
+        """Return the number of validation images."""
         return self.reference.images
 
     def check(self, options: DecisionOptions) -> None:
-        """Make sure that what is wanted can be had.
+        """Raise ConfigError where the options cannot be fulfilled.
 
         Raises:
-            ConfigError: no threshold promises the wanted accuracy, or the images are too few for
-                so low a familiarity.
+            ConfigError: no threshold promises the accuracy, or the images are too few for so low a
+                familiarity.
         """
         self.threshold(options)
         least = 1 / (self.images + 1)
@@ -157,70 +158,71 @@ class Decisions:
         """Return the confidence below which predictions are rejected; None where none are.
 
         Raises:
-            ConfigError: no threshold promises the wanted accuracy.
+            ConfigError: no threshold promises the accuracy.
         """
         if options.accuracy is None:
             return None
-        key = (options.accuracy, options.certainty)
-        found = self._thresholds.get(key)
-        if found is None:
-            found = self.rejection.threshold(*key)
-            if found is None:
-                raise ConfigError(
-                    f"accuracy {options.accuracy}: with the {self.images} validation images of the "
-                    f"run it cannot be promised with a certainty of {options.certainty}; "
-                    f"{self._most(options.certainty)}"
-                )
-            if len(self._thresholds) >= _CACHED:
-                self._thresholds.clear()
-            self._thresholds[key] = found
-        return found
+        threshold = self._cached_threshold(options.accuracy, options.certainty)
+        if threshold is None:
+            raise ConfigError(
+                f"accuracy {options.accuracy}: with the {self.images} validation images of the "
+                f"run it cannot be promised with a certainty of {options.certainty}; "
+                f"{self._advice(options.certainty)}"
+            )
+        return threshold
 
-    def _most(self, certainty: float) -> str:
+    @cached_property
+    def _cached_threshold(self) -> Callable[[float, float], float | None]:
+        return lru_cache(_CACHED)(self.rejection.threshold)
+
+    def _advice(self, certainty: float) -> str:
         """Return the highest accuracy that can be promised, in words."""
         for percent in range(99, 0, -1):
             if self.rejection.threshold(percent / 100, certainty) is not None:
                 return f"the most is {percent / 100}, or tune with more validation images"
         return "tune with more validation images"
 
-    def decide(self, probabilities: _Array, logits: _Array, options: DecisionOptions) -> Decided:
-        """Return what is decided about images.
+    def decide(
+        self, probabilities: _Array, logits: _Array, options: DecisionOptions
+    ) -> BatchDecisions:
+        """Return the decisions about a batch of images.
 
         Args:
             probabilities: calibrated, (images, classes).
-            logits: (images, classes), times the temperature that they were divided by.
-            options: what is wanted.
+            logits: calibrated, but times the temperature, (images, classes).
+            options: what the decisions must achieve.
 
         Raises:
-            ConfigError: no threshold promises the wanted accuracy.
+            ConfigError: no threshold promises the accuracy.
         """
-        own = options
-        sets = self.sets.sets(probabilities, own.coverage, own.sets, own.class_conditional)
+        sets = self.sets.sets(
+            probabilities, options.coverage, options.sets, options.class_conditional
+        )
         familiarity = self.familiarity.p_value(negative_energy(logits))
         threshold = self.threshold(options)
         rejected = None
-        if threshold is not None or own.familiarity > 0:
-            rejected = familiarity < own.familiarity
+        if threshold is not None or options.familiarity > 0:
+            rejected = familiarity < options.familiarity
             if threshold is not None:
                 rejected = rejected | (probabilities.max(axis=1) < threshold)
-        return Decided(sets, rejected, familiarity)
+        return BatchDecisions(sets, rejected, familiarity)
 
-    def expected_reference(self, options: DecisionOptions) -> Reference:
-        """Return the reference with the share of the validation images that would be rejected."""
+    def baseline(self, options: DecisionOptions) -> UsageBaseline:
+        """Return the baseline, with the share of validation images that these options reject."""
         threshold, rate = self.threshold(options), None
-        # Who is unsure is often unfamiliar too, so that the two shares cannot be put together.
+        # Unsure images are often unfamiliar too, so that the two shares cannot be combined.
         if threshold is not None and not options.familiarity:
             rate = self.rejection.expected_rejection(threshold)
         return replace(self.reference, rejection_rate=rate)
 
 
 def partners(pairs: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> dict[int, int]:
-    """Return by predicted column the class that is most often taken for it."""
-    place = {name: column for column, name in enumerate(class_names)}
-    found: dict[int, tuple[int, int]] = {}
+    """Return, by predicted column, the column of the class that is most often mistaken for it."""
+    columns = {name: column for column, name in enumerate(class_names)}
+    worst: dict[int, tuple[int, int]] = {}
     for pair in pairs:
-        column, other = place[pair["predicted"]], place[pair["true"]]
+        predicted, true = columns[pair["predicted"]], columns[pair["true"]]
         count = int(pair.get("count", 1))
-        if column not in found or count > found[column][0]:
-            found[column] = (count, other)
-    return {column: other for column, (_, other) in found.items()}
+        if predicted not in worst or count > worst[predicted][0]:
+            worst[predicted] = (count, true)
+    return {predicted: true for predicted, (_, true) in worst.items()}

@@ -1,15 +1,17 @@
-"""Distance-aware calibration (METHOD 8): less confidence in what tuning has moved far away.
+"""Compute the factors of distance-aware calibration: less confidence far from the tuned classes.
 
 DAC (arXiv 2402.04655) multiplies an image's logits by the factor of its most probable class,
-γ_c = exp(−d) among the mixed rows over exp(−d) among the hand-written ones. d is the mean Euclidean
-distance of the class's unit-norm row to those of its nearest classes that were tuned on; these have
-γ = 1. Factors are positive, so that the most probable class stays the same, and can be undone.
+γ_c = exp(−d) among the mixed rows over exp(−d) among the hand-written embeddings, where d is the
+mean Euclidean distance of a class to its nearest tuned ones, all with unit norm. Tuned classes have
+γ = 1. See `Calibration.weigh` for how the factors are applied.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from capt_deploy.metrics.probabilities import Floats
 
 NEIGHBOURS = 5
 
@@ -18,7 +20,7 @@ _Array = NDArray[np.floating]
 
 @dataclass(frozen=True, eq=False)  # arrays have no single truth value to compare by
 class TunedTexts:
-    """The classes tuned on, which the distances of others are measured to."""
+    """Embeddings of the tuned classes, to which the distance of all others is measured."""
 
     rows: NDArray[np.float32]  # (tuned, dim), Ŵ_c of any norm
     hand_written: NDArray[np.float32]  # (tuned, dim), t⁰_c
@@ -36,34 +38,14 @@ class TunedTexts:
         return np.exp(-further).astype(np.float32)
 
 
-def _distance(texts: _Array, tuned: _Array) -> NDArray[np.float64]:
+def _distance(texts: _Array, tuned: _Array) -> Floats:
     """Return the mean distance of each text to its nearest tuned ones, (classes,)."""
-    own, others = (_unit(part) for part in (texts, tuned))
-    squares = np.maximum(2 - 2 * own @ others.T, 0)
-    count = min(NEIGHBOURS, len(others))
+    squares = np.maximum(2 - 2 * unit_norm(texts) @ unit_norm(tuned).T, 0)
+    count = min(NEIGHBOURS, len(tuned))
     return np.asarray(np.sqrt(np.partition(squares, count - 1, axis=1)[:, :count]).mean(axis=1))
 
 
-def _unit(texts: _Array) -> NDArray[np.float64]:
-    wide = texts.astype(np.float64)  # the distance of two that are nearly alike has few digits left
-    return np.asarray(wide / np.linalg.norm(wide, axis=1, keepdims=True))
-
-
-def applied(logits: _Array, factors: _Array) -> _Array:
-    """Return logits (images, classes) times the factor of each image's most probable class."""
-    return np.asarray(logits * factors[logits.argmax(axis=1)][:, np.newaxis])
-
-
-def undone(logits: _Array, factors: _Array) -> _Array:
-    """Return what `applied` has made these logits of."""
-    return applied(logits, 1 / factors)
-
-
-def aligned(logits: _Array, others: _Array, factors: _Array) -> _Array:
-    """Return logits with the factors that `others` have, of the same images, for a comparison.
-
-    Where rounding tips an image over to another class, all its logits jump by what the factors of
-    the two differ; that is no difference of its own beside that of the class.
-    """
-    own, wanted = (factors[part.argmax(axis=1)] for part in (logits, others))
-    return np.asarray(logits * (wanted / own)[:, np.newaxis])
+def unit_norm(rows: _Array) -> Floats:
+    """Return rows divided by their norm, in float64: small distances lose digits in float32."""
+    exact = rows.astype(np.float64)
+    return np.asarray(exact / np.linalg.norm(exact, axis=1, keepdims=True))

@@ -1,7 +1,10 @@
-"""What a classifier says in use, compared with what it said on images of its own world.
+"""Compare predictions in use with those for the validation images, and tell when they have shifted.
 
-What is counted is never forgotten: call `reset` from time to time, or what shifts after a million
-images takes a million more to show.
+The measure is the population stability index (PSI) of two sets of shares, Σ (a − e)·ln(a / e). It
+is usually read as steady below 0.1 and as shifted above 0.25. But by chance alone, images of the
+same distribution reach about (bins − 1)·(1/n + 1/m), for n images now and m before; it varies like
+χ² with bins − 1 degrees of freedom, times (1/n + 1/m). So a PSI only counts above the value that
+chance exceeds once in a thousand.
 """
 
 from collections.abc import Sequence
@@ -12,31 +15,80 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.confidence.stability import SHIFTED, WATCH, Comparison, compare
-from capt_deploy.confidence.stored_arrays import Arrays, vector
-from capt_deploy.metrics.calibration import Floats, Ints
+from capt_deploy.confidence.stored_arrays import Arrays, read_array
+from capt_deploy.metrics.probabilities import Floats, Ints
 
 # Narrower at the top, where most confidences of a good classifier are.
 CONFIDENCE_EDGES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)
 _INNER_EDGES = np.array(CONFIDENCE_EDGES[1:-1])
 _BINS = len(CONFIDENCE_EDGES) - 1
+WATCH, SHIFTED = 0.1, 0.25  # PSI
+_ONCE_IN_A_THOUSAND = 3.09  # standard deviations that a normal variable exceeds so often
 Verdict = Literal["no reference", "too few images", "steady", "watch", "shifted"]
 
 
-def confidence_counts(confidence: NDArray[np.floating]) -> Ints:
-    """Return how many confidences lie in each bin, (bins,); a bin holds its lower edge."""
-    bins = np.searchsorted(_INNER_EDGES, confidence, "right")
-    return np.bincount(bins, minlength=_BINS)
+@dataclass(frozen=True)
+class Drift:
+    """How far counts in use are from the shares expected."""
+
+    psi: float
+    chance: float  # PSI that images of the same distribution exceed once in a thousand
+
+    @property
+    def verdict(self) -> Literal["steady", "watch", "shifted"]:
+        """Return how to read the PSI; steady includes what chance may explain."""
+        if self.psi <= max(WATCH, self.chance):
+            return "steady"
+        return "watch" if self.psi <= SHIFTED else "shifted"
+
+    def __str__(self) -> str:
+        return f"PSI {self.psi:.2f} (by chance below {self.chance:.2f})"
+
+
+def measure_drift(counts: Ints, shares: Floats, baseline_images: int) -> Drift | None:
+    """Return how far (bins,) counts are from (bins,) shares; None where nothing was counted."""
+    images = int(counts.sum())
+    if not images:
+        return None
+    psi = population_stability_index(counts, shares, baseline_images)
+    return Drift(psi, chance_limit(len(shares), images, baseline_images))
+
+
+def chance_limit(bins: int, images: int, baseline_images: int) -> float:
+    """Return the PSI that images of the same distribution exceed once in a thousand.
+
+    By the approximation of the χ² distribution of Wilson & Hilferty (1931).
+    """
+    freedom = max(bins - 1, 1)
+    spread = 2 / (9 * freedom)
+    quantile = freedom * (1 - spread + _ONCE_IN_A_THOUSAND * spread**0.5) ** 3
+    return float(quantile * (1 / images + 1 / baseline_images))
+
+
+def population_stability_index(counts: Ints, shares: Floats, baseline_images: int) -> float:
+    """Return Σ (a − e)·ln(a / e), which is 0 where nothing has changed.
+
+    Half an image is added to every bin on both sides, so that empty bins give no infinity.
+
+    Args:
+        counts: (bins,) of images in use.
+        shares: (bins,) expected, e before anything is added.
+        baseline_images: in which the shares were counted.
+    """
+    half = 0.5 * len(counts)
+    observed = (counts + 0.5) / (counts.sum() + half)
+    expected = (shares * baseline_images + 0.5) / (baseline_images + half)
+    return float(((observed - expected) * np.log(observed / expected)).sum())
 
 
 @dataclass(frozen=True, eq=False)  # arrays have no single truth value to compare by
-class Reference:
-    """What to expect: shares among images of the classifier's own world."""
+class UsageBaseline:
+    """Shares to expect in use, as counted on validation images."""
 
     confidence_histogram: Floats  # (bins,) shares between `CONFIDENCE_EDGES`
     class_shares: Floats  # (classes,) of the predicted classes
-    rejection_rate: float | None  # None where nothing is rejected
     images: int
+    rejection_rate: float | None = None  # None where nothing is rejected
 
     def __post_init__(self) -> None:
         for name in ("confidence_histogram", "class_shares"):
@@ -52,14 +104,10 @@ class Reference:
             raise ValueError(f"expected a rejection rate in 0-1, came {self.rejection_rate}")
 
     @classmethod
-    def of(
-        cls,
-        confidence: NDArray[np.floating],
-        predicted: Ints,
-        classes: int,
-        rejection_rate: float | None = None,
-    ) -> "Reference":
-        """Return the reference of images, (images,) confidences and predicted columns.
+    def from_predictions(
+        cls, confidence: NDArray[np.floating], predicted: Ints, classes: int
+    ) -> "UsageBaseline":
+        """Return the baseline of (images,) confidences and predicted columns.
 
         Raises:
             ValueError: no images, NaN, or a predicted column that is no class.
@@ -70,60 +118,59 @@ class Reference:
             raise ValueError(
                 f"expected images of {classes} classes, came {images} of {len(counts)} or more"
             )
-        return cls(bins / images, _padded(counts, classes) / images, rejection_rate, images)
+        return cls(bins / images, _padded(counts, classes) / images, images)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Return the reference as arrays of one axis, as a bundle stores it."""
-        arrays: dict[str, NDArray[Any]] = {
+        """Return the baseline as arrays of one axis, for a bundle."""
+        rate = {} if self.rejection_rate is None else {"rejection_rate": self.rejection_rate}
+        return {
             "confidence_histogram": self.confidence_histogram,
             "class_shares": self.class_shares,
             "images": np.array([self.images]),
+            **{name: np.array([value]) for name, value in rate.items()},
         }
-        if self.rejection_rate is not None:
-            arrays["rejection_rate"] = np.array([self.rejection_rate])
-        return arrays
 
     @classmethod
-    def from_arrays(cls, arrays: Arrays) -> "Reference":
-        """Return the reference that `arrays` was called on.
+    def from_arrays(cls, arrays: Arrays) -> "UsageBaseline":
+        """Return the baseline from the result of `arrays`.
 
         Raises:
-            ValueError: an array is missing, or cannot be one of a reference.
+            ValueError: an array is missing, or does not belong to a baseline.
         """
-        stored = "rejection_rate" in arrays
+        rate = read_array(arrays, "rejection_rate", "f", 1) if "rejection_rate" in arrays else None
         return cls(
-            vector(arrays, "confidence_histogram", "f", _BINS),
-            vector(arrays, "class_shares", "f"),
-            float(vector(arrays, "rejection_rate", "f", 1)[0]) if stored else None,
-            int(vector(arrays, "images", "i", 1)[0]),
+            read_array(arrays, "confidence_histogram", "f", _BINS),
+            read_array(arrays, "class_shares", "f"),
+            int(read_array(arrays, "images", "i", 1)[0]),
+            None if rate is None else float(rate[0]),
         )
 
 
 @dataclass(frozen=True)
 class MonitorSummary:
-    """What a monitor has seen up to one moment."""
+    """What a monitor has counted up to one moment."""
 
     images: int
     confidence_counts: tuple[int, ...]  # between `CONFIDENCE_EDGES`
     class_counts: dict[str, int]
-    confidence: Comparison | None  # None without a reference or images
-    classes: Comparison | None  # among the images of the reference's classes
+    confidence: Drift | None  # None without a baseline or images
+    classes: Drift | None  # among the images of the baseline's classes
     rejection_rate: float | None  # None where nothing is rejected
     expected_rejection_rate: float | None
     verdict: Verdict
 
     @property
     def confidence_psi(self) -> float | None:
-        """The population stability index of the confidences."""
+        """Return the population stability index of the confidences."""
         return None if self.confidence is None else self.confidence.psi
 
     @property
     def class_psi(self) -> float | None:
-        """The population stability index of the predicted classes."""
+        """Return the population stability index of the predicted classes."""
         return None if self.classes is None else self.classes.psi
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the summary's JSON form."""
+        """Return the JSON form."""
         return asdict(self) | {"confidence_edges": CONFIDENCE_EDGES}
 
     def __str__(self) -> str:
@@ -140,10 +187,14 @@ class MonitorSummary:
 
 
 class Monitor:
-    """Counts predictions, in memory that does not grow with them. Thread-safe."""
+    """Counts predictions, in memory that does not grow with them. Thread-safe.
 
-    def __init__(self, reference: Reference | None, class_names: Sequence[str]) -> None:
-        self.reference = reference
+    Nothing is forgotten: call `reset` from time to time, or a shift after a million images takes a
+    million more to show.
+    """
+
+    def __init__(self, baseline: UsageBaseline | None, class_names: Sequence[str]) -> None:
+        self.baseline = baseline
         self._names = tuple(class_names)
         self._lock = Lock()
         self._bins = np.zeros(_BINS, np.int64)
@@ -160,8 +211,8 @@ class Monitor:
 
         Args:
             confidence: (images,) in 0-1.
-            predicted: (images,) columns; those of classes added since are welcome.
-            rejected: (images,), or None where nothing is.
+            predicted: (images,) columns, also of classes that were added later.
+            rejected: (images,), or None where nothing is rejected.
 
         Raises:
             ValueError: other shapes, NaN, or a negative column; nothing is counted then.
@@ -178,7 +229,7 @@ class Monitor:
                 self._rejected += int(np.count_nonzero(rejected))
 
     def extend(self, class_names: Sequence[str]) -> None:
-        """Take over the names of all classes, once some were added."""
+        """Use these names of all classes, now that some were added."""
         with self._lock:
             self._names = tuple(class_names)
 
@@ -190,61 +241,59 @@ class Monitor:
             self._decided = self._rejected = 0
 
     def summary(self) -> MonitorSummary:
-        """Return what was counted up to now, and how it compares with the reference."""
+        """Return the counts up to now, and how far they are from the baseline."""
         with self._lock:
             bins, classes, names = self._bins.copy(), self._classes.copy(), self._names
             decided, rejected = self._decided, self._rejected
-        reference, images = self.reference, int(bins.sum())
-        confidence = own = expected = None
-        if reference is not None:
-            shares, expected = reference.class_shares, reference.rejection_rate
-            confidence = compare(bins, reference.confidence_histogram, reference.images)
+        baseline, images = self.baseline, int(bins.sum())
+        confidence = class_drift = expected = None
+        if baseline is not None:
+            shares, expected = baseline.class_shares, baseline.rejection_rate
+            confidence = measure_drift(bins, baseline.confidence_histogram, baseline.images)
             known = _padded(classes, len(shares))[: len(shares)]
-            own = compare(known, shares, reference.images)
+            class_drift = measure_drift(known, shares, baseline.images)
         names += tuple(f"class {index}" for index in range(len(names), len(classes)))
         counted = map(int, _padded(classes, len(names)))
+        drifts = [drift for drift in (confidence, class_drift) if drift is not None]
         return MonitorSummary(
             images,
             tuple(map(int, bins)),
             dict(zip(names, counted, strict=True)),
             confidence,
-            own,
+            class_drift,
             rejected / decided if decided else None,
             expected,
-            _verdict(reference, images, [part for part in (confidence, own) if part is not None]),
+            _verdict(baseline, images, drifts),
         )
 
 
 def _counts(confidence: NDArray[np.floating], predicted: Ints) -> tuple[Ints, Ints]:
+    """Return the images in each bin of confidence, (bins,), and of each predicted class."""
     if confidence.ndim != 1 or confidence.shape != predicted.shape or np.isnan(confidence).any():
         raise ValueError(
             f"expected (images,) confidences without NaN and as many predicted columns, "
             f"came {confidence.shape} and {predicted.shape}"
         )
-    return confidence_counts(confidence), np.bincount(predicted)
+    bins = np.searchsorted(_INNER_EDGES, confidence, "right")
+    return np.bincount(bins, minlength=_BINS), np.bincount(predicted)
 
 
 def _padded(counts: Ints, length: int) -> Ints:
-    """Return counts with zeros for the classes of `length` that they do not reach."""
+    """Return counts with zeros behind them, for at least `length` classes."""
     missing = length - len(counts)
     return np.pad(counts, (0, missing)) if missing > 0 else counts
 
 
-def _verdict(
-    reference: Reference | None, images: int, comparisons: Sequence[Comparison]
-) -> Verdict:
-    """Return the worst of them.
-
-    None is steady while images are fewer than in the reference and chance could still hide a shift.
-    """
-    if reference is None:
+def _verdict(baseline: UsageBaseline | None, images: int, drifts: Sequence[Drift]) -> Verdict:
+    """Return the worst verdict; never steady while few images could still hide a shift."""
+    if baseline is None:
         return "no reference"
-    found = {comparison.verdict for comparison in comparisons}
-    if "shifted" in found:
+    verdicts = {drift.verdict for drift in drifts}
+    if "shifted" in verdicts:
         return "shifted"
-    if "watch" in found:
+    if "watch" in verdicts:
         return "watch"
-    chance = max((comparison.chance for comparison in comparisons), default=0.0)
-    # With few images in the reference, chance may hide a shift for ever.
-    blunt = chance > SHIFTED or (chance > WATCH and images < reference.images)
-    return "too few images" if not images or blunt else "steady"
+    chance = max((drift.chance for drift in drifts), default=0.0)
+    # With few images in the baseline, chance may hide a shift for ever.
+    hidden = chance > SHIFTED or (chance > WATCH and images < baseline.images)
+    return "too few images" if not images or hidden else "steady"

@@ -1,4 +1,4 @@
-"""Arrays read back from a bundle: each is checked before anything is computed from it."""
+"""Read arrays back from a bundle, checked before anything is computed from them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,17 +10,17 @@ Arrays = Mapping[str, NDArray[Any]]
 _KINDS = {"f": "float(s)", "i": "integer(s)", "b": "boolean(s)"}
 
 
-def vector(arrays: Arrays, name: str, kind: str, length: int | None = None) -> NDArray[Any]:
-    """Return one array of `arrays`, of one axis, not empty, and finite.
+def read_array(arrays: Arrays, name: str, kind: str, length: int | None = None) -> NDArray[Any]:
+    """Return an array that has one axis, is not empty, and is finite.
 
     Args:
         arrays: by name.
-        name: which of them.
+        name: of the array.
         kind: "f", "i" or "b", as in `numpy.dtype.kind`.
-        length: what it must be; any but 0 by default.
+        length: that the array must have; by default any but 0.
 
     Raises:
-        ValueError: it is missing, or is something else.
+        ValueError: the array is missing, or has another kind or shape.
     """
     if name not in arrays:
         raise ValueError(f"expected an array {name!r}, came {sorted(arrays)}")

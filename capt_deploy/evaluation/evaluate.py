@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from capt_deploy.confidence.calibration import UNCALIBRATED, Calibration
 from capt_deploy.confidence.decisions import Decisions
-from capt_deploy.confidence.distance_aware import applied
-from capt_deploy.confidence.top_label import TopLabelMap, probabilities_of
-from capt_deploy.confidence.vector_scaling import VectorScaling
 from capt_deploy.core.errors import ConfigError
-from capt_deploy.metrics.calibration import Floats, Ints, all_metrics, confusion_recovery
+from capt_deploy.metrics.calibration import all_metrics, confusion_recovery
 from capt_deploy.metrics.intervals import harmonic_mean
+from capt_deploy.metrics.probabilities import Floats, Ints
 
 Report = dict[str, Any]
 ClassPair = tuple[int, int]  # columns: the true class, and the class it is mistaken for
@@ -27,31 +26,27 @@ class Scores:
     """Logits of a model for labelled images, next to those of the zero-shot model."""
 
     labels: Ints  # (images,) of columns
-    # (images, classes), scaled by vector and temperature, but without factors and top-label map:
-    # which factor an image gets depends on the classes that it is measured among.
+    # (images, classes), by `Calibration.scale`. Its other steps depend on the classes that an image
+    # is measured among; see `among`.
     tuned: NDArray[np.floating]
     # Likewise with a temperature of its own. None where the frozen model is not at hand, as in a
     # bundle whose visual side was tuned.
     zero_shot: NDArray[np.floating] | None
-    temperature: float = 1.0
+    calibration: Calibration = UNCALIBRATED
     zero_shot_temperature: float = 1.0
-    factors: NDArray[np.floating] | None = None  # (classes,) of distance-aware calibration
-    top_label: TopLabelMap | None = None
-    vector: VectorScaling | None = None
 
     @property
     def uncalibrated(self) -> "Scores":
         """Return the scores of both models as they were before any calibration."""
-        raw = self.tuned * self.temperature
         frozen = None if self.zero_shot is None else self.zero_shot * self.zero_shot_temperature
-        return Scores(self.labels, raw if self.vector is None else self.vector.undone(raw), frozen)
+        return Scores(self.labels, self.calibration.unscale(self.tuned), frozen)
 
     @property
     def zero_shot_alone(self) -> "Scores | None":
         """Return the scores of the zero-shot model by itself; None where it is not at hand."""
         if self.zero_shot is None:
             return None
-        return Scores(self.labels, self.zero_shot, None, self.zero_shot_temperature)
+        return Scores(self.labels, self.zero_shot, None, Calibration(self.zero_shot_temperature))
 
     def rows(self, rows: NDArray[np.int64]) -> "Scores":
         """Return the scores of some images."""
@@ -68,10 +63,9 @@ class Scores:
             Probabilities (images of these classes, these classes) and labels of the same images.
         """
         rows = np.flatnonzero(np.isin(self.labels, columns))
-        logits = self.tuned[rows][:, columns]
-        if self.factors is not None:
-            logits = applied(logits, self.factors[columns])
-        return probabilities_of(logits, self.top_label), np.searchsorted(columns, self.labels[rows])
+        calibration = self.calibration.select(columns)
+        logits = calibration.weigh(self.tuned[rows][:, columns])
+        return calibration.probabilities(logits), np.searchsorted(columns, self.labels[rows])
 
 
 @dataclass(frozen=True, eq=False)

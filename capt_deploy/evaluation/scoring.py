@@ -7,7 +7,6 @@ import numpy as np
 
 from capt_deploy.backends.base import Outputs, concatenate
 from capt_deploy.bundle.read import open_bundle
-from capt_deploy.confidence.distance_aware import undone
 from capt_deploy.core.console import progress, say
 from capt_deploy.core.errors import BundleError, DataError, UnavailableError
 from capt_deploy.data.batches import preprocess_files
@@ -56,17 +55,13 @@ def score_bundle(
                     batches.append(classifier.backend.run(batch.pixels))
     if not labels:
         raise DataError(f"{data}: none of the {len(items)} images in split {split!r} is readable")
-    calibration = manifest.calibration[precision]
-    factors, outputs = bundle.factors(precision), concatenate(batches)
+    calibration, outputs = bundle.calibration_of(precision), concatenate(batches)
     scores = Scores(
         np.asarray(labels),
-        outputs.logits if factors is None else undone(outputs.logits, factors),
+        calibration.unweigh(outputs.logits),
         None if zero_shot is None else outputs.embedding @ zero_shot.T,
-        calibration["temperature"],
-        calibration.get("zero_shot_temperature", 1.0),
-        factors,
-        manifest.top_label,
-        manifest.vector_scaling,
+        calibration,
+        manifest.calibration[precision].get("zero_shot_temperature", 1.0),
     )
     columns = {name: column for column, name in enumerate(manifest.class_names)}
     return Evaluation(

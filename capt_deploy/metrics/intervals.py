@@ -1,4 +1,4 @@
-"""95 % intervals of accuracies; they say something also where every image is right."""
+"""95 % intervals of accuracies, which have a width even where every image is right."""
 
 import math
 
@@ -12,13 +12,13 @@ _Z = 1.96  # of 95 %
 
 
 def accuracy_interval(right: NDArray[np.bool_]) -> Interval:
-    """Return the interval of the accuracy on (images,), 1 or more, that are right or wrong."""
+    """Return the interval of the accuracy, from whether each image is right, (images,)."""
     low, high = wilson(np.array([right.mean()]), np.array([len(right)]))
     return float(low[0]), float(high[0])
 
 
 def wilson(shares: Floats, images: Ints) -> tuple[Floats, Floats]:
-    """Return low and high ends, (n,), of the intervals of shares of images (Wilson 1927).
+    """Return low and high ends, (n,), of Wilson's (1927) intervals of shares of images.
 
     Args:
         shares: (n,) in 0-1.
@@ -27,7 +27,7 @@ def wilson(shares: Floats, images: Ints) -> tuple[Floats, Floats]:
     centre = (shares + _Z**2 / (2 * images)) / (1 + _Z**2 / images)
     spread = np.sqrt(shares * (1 - shares) / images + (_Z / (2 * images)) ** 2)
     half = _Z * spread / (1 + _Z**2 / images)
-    # whatever rounding does
+    # rounding must not leave the share outside
     return np.clip(centre - half, 0, shares), np.clip(centre + half, shares, 1)
 
 
@@ -41,20 +41,21 @@ def interval_of_harmonic_mean(
 ) -> Interval:
     """Return the interval of the harmonic mean of two shares of different images.
 
-    Either end is where the mean comes to when both shares go towards their own end, each so much
-    of the way as it matters to the mean. Where the mean is a plane, the squares of what each would
-    move it by alone add up, as in MOVER (Zou & Donner 2008); it is not one near 0.
+    Both shares move towards the same end of their intervals, each as far as it matters to the mean.
+    Where the mean is linear, the squares of the two effects add up, as in MOVER (Zou & Donner
+    2008); near 0 it is not.
 
     Args:
         shares: in 0-1.
-        intervals: of each, holding it.
+        intervals: of each share, which they contain.
     """
     first, second = shares
     mean, ends = harmonic_mean(first, second), []
-    for one, other in zip(*intervals, strict=True):
-        moves = harmonic_mean(one, second) - mean, harmonic_mean(first, other) - mean
-        whole = math.hypot(*moves)
-        # of two that move nothing alone, such as 0 and 0, one matters as much as the other
-        own, its = (abs(move) / whole for move in moves) if whole else (0.5**0.5, 0.5**0.5)
-        ends.append(harmonic_mean(first + own * (one - first), second + its * (other - second)))
+    for first_end, second_end in zip(*intervals, strict=True):
+        effects = harmonic_mean(first_end, second) - mean, harmonic_mean(first, second_end) - mean
+        total = math.hypot(*effects)
+        # Where neither has an effect alone, as for 0 and 0, both matter equally.
+        a, b = (abs(effect) / total for effect in effects) if total else (0.5**0.5, 0.5**0.5)
+        moved = first + a * (first_end - first), second + b * (second_end - second)
+        ends.append(harmonic_mean(*moved))
     return ends[0], ends[1]

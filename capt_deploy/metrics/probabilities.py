@@ -1,4 +1,4 @@
-"""Arrays of probabilities and their labels: what they are called, and what is refused."""
+"""Types and checks of probabilities and labels."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,17 +7,17 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Probabilities = NDArray[np.floating]  # (images, classes) of any precision; rows sum to 1
 
-# A row's sum may be off by what rounding does to its parts: up to 2⁻¹¹ of it in float16, 2⁻⁹ in
-# bfloat16. What was no distribution to begin with (logits, percentages) is further off.
+# Rounding changes a row's sum by up to 2⁻¹¹ in float16 and 2⁻⁹ in bfloat16. Logits or percentages,
+# passed by mistake, are further off.
 SUM_TOLERANCE = 2e-3
-_ROUNDED_ONE = 1 + 1e-6  # float32 graphs that divide by multiplying reach a little above 1
+_ROUNDED_ONE = 1 + 1e-6  # graphs that divide in float32 by multiplying reach a little above 1
 
 
 def require_probabilities(probabilities: Probabilities) -> None:
-    """Check that every row is a distribution over the classes.
+    """Raise ValueError unless every row is a distribution over the classes.
 
     Raises:
-        ValueError: not two axes, or nothing in them; NaN, infinity, a negative number or one above
+        ValueError: not two axes, or an empty one; NaN, infinity, a negative number or one above
             1; a row whose sum is further from 1 than `SUM_TOLERANCE`.
     """
     if probabilities.ndim != 2 or 0 in probabilities.shape:
@@ -37,11 +37,7 @@ def require_probabilities(probabilities: Probabilities) -> None:
 
 
 def require_labels(probabilities: Probabilities, labels: Ints) -> None:
-    """Check that there is one label per row, and that each is a column.
-
-    Raises:
-        ValueError: not so, or the labels are no integers, or there are none.
-    """
+    """Raise ValueError unless each row has a label, an integer that is a column."""
     if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1] or not len(labels):
         raise ValueError(
             f"expected (samples, classes) probabilities and as many labels, at least one; "
@@ -51,11 +47,7 @@ def require_labels(probabilities: Probabilities, labels: Ints) -> None:
 
 
 def require_columns(labels: Ints, classes: int) -> None:
-    """Check that labels or predictions, at least one, are columns of so many classes.
-
-    Raises:
-        ValueError: they are not.
-    """
+    """Raise ValueError unless labels or predictions, at least one, are below `classes`."""
     if not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"expected labels that are whole numbers, came {labels.dtype}")
     if labels.min() < 0 or labels.max() >= classes:
@@ -65,6 +57,6 @@ def require_columns(labels: Ints, classes: int) -> None:
 
 
 def require_both(probabilities: Probabilities, labels: Ints) -> None:
-    """Check both, and that they belong together; raises ValueError."""
+    """Raise ValueError where `require_labels` or `require_probabilities` does."""
     require_labels(probabilities, labels)
     require_probabilities(probabilities)

@@ -15,7 +15,7 @@ from capt_deploy.core.errors import ImageError
 from capt_deploy.core.text import printable
 from capt_deploy.data.images import load_shrunk
 from capt_deploy.evaluation.evaluate import Evaluation
-from capt_deploy.metrics.calibration import Floats
+from capt_deploy.metrics.probabilities import Floats
 from capt_deploy.report.measure import ZERO_SHOT, Predictions
 
 _MOST_CARDS = 12

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capt_deploy.evaluation.evaluate import SCOPES, Evaluation, Report, Scores, evaluate
-from capt_deploy.metrics.calibration import Floats, Ints
 from capt_deploy.metrics.intervals import Interval, accuracy_interval, interval_of_harmonic_mean
+from capt_deploy.metrics.probabilities import Floats, Ints
 from capt_deploy.metrics.reliability import Reliability, calibrated_ece, reliability, risk_coverage
 
 ZERO_SHOT = "zero-shot"

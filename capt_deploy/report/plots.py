@@ -11,8 +11,8 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from capt_deploy.core.text import shortened
-from capt_deploy.metrics.calibration import Floats
 from capt_deploy.metrics.intervals import wilson
+from capt_deploy.metrics.probabilities import Floats
 from capt_deploy.metrics.reliability import Reliability
 from capt_deploy.report.measure import FEW, ZERO_SHOT
 

@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from capt_deploy.confidence.decisions import Decisions
 from capt_deploy.evaluation.evaluate import Evaluation
-from capt_deploy.metrics.calibration import Ints
 from capt_deploy.metrics.intervals import accuracy_interval
+from capt_deploy.metrics.probabilities import Ints
 from capt_deploy.report.measure import Predictions, scope_columns
 
 COVERAGES = (0.8, 0.9, 0.95)

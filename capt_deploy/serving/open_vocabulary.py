@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from capt_deploy.backends.onnxruntime import start_session
 from capt_deploy.bundle.manifest import OpenVocabulary
 from capt_deploy.bundle.read import Bundle
-from capt_deploy.confidence.distance_aware import TunedTexts, applied
-from capt_deploy.confidence.top_label import TopLabelMap, probabilities_of
+from capt_deploy.confidence.calibration import Calibration
+from capt_deploy.confidence.distance_aware import TunedTexts
 from capt_deploy.core.errors import BundleError, ConfigError
 from capt_deploy.core.install import install_hint
 from capt_deploy.data.class_names import distinct_names
@@ -157,10 +157,8 @@ class ClassHead:
     tuned: tuple[bool, ...]
     weight: NDArray[np.float32]  # (classes, dim), over the temperature
     bias: NDArray[np.float32]  # (classes,)
-    # Of distance-aware calibration, (classes,), and what those of further classes come from
-    factors: NDArray[np.float32] | None = None
-    tuned_texts: TunedTexts | None = None
-    top_label: TopLabelMap | None = None
+    calibration: Calibration  # its temperature and vector scaling are in weight and bias
+    tuned_texts: TunedTexts | None = None  # for the factors of further classes, with DAC
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, precision: str) -> "ClassHead":
@@ -168,23 +166,22 @@ class ClassHead:
         manifest, tensors = bundle.manifest, bundle.text_embeddings()
         # The rows are written at the temperature of the first graph.
         first = manifest.calibration[next(iter(manifest.graphs))]["temperature"]
-        factor = np.float32(first / manifest.calibration[precision]["temperature"])
+        calibration = bundle.calibration_of(precision)
+        factor = np.float32(first / calibration.temperature)
         weight, bias = (tensors[name] * factor for name in ("text_embeddings", "bias"))
         if len(weight) != len(manifest.class_names):
             raise BundleError(f"{bundle.path}: has {len(weight)} rows, expected one for each class")
-        head = cls(manifest.class_names, manifest.tuned, weight, bias, top_label=manifest.top_label)
-        if (factors := bundle.factors(precision)) is None:
+        head = cls(manifest.class_names, manifest.tuned, weight, bias, calibration)
+        if calibration.factors is None:
             return head
         texts = [tensors.get(name) for name in ("tuned_rows", "tuned_hand_written")]
         if texts[0] is None or texts[1] is None:
             raise BundleError(
                 f"{bundle.path}: knows no factors of further classes; export it again"
             )
-        return replace(head, factors=factors, tuned_texts=TunedTexts(texts[0], texts[1]))
+        return replace(head, tuned_texts=TunedTexts(texts[0], texts[1]))
 
-    def with_classes(
-        self, texts: TextEncoder, names: Iterable[str], temperature: float
-    ) -> "ClassHead":
+    def with_classes(self, texts: TextEncoder, names: Iterable[str]) -> "ClassHead":
         """Return the head with new classes behind the present ones.
 
         Raises:
@@ -193,31 +190,32 @@ class ClassHead:
         new = distinct_names(names, self.class_names)
         if not new:
             return self
-        factors = self.factors
+        temperature, factors = self.calibration.temperature, self.calibration.factors
         if factors is None or self.tuned_texts is None:
             rows = texts.rows(new)
         else:
             rows, hand_written = texts.both_rows(new)
-            factors = np.concatenate([factors, self.tuned_texts.factors(rows, hand_written)])
+            factors += tuple(self.tuned_texts.factors(rows, hand_written).tolist())
+        class_names = (*self.class_names, *new)
+        calibration = self.calibration.select(range(len(class_names)))
         bias = np.full(len(new), texts.logit_bias / temperature, np.float32)
         return ClassHead(
-            (*self.class_names, *new),
+            class_names,
             (*self.tuned, *[False] * len(new)),
             np.concatenate([self.weight, rows / np.float32(temperature)]),
             np.concatenate([self.bias, bias]),
-            factors,
+            replace(calibration, factors=factors),
             self.tuned_texts,
-            self.top_label,
         )
 
     def logits(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the calibrated logits, (batch, classes), of unit-norm embeddings."""
         logits = np.asarray(embedding @ self.weight.T + self.bias, np.float32)
-        return logits if self.factors is None else applied(logits, self.factors)
+        return np.asarray(self.calibration.weigh(logits), np.float32)
 
     def probabilities(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the calibrated probabilities, (batch, classes), of calibrated logits."""
-        return probabilities_of(logits, self.top_label).astype(np.float32)
+        return self.calibration.probabilities(logits).astype(np.float32)
 
 
 def _open_tokenizer(content: bytes) -> tuple[Any, Callable[[str], str]]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from capt_deploy.backends.base import Outputs
 from capt_deploy.bundle.read import Bundle
 from capt_deploy.confidence.decisions import (
-    Decided,
+    BatchDecisions,
     DecisionOptions,
     Decisions,
     partners,
@@ -108,8 +108,7 @@ class Predictor:
         with self._changing:
             texts = self._texts = self._texts or TextEncoder.from_bundle(self.bundle)
             head = self._classes.head or ClassHead.from_bundle(self.bundle, precision)
-            temperature = self.bundle.manifest.calibration[precision]["temperature"]
-            head = head.with_classes(texts, names, temperature)
+            head = head.with_classes(texts, names)
             if head.class_names == self._classes.names:
                 return
             lost = self._classes.scores is not None
@@ -128,7 +127,7 @@ class Predictor:
             if self._monitor is None:
                 classes, expected = self._classes, None
                 if classes.scores is not None:
-                    expected = classes.scores.expected_reference(self._usual)
+                    expected = classes.scores.baseline(self._usual)
                 self._monitor = Monitor(expected, classes.names)
             return self._monitor
 
@@ -181,7 +180,7 @@ class Predictor:
         label: int,
         row: int,
         names: tuple[str, ...],
-        decided: Decided | None,
+        decided: BatchDecisions | None,
     ) -> Prediction:
         other = self._confused_with.get(label)
         confused_with = None if other is None else (names[other], float(shares[other]))

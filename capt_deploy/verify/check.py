@@ -8,7 +8,6 @@ import numpy as np
 
 from capt_deploy.backends.base import Backend, Outputs, concatenate
 from capt_deploy.bundle.read import Bundle, open_bundle
-from capt_deploy.confidence.distance_aware import undone
 from capt_deploy.core.console import progress, say
 from capt_deploy.core.errors import DataError, GateError, UnavailableError
 from capt_deploy.core.files import expand_home
@@ -83,8 +82,7 @@ def _check_rows(bundle: Bundle, patterns: Outputs) -> None:
     rows = bundle.text_embeddings()
     first = next(iter(bundle.manifest.graphs))
     logits = patterns.embedding @ rows["text_embeddings"].T + rows["bias"]
-    factors = bundle.factors(first)
-    expected = patterns.logits if factors is None else undone(patterns.logits, factors)
+    expected = bundle.calibration_of(first).unweigh(patterns.logits)
     # The rows have the temperature of the first graph, the reference that of float32.
     ratio = float((logits * expected).sum() / (logits * logits).sum())
     if not np.abs(ratio * logits - expected).max() <= _ROW_LIMIT:
@@ -95,11 +93,11 @@ def _check_graph(
     classifier: Classifier, bundle: Bundle, reference: ReferenceOutputs, files: dict[int, Path]
 ) -> dict[str, GateResult]:
     precision, preprocess = classifier.precision, classifier.manifest.preprocess
-    factors = bundle.factors(precision)
+    calibration = bundle.calibration_of(precision)
     outputs = classifier.backend.run(draw_patterns(preprocess.size))
     unknown = np.full(len(outputs.logits), -1)
     results = {
-        "patterns": compare_outputs(precision, reference.patterns, outputs, unknown, factors)
+        "patterns": compare_outputs(precision, reference.patterns, outputs, unknown, calibration)
     }
     if files:
         rows = [*files]
@@ -107,7 +105,7 @@ def _check_graph(
         label = f"asking the {precision} graph"
         outputs = run_on_files(classifier.backend, preprocess, [*files.values()], label)
         labels = reference.labels[rows]
-        results["images"] = compare_outputs(precision, expected, outputs, labels, factors)
+        results["images"] = compare_outputs(precision, expected, outputs, labels, calibration)
     return results
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capt_deploy.backends.base import Outputs
-from capt_deploy.confidence.distance_aware import aligned
+from capt_deploy.confidence.calibration import UNCALIBRATED, Calibration
 from capt_deploy.core.console import table
 from capt_deploy.metrics.calibration import (
     accuracy,
@@ -144,7 +144,7 @@ def compare_outputs(
     expected: Outputs,
     outputs: Outputs,
     labels: NDArray[np.int64],
-    factors: NDArray[np.float32] | None = None,
+    calibration: Calibration = UNCALIBRATED,
 ) -> GateResult:
     """Return the differences between the outputs of a graph and those of the trained model.
 
@@ -153,12 +153,11 @@ def compare_outputs(
         expected: of the float32 torch model.
         outputs: of the graph, for the same images in the same order.
         labels: (images,) class of each image; -1 where it is not known.
-        factors: (classes,) of distance-aware calibration.
+        calibration: of the graph.
     """
     logits = outputs.logits
     same = logits.argmax(axis=1) == expected.logits.argmax(axis=1)
-    if factors is not None:
-        logits = aligned(logits, expected.logits, factors)
+    logits = np.asarray(calibration.align(logits, expected.logits), np.float32)
     # Where rounding changes the most probable class, distance factor and top-label map jump.
     flipped = ~same[:, np.newaxis]
     probabilities = np.where(flipped, softmax(logits), outputs.probabilities)

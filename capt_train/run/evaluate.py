@@ -63,10 +63,8 @@ def score_model(
         features.labels.numpy(),
         model.logits(own).cpu().numpy(),
         model.zero_shot_logits(features.embeddings).cpu().numpy(),
-        fitted.temperature,
+        fitted.calibration,
         fitted.zero_shot_temperature,
-        top_label=fitted.calibration.top_label,
-        vector=fitted.calibration.vector,
     )
     files = tuple(dataset.path(item) for item in features.kept(items))
     return RunScores(model, scores, files, features.skipped, seen)

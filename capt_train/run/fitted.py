@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from capt_deploy.confidence.calibration import NONE, UNCALIBRATED, Calibration
 from capt_deploy.evaluation.evaluate import ClassPair
-from capt_train.calibrate.calibrators import UNCALIBRATED, Calibration
+from capt_train.calibrators import CALIBRATORS
 from capt_train.method.mixture import Mixture
 
 
@@ -50,9 +51,10 @@ class Fitted:
 
 
 def _calibration(values: Mapping[str, Any]) -> Calibration:
-    if "calibration" in values:
-        return Calibration.from_dict(values["calibration"])
-    return Calibration(float(values["temperature"]))  # of a run that knew nothing else
+    calibration = Calibration.from_dict(values["calibration"])
+    if calibration.calibrator not in (NONE, *CALIBRATORS):
+        raise ValueError(f"calibration: unknown kind {calibration.calibrator!r}")
+    return calibration
 
 
 def _strength(value: Any) -> float:

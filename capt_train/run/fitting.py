@@ -10,15 +10,8 @@ from torch import Tensor
 
 from capt_deploy.core.console import say
 from capt_deploy.core.files import write_json
-from capt_train.calibrate.calibrators import (
-    KINDS,
-    TEMPERATURE,
-    VECTOR,
-    Choice,
-    choose_calibration,
-    fit_calibration,
-)
-from capt_train.calibrate.label_noise import fit_label_noise
+from capt_train.calibrate.choose import Choice, candidates, choose_calibration
+from capt_train.calibrate.label_noise import fit_label_noise, fit_temperature_to_noisy_labels
 from capt_train.confusion.bank import ConfusionBank
 from capt_train.confusion.confusions import CONFUSIONS, write_confusions
 from capt_train.confusion.plot import plot_confusions
@@ -163,15 +156,11 @@ def _calibration(
             f"note: about {noise.share:.0%} of the labels are taken for wrong; "
             "confidences are calibrated for right ones"
         )
-        kind, known = TEMPERATURE, labels.numpy()
-        return Choice(fit_calibration(kind, raw.double().numpy(), known, noise.share), {})
-    # Factors of single classes would leave other classes behind or push them forward.
-    complete = len(tuned) == len(setup.split.class_names)
-    kinds = KINDS if complete else tuple(kind for kind in KINDS if kind != VECTOR)
-    wanted = setup.config.calibration.calibrator
-    return choose_calibration(
-        raw.double().numpy(), labels.numpy(), kinds if wanted is None else (wanted,)
-    )
+        calibration = fit_temperature_to_noisy_labels(raw.numpy(), labels.numpy(), noise.share)
+        return Choice(calibration, {})
+    all_classes = len(tuned) == len(setup.split.class_names)
+    names = candidates(setup.config.calibration.calibrator, all_classes=all_classes)
+    return choose_calibration(raw.double().numpy(), labels.numpy(), names)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
-from capt_deploy.confidence.top_label import LEAD, TopLabelMap
+from capt_deploy.confidence.calibration import LEAD, UNCALIBRATED, Calibration, TopLabelMap
 from capt_deploy.core.errors import ModelError
 from capt_train.clip.backbone import Backbone
 from capt_train.clip.vision_tower import open_tower
@@ -36,8 +36,7 @@ class VisualClassifier(nn.Module):
         head: Head,
         tuner: VisualTuner | None = None,
         *,
-        factors: Float[Tensor, " classes"] | None = None,
-        top_label: TopLabelMap | None = None,
+        calibration: Calibration = UNCALIBRATED,
         fused_attention: bool = False,
     ) -> None:
         """Copy the visual tower; fold normalisation and colour map into its first convolution.
@@ -52,8 +51,7 @@ class VisualClassifier(nn.Module):
             backbone: whose tower is copied.
             head: the folded text side.
             tuner: what was trained inside the tower.
-            factors: γ_c of distance-aware calibration.
-            top_label: what else calibrates the probabilities.
+            calibration: whose factors and top-label map go into the graph; `head` has the rest.
             fused_attention: write ONNX's Attention operator, which needs opset 23 and, for
                 TensorRT, half precision.
         """
@@ -74,7 +72,8 @@ class VisualClassifier(nn.Module):
         self.register_buffer("offset", offset.float())
         self.register_buffer("weight", head.weight.float()[:, :, None, None])
         self.register_buffer("bias", head.bias.float())
-        self.register_buffer("factors", None if factors is None else factors[:, None])
+        factors, top_label = calibration.factors, calibration.top_label
+        self.register_buffer("factors", None if factors is None else torch.tensor(factors)[:, None])
         self.top_label = None if top_label is None else _TopLabel(top_label, len(head.weight))
 
     def layers_read(self) -> tuple[nn.Module, ...]:
@@ -133,7 +132,7 @@ class VisualClassifier(nn.Module):
 
 
 class _TopLabel(nn.Module):
-    """`TopLabelMap.shifted` in operators that every runtime has."""
+    """`TopLabelMap.shift` in operators that every runtime has."""
 
     starts: Tensor
     widths: Tensor

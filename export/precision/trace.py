@@ -73,8 +73,7 @@ def trace_precision(source: Source, precision: str, opset: int, expected: Output
     fused = opset >= _FUSED_OPSET and precision != FP32
     network = VisualClassifier(
         *(backbone, source.head, source.learner.visual),
-        factors=source.factors,
-        top_label=source.calibration.top_label,
+        calibration=source.calibration,
         fused_attention=fused,
     ).eval()
     quantisation, factors = None, network.factors

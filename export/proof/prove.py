@@ -7,7 +7,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from numpy.typing import NDArray
 
 from capt_deploy.backends.base import Outputs
 from capt_deploy.backends.onnxruntime import OnnxRuntime
@@ -48,13 +47,9 @@ def prove(source: Source, traced: Traced, question: Question, path: Path) -> Pro
         traced.graph.set_head(source.head.cooled(factor))
         answers = _ask(traced, path, source, question)
     result = compare_outputs(
-        precision, question.expected, answers, question.labels, _factors(source)
+        precision, question.expected, answers, question.labels, source.calibration
     )
     return Proven(traced, path, temperature, answers, result)
-
-
-def _factors(source: Source) -> NDArray[np.float32] | None:
-    return None if source.factors is None else source.factors.numpy()
 
 
 def _ask(traced: Traced, path: Path, source: Source, question: Question) -> Outputs:

@@ -6,10 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from capt_deploy.backends.base import Outputs, concatenate
-from capt_deploy.confidence.top_label import probabilities_of
 from capt_deploy.core.console import progress, say
 from capt_deploy.core.errors import DataError
 from capt_deploy.core.files import sha256_file
@@ -78,13 +76,10 @@ def ask_torch(source: Source, most_images: int) -> Question:
 def _torch_answers(source: Source, pixels: NDArray[np.uint8]) -> Outputs:
     embedding = source.learner.image_embeddings(torch.from_numpy(pixels)).cpu()
     head = source.head
-    logits = embedding @ head.weight.T + head.bias
-    if source.factors is not None:  # not as the graph looks them up
-        most_probable = functional.one_hot(logits.argmax(dim=1), len(source.factors))
-        logits = logits * (most_probable * source.factors).sum(dim=1, keepdim=True)
-    # not as the graph maps them
-    shown = probabilities_of(logits.numpy(), source.calibration.top_label).astype(np.float32)
-    return Outputs(logits.numpy(), shown, embedding.numpy())
+    logits = source.calibration.weigh((embedding @ head.weight.T + head.bias).numpy())
+    logits = np.asarray(logits, np.float32)
+    probabilities = source.calibration.probabilities(logits).astype(np.float32)
+    return Outputs(logits, probabilities, embedding.numpy())
 
 
 def temperature_factor(expected: Outputs, found: Outputs) -> float:

@@ -12,7 +12,7 @@ from capt_deploy.core.errors import ConfigError, DataError
 from capt_deploy.core.files import expand_home, read_json
 from capt_deploy.data.class_names import distinct_names, plain_spelling
 from capt_train.run.folder import TunedModel
-from export.source.model import KnownImages, Photo, Source
+from export.source.model import KnownImages, Photo, Source, distance_aware
 
 _AT_ONCE = 256  # names
 
@@ -63,12 +63,9 @@ def with_classes(source: Source, models: Sequence[TunedModel], names: Sequence[s
     tuned = (*source.tuned, *[False] * len(new))
     places = {row: place for place, row in enumerate(chosen)}
     listed = set(names)
-    calibration = source.calibration
-    if calibration.vector is not None:
-        calibration = replace(calibration, vector=calibration.vector.chosen(chosen))
-    return replace(
+    listed_source = replace(
         source,
-        calibration=calibration,
+        calibration=source.calibration.select(chosen),
         class_names=names,
         tuned=tuple(tuned[row] for row in chosen),
         rows=torch.cat([source.rows, untuned_rows(models, new)])[chosen],
@@ -78,6 +75,7 @@ def with_classes(source: Source, models: Sequence[TunedModel], names: Sequence[s
         training_images=_relabelled(source.training_images, places),
         validation=_known_again(source.validation, places, chosen),
     )
+    return listed_source if source.tuned_texts is None else distance_aware(listed_source)
 
 
 @torch.no_grad()

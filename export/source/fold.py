@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from capt_deploy.confidence.vector_scaling import VectorScaling
+from capt_deploy.confidence.calibration import Calibration
 from capt_train.clip.backbone import Backbone
 
 
@@ -20,19 +20,21 @@ class Head:
         """Return the head with its temperature multiplied by `factor`."""
         return Head(self.weight / factor, self.bias / factor)
 
-    def scaled(self, vector: VectorScaling, temperature: float) -> "Head":
-        """Return the head of (a·z + b)/T, this one being that of z/T."""
-        scales, biases = map(self.bias.new_tensor, (vector.scales, vector.biases))
-        return Head(self.weight * scales[:, None], self.bias * scales + biases / temperature)
 
-
-def folded(backbone: Backbone, rows: Float[Tensor, "classes dim"], temperature: float) -> Head:
-    """Return the head whose logits equal the model's calibrated ones.
+def folded(
+    backbone: Backbone, rows: Float[Tensor, "classes dim"], calibration: Calibration
+) -> Head:
+    """Return the head whose logits equal the model's, scaled as `Calibration.scale` does it.
 
     Args:
         backbone: knows scale and, where it was trained with a sigmoid, bias of the logits.
         rows: Ŵ_c, or t⁰_c.
-        temperature: T.
+        calibration: its temperature and vector scaling are folded.
     """
+    temperature, vector = calibration.temperature, calibration.vector
     weight = backbone.scale / temperature * rows.cpu()
-    return Head(weight, weight.new_full((len(weight),), backbone.logit_bias / temperature))
+    bias = weight.new_full((len(weight),), backbone.logit_bias / temperature)
+    if vector is None:
+        return Head(weight, bias)
+    scales, biases = map(bias.new_tensor, (vector.scales, vector.biases))
+    return Head(weight * scales[:, None], bias * scales + biases / temperature)

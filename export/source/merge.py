@@ -19,13 +19,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from capt_deploy.confidence.calibration import Calibration
 from capt_deploy.core.console import say
 from capt_deploy.core.errors import ConfigError, DataError
 from capt_deploy.core.files import expand_home
 from capt_deploy.core.version import __version__
 from capt_deploy.data.class_names import distinct_names
 from capt_deploy.data.datasets import Dataset, Item
-from capt_train.calibrate.calibrators import Calibration
 from capt_train.calibrate.temperature import fit_temperature
 from capt_train.data.embedding_cache import EmbeddingCache
 from capt_train.data.features import embed

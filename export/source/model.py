@@ -2,22 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from capt_deploy.confidence.calibration import Calibration
 from capt_deploy.confidence.distance_aware import TunedTexts
 from capt_deploy.core.console import say
 from capt_deploy.core.errors import DataError
 from capt_deploy.core.files import expand_home, sha256_file, visible_files
 from capt_deploy.core.version import __version__
 from capt_deploy.data.datasets import SPLITS, Item, read_dataset
-from capt_train.calibrate.calibrators import Calibration
-from capt_train.calibrate.distance_aware import distance_aware_factors, tuned_texts
 from capt_train.data.fewshot import FewShotSplit
 from capt_train.method.learner import Learner
 from capt_train.run.folder import TunedModel
@@ -78,24 +77,15 @@ class Source:
     @property
     def head(self) -> Head:
         """The folded text side, calibrated for float32."""
-        own = folded(self.learner.backbone, self.rows, self.temperature)
-        vector = self.calibration.vector
-        return own if vector is None else own.scaled(vector, self.temperature)
+        return folded(self.learner.backbone, self.rows, self.calibration)
 
     @property
     def zero_shot_head(self) -> Head | None:
         """The same of the frozen model with the hand-written prompt."""
         if self.moves_images:
             return None
-        return folded(self.learner.backbone, self.hand_written, self.zero_shot_temperature)
-
-    @cached_property
-    def factors(self) -> Float[Tensor, " classes"] | None:
-        """γ_c of distance-aware calibration (METHOD 8); None without it."""
-        if self.tuned_texts is None:
-            return None
-        tuned = torch.tensor(self.tuned)
-        return distance_aware_factors(self.rows, self.hand_written, tuned, self.tuned_texts)
+        calibration = Calibration(self.zero_shot_temperature)
+        return folded(self.learner.backbone, self.hand_written, calibration)
 
 
 def source_of(model: TunedModel, gate_data: str | Path | None = None) -> Source:
@@ -155,9 +145,20 @@ def _known_images(model: TunedModel) -> KnownImages | None:
 
 
 def distance_aware(source: Source) -> Source:
-    """Return the source with DAC: other classes are measured to its tuned ones, listed or not."""
-    texts = tuned_texts(source.rows, source.hand_written, torch.tensor(source.tuned))
-    return replace(source, tuned_texts=texts)
+    """Return the source with DAC factors for all of its classes (METHOD 8).
+
+    Distances are measured to the tuned classes of the first call, so that it can be called again
+    once other classes are chosen.
+    """
+    tuned = torch.tensor(source.tuned)
+    rows, hand_written = (t.detach().cpu() for t in (source.rows, source.hand_written))
+    texts = source.tuned_texts
+    if texts is None:
+        texts = TunedTexts(rows[tuned].numpy(), hand_written[tuned].numpy())
+    factors = np.ones(len(rows), np.float32)
+    factors[~tuned.numpy()] = texts.factors(rows[~tuned].numpy(), hand_written[~tuned].numpy())
+    calibration = replace(source.calibration, factors=tuple(factors.tolist()))
+    return replace(source, calibration=calibration, tuned_texts=texts)
 
 
 def root_of(data: Path) -> Path:

@@ -207,7 +207,7 @@ def test_with_wrong_labels_the_temperature_is_that_of_right_ones(
     images = model.backbone.image_embeddings(torch.from_numpy(pixels))
     labels = torch.tensor([item.label for item in items])
     expected = fit_label_noise(model.raw_logits(images)[:, :2], labels, 0.3).temperature
-    assert model.fitted.calibration.kind == "temperature"
+    assert model.fitted.calibration.calibrator == "temperature"
     assert model.fitted.temperature == pytest.approx(expected, rel=1e-4)
     assert model.fitted.zero_shot_temperature != 1.0
 

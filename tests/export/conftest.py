@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from capt_train.calibrate.calibrators import Calibration
+from capt_deploy.confidence.calibration import Calibration
 from capt_train.method.mixture import Mixture
 from capt_train.pipeline import train
 from capt_train.run.folder import TunedModel, load_run, mixed_rows

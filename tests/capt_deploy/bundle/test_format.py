@@ -84,7 +84,7 @@ def test_every_file_in_the_document_is_in_the_code() -> None:
 def test_every_array_in_the_document_is_in_the_code() -> None:
     logits = np.random.default_rng(0).normal(size=(30, 3)).astype(np.float32)
     shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    arrays = Decisions.of(shares, logits, logits.argmax(axis=1)).arrays()
+    arrays = Decisions.from_validation(shares, logits, logits.argmax(axis=1)).arrays()
     expected = {*arrays, "reference.rejection_rate"}
     assert documented("### `calibration.safetensors`") == expected
     answers = Outputs(logits, shares, logits)

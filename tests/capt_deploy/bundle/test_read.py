@@ -217,10 +217,9 @@ def write_factors(folder: Path, **tensors: np.ndarray) -> Bundle:
 
 def test_factors_are_there_where_a_graph_has_them(tmp_path: Path) -> None:
     bundle = write_factors(tmp_path / "a", factors=np.array([1, 0.9], np.float32))
-    factors = bundle.factors("fp32")
-    assert factors is not None
-    np.testing.assert_array_equal(factors, np.array([1, 0.9], np.float32))
-    assert bundle.factors("fp16") is None
+    found = bundle.calibration_of("fp32")
+    assert found.factors == (1.0, float(np.float32(0.9)))
+    assert bundle.calibration_of("fp16").factors is None
 
 
 @pytest.mark.parametrize(
@@ -232,4 +231,4 @@ def test_factors_are_there_where_a_graph_has_them(tmp_path: Path) -> None:
 )
 def test_factors_that_cannot_be_are_refused(tmp_path: Path, tensors: dict[str, Any]) -> None:
     with pytest.raises(BundleError, match="a factor above 0 for each of its classes"):
-        write_factors(tmp_path / "a", **tensors).factors("fp32")
+        write_factors(tmp_path / "a", **tensors).calibration_of("fp32")

@@ -1,20 +1,127 @@
-"""Sets: the promise over many random splits, MAPIE, and cases done by hand."""
+"""Scores and quantiles by their definitions; sets by theory, MAPIE, and cases done by hand."""
 
 import math
 from itertools import product
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from capt_deploy.confidence.conformal import (
     METHODS,
     RapsPenalty,
     ScoreTable,
     choose_penalty,
+    class_quantiles,
     class_scores,
     label_scores,
     quantile,
 )
+
+
+def slow_score(row: list[float], label: int, method: str, penalty: RapsPenalty) -> float:
+    if method == "lac":
+        return 1 - row[label]
+    order = sorted(range(len(row)), key=lambda index: (-row[index], index))
+    rank = order.index(label) + 1
+    total = 0.0
+    for index in order[:rank]:
+        total += row[index]
+    return total + (penalty.weight * max(0, rank - penalty.free_ranks) if method == "raps" else 0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 8),
+    st.integers(1, 12),
+    st.sampled_from(METHODS),
+    st.booleans(),
+)
+def test_scores_equal_their_definitions(
+    seed: int, images: int, classes: int, method: str, ties: bool
+) -> None:
+    random = np.random.default_rng(seed)
+    probabilities = random.dirichlet(np.ones(classes), images).astype(np.float32)
+    if ties:
+        probabilities = np.round(probabilities * 4) / 4
+    penalty = RapsPenalty(random.random(), int(random.integers(0, classes + 2)))
+    scores = class_scores(probabilities, method, penalty)
+    for image, row in enumerate(probabilities):
+        slow = [slow_score([*map(float, row)], c, method, penalty) for c in range(classes)]
+        np.testing.assert_array_equal(scores[image], slow)
+    labels = random.integers(0, classes, images)
+    np.testing.assert_array_equal(
+        label_scores(probabilities, labels, method, penalty),
+        scores[np.arange(images), labels],
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_many_images_are_scored_in_blocks_without_a_difference(method: str) -> None:
+    random = np.random.default_rng(0)
+    probabilities = random.dirichlet(np.ones(700), 3100).astype(np.float32)  # three blocks
+    labels = random.integers(0, 700, 3100)
+    np.testing.assert_array_equal(
+        label_scores(probabilities, labels, method),
+        class_scores(probabilities, method)[np.arange(3100), labels],
+    )
+
+
+def test_quantiles_are_order_statistics() -> None:
+    scores = np.random.default_rng(0).permutation(np.arange(1.0, 20))  # 1 to 19
+    assert quantile(scores, 0.9) == 18
+    assert quantile(scores, 0.95) == 19
+    assert quantile(scores, 0.951) == math.inf
+    assert quantile(scores, 0.901) == 19
+    assert quantile(scores, 1e-12) == 1
+    assert quantile(np.empty(0), 0.5) == math.inf
+    assert quantile(np.array([-np.inf, 2.0, 1.0]), 0.25) == -math.inf
+
+
+def test_ranks_are_those_of_the_decimal_numbers() -> None:
+    for n in (99, 999, 9999):
+        scores = np.arange(1.0, n + 1)
+        for percent in range(1, 100):
+            assert quantile(scores, percent / 100) == percent * (n + 1) // 100
+    assert 100 * 0.07 > 7, "the case must be one that floats get wrong"
+
+
+def test_every_class_has_its_own_quantile() -> None:
+    random = np.random.default_rng(1)
+    labels = random.integers(0, 5, 200)
+    labels[labels == 3] = 2  # none of class 3
+    scores = random.random(200)
+    got = class_quantiles(scores, labels, 7, 0.8)
+    expected = [quantile(scores[labels == index], 0.8) for index in range(7)]
+    np.testing.assert_array_equal(got, expected)
+    assert np.isinf(got[[3, 5, 6]]).all()
+
+
+def test_bad_input_is_refused() -> None:
+    good, labels = np.full((2, 4), 0.25), np.array([0, 3])
+    with pytest.raises(ValueError, match="'best'"):
+        class_scores(good, "best")
+    with pytest.raises(ValueError, match="labels of 4 classes"):
+        label_scores(good, np.array([0, 4]), "lac")
+    with pytest.raises(ValueError, match="labels of 4 classes"):
+        label_scores(good, np.array([-1, 0]), "lac")
+    with pytest.raises(ValueError, match="at least one"):
+        label_scores(good[:0], labels[:0], "aps")
+    with pytest.raises(ValueError, match="at least one"):
+        label_scores(good, labels[:1], "aps")
+    for wrong in (math.nan, -0.1, 1.5):
+        with pytest.raises(ValueError, match="0-1"):
+            label_scores(np.full((2, 4), wrong), labels, "aps")
+    with pytest.raises(ValueError, match="NaN"):
+        quantile(np.array([1.0, math.nan]), 0.5)
+    with pytest.raises(ValueError, match="labels"):
+        class_quantiles(np.ones(2), np.array([0, 2]), 2, 0.5)
+    for penalty in ((-1, 3), (math.nan, 3), (math.inf, 3), (0.1, -1)):
+        with pytest.raises(ValueError, match="weight"):
+            RapsPenalty(*penalty)
+
 
 SPLITS = 200
 
@@ -46,7 +153,7 @@ def test_coverage_over_random_splits_is_what_theory_says(
     random, covered = np.random.default_rng(n), []
     for _ in range(SPLITS):
         order = random.permutation(len(labels))
-        own = ScoreTable.of(probabilities[order[:n]], labels[order[:n]])
+        own = ScoreTable.from_probabilities(probabilities[order[:n]], labels[order[:n]])
         sets = own.sets(probabilities[order[n:]], coverage, method, allow_empty=allow_empty)
         covered.append(sets[np.arange(500), labels[order[n:]]].mean())
     mean, deviation = band(n, coverage, 500)
@@ -67,7 +174,7 @@ def test_coverage_of_every_class_is_what_theory_says(method: str) -> None:
     for split in range(SPLITS):
         shuffled = random.permuted(rows, axis=1)
         own, others = shuffled[:, :n].ravel(), shuffled[:, n:]
-        table = ScoreTable.of(probabilities[own], labels[own], RapsPenalty(0.1, 1))
+        table = ScoreTable.from_probabilities(probabilities[own], labels[own], RapsPenalty(0.1, 1))
         for index in range(classes):
             sets = table.sets(probabilities[others[index]], 0.9, method, True, allow_empty=True)
             covered[split, index] = sets[:, index].mean()
@@ -78,7 +185,7 @@ def test_coverage_of_every_class_is_what_theory_says(method: str) -> None:
 def test_the_most_probable_class_is_always_in_and_that_makes_no_set_larger() -> None:
     probabilities, labels = world(3, 4000, 5, sharpness=3.0)
     calibration, tested = slice(0, 1000), slice(1000, 4000)
-    table = ScoreTable.of(probabilities[calibration], labels[calibration])
+    table = ScoreTable.from_probabilities(probabilities[calibration], labels[calibration])
     for method, coverage in (("lac", 0.8), ("aps", 0.9), ("raps", 0.9)):
         empty = table.sets(probabilities[tested], coverage, method, allow_empty=True)
         full = table.sets(probabilities[tested], coverage, method)
@@ -92,7 +199,7 @@ def test_sets_of_a_classifier_that_is_better_than_the_wanted_coverage_hold_one_c
     probabilities, labels = world(4, 2000, 5, sharpness=8.0)
     right = (probabilities.argmax(axis=1) == labels).mean()
     assert right > 0.85
-    table = ScoreTable.of(probabilities, labels)
+    table = ScoreTable.from_probabilities(probabilities, labels)
     for method in METHODS:
         sets = table.sets(probabilities, 0.8, method)
         assert (sets.sum(axis=1) == 1).all()
@@ -102,7 +209,7 @@ def test_sets_of_a_classifier_that_is_better_than_the_wanted_coverage_hold_one_c
 
 def test_sets_of_a_case_done_by_hand() -> None:
     rows = np.array([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.125, 0.125, 0.75]])
-    table = ScoreTable.of(rows, np.array([1, 1, 2]), RapsPenalty(0.5, 1))
+    table = ScoreTable.from_probabilities(rows, np.array([1, 1, 2]), RapsPenalty(0.5, 1))
     np.testing.assert_array_equal(table.correct, [False, True, True])
     np.testing.assert_array_equal(table.lac, [0.75, 0.5, 0.25])
     np.testing.assert_array_equal(table.aps, [0.75, 0.5, 0.75])
@@ -123,7 +230,7 @@ def test_sets_of_a_case_done_by_hand() -> None:
 def test_a_class_with_too_few_images_is_in_every_set_and_so_is_one_added_later() -> None:
     probabilities, labels = world(6, 400, 4)
     few = np.concatenate([np.flatnonzero(labels != 2), np.flatnonzero(labels == 2)[:8]])
-    table = ScoreTable.of(probabilities[few], labels[few])
+    table = ScoreTable.from_probabilities(probabilities[few], labels[few])
     with_added = np.hstack([probabilities * 0.9, np.full((400, 1), 0.1)])
     for method in METHODS:
         sets = table.sets(with_added, 0.9, method, class_conditional=True)
@@ -134,7 +241,7 @@ def test_a_class_with_too_few_images_is_in_every_set_and_so_is_one_added_later()
 
 def test_fewer_classes_than_the_tables_are_refused_where_classes_matter() -> None:
     probabilities, labels = world(6, 400, 4)
-    table = ScoreTable.of(probabilities, labels)
+    table = ScoreTable.from_probabilities(probabilities, labels)
     assert table.sets(probabilities[:, :3], 0.9).shape == (400, 3)
     with pytest.raises(ValueError, match="3 classes"):
         table.sets(probabilities[:, :3], 0.9, class_conditional=True)
@@ -143,7 +250,7 @@ def test_fewer_classes_than_the_tables_are_refused_where_classes_matter() -> Non
 @pytest.mark.parametrize("method", METHODS)
 def test_one_image_has_the_same_set_as_among_others_in_either_precision(method: str) -> None:
     probabilities, labels = world(7, 600, 50)
-    table = ScoreTable.of(probabilities.astype(np.float64), labels)
+    table = ScoreTable.from_probabilities(probabilities.astype(np.float64), labels)
     for coverage in (0.5, 0.8, 0.9):
         sets = table.sets(probabilities, coverage, method, allow_empty=True)
         for image in range(0, 600, 7):
@@ -157,7 +264,7 @@ def test_one_image_has_the_same_set_as_among_others_in_either_precision(method: 
 def test_classes_that_float32_cannot_tell_apart_are_tied_in_both_precisions() -> None:
     wide = np.array([[0.4, 0.4 + 1e-12, 0.2]])
     assert wide.argmax() == 1
-    table = ScoreTable.of(wide, np.array([0]))
+    table = ScoreTable.from_probabilities(wide, np.array([0]))
     assert table.correct.tolist() == [True]
     for probabilities in (wide, wide.astype(np.float32)):
         assert table.sets(probabilities, 0.5).tolist() == [[True, False, False]]
@@ -168,7 +275,7 @@ def test_ties_keep_the_promise() -> None:
     probabilities, labels = world(8, 4000, 3)
     coarse = np.round(probabilities * 8) / 8
     for method in METHODS:
-        table = ScoreTable.of(coarse[:1000], labels[:1000])
+        table = ScoreTable.from_probabilities(coarse[:1000], labels[:1000])
         assert len(np.unique(getattr(table, method))) < 30
         covered = table.sets(coarse[1000:], 0.9, method)[np.arange(3000), labels[1000:]].mean()
         assert covered > 0.88
@@ -177,7 +284,7 @@ def test_ties_keep_the_promise() -> None:
 def test_a_table_survives_its_arrays_and_files() -> None:
     numpy_files = pytest.importorskip("safetensors.numpy")
     probabilities, labels = world(9, 300)
-    table = ScoreTable.of(probabilities, labels, RapsPenalty(0.2, 3))
+    table = ScoreTable.from_probabilities(probabilities, labels, RapsPenalty(0.2, 3))
     again = ScoreTable.from_arrays(numpy_files.load(numpy_files.save(table.arrays())))
     assert again.penalty == table.penalty
     for method in METHODS:
@@ -202,7 +309,7 @@ def test_a_table_survives_its_arrays_and_files() -> None:
     ],
 )
 def test_damaged_arrays_are_refused(name: str, value: np.ndarray | None, words: str) -> None:
-    arrays = ScoreTable.of(*world(9, 4)).arrays()
+    arrays = ScoreTable.from_probabilities(*world(9, 4)).arrays()
     if value is None:
         del arrays[name]
     else:
@@ -213,7 +320,7 @@ def test_damaged_arrays_are_refused(name: str, value: np.ndarray | None, words: 
 
 def test_bad_requests_are_refused() -> None:
     probabilities, labels = world(9, 40)
-    table = ScoreTable.of(probabilities, labels)
+    table = ScoreTable.from_probabilities(probabilities, labels)
     for coverage in (0, 1, -0.5, math.nan):
         with pytest.raises(ValueError, match="coverage"):
             table.sets(probabilities, coverage)
@@ -226,10 +333,10 @@ def test_bad_requests_are_refused() -> None:
 
 def test_the_cache_of_limits_stays_small() -> None:
     probabilities, labels = world(9, 40)
-    table = ScoreTable.of(probabilities, labels)
+    table = ScoreTable.from_probabilities(probabilities, labels)
     for coverage in np.linspace(0.1, 0.9, 500):
         table.sets(probabilities[:1], float(coverage))
-    assert len(table._limits) <= 64
+    assert table._cached_limits.cache_info().currsize <= 64
 
 
 def test_the_penalty_is_the_best_of_those_tried() -> None:
@@ -239,7 +346,9 @@ def test_the_penalty_is_the_best_of_those_tried() -> None:
     assert chosen.free_ranks == np.sort(ranks)[math.ceil(601 * 0.9) - 1]
 
     def size(weight: float) -> int:
-        table = ScoreTable.of(probabilities, labels, RapsPenalty(weight, chosen.free_ranks))
+        table = ScoreTable.from_probabilities(
+            probabilities, labels, RapsPenalty(weight, chosen.free_ranks)
+        )
         return int(table.sets(probabilities, 0.9, "raps").sum())
 
     sizes = {weight: size(weight) for weight in (0.001, 0.01, 0.1, 0.2, 0.5)}
@@ -293,7 +402,7 @@ def test_sets_of_lac_equal_mapies(coverage: float, n: int) -> None:
     probabilities, labels = world(12, n + 500, 10, sharpness=2.0)
     wide = probabilities.astype(np.float64)
     oracle = mapie("lac", coverage, (wide[:n], labels[:n]))
-    table = ScoreTable.of(probabilities[:n], labels[:n])
+    table = ScoreTable.from_probabilities(probabilities[:n], labels[:n])
     np.testing.assert_allclose(oracle.conformity_scores.ravel(), table.lac, rtol=1e-14)
     np.testing.assert_array_equal(
         table.sets(probabilities[n:], coverage, allow_empty=True),
@@ -307,12 +416,15 @@ def test_randomised_scores_and_sets_of_aps_equal_mapies(coverage: float) -> None
     probabilities, labels = world(13, 1000, 10, sharpness=2.0)
     wide = probabilities.astype(np.float64)
     oracle = mapie("aps", coverage, (wide[:n], labels[:n]))
+    # MAPIE's scores are randomised: they lack a share of the class's own probability.
     uniforms = np.random.RandomState(3).uniform(size=n)
-    scores = label_scores(probabilities[:n], labels[:n], "aps", uniforms=uniforms)
+    shares = uniforms * wide[np.arange(n), labels[:n]]
+    scores = label_scores(probabilities[:n], labels[:n], "aps") - shares
     np.testing.assert_allclose(oracle.conformity_scores.ravel(), scores, rtol=1e-12, atol=1e-12)
     # MAPIE draws from the same seed again where it predicts.
     limit = quantile(scores, coverage)
-    ours = class_scores(probabilities[n:], "aps", uniforms=np.random.RandomState(3).uniform(size=n))
+    uniforms = np.random.RandomState(3).uniform(size=n)
+    ours = class_scores(probabilities[n:], "aps") - uniforms[:, np.newaxis] * wide[n:]
     theirs = oracle.predict_set(wide[n:], {"include_last_label": "randomized"})[1][:, :, 0]
     np.testing.assert_array_equal(ours <= limit + 1e-9, theirs)
 
@@ -336,7 +448,8 @@ def test_scores_and_sets_of_raps_equal_mapies(coverage: float) -> None:
     ).sum(axis=1)
     assert penalty.free_ranks == quantile(ranks.astype(float), coverage)
     uniforms = np.random.RandomState(3).uniform(size=len(kept))
-    own = label_scores(probabilities[kept], labels[kept], "raps", penalty, uniforms)
+    shares = uniforms * wide[kept, labels[kept]]
+    own = label_scores(probabilities[kept], labels[kept], "raps", penalty) - shares
     assert quantile(own, coverage) == pytest.approx(float(score.quantiles_[0]), rel=1e-12)
     # By default MAPIE puts into a set each class before which the limit is not reached.
     scores = np.sort(class_scores(probabilities[n:], "raps", penalty), axis=1)

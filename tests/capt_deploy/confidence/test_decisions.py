@@ -32,7 +32,7 @@ def drawn(seed: int, images: int = IMAGES) -> tuple[NDArray[Any], NDArray[Any], 
 @pytest.fixture(scope="module")
 def known() -> Decisions:
     logits, probabilities, labels = drawn(0)
-    return Decisions.of(probabilities, logits, labels)
+    return Decisions.from_validation(probabilities, logits, labels)
 
 
 def energies(logits: NDArray[Any]) -> list[float]:
@@ -169,23 +169,23 @@ def test_what_is_unsure_or_unfamiliar_is_rejected(known: Decisions) -> None:
 
 
 def test_what_is_expected_of_rejection_is_what_happens(known: Decisions) -> None:
-    assert known.expected_reference(DecisionOptions()).rejection_rate is None
+    assert known.baseline(DecisionOptions()).rejection_rate is None
     random = np.random.default_rng(3)
     logits = random.normal(0, 3, (20_000, CLASSES))
     logits += random.normal(0, 9, (20_000, 1))  # how familiar they are, apart from confidence
     probabilities = softmax(logits)
     labels = (random.random((20_000, 1)) > probabilities.cumsum(axis=1)).sum(axis=1).clip(0, 3)
     half = len(labels) // 2
-    own = Decisions.of(probabilities[:half], logits[:half], labels[:half])
+    own = Decisions.from_validation(probabilities[:half], logits[:half], labels[:half])
     unfamiliar = own.decide(probabilities[half:], logits[half:], DecisionOptions(familiarity=0.1))
     assert unfamiliar.rejected is not None
     assert unfamiliar.rejected.mean() == pytest.approx(0.1, abs=0.02)
     # unsure and unfamiliar images are often the same ones, so that no rate is expected of both
-    assert own.expected_reference(DecisionOptions(familiarity=0.1)).rejection_rate is None
+    assert own.baseline(DecisionOptions(familiarity=0.1)).rejection_rate is None
     options = DecisionOptions(accuracy=0.95)
     found = own.decide(probabilities[half:], logits[half:], options).rejected
     assert found is not None
-    expected = own.expected_reference(options).rejection_rate
+    expected = own.baseline(options).rejection_rate
     assert expected == pytest.approx(float(found.mean()), abs=0.03)
     accepted = ~found
     right = probabilities[half:].argmax(axis=1) == labels[half:]
@@ -204,7 +204,7 @@ def test_thresholds_are_remembered_but_not_without_end(
     known: Decisions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[float] = []
-    own = replace(known, _thresholds={})
+    own = replace(known)
     plain = type(own.rejection).threshold
 
     def counting(table: Any, accuracy: float, level: float) -> float | None:
@@ -217,7 +217,7 @@ def test_thresholds_are_remembered_but_not_without_end(
     first = [own.threshold(one) for one in options]
     assert own.threshold(options[-1]) == first[-1]
     assert len(asked) == len(options)
-    assert len(own._thresholds) <= 3
+    assert own._cached_threshold.cache_info().currsize <= 3
     assert [own.threshold(one) for one in options] == first
 
 

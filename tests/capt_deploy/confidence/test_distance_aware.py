@@ -1,41 +1,43 @@
-"""The factors: applied image by image, undone, and compared where the class has changed."""
+"""The factors of DAC against the formula written out."""
+
+import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from capt_deploy.confidence.distance_aware import TunedTexts, aligned, applied, undone
+from capt_deploy.confidence.distance_aware import TunedTexts
 
-FACTORS = np.array([1.0, 0.9, 1.1, 0.7], np.float32)
-
-
-def logits(seed: int = 0, images: int = 50) -> np.ndarray:
-    return (5 * np.random.default_rng(seed).normal(size=(images, 4))).astype(np.float32)
+Rows = NDArray[np.float32]
 
 
-@settings(deadline=None)
-@given(st.integers(0, 1000))
-def test_each_image_gets_the_factor_of_its_most_probable_class(seed: int) -> None:
-    plain = logits(seed, 3)
-    found = applied(plain, FACTORS)
-    for before, after in zip(plain, found, strict=True):
-        best = max(range(4), key=lambda column: before[column])
-        np.testing.assert_allclose(after, [FACTORS[best] * z for z in before], rtol=1e-6)
-        assert after.argmax() == best
-    np.testing.assert_allclose(undone(found, FACTORS), plain, rtol=1e-6)
-    assert found.dtype == np.float32
+def random_rows(seed: int, *shape: int) -> Rows:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def test_a_tipped_image_is_compared_with_the_factor_of_its_reference() -> None:
-    plain = np.array([[5.0, 4.999, 0, 0], [0, 0, 1, 2]], np.float32)
-    tipped = np.array([[4.998, 5.0, 0, 0], [0, 0, 1, 2]], np.float32)
-    wanted, found = applied(plain, FACTORS), applied(tipped, FACTORS)
-    assert np.abs(found - wanted).max() > 0.4
-    assert np.abs(aligned(found, wanted, FACTORS) - wanted).max() < 0.01
-    # but not what has the wrong factor without being tipped
-    wrong = applied(plain, FACTORS[[1, 0, 2, 3]])
-    np.testing.assert_allclose(aligned(wrong, wanted, FACTORS), wrong)
+def closeness(text: Rows, tuned: Rows) -> float:
+    """Return exp(−d) of the mean distance to the five nearest."""
+    unit = [(row / np.linalg.norm(row)).tolist() for row in (text, *tuned)]
+    apart = sorted(math.dist(unit[0], other) for other in unit[1:])[:5]
+    return math.exp(-sum(apart) / len(apart))
+
+
+@pytest.mark.parametrize("count", [3, 5, 8])
+def test_the_factors_agree_with_the_formula_written_out(count: int) -> None:
+    rows, hand_written = random_rows(1, 2, 12, 6)
+    texts = TunedTexts(rows[:count], hand_written[:count])
+    found = texts.factors(rows[count:], hand_written[count:])
+    for place, factor in enumerate(found, start=count):
+        before = closeness(hand_written[place], hand_written[:count])
+        after = closeness(rows[place], rows[:count])
+        assert float(factor) == pytest.approx(after / before, rel=1e-5)
+
+
+def test_what_tuning_has_not_moved_keeps_its_confidence() -> None:
+    rows = random_rows(2, 6, 4)
+    # longer rows are the mixture's business, not a distance
+    found = TunedTexts(3 * rows[:3], rows[:3]).factors(3 * rows[3:], rows[3:])
+    assert found.tolist() == pytest.approx([1.0] * 3)
 
 
 def test_a_class_that_tuning_has_moved_away_loses_and_one_that_came_nearer_gains() -> None:

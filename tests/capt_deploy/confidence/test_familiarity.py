@@ -1,25 +1,17 @@
-"""Scores by hand, AUROC against its definition and scikit-learn, p-values by simulation."""
+"""Scores by hand and against SciPy, p-values by simulation."""
 
 import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from capt_deploy.confidence import familiarity
-from capt_deploy.confidence.familiarity import FamiliarityTable, auroc
+from capt_deploy.confidence.familiarity import FamiliarityTable
 
 
 def test_scores_of_a_case_done_by_hand() -> None:
     logits = np.log(np.array([[1.0, 2.0, 5.0], [3.0, 0.5, 0.5]]))
     assert familiarity.negative_energy(logits) == pytest.approx([math.log(8), math.log(4)])
-    assert familiarity.max_logit(logits) == pytest.approx([math.log(5), math.log(3)])
-    assert familiarity.max_probability(np.array([[0.2, 0.8], [0.6, 0.4]])).tolist() == [0.8, 0.6]
-    embeddings = np.array([[3.0, 0.0], [1.0, 1.0]])
-    prototypes = np.array([[0.0, 2.0], [5.0, 0.0], [-1.0, 0.0]])
-    got = familiarity.prototype_similarity(embeddings, prototypes)
-    assert got == pytest.approx([1.0, math.sqrt(0.5)])
 
 
 def test_energy_of_large_logits_is_finite_and_precise() -> None:
@@ -35,39 +27,6 @@ def test_energy_equals_scipys() -> None:
     logits = np.random.default_rng(0).normal(0, 30, (50, 12))
     expected = special.logsumexp(logits, axis=1)
     assert familiarity.negative_energy(logits) == pytest.approx(expected, rel=1e-13)
-
-
-def slow_auroc(known: list[float], unknown: list[float]) -> float:
-    wins = [(a > b) + 0.5 * (a == b) for a in known for b in unknown]
-    return sum(wins) / len(wins)
-
-
-small = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=12)
-
-
-@settings(deadline=None)
-@given(small, small)
-def test_auroc_equals_its_definition_with_ties(known: list[float], unknown: list[float]) -> None:
-    got = auroc(np.array(known), np.array(unknown))
-    assert got == pytest.approx(slow_auroc(known, unknown))
-
-
-@pytest.mark.parametrize("digits", [0, 1, 9])
-def test_auroc_equals_scikit_learns(digits: int) -> None:
-    reference = pytest.importorskip("sklearn.metrics", reason="scikit-learn is the oracle")
-    random = np.random.default_rng(digits)
-    known = random.normal(0.7, 1, 3000).round(digits)
-    unknown = random.normal(0, 1.5, 800).round(digits)
-    expected = reference.roc_auc_score(
-        np.repeat([1, 0], [3000, 800]), np.concatenate([known, unknown])
-    )
-    assert auroc(known, unknown) == pytest.approx(expected, abs=1e-12)
-
-
-def test_auroc_at_its_ends() -> None:
-    assert auroc(np.array([2.0, 3.0]), np.array([0.0, 1.0])) == 1
-    assert auroc(np.array([0.0]), np.array([1.0])) == 0
-    assert auroc(np.ones(3), np.ones(4)) == 0.5
 
 
 def test_p_values_of_a_case_done_by_hand() -> None:
@@ -101,9 +60,8 @@ def test_a_table_survives_its_arrays() -> None:
 
 @pytest.mark.parametrize("wrong", [np.empty(0), np.array([1.0, np.nan]), np.ones((2, 2))])
 def test_scores_that_say_nothing_are_refused(wrong: np.ndarray) -> None:
-    for call in (FamiliarityTable, lambda s: auroc(s, np.ones(2)), lambda s: auroc(np.ones(2), s)):
-        with pytest.raises(ValueError, match="at least one"):
-            call(wrong)
+    with pytest.raises(ValueError, match="at least one"):
+        FamiliarityTable(wrong)
     with pytest.raises(ValueError, match="NaN"):
         FamiliarityTable(np.ones(2)).p_value(np.array([1.0, np.nan]))
     with pytest.raises(ValueError, match="scores"):

@@ -1,13 +1,23 @@
 """What a monitor counts, from one thread and many, in how much memory, and what it says."""
 
 import json
+import math
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from capt_deploy.confidence.monitor import CONFIDENCE_EDGES, Monitor, Reference, confidence_counts
+from capt_deploy.confidence.monitor import (
+    CONFIDENCE_EDGES,
+    Drift,
+    Monitor,
+    UsageBaseline,
+    chance_limit,
+    measure_drift,
+    population_stability_index,
+)
 
 NAMES = ("cat", "dog", "owl")
 
@@ -19,9 +29,16 @@ def stream(seed: int, n: int, sharpness: float = 4.0, classes: int = 3) -> tuple
     return confidence, predicted, confidence < 0.5
 
 
-def reference(n: int = 2000) -> Reference:
+def baseline(n: int = 2000) -> UsageBaseline:
     confidence, predicted, rejected = stream(0, n)
-    return Reference.of(confidence, predicted, 3, float(rejected.mean()))
+    counted = UsageBaseline.from_predictions(confidence, predicted, 3)
+    return replace(counted, rejection_rate=float(rejected.mean()))
+
+
+def confidence_counts(confidence: np.ndarray) -> tuple[int, ...]:
+    monitor = Monitor(None, NAMES)
+    monitor.observe(confidence, np.zeros(len(confidence), np.int64))
+    return monitor.summary().confidence_counts
 
 
 def test_bins_hold_their_lower_edge_and_the_last_one_both() -> None:
@@ -41,7 +58,7 @@ def test_bins_hold_their_lower_edge_and_the_last_one_both() -> None:
 
 
 def test_images_of_the_same_world_are_steady_and_all_is_counted() -> None:
-    monitor = Monitor(reference(), NAMES)
+    monitor = Monitor(baseline(), NAMES)
     confidence, predicted, rejected = stream(1, 3000)
     for start in range(0, 3000, 7):
         part = slice(start, start + 7)
@@ -61,7 +78,9 @@ def test_images_of_the_same_world_are_steady_and_all_is_counted() -> None:
 
 
 def test_the_index_is_that_of_the_counts() -> None:
-    monitor = Monitor(Reference.of(np.full(4, 0.5), np.array([0, 0, 1, 1]), 2), ("a", "b"))
+    monitor = Monitor(
+        UsageBaseline.from_predictions(np.full(4, 0.5), np.array([0, 0, 1, 1]), 2), ("a", "b")
+    )
     monitor.observe(np.full(4, 0.5), np.array([0, 0, 0, 1]))
     summary = monitor.summary()
     assert summary.confidence_psi == 0
@@ -69,7 +88,7 @@ def test_the_index_is_that_of_the_counts() -> None:
 
 
 def test_a_darker_world_is_shifted_and_reset_forgets_it() -> None:
-    monitor = Monitor(reference(), NAMES)
+    monitor = Monitor(baseline(), NAMES)
     monitor.observe(*stream(2, 400, sharpness=1.0))
     summary = monitor.summary()
     assert summary.verdict == "shifted"
@@ -84,7 +103,7 @@ def test_a_darker_world_is_shifted_and_reset_forgets_it() -> None:
 
 
 def test_one_class_for_all_is_shifted_though_confidences_are_as_ever() -> None:
-    monitor = Monitor(reference(), NAMES)
+    monitor = Monitor(baseline(), NAMES)
     confidence, predicted, _ = stream(4, 1000)
     monitor.observe(confidence, predicted * 0)
     summary = monitor.summary()
@@ -94,7 +113,7 @@ def test_one_class_for_all_is_shifted_though_confidences_are_as_ever() -> None:
 
 
 def test_few_images_are_not_called_steady_and_rarely_shifted() -> None:
-    own, alarms, early = reference(), 0, 0
+    own, alarms, early = baseline(), 0, 0
     for seed in range(300):
         monitor = Monitor(own, NAMES)
         monitor.observe(*stream(seed + 10, 20))
@@ -105,14 +124,14 @@ def test_few_images_are_not_called_steady_and_rarely_shifted() -> None:
     assert alarms <= 3
 
 
-def test_a_reference_too_small_to_tell_a_shift_is_never_called_steady() -> None:
-    monitor = Monitor(reference(60), NAMES)
+def test_a_baseline_too_small_to_tell_a_shift_is_never_called_steady() -> None:
+    monitor = Monitor(baseline(60), NAMES)
     monitor.observe(*stream(5, 5000))
     assert monitor.summary().verdict == "too few images"
 
 
 def test_classes_added_later_are_counted_and_change_nothing_else() -> None:
-    monitor, plain = Monitor(reference(), NAMES), Monitor(reference(), NAMES)
+    monitor, plain = Monitor(baseline(), NAMES), Monitor(baseline(), NAMES)
     confidence, predicted, _ = stream(6, 900)
     for each in (monitor, plain):
         each.observe(confidence, predicted)
@@ -130,13 +149,13 @@ def test_classes_added_later_are_counted_and_change_nothing_else() -> None:
 
 
 def test_only_added_classes_leave_the_classes_without_a_comparison() -> None:
-    monitor = Monitor(reference(), NAMES)
+    monitor = Monitor(baseline(), NAMES)
     monitor.observe(np.full(10, 0.9), np.full(10, 3))
     assert monitor.summary().class_psi is None
     assert json.loads(json.dumps(monitor.summary().to_dict()))["classes"] is None
 
 
-def test_without_a_reference_it_still_counts() -> None:
+def test_without_a_baseline_it_still_counts() -> None:
     monitor = Monitor(None, NAMES)
     confidence, predicted, _ = stream(7, 50)
     monitor.observe(confidence, predicted)
@@ -148,7 +167,7 @@ def test_without_a_reference_it_still_counts() -> None:
 
 
 def test_a_summary_is_json() -> None:
-    monitor = Monitor(reference(), NAMES)
+    monitor = Monitor(baseline(), NAMES)
     monitor.observe(*stream(8, 100))
     again = json.loads(json.dumps(monitor.summary().to_dict(), allow_nan=False))
     assert again["images"] == 100
@@ -158,7 +177,7 @@ def test_a_summary_is_json() -> None:
 
 
 def test_threads_lose_no_image() -> None:
-    monitor = Monitor(reference(), NAMES)
+    monitor = Monitor(baseline(), NAMES)
     confidence, predicted, rejected = stream(9, 40)
 
     def hammer(index: int) -> None:
@@ -177,7 +196,7 @@ def test_threads_lose_no_image() -> None:
 
 
 def test_memory_does_not_grow_with_the_images() -> None:
-    monitor = Monitor(reference(), NAMES)
+    monitor = Monitor(baseline(), NAMES)
     confidence, predicted, rejected = stream(10, 64)
     monitor.observe(confidence, predicted, rejected)
     tracemalloc.start()
@@ -192,7 +211,7 @@ def test_memory_does_not_grow_with_the_images() -> None:
 
 
 def test_bad_observations_are_refused_and_leave_no_trace() -> None:
-    monitor = Monitor(reference(), NAMES)
+    monitor = Monitor(baseline(), NAMES)
     good = np.array([0.5, 0.6])
     for confidence, predicted, rejected in (
         (good, np.array([0]), None),
@@ -210,18 +229,19 @@ def test_bad_observations_are_refused_and_leave_no_trace() -> None:
 
 
 @pytest.mark.parametrize("rate", [None, 0.25])
-def test_a_reference_survives_its_arrays(rate: float | None) -> None:
+def test_a_baseline_survives_its_arrays(rate: float | None) -> None:
     confidence, predicted, _ = stream(11, 500)
-    own = Reference.of(confidence, predicted, 5, rate)
-    again = Reference.from_arrays(own.arrays())
+    counted = UsageBaseline.from_predictions(confidence, predicted, 5)
+    own = replace(counted, rejection_rate=rate)
+    again = UsageBaseline.from_arrays(own.arrays())
     assert (again.images, again.rejection_rate) == (500, rate)
     np.testing.assert_array_equal(again.confidence_histogram, own.confidence_histogram)
     np.testing.assert_array_equal(again.class_shares, own.class_shares)
     assert own.class_shares[3:].tolist() == [0, 0]
 
 
-def test_damaged_references_are_refused() -> None:
-    good = reference().arrays()
+def test_damaged_baselines_are_refused() -> None:
+    good = baseline().arrays()
     for name, value in (
         ("confidence_histogram", np.full(5, 0.2)),
         ("class_shares", np.array([0.5, 0.6])),
@@ -231,10 +251,74 @@ def test_damaged_references_are_refused() -> None:
         ("rejection_rate", np.array([np.nan])),
     ):
         with pytest.raises(ValueError):
-            Reference.from_arrays(good | {name: value})
+            UsageBaseline.from_arrays(good | {name: value})
     with pytest.raises(ValueError, match="'images'"):
-        Reference.from_arrays({name: good[name] for name in good if name != "images"})
+        UsageBaseline.from_arrays({name: good[name] for name in good if name != "images"})
     with pytest.raises(ValueError, match="2 classes"):
-        Reference.of(np.array([0.5]), np.array([2]), 2)
+        UsageBaseline.from_predictions(np.array([0.5]), np.array([2]), 2)
     with pytest.raises(ValueError, match="came 0"):
-        Reference.of(np.empty(0), np.empty(0, np.int64), 2)
+        UsageBaseline.from_predictions(np.empty(0), np.empty(0, np.int64), 2)
+
+
+def test_the_index_of_a_case_done_by_hand() -> None:
+    # 3 and 1 images where halves are expected of 4: (3.5, 1.5) / 5 against (2.5, 2.5) / 5
+    got = population_stability_index(np.array([3, 1]), np.array([0.5, 0.5]), 4)
+    assert got == pytest.approx(0.2 * math.log(0.7 / 0.5) - 0.2 * math.log(0.3 / 0.5))
+
+
+def test_the_index_of_many_images_is_the_papers_without_smoothing() -> None:
+    shares, counts = np.array([0.2, 0.3, 0.5]), np.array([400_000, 300_000, 300_000])
+    slow = sum((a - e) * math.log(a / e) for a, e in zip(counts / 1e6, shares, strict=True))
+    assert population_stability_index(counts, shares, 10**6) == pytest.approx(slow, rel=1e-5)
+
+
+def test_the_index_is_zero_without_a_change_and_finite_with_the_largest() -> None:
+    shares = np.array([0.25, 0.75, 0.0])
+    assert population_stability_index(np.array([10, 30, 0]), shares, 40) == 0
+    worst = population_stability_index(np.array([0, 0, 10**6]), shares, 10**6)
+    assert 20 < worst < 40
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 12, 99, 999])
+def test_the_limit_is_near_the_quantile_of_chi_squared(freedom: int) -> None:
+    stats = pytest.importorskip("scipy.stats", reason="SciPy is the oracle")
+    limit = chance_limit(freedom + 1, 100, 400)
+    assert limit == pytest.approx(stats.chi2.isf(0.001, freedom) / 80, rel=0.04)
+
+
+@pytest.mark.parametrize("bins", [2, 13, 100])
+@pytest.mark.parametrize("skewed", [False, True])
+def test_chance_alone_is_rarely_taken_for_a_shift(bins: int, skewed: bool) -> None:
+    random = np.random.default_rng(bins)
+    truth = random.dirichlet(np.full(bins, 0.3)) if skewed else np.full(bins, 1 / bins)
+    alarms = above_watch = 0
+    for reference_images in (50, 1000):
+        for images in (10, 100, 1000):
+            for _ in range(200):
+                shares = random.multinomial(reference_images, truth) / reference_images
+                found = measure_drift(random.multinomial(images, truth), shares, reference_images)
+                assert found is not None
+                alarms += found.verdict != "steady"
+                above_watch += found.psi > 0.1
+    assert alarms <= 6  # of 1200, each with a chance of about 1 in 1000
+    assert above_watch > 10 * alarms + 50, "the usual limits alone must be wrong for these"
+
+
+def test_a_shift_is_found() -> None:
+    shares = np.full(10, 0.1)
+    moved = np.array([200, 200, 200, 200, 200, 0, 0, 0, 0, 0])
+    found = measure_drift(moved, shares, 1000)
+    assert found is not None
+    assert found.verdict == "shifted"
+    slightly = np.array([50, 50, 80, 80, 100, 100, 120, 120, 150, 150])
+    found = measure_drift(slightly, shares, 1000)
+    assert found is not None
+    assert found.verdict == "watch"
+    assert measure_drift(moved * 0, shares, 1000) is None
+
+
+def test_the_usual_limits_hold_where_chance_is_small() -> None:
+    for psi, verdict in ((0.1, "steady"), (0.11, "watch"), (0.25, "watch"), (0.26, "shifted")):
+        assert Drift(psi, 0.01).verdict == verdict
+    assert Drift(0.3, 0.4).verdict == "steady"
+    assert str(Drift(0.3, 0.2)) == "PSI 0.30 (by chance below 0.20)"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from capt_deploy.confidence.stored_arrays import vector
+from capt_deploy.confidence.stored_arrays import read_array
 
 ARRAYS = {
     "floats": np.array([0.5, 1.0], np.float32),
@@ -17,9 +17,9 @@ ARRAYS = {
 
 
 def test_good_arrays_come_as_they_are() -> None:
-    assert vector(ARRAYS, "floats", "f") is ARRAYS["floats"]
-    assert vector(ARRAYS, "integers", "i", 3) is ARRAYS["integers"]
-    assert vector(ARRAYS, "booleans", "b") is ARRAYS["booleans"]
+    assert read_array(ARRAYS, "floats", "f") is ARRAYS["floats"]
+    assert read_array(ARRAYS, "integers", "i", 3) is ARRAYS["integers"]
+    assert read_array(ARRAYS, "booleans", "b") is ARRAYS["booleans"]
 
 
 @pytest.mark.parametrize(
@@ -36,4 +36,4 @@ def test_good_arrays_come_as_they_are() -> None:
 )
 def test_others_are_refused_in_words(name: str, kind: str, length: int | None, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        vector(ARRAYS, name, kind, length)
+        read_array(ARRAYS, name, kind, length)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from capt_deploy.confidence.calibration import Calibration
 from capt_deploy.core.errors import ConfigError
 from capt_deploy.evaluation.evaluate import Scores, confused_pairs, evaluate, harmonic_mean
 from capt_deploy.metrics.calibration import all_metrics, softmax
@@ -114,7 +115,7 @@ def test_without_errors_in_mined_pairs_there_is_no_share(pairs: list) -> None:
 
 def test_uncalibrated_figures_are_those_of_temperature_1() -> None:
     cold = scores()
-    warm = Scores(cold.labels, cold.tuned / 2.5, cold.zero_shot / 0.4, 2.5, 0.4)
+    warm = Scores(cold.labels, cold.tuned / 2.5, cold.zero_shot / 0.4, Calibration(2.5), 0.4)
     before = evaluate(warm, NAMES, TUNED, PAIRS)["uncalibrated"]
     wanted = evaluate(cold, NAMES, TUNED, PAIRS)
     for scope in ("base", "new", "all"):
@@ -127,7 +128,7 @@ def test_uncalibrated_figures_are_those_of_temperature_1() -> None:
 def test_factors_are_those_of_the_most_probable_class_in_each_scope(seed: int) -> None:
     plain = scores(seed)
     factors = [1.0, 0.5, 1.0, 1.0, 1.4]
-    given = replace(plain, temperature=2.0, factors=np.array(factors))
+    given = replace(plain, calibration=Calibration(2.0, factors=tuple(factors)))
     report, without = (evaluate(own, NAMES, TUNED, PAIRS) for own in (given, plain))
     for scope, own in (("base", [0, 2, 3]), ("new", [1, 4]), ("all", [0, 1, 2, 3, 4])):
         scaled = np.array([[factors[top(row, own)] * z for z in row] for row in given.tuned])

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capt_deploy.metrics import calibration as metrics
+from capt_deploy.metrics.reliability import TopLabels, bin_of, top_labels
 
 
 def sample(seed: int, n: int = 200, classes: int = 5, sharpness: float = 2.0) -> tuple:
@@ -91,16 +92,14 @@ def test_calibration_errors_equal_their_definitions(case: tuple, bins: int) -> N
 def test_adaptive_error_equals_its_definition(n: int, bins: int) -> None:
     probabilities, labels = sample(n, n)
     expected = slow_adaptive(probabilities, labels, bins)
-    assert metrics.adaptive_calibration_error(probabilities, labels, bins) == pytest.approx(
-        expected
-    )
+    assert top_labels(probabilities, labels).adaptive_ece(bins) == pytest.approx(expected)
 
 
 @settings(deadline=None, max_examples=60)
 @given(cases)
 def test_aurc_equals_its_definition(case: tuple) -> None:
     probabilities, labels = sample(*case)
-    got = metrics.area_under_risk_coverage(probabilities, labels)
+    got = top_labels(probabilities, labels).aurc()
     assert got == pytest.approx(slow_aurc(probabilities, labels))
 
 
@@ -258,14 +257,14 @@ def test_adaptive_bins_split_by_rank_where_equal_widths_hold_all_in_one() -> Non
     probabilities = np.array([[0.91, 0.09], [0.92, 0.08], [0.93, 0.07], [0.94, 0.06]])
     labels = np.array([0, 0, 1, 1])
     assert metrics.expected_calibration_error(probabilities, labels, 2) == pytest.approx(1.7 / 4)
-    got = metrics.adaptive_calibration_error(probabilities, labels, 2)
+    got = top_labels(probabilities, labels).adaptive_ece(2)
     assert got == pytest.approx((0.17 + 1.87) / 4)
 
 
 def test_aurc_by_hand_rewards_errors_at_low_confidence() -> None:
     probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.6, 0.4]])
-    late = metrics.area_under_risk_coverage(probabilities, np.array([0, 0, 1]))
-    early = metrics.area_under_risk_coverage(probabilities, np.array([1, 0, 0]))
+    late = top_labels(probabilities, np.array([0, 0, 1])).aurc()
+    early = top_labels(probabilities, np.array([1, 0, 0])).aurc()
     assert late == pytest.approx((0 + 0 + 1 / 3) / 3)
     assert early == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
 
@@ -335,10 +334,6 @@ def test_what_is_right_is_no_error_even_if_the_diagonal_is_marked() -> None:
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        ({"mined": np.zeros((2, 3), bool)}, r"came \(2, 3\) of bool"),
-        ({"mined": np.zeros((3, 3))}, "of float64"),
-        ({"before": np.array([0])}, "two predictions per image"),
-        ({"labels": np.array([[0, 1]])}, "two predictions per image"),
         ({"after": np.array([0, 3])}, "labels of 3 classes"),
         ({"labels": np.array([-1, 0])}, "labels of 3 classes"),
     ],
@@ -347,3 +342,49 @@ def test_predictions_that_do_not_match_are_refused(changed: dict, named: str) ->
     same = {name: np.array([0, 1]) for name in ("labels", "before", "after")}
     with pytest.raises(ValueError, match=named):
         metrics.confusion_recovery(**{**same, "mined": MINED, **changed})
+
+
+def slow_class_gaps(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> np.ndarray:
+    sums = np.zeros((2, probabilities.shape[1], bins))
+    for row, label in zip(probabilities, labels, strict=True):
+        for column, value in enumerate(row):
+            sums[:, column, bin_of(np.array(value), bins)] += (value, column == label)
+    return np.abs(sums[1] - sums[0])
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 1000), st.integers(1, 20), st.integers(1, 6), st.integers(1, 12))
+def test_gaps_of_classes_equal_their_definition(
+    seed: int, images: int, classes: int, bins: int
+) -> None:
+    random = np.random.default_rng(seed)
+    probabilities = metrics.softmax(3 * random.normal(size=(images, classes))).astype(np.float32)
+    labels = random.integers(0, classes, images)
+    found = metrics.class_gaps(probabilities, labels, bins)
+    np.testing.assert_allclose(found, slow_class_gaps(probabilities, labels, bins), atol=1e-12)
+
+
+def test_gaps_over_several_blocks_are_those_of_the_columns() -> None:
+    random = np.random.default_rng(0)
+    probabilities = metrics.softmax(2 * random.normal(size=(70_000, 5))).astype(np.float32)
+    labels = random.integers(0, 5, len(probabilities))
+    gaps = metrics.class_gaps(probabilities, labels, 15)
+    for column in range(5):
+        own = TopLabels(probabilities[:, column].astype(float), (labels == column).astype(float))
+        assert gaps[column].sum() / 70_000 == pytest.approx(own.ece(15))
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int32, np.uint64])
+def test_labels_of_any_integer_type_find_their_cell(kind: type) -> None:
+    probabilities = np.full((2, 100), 0.01)
+    gaps = metrics.class_gaps(probabilities, np.array([0, 99]).astype(kind), 15)
+    assert (gaps[:, 0] > 0.5).nonzero()[0].tolist() == [0, 99]
+
+
+def test_the_input_stays_as_it_was_whatever_its_layout() -> None:
+    logits = np.random.default_rng(0).normal(size=(40, 3))
+    probabilities = np.asfortranarray(metrics.softmax(logits))
+    before, labels = probabilities.copy(), np.zeros(40, np.int64)
+    found = metrics.class_gaps(probabilities, labels, 4)
+    np.testing.assert_array_equal(probabilities, before)
+    np.testing.assert_array_equal(found, metrics.class_gaps(before.copy("C"), labels, 4))

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from capt_deploy.confidence.calibration import Calibration
 from capt_deploy.evaluation.evaluate import Evaluation, Scores
 
 
@@ -27,7 +28,7 @@ def make_data() -> Callable[..., Evaluation]:
         noise = rng.normal(0, 1, right.shape)
         before = rng.normal(0, 1, right.shape) + right
         logits = (noise + strength * right) / 0.8
-        scores = Scores(labels, logits, before if zero_shot else None, 0.8)
+        scores = Scores(labels, logits, before if zero_shot else None, Calibration(0.8))
         given = {
             "class_names": names,
             "tuned": tuned or (True,) * len(names),

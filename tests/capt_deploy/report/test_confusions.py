@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from capt_deploy.confidence.calibration import Calibration
 from capt_deploy.evaluation.evaluate import Scores
 from capt_deploy.report.confusions import (
     ConfusedPair,
@@ -65,7 +66,7 @@ def test_pairs_are_the_main_models_worst_and_mined_ones_are_known(make_data):
 
 def test_predictions_are_calibrated_with_the_factors_of_the_tuned_model_alone(make_data):
     logits = np.array([[2.0, 1.0], [1.0, 3.0]])
-    scores = Scores(np.array([0, 1]), logits, logits, factors=np.array([1.0, 0.5]))
+    scores = Scores(np.array([0, 1]), logits, logits, Calibration(factors=(1.0, 0.5)))
     found = predict(make_data(2, ("a", "b"), scores={"tuned": scores}))
     assert found.zero_shot[1, 1] == pytest.approx(1 / (1 + np.exp(-2)))
     assert found.main[1, 1] == pytest.approx(1 / (1 + np.exp(-1)))

@@ -5,9 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from capt_deploy.confidence.distance_aware import applied
-from capt_deploy.confidence.top_label import TopLabelMap
-from capt_deploy.confidence.vector_scaling import VectorScaling
+from capt_deploy.confidence.calibration import Calibration, TopLabelMap, VectorScaling
 from capt_deploy.evaluation.evaluate import Scores
 from capt_deploy.metrics.calibration import (
     expected_calibration_error,
@@ -40,8 +38,8 @@ def test_where_all_classes_are_alike_there_is_one_scope(make_data, tuned):
 
 def test_probabilities_are_among_the_own_classes_with_their_factors():
     logits = np.array([[1.0, 2.0, 9.0], [0.5, 0.2, 0.1], [3.0, 1.0, 2.0]])
-    factors = np.array([1.0, 1.0, 0.5])
-    scores = Scores(np.array([2, 0, 1]), logits, None, factors=factors)
+    calibration = Calibration(factors=(1.0, 1.0, 0.5))
+    scores = Scores(np.array([2, 0, 1]), logits, None, calibration)
     found, labels = scores.among(np.array([1, 2]))
     expected = np.array([[2.0, 9.0], [1.0, 2.0]]) * 0.5
     assert np.allclose(found, softmax(expected))
@@ -52,15 +50,14 @@ def test_the_map_of_the_top_label_counts_after_calibration_alone(make_data):
     data = make_data(images=300, tuned=HALF)
     steep = TopLabelMap((0.0,), (0.5,), 2.0, 2.0)
     vector = VectorScaling((1.0, 2.0, 0.5, 1.0), (0.0, 1.0, -1.0, 0.0))
-    raw = data.main.tuned * data.main.temperature
-    scores = Scores(
-        *(data.main.labels, vector.applied(raw) / 2, None, 2.0), top_label=steep, vector=vector
-    )
+    raw = data.main.calibration.unscale(data.main.tuned)
+    calibration = Calibration(2.0, vector, steep)
+    scores = Scores(data.main.labels, calibration.scale(raw), None, calibration)
     (found,) = measure_models(replace(data, scores={"tuned": scores}))
     columns = np.flatnonzero(data.tuned)
     rows = np.isin(scores.labels, columns)
     labels = np.searchsorted(columns, scores.labels[rows])
-    mapped = softmax(steep.shifted(scores.tuned[rows][:, columns]))
+    mapped = softmax(steep.shift(scores.tuned[rows][:, columns]))
     before = softmax(raw[rows][:, columns])
     assert found.report["base"]["ece_15"] == expected_calibration_error(mapped, labels)
     assert found.report["uncalibrated"]["base"]["nll"] == pytest.approx(
@@ -72,8 +69,8 @@ def test_the_map_of_the_top_label_counts_after_calibration_alone(make_data):
 
 def test_diagrams_and_curves_are_of_what_the_table_says(make_data):
     data = make_data(images=200, tuned=HALF)
-    factors = np.array([1, 1, 0.7, 0.8])
-    tuned = replace(data.main, factors=factors)
+    calibration = Calibration(0.8, factors=(1, 1, 0.7, 0.8))
+    tuned = replace(data.main, calibration=calibration)
     data = replace(data, scores={"tuned": tuned})
     found = measure_main(data)
     for scope in ("base", "new", "all"):
@@ -90,7 +87,7 @@ def test_diagrams_and_curves_are_of_what_the_table_says(make_data):
         assert risk[-1] == pytest.approx(1 - found.report[scope]["accuracy"])
         mean, quantile = found.chance[scope]
         assert 0 < mean < quantile < 0.5
-    all_of_them = softmax(applied(tuned.tuned, factors))
+    all_of_them = softmax(calibration.weigh(tuned.tuned))
     assert found.report["all"]["accuracy"] == np.mean(all_of_them.argmax(axis=1) == tuned.labels)
 
 

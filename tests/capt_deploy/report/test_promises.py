@@ -18,7 +18,7 @@ HALF = (True, True, False, False)
 @pytest.fixture
 def data(make_data) -> Evaluation:
     known = make_data(images=400, strength=2.0).main
-    decisions = Decisions.of(softmax(known.tuned), known.tuned, known.labels)
+    decisions = Decisions.from_validation(softmax(known.tuned), known.tuned, known.labels)
     return make_data(images=200, tuned=HALF, decisions=decisions)
 
 
@@ -47,7 +47,7 @@ def test_they_are_what_counting_finds(data: Evaluation) -> None:
 
 def test_what_cannot_be_promised_is_said(make_data) -> None:
     logits = np.random.default_rng(0).normal(size=(40, 4))
-    unsure = Decisions.of(softmax(logits), logits, np.arange(40) % 4)
+    unsure = Decisions.from_validation(softmax(logits), logits, np.arange(40) % 4)
     table = promise_table(find_results(make_data(decisions=unsure), ""))
     assert table.header == ["promise", "on these photos"]
     assert [row[1] for row in table.rows[3:]] == ["cannot be promised"] * 4

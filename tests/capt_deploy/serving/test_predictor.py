@@ -45,7 +45,7 @@ def known() -> Decisions:
     probabilities, logits = drawn(0, 800)
     random = np.random.default_rng(0)
     labels = [random.choice(3, p=row / row.sum()) for row in probabilities.astype(float)]
-    return Decisions.of(probabilities, logits, np.array(labels))
+    return Decisions.from_validation(probabilities, logits, np.array(labels))
 
 
 OPTIONS = DecisionOptions(coverage=0.8, accuracy=0.85, familiarity=0.1)
@@ -131,7 +131,7 @@ def test_added_classes_end_sets_and_rejection_and_this_is_said(golden: Path) -> 
     pytest.importorskip("tokenizers")
     bundle = open_bundle(golden.with_name("open.capt"))
     probabilities, logits = drawn(0, 100, classes=4)
-    scores = Decisions.of(probabilities, logits, logits.argmax(axis=1))
+    scores = Decisions.from_validation(probabilities, logits, logits.argmax(axis=1))
     scored = ScoredBundle(bundle.path, bundle.manifest, scores=scores)
     with pytest.raises(BundleError, match="load it without `decisions`"):
         Predictor(scored, OPTIONS).add_classes(["zebra"], "fp32")

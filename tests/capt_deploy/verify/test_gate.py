@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from capt_deploy.backends.base import Outputs
-from capt_deploy.confidence.distance_aware import applied
+from capt_deploy.confidence.calibration import Calibration
 from capt_deploy.metrics.calibration import accuracy, expected_calibration_error, softmax
 from capt_deploy.verify.gate import LIMITS, GateResult, compare_outputs, gate_table
 
@@ -38,17 +38,17 @@ def test_differences_are_the_ones_by_hand() -> None:
 
 
 def test_the_jump_of_a_factor_with_the_class_is_no_difference_beside_that_of_the_class() -> None:
-    factors = np.array([1.0, 0.8], np.float32)
-    expected = answers(applied(np.array([[5.0, 4.99], [0.0, 3.0]], np.float32), factors))
-    found = answers(applied(np.array([[4.99, 5.0], [0.0, 3.1]], np.float32), factors))
-    result = compare_outputs("fp16", expected, found, np.array([-1, -1]), factors)
+    calibration = Calibration(factors=(1.0, 0.8))
+    expected = answers(calibration.weigh(np.array([[5.0, 4.99], [0.0, 3.0]], np.float32)))
+    found = answers(calibration.weigh(np.array([[4.99, 5.0], [0.0, 3.1]], np.float32)))
+    result = compare_outputs("fp16", expected, found, np.array([-1, -1]), calibration)
     assert result.top1_agreement == 0.5
     assert result.max_logit_difference == pytest.approx(0.08, abs=1e-4)  # 0.8 · 0.1
     assert result.max_probability_difference < 0.01
     assert compare_outputs("fp16", expected, found, np.array([-1, -1])).max_logit_difference > 0.9
     # without another class a wrong factor is one
     wrong = answers(found.logits * np.array([[1.0], [1.1]], np.float32))
-    result = compare_outputs("fp16", expected, wrong, np.array([-1, -1]), factors)
+    result = compare_outputs("fp16", expected, wrong, np.array([-1, -1]), calibration)
     assert result.max_logit_difference == pytest.approx(0.8 * (3.1 * 1.1 - 3), abs=1e-4)
 
 

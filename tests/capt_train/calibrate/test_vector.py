@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import logsumexp
 
-from capt_train.calibrate.calibrators import fit_calibration
+from capt_train.calibrate.choose import fit_calibration
 from capt_train.calibrate.vector import fit_vector
 
 
@@ -47,7 +47,8 @@ def test_another_optimiser_finds_the_same(seed: int, images: int, size: float) -
     ).x
     logs, biases, common = found[:4], found[4:8], found[8]
     scale = np.exp(common + logs.mean())
-    a, b = fit_vector(logits, labels)
+    found_vector = fit_vector(logits, labels)
+    a, b = np.array(found_vector.scales), np.array(found_vector.biases)
     np.testing.assert_allclose(a, np.exp(logs - logs.mean()), atol=2e-3)
     np.testing.assert_allclose(b, (biases - biases.mean()) / scale, atol=2e-2 / scale)
     # what is returned is the best model, but for the common factor
@@ -59,7 +60,8 @@ def test_another_optimiser_finds_the_same(seed: int, images: int, size: float) -
 
 @pytest.mark.parametrize("images", [1, 30, 300])
 def test_factors_and_offsets_leave_the_common_part_to_the_temperature(images: int) -> None:
-    a, b = fit_vector(*drawn(1, images))
+    vector = fit_vector(*drawn(1, images))
+    a, b = np.array(vector.scales), np.array(vector.biases)
     assert a.shape == b.shape == (4,)
     assert np.log(a).mean() == pytest.approx(0, abs=1e-12)
     assert b.mean() == pytest.approx(0, abs=1e-12)
@@ -78,12 +80,12 @@ def test_biased_classes_are_found_whatever_the_temperature_is(sharpness: float) 
     np.testing.assert_allclose(own.vector.scales, 1, atol=0.06)
     wanted = logits + bias
     wanted = np.exp(wanted - logsumexp(wanted, axis=1, keepdims=True))
-    assert np.abs(own.probabilities(sharp) - wanted).mean() < 0.01
+    assert np.abs(own.apply(sharp)[1] - wanted).mean() < 0.01
 
 
 def test_classes_of_their_own_sharpness_are_found() -> None:
     a = np.array([1.25, 1.1, 0.9, 0.8])
-    own, _ = fit_vector(*drawn(3, 20_000, a=a))
+    own = np.array(fit_vector(*drawn(3, 20_000, a=a)).scales)
     np.testing.assert_allclose(own, a / np.exp(np.log(a).mean()), atol=0.05)
 
 
@@ -98,9 +100,9 @@ def test_nothing_explodes(images: int, kind: str) -> None:
     assert np.abs(np.array(own.vector.biases) / own.temperature).max() < 3
     assert 0.5 < min(own.vector.scales) <= max(own.vector.scales) < 2
     if kind != "right":
-        assert own.probabilities(logits).max() < 0.95
+        assert own.apply(logits)[1].max() < 0.95
     elif images <= 8:
-        assert own.probabilities(logits).max(axis=1).min() < 0.99
+        assert own.apply(logits)[1].max(axis=1).min() < 0.99
 
 
 def test_a_class_without_images_is_not_ruled_out() -> None:
@@ -108,7 +110,7 @@ def test_a_class_without_images_is_not_ruled_out() -> None:
     kept = labels != 3
     own = fit_calibration("vector", logits[kept], labels[kept])
     assert own.vector is not None
-    assert own.probabilities(logits)[:, 3].mean() > 0.01
+    assert own.apply(logits)[1][:, 3].mean() > 0.01
     assert -4 < own.vector.biases[3] < 0
 
 

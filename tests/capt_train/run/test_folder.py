@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from capt_deploy.confidence.calibration import UNCALIBRATED
 from capt_deploy.core.errors import RunError
-from capt_train.calibrate.calibrators import UNCALIBRATED, Calibration
 from capt_train.clip.backbone import Backbone
 from capt_train.config import TrainConfig
 from capt_train.method.mixture import Mixture
@@ -180,13 +180,6 @@ def test_a_config_that_is_none_is_refused(content: str, run: Path) -> None:
         read_config(run)
 
 
-def test_a_run_of_before_there_were_calibrators_has_its_temperature(run: Path) -> None:
-    content = json.loads((run / "result.json").read_text())
-    del content["calibration"]
-    (run / "result.json").write_text(json.dumps({**content, "temperature": 1.25}))
-    assert load_run(run).fitted.calibration == Calibration(1.25)
-
-
 def test_scales_of_other_classes_are_refused(run: Path) -> None:
     vector = {"scales": [1.0], "biases": [0.0]}
     own = {"kind": "vector", "temperature": 1.0, "vector": vector, "top_label": None}
@@ -195,7 +188,7 @@ def test_scales_of_other_classes_are_refused(run: Path) -> None:
         load_run(run)
 
 
-FITTED = ["zero_shot_temperature", "pairs", "mixture", "strength"]
+FITTED = ["calibration", "zero_shot_temperature", "pairs", "mixture", "strength"]
 
 
 @pytest.mark.parametrize("key", FITTED)

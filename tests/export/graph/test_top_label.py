@@ -15,14 +15,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from capt_deploy.bundle.read import open_bundle
-from capt_deploy.confidence.top_label import TopLabelMap
-from capt_deploy.confidence.vector_scaling import VectorScaling
+from capt_deploy.confidence.calibration import Calibration, TopLabelMap, VectorScaling
 from capt_deploy.core.errors import GateError
 from capt_deploy.evaluation.evaluate import Report
 from capt_deploy.evaluation.scoring import score_bundle
 from capt_deploy.metrics.calibration import softmax
 from capt_deploy.serving.classifier import Classifier
-from capt_train.calibrate.calibrators import Calibration
 from capt_train.run.folder import TunedModel
 from export.graph import visual
 from export.graph.visual import _TopLabel
@@ -37,9 +35,9 @@ LINE = TopLabelMap((0.0,), (0.3,), 0.6, 0.6)
 STEPS = TopLabelMap((-1.0, -0.4, 0.5, 1.5), (-0.7, -0.6, 1.0, 1.1), 0.8, 1.3)
 VECTOR = VectorScaling((1.15, 0.9, 1.05, 0.95), (0.8, -0.5, -0.6, 0.3))
 CALIBRATIONS = {
-    "line": Calibration(1.7, None, LINE, "line"),
-    "isotonic": Calibration(1.7, None, STEPS, "isotonic"),
-    "vector": Calibration(1.7, VECTOR, None, "vector"),
+    "line": Calibration(1.7, top_label=LINE, calibrator="line"),
+    "isotonic": Calibration(1.7, top_label=STEPS, calibrator="isotonic"),
+    "vector": Calibration(1.7, VECTOR, calibrator="vector"),
 }
 CASES = ("line", "isotonic", "vector", "isotonic with DAC")
 
@@ -109,7 +107,7 @@ def test_a_runtime_says_what_was_fitted(exported: Any, case: str, precision: str
         images = model.learner.image_embeddings(torch.from_numpy(pixels))
         np.testing.assert_allclose(found.embedding, images, atol=1e-5)
         if "DAC" not in case:
-            own = model.fitted.calibration.probabilities(model.raw_logits(images).numpy())
+            _, own = model.fitted.calibration.apply(model.raw_logits(images).numpy())
             np.testing.assert_allclose(found.probabilities, own, atol=1e-4)
             np.testing.assert_allclose(found.logits, model.logits(images).numpy(), atol=1e-4)
     if case != "vector":
@@ -123,8 +121,8 @@ def test_bundle_and_lone_graph_say_how_they_are_calibrated(exported: Any, case: 
     own = model.fitted.calibration
     for path in (bundle, bundle / "model.onnx", bundle / "model.fp16.onnx"):
         manifest = Classifier.load(path).manifest
-        assert manifest.top_label == own.top_label
-        assert manifest.vector_scaling == own.vector
+        found = manifest.calibration_of("fp32")
+        assert (found.top_label, found.vector) == (own.top_label, own.vector)
     assert type(manifest).from_dict(manifest.to_dict(), "again") == manifest
 
 
@@ -160,7 +158,9 @@ def test_lists_of_classes_keep_the_scaling_of_their_own(
     model = calibrated(whole_model, CALIBRATIONS["vector"])
     source = with_classes(source_of(model), [model], ["tabby cat", "red ball", "blue sky"])
     loaded = Classifier.load(export(source, tmp_path / "x.capt", ExportOptions()))
-    assert loaded.manifest.vector_scaling == VectorScaling((1.0, 0.95, 1.15), (0.0, 0.3, 0.8))
+    assert loaded.manifest.calibration_of("fp32").vector == VectorScaling(
+        (1.0, 0.95, 1.15), (0.0, 0.3, 0.8)
+    )
     found = loaded.backend.run(coloured_noise(50))
     raw = model.backbone.scale * found.embedding @ source.rows.numpy().T
     expected = (raw * [1.0, 0.95, 1.15] + [0.0, 0.3, 0.8]) / 1.7
@@ -187,7 +187,7 @@ def test_added_classes_are_calibrated_like_listed_ones(
     pixels = coloured_noise(40)
     images = model.learner.image_embeddings(torch.from_numpy(pixels))
     raw = model.backbone.scale * (images @ listed.rows.T).numpy()
-    expected = listed.calibration.probabilities(raw)
+    expected = listed.calibration.apply(raw)[1]
     assert expected.shape == (40, 5)
     for one, shares in zip(added.run(pixels), expected, strict=True):
         np.testing.assert_allclose(one.probabilities, shares, atol=1e-4)
@@ -223,7 +223,7 @@ def maps(draw: Any) -> TopLabelMap:
 def test_the_operators_are_the_map(own: TopLabelMap, seed: int, classes: int, size: float) -> None:
     logits = np.random.default_rng(seed).normal(0, size, (20, classes)).astype(np.float32)
     found = _TopLabel(own, classes)(torch.from_numpy(logits)).numpy()
-    expected = own.shifted(logits)
+    expected = own.shift(logits)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
     assert found.argmax(axis=1).tolist() == logits.argmax(axis=1).tolist()

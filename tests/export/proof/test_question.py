@@ -8,11 +8,11 @@ import pytest
 from onnx import numpy_helper
 
 from capt_deploy.backends.onnxruntime import OnnxRuntime
+from capt_deploy.confidence.calibration import Calibration
 from capt_deploy.core.errors import DataError, GateError
 from capt_deploy.serving.classifier import Classifier
 from capt_deploy.verify.check import run_on_files
 from capt_deploy.verify.gate import compare_outputs
-from capt_train.calibrate.calibrators import Calibration
 from capt_train.run.folder import load_run
 from export.graph.visual import VisualClassifier
 from export.precision.trace import trace_precision

@@ -16,13 +16,14 @@ from safetensors.numpy import load_file
 from capt_deploy.bundle.read import CALIBRATION
 from capt_deploy.confidence.decisions import DecisionOptions, Decisions
 from capt_deploy.serving.classifier import Classifier
-from capt_train.calibrate import calibrators
-from capt_train.calibrate.calibrators import KINDS, fit_calibration
+from capt_train.calibrate import choose
+from capt_train.calibrate.choose import fit_calibration
+from capt_train.calibrators import CALIBRATORS
 from capt_train.data.validation import Validation
 from capt_train.run.folder import TunedModel, load_run
 from export.source import decisions
 from export.source.classes import with_classes
-from export.source.decisions import decisions_of
+from export.source.decisions import decisions_from_validation
 from export.source.merge import merged
 from export.source.model import distance_aware, source_of
 from export.writer import ExportOptions, export
@@ -49,7 +50,7 @@ def out_of_fold(
     """Return logits without any temperature, and probabilities by calibrations of four fifths."""
     assert model.validation is not None
     images, labels = model.validation.embeddings.numpy(), model.validation.labels.numpy()
-    kind, tuned = model.fitted.calibration.kind, [*model.split.tuned]
+    kind, tuned = model.fitted.calibration.calibrator, [*model.split.tuned]
     z = model.backbone.scale * images.astype(float) @ rows.T.astype(float)
     own_rows = model.text_embeddings.detach().numpy()[tuned].astype(float)
     own_z = model.backbone.scale * images.astype(float) @ own_rows.T
@@ -68,8 +69,7 @@ def out_of_fold(
             part = part * a + b
         part = part / own.temperature
         logits[held] = part if factors is None else adjusted(part, factors)
-        plain = replace(own, temperature=1.0, vector=None)
-        probabilities[held] = plain.probabilities(logits[held])
+        probabilities[held] = own.probabilities(logits[held])
     final = model.fitted.calibration.vector
     if final is not None:
         a = [final.scales[c] if c < len(tuned) else 1 for c in columns]
@@ -92,7 +92,7 @@ def check(found: Decisions | None, logits: Any, probabilities: Any, labels: Any)
     np.testing.assert_allclose(found.familiarity.scores, energies, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CALIBRATORS)
 def test_scores_are_those_of_calibrations_that_have_not_seen_the_image(
     kind: str, whole_model: TunedModel
 ) -> None:
@@ -100,7 +100,7 @@ def test_scores_are_those_of_calibrations_that_have_not_seen_the_image(
     assert model.validation is not None
     source = source_of(model)
     own = out_of_fold(model, source.rows.numpy(), [*range(4)])
-    check(decisions_of(source), *own, model.validation.labels.numpy())
+    check(decisions_from_validation(source), *own, model.validation.labels.numpy())
 
 
 @pytest.mark.parametrize("kind", ["temperature", "isotonic"])
@@ -110,9 +110,9 @@ def test_factors_of_distance_aware_calibration_are_in_them(
     model = known(text_model, kind)
     assert model.validation is not None
     source = distance_aware(source_of(model))
-    assert source.factors is not None
-    own = out_of_fold(model, source.rows.numpy(), [*range(4)], source.factors.tolist())
-    check(decisions_of(source), *own, model.validation.labels.numpy())
+    assert source.calibration.factors is not None
+    own = out_of_fold(model, source.rows.numpy(), [*range(4)], [*source.calibration.factors])
+    check(decisions_from_validation(source), *own, model.validation.labels.numpy())
 
 
 @pytest.mark.parametrize("kind", ["temperature", "vector"])
@@ -126,21 +126,21 @@ def test_lists_of_classes_have_the_images_of_their_own(kind: str, whole_model: T
     kept = np.isin(labels, [1, 3])
     assert 10 < kept.sum() < IMAGES
     places = np.array([{3: 1, 1: 2}[label] for label in labels[kept]])
-    check(decisions_of(source), logits[kept], probabilities[kept], places)
+    check(decisions_from_validation(source), logits[kept], probabilities[kept], places)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CALIBRATORS)
 def test_the_label_of_an_image_does_not_change_what_it_gets(
     kind: str, whole_model: TunedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = known(whole_model, kind)
     assert model.validation is not None
-    monkeypatch.setattr(calibrators, "_folds", lambda labels: np.arange(len(labels)) % 5)
+    monkeypatch.setattr(choose, "_folds", lambda labels: np.arange(len(labels)) % 5)
     got: list[tuple[Any, Any]] = []
 
     class Noting:
         @staticmethod
-        def of(probabilities: Any, logits: Any, labels: Any) -> None:
+        def from_validation(probabilities: Any, logits: Any, labels: Any) -> None:
             got.append((probabilities, logits))
 
     monkeypatch.setattr(decisions, "Decisions", Noting)
@@ -148,7 +148,7 @@ def test_the_label_of_an_image_does_not_change_what_it_gets(
     other[7] = (other[7] + 1) % 4
     for labels in (model.validation.labels, other):
         validation = Validation(model.validation.embeddings, labels)
-        decisions_of(source_of(replace(model, validation=validation)))
+        decisions_from_validation(source_of(replace(model, validation=validation)))
     same_fold = np.arange(IMAGES) % 5 == 7 % 5
     (before, energies), (after, others) = got
     np.testing.assert_array_equal(before[same_fold], after[same_fold])
@@ -159,17 +159,19 @@ def test_the_label_of_an_image_does_not_change_what_it_gets(
 def test_few_images_or_none_are_no_ground_to_decide_on(
     text_run: Any, text_model: TunedModel, whole_model: TunedModel, capsys: Any
 ) -> None:
-    assert decisions_of(source_of(replace(whole_model, validation=None))) is None
+    assert decisions_from_validation(source_of(replace(whole_model, validation=None))) is None
     assert "no prediction sets and no rejection" in capsys.readouterr().err
-    assert decisions_of(source_of(text_model)) is None  # 8 images of its own
+    assert decisions_from_validation(source_of(text_model)) is None  # 8 images of its own
     model = known(whole_model)
     assert model.validation is not None
     for count, there in ((9, False), (10, True)):
         few = Validation(model.validation.embeddings[:count], model.validation.labels[:count])
-        assert (decisions_of(source_of(replace(model, validation=few))) is not None) == there
+        assert (
+            decisions_from_validation(source_of(replace(model, validation=few))) is not None
+        ) == there
     new = with_classes(source_of(model), [model], ["tabby cat", "old tractor"])
-    assert decisions_of(new) is None
-    assert decisions_of(merged([text_model, load_run(text_run(seed=5))])) is None
+    assert decisions_from_validation(new) is None
+    assert decisions_from_validation(merged([text_model, load_run(text_run(seed=5))])) is None
 
 
 @pytest.fixture(scope="module")
@@ -204,8 +206,8 @@ def test_predictions_of_a_bundle_are_decided_by_its_scores(bundle: Path) -> None
         rejected += bool(own.rejected)
         partner = (loaded.class_names[1], pytest.approx(float(shares[1])))
         assert own.confused_with == (partner if order[0] == 0 else None)
-    assert loaded.monitor().reference is not None
-    assert loaded.monitor().reference.rejection_rate is None  # not to be known of familiarity
+    assert loaded.monitor().baseline is not None
+    assert loaded.monitor().baseline.rejection_rate is None  # not to be known of familiarity
 
 
 def test_a_lone_graph_decides_nothing(bundle: Path) -> None:

@@ -18,6 +18,7 @@ from onnx import numpy_helper
 
 from capt_deploy.backends.onnxruntime import OnnxRuntime
 from capt_deploy.bundle.read import Bundle, open_bundle
+from capt_deploy.confidence.calibration import Calibration
 from capt_deploy.core.errors import GateError
 from capt_deploy.data.datasets import read_dataset
 from capt_deploy.data.preprocess import preprocess
@@ -75,9 +76,9 @@ def test_a_bundle_says_that_it_has_them(dac_bundle: Path, text_model: TunedModel
         calibration = bundle.manifest.calibration[precision]
         assert set(calibration) == {"temperature", "zero_shot_temperature", "distance_aware"}
         assert calibration["distance_aware"] is True
-        found = bundle.factors(precision)
+        found = bundle.calibration_of(precision).factors
         assert found is not None
-        assert found.tolist() == pytest.approx(factors_by_hand(text_model), rel=1e-5)
+        assert list(found) == pytest.approx(factors_by_hand(text_model), rel=1e-5)
     assert set(bundle.text_embeddings()) == {"text_embeddings", "bias", "zero_shot", "factors"}
     report = check_bundle(dac_bundle, text_model.config.data)
     assert all(own["passed"] for name in FILES for own in report[name].values())
@@ -87,7 +88,7 @@ def test_without_it_nothing_is_added(dac_bundle: Path, plain_bundle: Path) -> No
     bundle = open_bundle(plain_bundle)
     for precision, file in FILES.items():
         assert "distance_aware" not in bundle.manifest.calibration[precision]
-        assert bundle.factors(precision) is None
+        assert bundle.calibration_of(precision).factors is None
         graphs = [onnx.load(path / file).graph for path in (dac_bundle, plain_bundle)]
         more, less = (Counter(node.op_type for node in graph.node) for graph in graphs)
         assert more - less == Counter({"ArgMax": 1, "Gather": 1, "Mul": 1})
@@ -113,15 +114,15 @@ def test_the_gate_catches_shuffled_factors(
     dac_bundle: Path, source: Source, precision: str
 ) -> None:
     question = ask_torch(source, 100)
-    own = source.factors
-    assert own is not None
 
     def passes(change: Callable[[NDArray[Any]], NDArray[Any]]) -> bool:
         graph = change_factors(dac_bundle / FILES[precision], change)
         files = [photo.path for photo in question.photos]
         preprocessing = source.learner.backbone.preprocess
         found = run_on_files(OnnxRuntime(graph, precision), preprocessing, files, "asking")
-        result = compare_outputs(precision, question.expected, found, question.labels, own.numpy())
+        result = compare_outputs(
+            precision, question.expected, found, question.labels, source.calibration
+        )
         return result.passed
 
     assert passes(lambda factors: factors)
@@ -146,8 +147,8 @@ def test_a_network_with_the_factors_of_other_classes_is_not_traced(
 def test_a_check_finds_rows_and_factors_that_do_not_fit_the_answers(
     dac_bundle: Path, text_model: TunedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = np.array(factors_by_hand(text_model)[::-1], np.float32)
-    monkeypatch.setattr(Bundle, "factors", lambda *_: own)
+    wrong = Calibration(factors=tuple(factors_by_hand(text_model)[::-1]))
+    monkeypatch.setattr(Bundle, "calibration_of", lambda *_: wrong)
     with pytest.raises(GateError, match="text embeddings are not those"):
         check_bundle(dac_bundle)
 

@@ -44,24 +44,24 @@ def test_a_list_of_new_classes_is_measured_to_those_tuned_on(
     known = text_model.text_embeddings[tuned], text_model.zero_shot[tuned]
     rows = [by_hand(text_model, name) for name in names]
     wanted = [factor_by_hand(*own, *known) for own in zip(rows, hand_written, strict=True)]
-    assert other.factors is not None
-    assert other.factors.tolist() == pytest.approx(wanted, rel=1e-5)
+    assert other.calibration.factors is not None
+    assert list(other.calibration.factors) == pytest.approx(wanted, rel=1e-5)
     assert max(abs(factor - 1) for factor in wanted) > 0.05
     # a class of the run keeps its factor in any list
     mixed = with_classes(source, [text_model], ["red ball", "tabby cat", "blue sky"])
-    assert mixed.factors is not None
+    assert mixed.calibration.factors is not None
     own = factors_by_hand(text_model)[text_model.class_names.index("red ball")]
-    assert mixed.factors.tolist() == pytest.approx([own, wanted[0], 1.0], rel=1e-5)
+    assert list(mixed.calibration.factors) == pytest.approx([own, wanted[0], 1.0], rel=1e-5)
 
 
 def test_images_that_tuning_has_moved_have_factors_of_their_texts(tuned_run: Path) -> None:
     model = load_run(tuned_run)
     source = distance_aware(source_of(model))
-    assert source.moves_images and source.factors is not None
-    assert source.factors.tolist() == pytest.approx(factors_by_hand(model), rel=1e-5)
+    assert source.moves_images and source.calibration.factors is not None
+    assert list(source.calibration.factors) == pytest.approx(factors_by_hand(model), rel=1e-5)
     listed = with_classes(source, [model], ["red ball", "tabby cat"])
-    assert listed.factors is not None
-    assert float(listed.factors[0]) == pytest.approx(factors_by_hand(model)[3], rel=1e-5)
+    assert listed.calibration.factors is not None
+    assert listed.calibration.factors[0] == pytest.approx(factors_by_hand(model)[3], rel=1e-5)
 
 
 def test_merged_runs_are_measured_to_the_classes_of_all(
@@ -73,8 +73,8 @@ def test_merged_runs_are_measured_to_the_classes_of_all(
     rows = torch.stack([model.text_embeddings for model in models]).mean(dim=0)
     both = replace(text_model, text_embeddings=rows)
     assert source.tuned == text_model.tuned
-    assert source.factors is not None
-    assert source.factors.tolist() == pytest.approx(factors_by_hand(both), rel=1e-4)
+    assert source.calibration.factors is not None
+    assert list(source.calibration.factors) == pytest.approx(factors_by_hand(both), rel=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -114,16 +114,16 @@ def test_adding_classes_is_exporting_with_them(
     pixels = coloured_noise(50)
     wanted = exported.backend.run(pixels)
     head = added._predictor._classes.head
-    assert head is not None and head.factors is not None
+    assert head is not None and head.calibration.factors is not None
     np.testing.assert_allclose(head.logits(wanted.embedding), wanted.logits, atol=1e-4)
     # photos are taken for one class alone; random directions for all of them
     draw = torch.Generator().manual_seed(0)
     images = normalize(torch.randn(300, 32, generator=draw), dim=1)
-    assert listed.factors is not None
+    assert listed.calibration.factors is not None
     plain = (images @ listed.head.weight.T + listed.head.bias).numpy()
-    expected = adjusted(plain, listed.factors.tolist())
+    expected = adjusted(plain, list(listed.calibration.factors))
     assert len({*expected.argmax(axis=1)}) == 5
-    assert (listed.factors - 1).abs().min() > 1e-3
+    assert min(abs(factor - 1) for factor in listed.calibration.factors) > 1e-3
     np.testing.assert_allclose(head.logits(images.numpy()), expected, atol=1e-4)
     for one, other in zip(added.run(pixels[:20]), exported.run(pixels[:20]), strict=True):
         np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-5)

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from capt_deploy.confidence.calibration import Calibration
 from capt_train.run.folder import load_run
 from export.source.fold import folded
 
@@ -12,7 +13,7 @@ def model(tuned_run):
 
 
 def fold(model):
-    return folded(model.backbone, model.text_embeddings, model.fitted.temperature)
+    return folded(model.backbone, model.text_embeddings, model.fitted.calibration)
 
 
 def test_each_row_is_the_scaled_embedding_over_the_temperature(model):
@@ -42,7 +43,7 @@ def test_a_sigmoid_models_bias_stays_in_the_logits(write_model):
     backbone = load_backbone(str(folder), None, torch.device("cpu"))
     rows = torch.nn.functional.normalize(torch.randn(3, 32), dim=1)
     images = torch.nn.functional.normalize(torch.randn(9, 32), dim=1)
-    head = folded(backbone, rows, 2.0)
+    head = folded(backbone, rows, Calibration(2.0))
     expected = (backbone.scale * images @ rows.T - 10) / 2
     torch.testing.assert_close(images @ head.weight.T + head.bias, expected, atol=1e-5, rtol=0)
 
@@ -52,7 +53,7 @@ def test_zero_shot_rows_are_not_tuned_but_have_their_own_temperature(model):
     names = [f"a photo of a {name}." for name in model.class_names]
     backbone, temperature = model.backbone, model.fitted.zero_shot_temperature
     expected = backbone.scale / temperature * images @ backbone.text_embeddings(names).T
-    found = images @ folded(backbone, model.zero_shot, temperature).weight.T
+    found = images @ folded(backbone, model.zero_shot, Calibration(temperature)).weight.T
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from capt_deploy.confidence.calibration import Calibration
 from capt_deploy.core.errors import ConfigError, DataError
 from capt_deploy.data.preprocess import preprocess
 from capt_deploy.serving.classifier import Classifier
-from capt_train.calibrate.calibrators import Calibration
 from capt_train.run.folder import TunedModel, load_run
 from export.source.classes import with_classes
 from export.source.merge import merged

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
-from capt_deploy.confidence.top_label import top_log_odds
-from capt_train.calibrate.top_label import fit_isotonic, fit_line
+from capt_deploy.confidence.calibration import top_log_odds
+from capt_train.calibrate.isotonic import fit_isotonic
+from capt_train.calibrate.line import fit_line
 
 SLOPES, OFFSETS = np.linspace(0.05, 3, 296), np.linspace(-3, 3, 301)
 

@@ -1,0 +1,52 @@
+"""The ways to calibrate confidences (METHOD 8), from simple to complex."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import import_module
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capt_deploy.confidence.calibration import Calibration
+from capt_deploy.metrics.probabilities import Floats, Ints
+
+
+@dataclass(frozen=True)
+class Calibrator:
+    """A way to calibrate, fitted by the function `fit` of its module.
+
+    The module is imported when it is needed, so that a list of all calibrators needs no torch.
+    """
+
+    name: str
+    help: str  # one line for `--help` and the documentation
+    needs_all_classes: bool = False  # whether it leaves classes behind that it is not fitted on
+    fewest_images: int = 50  # with fewer images it is no candidate for "auto"
+    module: str = ""  # by default `capt_train.calibrate.<name>`
+
+    def fit(self, raw: NDArray[np.floating], labels: Ints) -> Calibration:
+        """Return the calibration that explains the labels best.
+
+        Args:
+            raw: scaled logits z, (images, classes), of images that were not tuned on.
+            labels: (images,) columns.
+        """
+        module = import_module(self.module or f"capt_train.calibrate.{self.name}")
+        fit: Callable[[Floats, Ints], Calibration] = module.fit
+        return replace(fit(np.asarray(raw, np.float64), labels), calibrator=self.name)
+
+
+# By name. To add one, write `capt_train/calibrate/<name>.py` with a function `fit`, and an entry.
+CALIBRATORS: dict[str, Calibrator] = {
+    calibrator.name: calibrator
+    for calibrator in (
+        Calibrator("temperature", "one factor for all logits", fewest_images=1),
+        Calibrator("line", "a temperature, and a line through the log-odds of the top label"),
+        Calibrator("isotonic", "a temperature, and a monotone map of the top label's log-odds"),
+        Calibrator(
+            "vector",
+            "a temperature, and a factor and an offset for each class",
+            needs_all_classes=True,
+        ),
+    )
+}
