@@ -33,7 +33,7 @@ from capt_train.method.mixture import pseudo_class_names
 from capt_train.method.prompt import PromptLearner
 from capt_train.parts import SENTENCE_KINDS
 from export.graph.visual import VisualClassifier
-from export.source.fold import Head
+from export.source.fold import FoldedHead
 
 MODELS = (
     *("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "EVA02-B-16"),
@@ -197,7 +197,7 @@ def _has_words(backbone: Backbone, notes: list[str]) -> bool:
 
 def _normalisation(backbone: Backbone) -> str:
     """Say whether the exported first convolution takes raw pixels, or a layer stands before it."""
-    head = Head(torch.zeros(1, 1), torch.zeros(1))
+    head = FoldedHead(torch.zeros(1, 1), torch.zeros(1))
     explicit = VisualClassifier(backbone, head).normalises
     return "explicit" if explicit else "folded"
 

@@ -1,4 +1,4 @@
-"""From a run to a bundle: fold, export, verify, write.
+"""Fold a finished run, export it to ONNX, verify the graphs, and write a bundle.
 
-The only package that may see both training and runtime; commands that take either live here too.
+The only package that imports both training and runtime; commands that take either live here too.
 """

@@ -27,7 +27,7 @@ Array = NDArray[np.floating]
 NONE = "none"  # calibrator of a model that could not be calibrated
 DISTANCE_AWARE = "distance_aware"  # key in the manifest of a graph that contains DAC factors
 LEAD = 1e-3  # by which the most probable class stays ahead of the second one in step 3
-_NEGLIGIBLE = -1e9  # a logit that adds nothing to a sum of exponentials
+NEGLIGIBLE = -1e9  # a logit that adds nothing to a sum of exponentials
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _split_top(logits: Floats) -> tuple[NDArray[np.int64], Floats, Floats]:
     """Return the most probable class, and the maximum and log Σ exp of all other logits."""
     top = logits.argmax(axis=1)
     others = logits.copy()
-    others[np.arange(len(logits)), top] = _NEGLIGIBLE
+    others[np.arange(len(logits)), top] = NEGLIGIBLE
     second = others.max(axis=1)
     rest = second + np.log(np.exp(others - second[:, np.newaxis]).sum(axis=1))
     return top, second, rest

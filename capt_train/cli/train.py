@@ -6,7 +6,13 @@ from typing import Any
 
 import click
 
-from capt_deploy.core.console import Command, PathInHome, print_json, say
+from capt_deploy.core.console import (
+    PathInHome,
+    SectionedCommand,
+    print_json,
+    say,
+    section_option,
+)
 from capt_deploy.core.version import __version__
 from capt_train.config import TrainConfig, settings
 from capt_train.parts import GROUPS, METHODS, PARTS
@@ -15,27 +21,8 @@ _SETTINGS = settings()
 _HELP = {"help_option_names": ["-h", "--help"]}
 
 
-class _SectionOption(click.Option):
-    """An option that belongs to a section of the help."""
-
-    def __init__(self, *args: Any, section: str, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.section = section
-
-
-class _SectionedCommand(Command):
-    """A command whose help shows options in sections, and ends with methods, parts and groups."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options section by section."""
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is not None:
-                sections.setdefault(getattr(parameter, "section", "Other"), []).append(record)
-        for section, records in sections.items():
-            with formatter.section(section):
-                formatter.write_dl(records, col_max=22)
+class _TrainCommand(SectionedCommand):
+    """A command whose help ends with parts and groups."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write methods, parts and groups as lists."""
@@ -43,10 +30,6 @@ class _SectionedCommand(Command):
             formatter.write_dl([*PARTS.items()])
         with formatter.section("Groups of parts"):
             formatter.write_dl([(name, ", ".join(parts)) for name, parts in GROUPS.items()])
-
-
-def _option(section: str, *names: str, **attributes: Any) -> Callable[[Any], Any]:
-    return click.option(*names, cls=_SectionOption, section=section, **attributes)
 
 
 def _setting(section: str, name: str, **attributes: Any) -> Callable[[Any], Any]:
@@ -61,19 +44,19 @@ def _setting(section: str, name: str, **attributes: Any) -> Callable[[Any], Any]
         "default": known.default if shown else None,
         "show_default": shown,
     }
-    return _option(section, str(known.option), _identifier(name), **{**usual, **attributes})
+    return section_option(section, str(known.option), _identifier(name), **{**usual, **attributes})
 
 
 def _identifier(name: str) -> str:
     return name.replace(".", "__")
 
 
-@click.command(cls=_SectionedCommand, context_settings=_HELP)
+@click.command(cls=_TrainCommand, context_settings=_HELP)
 @_setting("Data", "data", help="Folder, .csv, .jsonl, or split_zhou_*.json (see above).")
 @_setting("Data", "classes", type=click.Choice(["all", "base"]))
 @_setting("Data", "shots")
 @_setting("Data", "class_names")
-@_option("Data", "--split-from", type=PathInHome(), help="Run whose images to use again.")
+@section_option("Data", "--split-from", type=PathInHome(), help="Run whose images to use again.")
 @_setting("Model", "model")
 @_setting("Model", "pretrained")
 @_setting("Model", "device")
@@ -85,7 +68,7 @@ def _identifier(name: str) -> str:
 @_setting("Training", "tuning.learning_rate")
 @_setting("Training", "tuning.batch_size")
 @_setting("Training", "seed")
-@_option(
+@section_option(
     "Training",
     "--set",
     "settings",
@@ -98,15 +81,17 @@ def _identifier(name: str) -> str:
 @_setting("Confusion sentences", "confusion.difference")
 @_setting("Confusion sentences", "confusion.llm_url")
 @_setting("Confusion sentences", "confusion.llm_model")
-@_option(
+@section_option(
     "Confusion sentences",
     "--llm-dry-run",
     is_flag=True,
     help="Print what would be asked, and stop.",
 )
-@_option("Output", "--out", required=True, type=PathInHome(), help="Run folder to write.")
-@_option("Output", "--resume", is_flag=True, help="Continue the interrupted run in --out.")
-@_option("Output", "--json", "as_json", is_flag=True, help="Print the metrics as JSON on stdout.")
+@section_option("Output", "--out", required=True, type=PathInHome(), help="Run folder to write.")
+@section_option("Output", "--resume", is_flag=True, help="Continue the interrupted run in --out.")
+@section_option(
+    "Output", "--json", "as_json", is_flag=True, help="Print the metrics as JSON on stdout."
+)
 @click.version_option(__version__, prog_name="capt")
 @click.pass_context
 def main(

@@ -1,4 +1,4 @@
-"""Self-attention in the form that engines fuse: one QKV product, scores of a pre-scaled query."""
+"""Self-attention as engines fuse it: one QKV product, and scores of a pre-scaled query."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class SelfAttention(nn.Module):
     """`softmax(QKᵀ/√d)·V` with the factor 1/√d folded into the query's weights.
 
-    Says what the `nn.MultiheadAttention` it is made from says. That one's graph takes the heads
-    through transposed and squeezed copies, and asks for the batch size in every block.
+    It computes the same as the `nn.MultiheadAttention` that it is made from, whose graph transposes
+    and squeezes copies of the heads and reads the batch size in every block.
     """
 
     def __init__(self, source: nn.MultiheadAttention, fused: bool) -> None:
@@ -19,16 +19,16 @@ class SelfAttention(nn.Module):
 
         Args:
             source: with one `in_proj_weight`, as in open_clip's towers.
-            fused: write one `Attention` operator instead of its parts.
+            fused: use ONNX's `Attention` operator.
         """
         super().__init__()
         width, heads = source.embed_dim, source.num_heads
         self._heads, self._head_width, self.fused = heads, width // heads, fused
         scale = self._head_width**-0.5
-        own = source.in_proj_weight
+        weight = source.in_proj_weight
         self.qkv = nn.Linear(width, 3 * width, bias=source.in_proj_bias is not None)
-        factors = torch.cat([torch.full((width,), scale), torch.ones(2 * width)]).to(own)
-        self.qkv.weight = nn.Parameter(own.detach() * factors[:, None], requires_grad=False)
+        factors = torch.cat([torch.full((width,), scale), torch.ones(2 * width)]).to(weight)
+        self.qkv.weight = nn.Parameter(weight.detach() * factors[:, None], requires_grad=False)
         if source.in_proj_bias is not None:
             bias = source.in_proj_bias.detach() * factors
             self.qkv.bias = nn.Parameter(bias, requires_grad=False)
@@ -38,7 +38,7 @@ class SelfAttention(nn.Module):
     def forward(
         self, query: Float[Tensor, "batch tokens width"], *_: Any, **__: Any
     ) -> tuple[Float[Tensor, "batch tokens width"], None]:
-        """Return the attended tokens; key and value are the query, as in every visual tower."""
+        """Return the attended tokens; `query` is key and value too, as in every visual tower."""
         query, key, value = self.qkv(query).chunk(3, dim=-1)
         split = (self._heads, self._head_width)
         query, value = (x.unflatten(-1, split).transpose(1, 2) for x in (query, value))
@@ -53,28 +53,28 @@ class SelfAttention(nn.Module):
 
 
 def simplify_attention(network: nn.Module, fused: bool) -> None:
-    """Put `SelfAttention` in the place of every plain `nn.MultiheadAttention`, in place.
+    """Replace every plain `nn.MultiheadAttention` by `SelfAttention`, in place.
 
-    timm's attention is told to scale its query and to write out the rest, for the same reason.
+    timm's attention gets its own unfused form, which scales the query as well.
 
     Args:
         network: a visual tower.
-        fused: write ONNX's Attention operator, of opset 23, where `SelfAttention` is.
+        fused: use ONNX's `Attention` operator, which needs opset 23.
     """
     for module in [*network.modules()]:
         if hasattr(module, "fused_attn"):
             setattr(module, "fused_attn", False)  # noqa: B010
         for name, child in module.named_children():
-            # Others, such as a pooling by attention, get a query that is not the key.
+            # Elsewhere, as in attention pooling, the query is not the key.
             if isinstance(child, nn.MultiheadAttention) and _is_plain(module, child):
                 setattr(module, name, SelfAttention(child, fused))
 
 
-def _is_plain(owner: nn.Module, attention: nn.MultiheadAttention) -> bool:
+def _is_plain(parent: nn.Module, attention: nn.MultiheadAttention) -> bool:
     from open_clip.transformer import ResidualAttentionBlock
 
     return (
-        isinstance(owner, ResidualAttentionBlock)
+        isinstance(parent, ResidualAttentionBlock)
         and attention.batch_first
         and attention.in_proj_weight is not None
         and attention.bias_k is None

@@ -1,81 +1,73 @@
-"""Fuse what follows a convolution at inference: batch norms, and branches of training time."""
+"""Fuse batch norms and training-time branches into convolutions."""
 
 import copy
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-_TOLERANCE = 1e-4  # of features that are of the order of one
+_TOLERANCE = 1e-4  # features are of the order of one
 
 
 @torch.no_grad()
 def simplified_convolutions(visual: nn.Module, size: tuple[int, int]) -> nn.Module:
     """Return the tower with parallel branches and batch norms merged into its convolutions.
 
-    Which norm follows which convolution is found by running the tower. Whether the result says
-    the same is found likewise; a tower of which it does not is returned as it is.
+    The tower is run to find out which norm follows which convolution, and whether the merged tower
+    gives the same features; if not, the tower itself is returned.
 
     Args:
         visual: `model.visual` of an open_clip model, in evaluation mode.
         size: height and width of its images, in pixels.
     """
+    from timm.utils.model import reparameterize_model
+
     if not any(isinstance(module, nn.BatchNorm2d) for module in visual.modules()):
         return visual
     draw = torch.Generator().manual_seed(0)
     pixels = torch.rand(2, 3, *size, generator=draw).to(next(visual.parameters()))
-    own = _merged_branches(copy.deepcopy(visual)).eval()
-    for norm, convolution in _followed(own, pixels).items():
-        _replace(own, convolution, fuse_conv_bn_eval(convolution, norm))
-        _replace(own, norm, _rest_of(norm))
-    own.eval()  # new modules think that they are trained
-    same = torch.allclose(_features(own, pixels), _features(visual, pixels), atol=_TOLERANCE)
-    return own if same else visual
-
-
-def _merged_branches(visual: nn.Module) -> nn.Module:
-    from timm.utils.model import reparameterize_model
-
-    # MobileOne's and RepVGG's blocks say themselves how their branches are added up.
-    return reparameterize_model(visual, inplace=True)
+    merged = reparameterize_model(copy.deepcopy(visual), inplace=True).eval()
+    for norm, convolution in _followed(merged, pixels).items():
+        _replace(merged, convolution, fuse_conv_bn_eval(convolution, norm))
+        _replace(merged, norm, _activation(norm))
+    merged.eval()  # new modules start in training mode
+    same = torch.allclose(_features(merged, pixels), _features(visual, pixels), atol=_TOLERANCE)
+    return merged if same else visual
 
 
 def _followed(visual: nn.Module, pixels: Tensor) -> dict[nn.BatchNorm2d, nn.Conv2d]:
-    """Return, for each batch norm that gets what a convolution has just put out, the latter.
+    """Return the batch norms whose input is the output of a convolution, with that convolution.
 
-    Only where both are parts of one block: what leaves a block may be read elsewhere as well.
+    Both must be in one block, for the output of a block may be read elsewhere as well.
     """
     block = {child: module for module in visual.modules() for child in module.children()}
-    outputs: list[tuple[nn.Conv2d, Tensor]] = []  # kept alive, so that no two are at one address
-    found: dict[nn.BatchNorm2d, nn.Conv2d] = {}
+    last: list[tuple[nn.Conv2d, Tensor]] = []  # keeps the output alive, so that it stays unique
+    followed: dict[nn.BatchNorm2d, nn.Conv2d] = {}
 
-    def after(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
-        assert isinstance(module, nn.Conv2d)
-        outputs[:] = [(module, output)]
+    def after(convolution: nn.Conv2d, _: nn.Module, __: Any, output: Tensor) -> None:
+        last[:] = [(convolution, output)]
 
-    def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(module, nn.BatchNorm2d)
-        for convolution, output in outputs:
-            if output is inputs[0] and block[convolution] is block[module]:
-                found[module] = convolution
+    def before(norm: nn.BatchNorm2d, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        for convolution, output in last:
+            if output is inputs[0] and block[convolution] is block[norm]:
+                followed[norm] = convolution
 
-    handles = []
-    for module in visual.modules():
-        if isinstance(module, nn.Conv2d):
-            handles.append(module.register_forward_hook(after))
-        elif isinstance(module, nn.BatchNorm2d):
-            handles.append(module.register_forward_pre_hook(before))
-    try:
+    with ExitStack() as stack:
+        for module in visual.modules():
+            if isinstance(module, nn.Conv2d):
+                stack.callback(module.register_forward_hook(partial(after, module)).remove)
+            elif isinstance(module, nn.BatchNorm2d):
+                stack.callback(module.register_forward_pre_hook(partial(before, module)).remove)
         visual(pixels)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+    return followed
 
 
-def _rest_of(norm: nn.BatchNorm2d) -> nn.Module:
-    """Return what else the module does; timm's norms have an activation of their own."""
+def _activation(norm: nn.BatchNorm2d) -> nn.Module:
+    """Return the activation that timm's norms contain."""
     parts = (getattr(norm, name, None) for name in ("drop", "act"))
     rest = [part for part in parts if isinstance(part, nn.Module)]
     return nn.Sequential(*rest) if rest else nn.Identity()

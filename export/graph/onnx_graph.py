@@ -1,6 +1,7 @@
-"""Trace a network to ONNX; change head and metadata of the graph; write it, with its weights."""
+"""Trace networks to ONNX, and write the graphs with their weights and metadata."""
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,21 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from capt_deploy.backends.base import Outputs
 from capt_deploy.bundle.manifest import METADATA_KEY, PRECISION_KEY, Graph
 from capt_deploy.core.errors import ModelError
 from capt_deploy.core.files import write_bytes
-from export.source.fold import Head
+from export.source.fold import FoldedHead
 
 OPSET = 20
 BF16_OPSET = 22  # the first with a convolution of bfloat16
 OPSETS = (20, 21, 22, 23)
-OUTPUTS = ("logits", "probabilities", "embedding")
-_LARGEST_BYTES = 2**31 - 2**24  # what one protobuf file can hold, less the metadata
+OUTPUTS = Outputs._fields
+_LARGEST_BYTES = 2**31 - 2**24  # of weights in one protobuf file, with room for the metadata
 
 
 @dataclass(frozen=True)
 class OnnxGraph:
-    """A traced network that is not on disk yet."""
+    """A traced network in memory."""
 
     model: Any  # onnx_ir.Model
     opset: int
@@ -31,24 +33,27 @@ class OnnxGraph:
 
     @property
     def nodes(self) -> int:
-        """How many operators there are."""
+        """Return the number of operators."""
         return len(self.model.graph)
 
     @property
     def operators(self) -> dict[str, int]:
-        """How many there are of each kind, most first."""
-        counts: dict[str, int] = {}
-        for node in self.model.graph:
-            counts[node.op_type] = counts.get(node.op_type, 0) + 1
+        """Return the number of operators by type, most frequent first."""
+        counts = Counter(node.op_type for node in self.model.graph)
         return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
 
     @property
     def weight_bytes(self) -> int:
-        """How large its constants are."""
+        """Return the size of all constants."""
         return sum(value.const_value.nbytes for value in self.model.graph.initializers.values())
 
-    def set_head(self, head: Head) -> None:
-        """Put another head in, for another temperature."""
+    @property
+    def external(self) -> bool:
+        """Return whether the weights need a second file."""
+        return self.weight_bytes > _LARGEST_BYTES
+
+    def set_head(self, head: FoldedHead) -> None:
+        """Replace the head, for another temperature."""
         import onnx_ir
 
         rows = self.model.graph.initializers["weight"]
@@ -68,47 +73,42 @@ class OnnxGraph:
             if not old.uses():
                 del self.model.graph.initializers[old.name]
 
-    @property
-    def external(self) -> bool:
-        """Whether its weights need a second file."""
-        return self.weight_bytes > _LARGEST_BYTES
-
     def to_bytes(self, manifest_json: str = "") -> bytes:
-        """Return the ONNX file, with what it says about itself."""
+        """Return the ONNX file, with its manifest and precision as metadata."""
         import onnx_ir
 
-        self._describe(manifest_json)
+        self._set_metadata(manifest_json)
         return onnx_ir.to_proto(self.model).SerializeToString()  # type: ignore[no-any-return]
 
     def write(self, path: Path, manifest_json: str = "") -> None:
-        """Write the ONNX file, and where it is `external` its weights to `PATH.data`."""
+        """Write the ONNX file, and the weights of an `external` graph to `PATH.data`."""
         if not self.external:
             write_bytes(path, self.to_bytes(manifest_json))
             return
         import onnx_ir
 
-        self._describe(manifest_json)
+        self._set_metadata(manifest_json)
         onnx_ir.save(self.model, path, external_data=external_name(path.name))
 
     def record(self, file: str) -> Graph:
-        """Return what a manifest says of it, written under that name."""
+        """Return the graph's entry in a manifest, for a file of that name."""
         return Graph(file, self.opset, weights=external_name(file) if self.external else None)
 
-    def _describe(self, manifest_json: str) -> None:
-        own = {METADATA_KEY: manifest_json, PRECISION_KEY: self.precision}
+    def _set_metadata(self, manifest_json: str) -> None:
         self.model.metadata_props.clear()
-        self.model.metadata_props.update(own)
+        metadata = {METADATA_KEY: manifest_json, PRECISION_KEY: self.precision}
+        self.model.metadata_props.update(metadata)
 
 
 def external_name(file: str) -> str:
-    """Return the name of the second file of a graph that has one."""
+    """Return the name of the file for the weights of an `external` graph."""
     return f"{file}.data"
 
 
 def trace(
     network: nn.Module, height: int, width: int, precision: str = "fp32", opset: int = OPSET
 ) -> OnnxGraph:
-    """Export with a dynamic batch and a static image size; input `images`, uint8 NHWC.
+    """Trace a visual network with a dynamic batch of images of one size, uint8 NHWC.
 
     Raises:
         ModelError: the network cannot be traced.
@@ -125,16 +125,16 @@ def to_onnx(
     input_: tuple[str, Tensor, Mapping[int, Any]],
     outputs: Sequence[str],
     opset: int,
-    what: str,
+    subject: str,
 ) -> Any:
     """Return a network with one input as an `onnx_ir.Model`.
 
     Args:
-        network: to be traced.
-        input_: its name, an example, and the `torch.export.Dim`s of the axes that may vary.
-        outputs: their names.
-        opset: of the operators.
-        what: is traced, for an error.
+        network: the network to trace.
+        input_: name of the input, an example, and the `torch.export.Dim`s of its dynamic axes.
+        outputs: names of the outputs.
+        opset: version of the operators.
+        subject: name of the network in error messages.
 
     Raises:
         ModelError: the network cannot be traced.
@@ -153,17 +153,17 @@ def to_onnx(
                 dynamic_shapes={name: dict(axes)},
                 verbose=False,
             )
-    except Exception as cause:  # the exporter wraps whatever went wrong in types of its own
-        raise ModelError(f"{what} cannot be traced to ONNX: {cause}") from cause
+    except Exception as cause:  # the exporter wraps all errors in types of its own
+        raise ModelError(f"{subject} cannot be traced to ONNX: {cause}") from cause
     if program is None:
-        raise ModelError("the exporter returned no graph")
+        raise ModelError(f"{subject} cannot be traced to ONNX: the exporter returned no graph")
     _strip(program.model)
-    _rename_doubles(program.model)
+    _rename_duplicates(program.model)
     return program.model
 
 
 def _strip(model: Any) -> None:
-    """Drop what the exporter notes for debugging: stack traces name folders of this machine."""
+    """Remove the exporter's notes for debugging: stack traces name folders of this machine."""
     graph = model.graph
     values = [*graph.inputs, *graph.outputs, *graph.initializers.values()]
     for node in graph:
@@ -177,10 +177,11 @@ def _strip(model: Any) -> None:
         del model.functions[function]
 
 
-def _rename_doubles(model: Any) -> None:
-    """Give a name of their own to values which the exporter named after an operator.
+def _rename_duplicates(model: Any) -> None:
+    """Rename inner values that have the name of an output.
 
-    Outputs get their names last, and one may be an operator's, such as `embedding`.
+    The exporter names outputs last, and an operator's value may have that name already, such as
+    `embedding`.
     """
     outputs = {value.name: value for value in model.graph.outputs}
     for node in model.graph:

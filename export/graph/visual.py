@@ -1,4 +1,4 @@
-"""The network that is exported: pixels in, calibrated probabilities out, no text tower."""
+"""The exported network: pixels in, calibrated probabilities out, without a text tower."""
 
 import copy
 from typing import Any
@@ -8,7 +8,13 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
-from capt_deploy.confidence.calibration import LEAD, UNCALIBRATED, Calibration, TopLabelMap
+from capt_deploy.confidence.calibration import (
+    LEAD,
+    NEGLIGIBLE,
+    UNCALIBRATED,
+    Calibration,
+    TopLabelMap,
+)
 from capt_deploy.core.errors import ModelError
 from capt_train.clip.backbone import Backbone
 from capt_train.clip.vision_tower import open_tower
@@ -16,13 +22,13 @@ from capt_train.method.visual_tuner import VisualTuner
 from export.graph.attention import simplify_attention
 from export.graph.convolutions import simplified_convolutions
 from export.graph.lower import lower
-from export.source.fold import Head
+from export.source.fold import FoldedHead
 
 _PIXEL_UNIT = 256.0  # in half precision pixels are counted in these
 
 
 class VisualClassifier(nn.Module):
-    """Visual tower and folded head of a tuned model."""
+    """The visual tower and folded head of a tuned model."""
 
     matrix: Tensor
     offset: Tensor
@@ -33,7 +39,7 @@ class VisualClassifier(nn.Module):
     def __init__(
         self,
         backbone: Backbone,
-        head: Head,
+        head: FoldedHead,
         tuner: VisualTuner | None = None,
         *,
         calibration: Calibration = UNCALIBRATED,
@@ -41,16 +47,14 @@ class VisualClassifier(nn.Module):
     ) -> None:
         """Copy the visual tower; fold normalisation and colour map into its first convolution.
 
-        Adapter, sample experts and visual prompts of `tuner` go into the graph with its constant
-        α and κ.
-
-        Where that convolution pads its input (CLIP's ResNets), folding would not be exact: a
-        padded zero means the mean colour there. Such towers get an explicit normalisation.
+        `tuner` goes into the graph with its constant α and κ. Where the first convolution pads its
+        input (CLIP's ResNets), folding would not be exact, for a padded zero means the mean colour
+        there; such towers get an explicit normalisation.
 
         Args:
-            backbone: whose tower is copied.
+            backbone: the model with the tower.
             head: the folded text side.
-            tuner: what was trained inside the tower.
+            tuner: parts that were trained inside the tower.
             calibration: whose factors and top-label map go into the graph; `head` has the rest.
             fused_attention: write ONNX's Attention operator, which needs opset 23 and, for
                 TensorRT, half precision.
@@ -77,19 +81,19 @@ class VisualClassifier(nn.Module):
         self.top_label = None if top_label is None else _TopLabel(top_label, len(head.weight))
 
     def layers_read(self) -> tuple[nn.Module, ...]:
-        """Return the tower's layers whose weights its tuning reads, so that they must stay."""
+        """Return the tower's layers whose weights are read by the sample experts, and must stay."""
         if self.tuner is None or self.tuner.experts is None or self._tower is None:
             return ()
         ffn = self._tower.ffn(self._tower.depth - 1)
         return () if ffn is None else (ffn.up, ffn.down)
 
     def lower(self, dtype: torch.dtype) -> None:
-        """Compute in `dtype` from now on, in place; norms, embedding and head stay float32."""
+        """Change the network to `dtype`, in place; norms, embedding and head stay float32."""
         if dtype == torch.float32:
             return
         # Weights of 0-255 pixels are too small for half precision; a power of two is exact.
-        owner, name = _patch_convolution(self.visual)
-        weight = self.matrix if self.normalises else getattr(owner, name).weight
+        patches = _patch_convolution(self.visual)
+        weight = self.matrix if self.normalises or patches is None else patches.weight
         weight.data *= _PIXEL_UNIT
         for part in (self.visual, self.tuner):
             if part is not None:
@@ -107,8 +111,7 @@ class VisualClassifier(nn.Module):
         The map of the top label is in the probabilities alone: logits of images between two classes
         would jump with the class that leads.
         """
-        # TensorRT lets a uint8 input feed nothing but a cast, so it comes first. 0-255 are exact
-        # in every float.
+        # TensorRT allows a uint8 input to feed a cast only. 0-255 are exact in every float.
         pixels = images.to(self.dtype).permute(0, 3, 1, 2)
         if self.dtype != torch.float32:
             pixels = pixels * (1 / _PIXEL_UNIT)
@@ -119,10 +122,10 @@ class VisualClassifier(nn.Module):
             embedding = self.tuner(self._tower, tokens).embeddings
         else:
             features = self.visual(pixels)
-            if isinstance(features, tuple):  # CoCa's tower returns its tokens as well
+            if isinstance(features, tuple):  # CoCa's tower returns its tokens too
                 features = features[0]
             embedding = functional.normalize(features.float(), dim=-1)
-        # A convolution of one pixel: for Turing there are no float32 matrix products.
+        # A convolution of one pixel: Turing has no float32 matrix products.
         logits = functional.conv2d(embedding[:, :, None, None], self.weight, self.bias)
         logits = logits.flatten(1)
         if self.factors is not None:
@@ -132,18 +135,19 @@ class VisualClassifier(nn.Module):
 
 
 class _TopLabel(nn.Module):
-    """`TopLabelMap.shift` in operators that every runtime has."""
+    """The method `TopLabelMap.shift` as operators that every runtime has."""
 
     starts: Tensor
     widths: Tensor
     rises: Tensor
     places: Tensor
 
-    def __init__(self, own: TopLabelMap, classes: int) -> None:
+    def __init__(self, top_label: TopLabelMap, classes: int) -> None:
         super().__init__()
-        self.own = own
+        self._map = top_label
         knots, values = (
-            torch.tensor([row], dtype=torch.float64) for row in (own.positions, own.values)
+            torch.tensor([row], dtype=torch.float64)
+            for row in (top_label.positions, top_label.values)
         )
         self.register_buffer("starts", knots[:, :-1].float())
         self.register_buffer("widths", knots.diff(dim=1).float())
@@ -152,59 +156,61 @@ class _TopLabel(nn.Module):
 
     def forward(self, logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
         leads = self.places == logits.argmax(dim=1, keepdim=True)
-        others = logits.masked_fill(leads, -1e9)
+        others = logits.masked_fill(leads, NEGLIGIBLE)
         top, second = logits.amax(dim=1, keepdim=True), others.amax(dim=1, keepdim=True)
         rest = second + (others - second).exp().sum(dim=1, keepdim=True).log()
         shift = torch.maximum(self._mapped(top - rest) + rest, second + LEAD) - top
         return logits + shift * leads.to(logits.dtype)
 
     def _mapped(self, odds: Float[Tensor, "batch 1"]) -> Float[Tensor, "batch 1"]:
-        own = self.own
-        outside = own.above * (odds - own.positions[-1]).relu()
-        mapped = own.values[0] + outside - own.below * (own.positions[0] - odds).relu()
-        if len(own.positions) == 1:
+        first, last = self._map.positions[0], self._map.positions[-1]
+        above = self._map.above * (odds - last).relu()
+        mapped = self._map.values[0] + above - self._map.below * (first - odds).relu()
+        if first == last:
             return mapped
-        # Nothing large is added up that cancels out, as sums of changes of slope would
+        # Shares of each segment, for a sum of changes of slope would cancel out large numbers.
         shares = ((odds - self.starts) / self.widths).clamp(0, 1)
         return mapped + (shares * self.rises).sum(dim=1, keepdim=True)
 
 
 def _normalisation(backbone: Backbone) -> tuple[Tensor, Tensor]:
-    """Return what turns 0-255 pixels into the tower's input, `M·x + o`, in float64.
+    """Return M and o of the tower's input `M·x + o` for 0-255 pixels x, in float64.
 
-    With the normalisation alone M is diagonal, 1/(255·σ), and o is −μ/σ; a colour map `A·x + b`
-    behind it makes them A·M and A·o + b.
+    Normalisation alone gives a diagonal M = 1/(255·σ) and o = −μ/σ; a colour map `A·x + b` behind
+    it makes them A·M and A·o + b.
     """
     mean = torch.tensor(backbone.preprocess.mean, dtype=torch.float64)
     std = torch.tensor(backbone.preprocess.std, dtype=torch.float64)
     matrix, offset = torch.diag(1 / (255 * std)), -mean / std
     if backbone.colours is not None:
-        own = backbone.colours.matrix.double()
-        matrix, offset = own @ matrix, own @ offset + backbone.colours.offset.double()
+        colours = backbone.colours.matrix.double()
+        matrix, offset = colours @ matrix, colours @ offset + backbone.colours.offset.double()
     return matrix, offset
 
 
 def _fold_normalisation(visual: Any, matrix: Tensor, offset: Tensor) -> bool:
-    """Let the patch convolution eat 0-255 pixels: `W' = W·M`, `b' = b + ΣW·o` (METHOD 9)."""
-    owner, name = _patch_convolution(visual)
-    if owner is None:
+    """Fold M and o into the patch convolution: `W' = W·M`, `b' = b + ΣW·o` (METHOD 9).
+
+    Return whether the tower has one that can take them.
+    """
+    convolution = _patch_convolution(visual)
+    if convolution is None:
         return False
-    old: nn.Conv2d = getattr(owner, name)
-    weight = old.weight.detach().double()
+    weight = convolution.weight.detach().double()
     scaled = torch.einsum("oihw,ij->ojhw", weight, matrix)
     shift = torch.einsum("oihw,i->o", weight, offset)
-    bias = torch.zeros_like(shift) if old.bias is None else old.bias.detach().double()
-    old.weight = nn.Parameter(scaled.float(), requires_grad=False)
-    old.bias = nn.Parameter((bias + shift).float(), requires_grad=False)
+    bias = convolution.bias
+    shift = shift if bias is None else bias.detach().double() + shift
+    convolution.weight = nn.Parameter(scaled.float(), requires_grad=False)
+    convolution.bias = nn.Parameter(shift.float(), requires_grad=False)
     return True
 
 
-def _patch_convolution(visual: Any) -> tuple[Any, str]:
-    """Return the owner and name of an unpadded first convolution, or (None, '')."""
+def _patch_convolution(visual: Any) -> nn.Conv2d | None:
+    """Return an unpadded first convolution, or None."""
     trunk = getattr(visual, "trunk", None)  # of a timm model
-    for owner, name in ((visual, "conv1"), (getattr(trunk, "patch_embed", None), "proj")):
-        layer = getattr(owner, name, None)
+    patch_embedding = getattr(trunk, "patch_embed", None)
+    for layer in (getattr(visual, "conv1", None), getattr(patch_embedding, "proj", None)):
         if isinstance(layer, nn.Conv2d) and layer.in_channels == 3 and layer.groups == 1:
-            padded = layer.padding not in ((0, 0), "valid")
-            return (None, "") if padded else (owner, name)
-    return None, ""
+            return layer if layer.padding in ((0, 0), "valid") else None
+    return None

@@ -1,13 +1,13 @@
-"""Run bfloat16 graphs where nothing has kernels for them: in float32, rounded after every step.
+"""Emulate bfloat16 graphs in float32, for ONNX Runtime has no bfloat16 products on the CPU.
 
-ONNX Runtime has no bfloat16 products on the CPU. Each operator is computed in float32 and its
-result rounded to bfloat16 and back, as hardware with float32 accumulators does it.
+Each operator is computed in float32 and its result rounded to bfloat16 and back, as hardware with
+float32 accumulators does it.
 """
 
 from pathlib import Path
 from typing import Any
 
-# They only move values, which are rounded already.
+# Operators that only move values, which are rounded already.
 _MOVING = {
     *("Reshape", "Transpose", "Split", "Concat", "Slice", "Gather", "Expand", "Unsqueeze"),
     *("Squeeze", "Identity", "Flatten", "Pad", "MaxPool", "Relu"),
@@ -15,11 +15,11 @@ _MOVING = {
 
 
 def write_widened(path: Path, out: Path) -> None:
-    """Write a graph with float32 in the place of bfloat16, and a rounding where it was.
+    """Write a graph with float32 in the place of bfloat16, and roundings to bfloat16.
 
     Args:
         path: the graph; a second file of weights lies beside it.
-        out: where to write it, with a second file of its own, `OUT.data`.
+        out: the file to write, with a second file `OUT.data`.
     """
     import onnx
 
@@ -28,13 +28,13 @@ def write_widened(path: Path, out: Path) -> None:
 
 
 def widened(model: Any) -> Any:
-    """Return an `onnx.ModelProto` so widened; its weights are in memory."""
+    """Return an `onnx.ModelProto`, whose weights are in memory, widened in place."""
     from onnx import TensorProto, helper, numpy_helper
 
     graph = model.graph
     narrow = {
         value.name
-        for value in (*graph.value_info, *graph.output)  # the exporter notes all types
+        for value in (*graph.value_info, *graph.output)  # the exporter records all types
         if value.type.tensor_type.elem_type == TensorProto.BFLOAT16
     }
     for tensor in graph.initializer:
@@ -50,11 +50,9 @@ def widened(model: Any) -> Any:
             node.attribute[0].i = TensorProto.FLOAT
         nodes.append(node)
         for name in rounded:
-            cast = ("Cast", [f"{name}.exact"], [f"{name}.rounded"])
-            nodes.append(helper.make_node(*cast, to=TensorProto.BFLOAT16))
-            nodes.append(
-                helper.make_node("Cast", [f"{name}.rounded"], [name], to=TensorProto.FLOAT)
-            )
+            exact, half = f"{name}.exact", f"{name}.rounded"
+            nodes.append(helper.make_node("Cast", [exact], [half], to=TensorProto.BFLOAT16))
+            nodes.append(helper.make_node("Cast", [half], [name], to=TensorProto.FLOAT))
     del graph.node[:]
     graph.node.extend(nodes)
     del graph.value_info[:]

@@ -1,7 +1,7 @@
-"""Layers that hold int8 weights and round what they read to int8: what a graph's Q/DQ pairs do.
+"""Layers with int8 weights and int8 inputs: the torch form of a graph's Q/DQ pairs.
 
-Zero points are 0, for TensorRT takes no others. Scales are numbers that half precision holds, and
-codes are made with these very numbers, so nothing changes when a network is lowered.
+Zero points are 0, for TensorRT takes no others. Scales are representable in half precision, and
+codes are made with these very scales, so lowering a network changes neither.
 """
 
 from typing import Any
@@ -16,13 +16,13 @@ _SMALLEST_SCALE = 2.0**-24  # above 0 in half precision
 
 
 class Int8Layer(nn.Module):
-    """A linear layer or convolution with a scale for its input and one for each output."""
+    """A linear layer or convolution with a scale for its input and a scale for each output."""
 
     input_scale: Tensor
     zero: Tensor
 
     def __init__(self, source: nn.Linear | nn.Conv2d) -> None:
-        """Prepare the input's rounding; `set_range` has to follow."""
+        """Prepare the rounding of the input; `set_range` has to follow."""
         super().__init__()
         device = source.weight.device
         self.register_buffer("input_scale", torch.ones((), device=device))
@@ -42,44 +42,42 @@ class Int8Layer(nn.Module):
 
 
 class Int8Linear(Int8Layer):
-    """An `nn.Linear`."""
+    """The int8 form of an `nn.Linear`."""
 
     def __init__(self, source: nn.Linear) -> None:
         super().__init__(source)
-        # TensorRT pulls query, key and value out of a product of all three, and in doing so turns
-        # it to half precision; three products it puts together, and they stay int8.
+        # TensorRT splits a joint product of query, key and value, and turns it to half precision in
+        # doing so; three separate products it joins by itself, and they stay int8.
         parts = 3 if source.out_features == 3 * source.in_features else 1
         weights = source.weight.detach().chunk(parts)
         biases = [None] * parts if source.bias is None else source.bias.detach().chunk(parts)
-        # Inputs first, as a product of matrices reads them: no transposition is left in the graph.
-        both = zip(weights, biases, strict=True)
-        self.parts = nn.ModuleList(_Weight(weight, bias, axis=1) for weight, bias in both)
+        # Inputs first, as a matrix product reads them, so that no transposition is in the graph.
+        pairs = zip(weights, biases, strict=True)
+        self.parts = nn.ModuleList(_Weight(weight, bias, axis=1) for weight, bias in pairs)
 
     def outputs(self, values: Tensor) -> Tensor:  # noqa: D102
-        parts = []
+        products = []
         for part in self.parts:
             product = values @ part()
-            parts.append(product if part.bias is None else product + part.bias)
-        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+            products.append(product if part.bias is None else product + part.bias)
+        return torch.cat(products, dim=-1) if len(products) > 1 else products[0]
 
 
 class Int8Convolution(Int8Layer):
-    """An `nn.Conv2d`."""
+    """The int8 form of an `nn.Conv2d`."""
 
     def __init__(self, source: nn.Conv2d) -> None:
         super().__init__(source)
         bias = None if source.bias is None else source.bias.detach()
         self.weight = _Weight(source.weight.detach(), bias, axis=0)
-        self._stride, self._padding = source.stride, source.padding
-        self._dilation, self._groups = source.dilation, source.groups
+        self._geometry: Any = (source.stride, source.padding, source.dilation, source.groups)
 
     def outputs(self, values: Tensor) -> Tensor:  # noqa: D102
-        geometry: Any = (self._stride, self._padding, self._dilation, self._groups)
-        return functional.conv2d(values, self.weight(), self.weight.bias, *geometry)
+        return functional.conv2d(values, self.weight(), self.weight.bias, *self._geometry)
 
 
 class _Weight(nn.Module):
-    """A weight as codes with a scale for each output, and the bias that goes with it."""
+    """Codes of a weight with a scale for each output, and the bias."""
 
     codes: Tensor
     scales: Tensor
@@ -88,7 +86,7 @@ class _Weight(nn.Module):
     def __init__(
         self, weight: Float[Tensor, "outputs *inputs"], bias: Tensor | None, axis: int
     ) -> None:
-        """Round the weight; `axis` is where the outputs are to be: 0, or 1 of a matrix."""
+        """Round the weight; `axis` is that of the outputs in the codes: 0, or 1 of a matrix."""
         super().__init__()
         self._axis = axis
         scales = half_scale(weight.float().flatten(1).abs().amax(dim=1) / LARGEST)
@@ -104,54 +102,45 @@ class _Weight(nn.Module):
 
 
 def can_be_int8(layer: nn.Module) -> bool:
-    """Say whether there is an int8 form; a subclass may compute something else."""
+    """Return whether there is an int8 form; subclasses may compute something else."""
     return type(layer) is nn.Linear or (
         type(layer) is nn.Conv2d and layer.padding_mode == "zeros"  # others pad by themselves
     )
 
 
-def int8_layer(layer: nn.Module) -> Int8Layer:
-    """Return the int8 form of a float32 layer that has one."""
-    if isinstance(layer, nn.Conv2d):
-        return Int8Convolution(layer)
-    assert isinstance(layer, nn.Linear)
-    return Int8Linear(layer)
+def int8_layer(layer: nn.Linear | nn.Conv2d) -> Int8Layer:
+    """Return the int8 form of a float32 layer."""
+    return Int8Convolution(layer) if isinstance(layer, nn.Conv2d) else Int8Linear(layer)
 
 
 def half_scale(scale: Float[Tensor, "*outputs"]) -> Float[Tensor, "*outputs"]:
-    """Return the nearest numbers above 0 that half precision holds, as float32."""
+    """Return the nearest numbers above 0 of half precision, as float32."""
     return scale.clamp(min=_SMALLEST_SCALE).half().float()
 
 
 def fake_quantised(
     values: Float[Tensor, "*axes"], scale: Float[Tensor, ""]
 ) -> Float[Tensor, "*axes"]:
-    """Return float32 values as they come back from int8; a tie goes to the even code."""
+    """Return float32 values rounded to int8 codes times `scale`; a tie goes to the even code."""
     return (values / scale).round_().clamp_(-LARGEST - 1, LARGEST).mul_(scale)
 
 
 def _rounded(values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     if not torch.onnx.is_in_onnx_export():
         return fake_quantised(values.float(), scale.float()).to(values.dtype)
-    codes = torch.onnx.ops.symbolic(
-        "QuantizeLinear", (values, scale, zero), dtype=torch.int8, shape=values.shape
-    )
-    return torch.onnx.ops.symbolic(
-        "DequantizeLinear", (codes, scale, zero), dtype=scale.dtype, shape=values.shape
-    )
+    symbolic, shape = torch.onnx.ops.symbolic, values.shape
+    codes = symbolic("QuantizeLinear", (values, scale, zero), dtype=torch.int8, shape=shape)
+    return symbolic("DequantizeLinear", (codes, scale, zero), dtype=scale.dtype, shape=shape)
 
 
 def _dequantised(
     codes: Int8[Tensor, "*axes"], scales: Float[Tensor, " outputs"], axis: int
 ) -> Float[Tensor, "*axes"]:
     if torch.onnx.is_in_onnx_export():
+        inputs, attributes = (codes, scales), {"axis": axis}
         return torch.onnx.ops.symbolic(
-            "DequantizeLinear",
-            (codes, scales),
-            {"axis": axis},
-            dtype=scales.dtype,
-            shape=codes.shape,
+            "DequantizeLinear", inputs, attributes, dtype=scales.dtype, shape=codes.shape
         )
-    others = [1] * codes.dim()
-    others[axis] = -1
-    return (codes.float() * scales.float().view(others)).to(scales.dtype)
+    shape = [1] * codes.dim()
+    shape[axis] = -1
+    return (codes.float() * scales.float().view(shape)).to(scales.dtype)

@@ -1,4 +1,4 @@
-"""Export other classes than a run's own: fewer, in another order, or new ones."""
+"""Choose the classes of a bundle: fewer than the run has, in another order, or new ones."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,16 +12,17 @@ from capt_deploy.core.errors import ConfigError, DataError
 from capt_deploy.core.files import expand_home, read_json
 from capt_deploy.data.class_names import distinct_names, plain_spelling
 from capt_train.run.folder import TunedModel
-from export.source.model import KnownImages, Photo, Source, distance_aware
+from export.source.model import Source, distance_aware
+from export.source.photos import Photo
 
-_AT_ONCE = 256  # names
+_BATCH = 256  # names
 
 
 def read_class_list(path: str | Path) -> tuple[str, ...]:
-    """Read names of classes: a JSON list, or a text file with one name a line.
+    """Read class names from a JSON list or from a text file with one name a line.
 
     Raises:
-        DataError: the file cannot be read, or its JSON is no list of texts.
+        DataError: the file cannot be read, or its JSON is not a list of strings.
     """
     path = expand_home(path)
     if path.suffix.lower() == ".json":
@@ -39,8 +40,8 @@ def read_class_list(path: str | Path) -> tuple[str, ...]:
 def with_classes(source: Source, models: Sequence[TunedModel], names: Sequence[str]) -> Source:
     """Return the source with the classes of a list, in its order.
 
-    A class that the source knows keeps its row. Others get the learned prompts with their names
-    and the weights π_out of classes that were not tuned on.
+    A class that the source has keeps its row. A new one gets the learned prompts with its name and
+    the weights π_out of classes outside training.
 
     Args:
         source: made of `models`.
@@ -48,8 +49,8 @@ def with_classes(source: Source, models: Sequence[TunedModel], names: Sequence[s
         names: of at least two classes.
 
     Raises:
-        ConfigError: too few names, an empty one, one that is there twice, or a class of the source
-            in another spelling.
+        ConfigError: there are too few names, one is empty or given twice, or a class of the source
+            is spelled in another way.
         ModelError: a name is too long for the text tower.
     """
     names = distinct_names(names)
@@ -60,33 +61,39 @@ def with_classes(source: Source, models: Sequence[TunedModel], names: Sequence[s
     _refuse_spellings(new, source.class_names)
     known |= {name: len(source.class_names) + place for place, name in enumerate(new)}
     chosen = [known[name] for name in names]
-    tuned = (*source.tuned, *[False] * len(new))
     places = {row: place for place, row in enumerate(chosen)}
-    listed = set(names)
-    listed_source = replace(
+    tuned = (*source.tuned, *[False] * len(new))
+    photos, validation = source.photos, source.validation
+    if validation is not None:
+        labels = [places.get(label, -1) for label in validation.labels.tolist()]
+        validation = replace(validation, labels=torch.tensor(labels), places=tuple(chosen))
+    selected = replace(
         source,
         calibration=source.calibration.select(chosen),
         class_names=names,
         tuned=tuple(tuned[row] for row in chosen),
         rows=torch.cat([source.rows, untuned_rows(models, new)])[chosen],
         hand_written=torch.cat([source.hand_written, hand_written_rows(models, new)])[chosen],
-        pairs=tuple(p for p in source.pairs if {p["true"], p["predicted"]} <= listed),
-        gate_images=_relabelled(source.gate_images, places),
-        training_images=_relabelled(source.training_images, places),
-        validation=_known_again(source.validation, places, chosen),
+        pairs=tuple(p for p in source.pairs if {p["true"], p["predicted"]} <= {*names}),
+        photos=replace(
+            photos,
+            gate=_relabel(photos.gate, places),
+            training=_relabel(photos.training, places),
+        ),
+        validation=validation,
     )
-    return listed_source if source.tuned_texts is None else distance_aware(listed_source)
+    return selected if source.tuned_texts is None else distance_aware(selected)
 
 
 @torch.no_grad()
 def untuned_rows(
     models: Sequence[TunedModel], names: Sequence[str]
 ) -> Float[Tensor, "classes dim"]:
-    """Return Ŵ_c of classes that no run was tuned on: the mean over the runs of Σ_i π_out,i·t̃_i."""
+    """Return Ŵ_c of classes outside training: the mean over the runs of Σ_i π_out,i·t̃_i."""
     rows = [
-        _untuned_rows(model, names[start : start + _AT_ONCE])
+        _untuned_rows(model, names[start : start + _BATCH])
         for model in models
-        for start in range(0, len(names), _AT_ONCE)
+        for start in range(0, len(names), _BATCH)
     ]
     if not rows:
         return models[0].text_embeddings[:0]
@@ -103,7 +110,7 @@ def _untuned_rows(model: TunedModel, names: Sequence[str]) -> Float[Tensor, "cla
 def hand_written_rows(
     models: Sequence[TunedModel], names: Sequence[str]
 ) -> Float[Tensor, "classes dim"]:
-    """Return t⁰_c by all templates that one of the runs has."""
+    """Return t⁰_c, unit norm, by the templates of all runs."""
     if not names:
         return models[0].zero_shot[:0]
     templates = dict.fromkeys(text for model in models for text in model.config.prompt.templates)
@@ -111,24 +118,15 @@ def hand_written_rows(
 
 
 def _refuse_spellings(new: Sequence[str], known: Sequence[str]) -> None:
-    own = {plain_spelling(name): name for name in known}
+    spellings = {plain_spelling(name): name for name in known}
     for name in new:
-        if (twin := own.get(plain_spelling(name))) is not None:
+        if (twin := spellings.get(plain_spelling(name))) is not None:
             raise ConfigError(
-                f"class names: {name!r} is no class of the run, but {twin!r} is; write it so, for "
-                f"its row to be the tuned one"
+                f"class names: {name!r} is not a class of the run, but {twin!r} is; spell it so to "
+                f"get the tuned row"
             )
 
 
-def _known_again(
-    known: KnownImages | None, places: Mapping[int, int], chosen: Sequence[int]
-) -> KnownImages | None:
-    if known is None:
-        return None
-    labels = torch.tensor([places.get(label, -1) for label in known.labels.tolist()])
-    return replace(known, labels=labels, places=tuple(chosen))
-
-
-def _relabelled(photos: tuple[Photo, ...], places: Mapping[int, int]) -> tuple[Photo, ...]:
-    """Return the images with the places of their classes in the list, -1 where they are not."""
+def _relabel(photos: tuple[Photo, ...], places: Mapping[int, int]) -> tuple[Photo, ...]:
+    """Return photos with labels among the chosen classes; -1 for any other class."""
     return tuple(replace(photo, label=places.get(photo.label, -1)) for photo in photos)

@@ -1,4 +1,4 @@
-"""The text side as a graph, so that classes can be added where a bundle is used."""
+"""Export the text side as a graph, so that classes can be added where a bundle is used."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,35 +23,36 @@ from capt_train.run.folder import TunedModel
 from export.graph.lower import FP32
 from export.graph.onnx_graph import OPSET, OnnxGraph, external_name, to_onnx
 from export.source.classes import hand_written_rows, untuned_rows
-from export.text.tokenizer import cleaning_of, prove_tokens, tokenizer_json
+from export.text.tokenizer import check_tokens, cleaning_name, tokenizer_json
 
-_PROBED = 16  # class names that the written graph is asked about
+_CHECKED_NAMES = 16
 _LIMIT = 1e-4  # of a logit (METHOD 9)
 
 
 @dataclass(frozen=True)
-class _Share:
-    """What one run says of a class, and in which places of the input."""
+class _RunPrompts:
+    """Prompts of one run with their weights and their places in the input."""
 
     weights: tuple[float, ...]  # π_out, of the hand-written prompt first
-    templates: list[int]  # none where the hand-written prompt has no say
-    prompts: dict[int, PromptLearner]  # the learned ones
+    templates: list[int]  # places; empty if the hand-written prompt has no weight
+    prompts: dict[int, PromptLearner]  # the learned ones, by place
     semantic: SemanticExperts | None
 
 
 class TextRows(nn.Module):
-    """Token ids to scale·Ŵ_c of classes that no run was tuned on; see `untuned_rows`.
+    """A text tower with prompts, from token ids to scale·Ŵ_c of classes outside training.
 
-    With `hand_written` also to t⁰_c by all templates of the runs; see `hand_written_rows`.
+    With `hand_written` it also gives t⁰_c by all templates of the runs. See `untuned_rows` and
+    `hand_written_rows`.
     """
 
     def __init__(self, models: Sequence[TunedModel], *, hand_written: bool = False) -> None:
-        """Take the text tower of the first run, and of each what was learned for it."""
+        """Take the text tower of the first run, and the prompts and experts of all."""
         super().__init__()
         self._backbone = models[0].backbone
-        self.tower = self._backbone.model  # its weights are found here; what is not used goes
+        self.tower = self._backbone.model  # registers its weights; unused ones are not exported
         self.learners = nn.ModuleList([model.learner for model in models])
-        # Where the hand-written prompt has no weight, nobody needs to compute it.
+        # A hand-written prompt without weight is not computed.
         written = [
             m.config.prompt.templates
             if m.fitted.mixture.outside[0] or not m.learner.prompts
@@ -60,67 +61,67 @@ class TextRows(nn.Module):
         ]
         self.hand_written = hand_written
         needed = [m.config.prompt.templates for m in models] if hand_written else written
-        self._templates = [*dict.fromkeys(template for own in needed for template in own)]
-        self._learned = [own for model in models for own in _learned(model)]
+        self._templates = [*dict.fromkeys(text for templates in needed for text in templates)]
+        self._learned = [prompt for model in models for prompt in _learned_prompts(model)]
         places = iter(range(len(self._templates), len(self._templates) + len(self._learned)))
-        self._shares = [
-            _Share(
+        self._runs = [
+            _RunPrompts(
                 model.fitted.mixture.outside,
-                [self._templates.index(template) for template in own],
-                {next(places): prompt for prompt in _learned(model)},
+                [self._templates.index(template) for template in templates],
+                {next(places): prompt for prompt in _learned_prompts(model)},
                 model.learner.semantic,
             )
-            for model, own in zip(models, written, strict=True)
+            for model, templates in zip(models, written, strict=True)
         ]
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """The hand-written templates, and the learned prompts with words in the vectors' places."""
+        """Return the templates, and the learned prompts with a word in the place of each vector."""
         words = ["a " * len(prompt.common_context) for prompt in self._learned]
         return (*self._templates, *(f"{places}{{}}." for places in words))
 
     def tokens(self, names: Sequence[str]) -> Int[Tensor, "classes prompts tokens"]:
-        """Return the input for some classes, by the training's own tokenizer."""
+        """Return the input for class names, by the training's tokenizer."""
         texts = [[t.replace("{}", name) for name in names] for t in self._templates]
-        rows = [self._backbone.tokenize(own) for own in texts]
+        rows = [self._backbone.tokenize(prompts) for prompts in texts]
         rows += [prompt.tokenize(names) for prompt in self._learned]
         return torch.stack(rows, dim=1)
 
     def forward(
         self, tokens: Int[Tensor, "classes prompts tokens"]
     ) -> tuple[Float[Tensor, "classes dim"], ...]:
-        """Return the rows, never renormalised; and those of the hand-written prompt, unit norm."""
+        """Return scale·Ŵ_c, never renormalised; and t⁰_c, unit norm, if it is asked for."""
         count = len(self._templates)
         by_template = None
         if count:
             flat = self._backbone.text.encode(tokens[:, :count].flatten(0, 1))
             by_template = flat.unflatten(0, (-1, count))
-        rows = [self._rows(share, tokens, by_template) for share in self._shares]
+        rows = [self._rows(run, tokens, by_template) for run in self._runs]
         mixed = self._backbone.scale * torch.stack(rows).mean(dim=0)
         if not self.hand_written or by_template is None:
             return (mixed,)
         return mixed, functional.normalize(by_template.mean(dim=1), dim=-1)
 
     def _rows(
-        self, share: _Share, tokens: Tensor, by_template: Tensor | None
+        self, run: _RunPrompts, tokens: Tensor, by_template: Tensor | None
     ) -> Float[Tensor, "classes dim"]:
         hand_written: list[Tensor] = []
-        if by_template is not None and share.templates:
-            mean = by_template[:, share.templates].mean(dim=1)
+        if by_template is not None and run.templates:
+            mean = by_template[:, run.templates].mean(dim=1)
             hand_written = [functional.normalize(mean, dim=-1)]
         learned = [
             self._backbone.text.encode(tokens[:, place], prompt.common_context, prompt.deeper)
-            for place, prompt in share.prompts.items()
+            for place, prompt in run.prompts.items()
         ] or hand_written
-        if share.semantic is not None:
-            learned = [share.semantic(own)[0] for own in learned]
-        weights = share.weights if hand_written else share.weights[1:]
+        if run.semantic is not None:
+            learned = [run.semantic(texts)[0] for texts in learned]
+        weights = run.weights if hand_written else run.weights[1:]
         weighted = zip(weights, [*hand_written, *learned], strict=True)
-        return torch.stack([weight * own for weight, own in weighted]).sum(dim=0)
+        return torch.stack([weight * texts for weight, texts in weighted]).sum(dim=0)
 
 
-def _learned(model: TunedModel) -> list[PromptLearner]:
-    return [own for own in model.learner.prompts if isinstance(own, PromptLearner)]
+def _learned_prompts(model: TunedModel) -> list[PromptLearner]:
+    return [prompt for prompt in model.learner.prompts if isinstance(prompt, PromptLearner)]
 
 
 @torch.no_grad()
@@ -131,19 +132,19 @@ def write_open_vocabulary(
     *,
     hand_written: bool = False,
 ) -> OpenVocabulary:
-    """Write `text.onnx` and `tokenizer.json`, and make sure that they say what the training says.
+    """Write `text.onnx` and `tokenizer.json`, and check both against the training's text side.
 
     Args:
         models: the run, or the runs that were merged.
-        folder: of the bundle.
-        names: of its classes, to try it on.
-        hand_written: let the graph give hand-written rows too, as factors of DAC need them.
+        folder: the bundle.
+        names: its classes, on which both are checked.
+        hand_written: add an output for t⁰_c, from which DAC factors are computed.
 
     Returns:
-        What the manifest says of them.
+        The entry of the manifest.
 
     Raises:
-        ModelError: the tokenizer cannot be used without torch, or the text tower not be traced.
+        ModelError: the tokenizer cannot be used without torch, or the text tower cannot be traced.
         GateError: the graph gives other rows.
     """
     say("tracing the text graph")
@@ -157,8 +158,8 @@ def write_open_vocabulary(
     write_bytes(folder / record.tokenizer, tokenizer)
     graph.write(folder / record.file)
     texts = TextEncoder(record, tokenizer, folder / record.file, folder if graph.external else None)
-    prove_tokens(texts.tokens, backbone.tokens, tokens.cpu(), names)
-    prove_rows(texts, models, names[:_PROBED], hand_written=hand_written)
+    check_tokens(texts.tokens, backbone.tokens, tokens.cpu(), names)
+    check_rows(texts, models, names[:_CHECKED_NAMES], hand_written=hand_written)
     return record
 
 
@@ -170,7 +171,7 @@ def _traced(
     if backbone.text.cuttable:
         axes[2] = torch.export.Dim("tokens", max=tokens.shape[2])
         example = example[:, :, :-1]
-    network(example)  # what the tower finds out about itself must not be traced
+    network(example)  # lets the tower fill its caches before it is traced
     outputs = ROW_OUTPUTS if network.hand_written else ROW_OUTPUTS[:1]
     model = to_onnx(network, ("tokens", example, axes), outputs, OPSET, "the text tower")
     return OnnxGraph(model, OPSET, FP32)
@@ -182,33 +183,33 @@ def _record(network: TextRows, backbone: Backbone) -> OpenVocabulary:
         context_length=backbone.tokens.length,
         pad=backbone.tokens.pad,
         cuttable=backbone.text.cuttable,
-        cleaning=cleaning_of(backbone.tokens.tokenizer),
+        cleaning=cleaning_name(backbone.tokens.tokenizer),
         logit_bias=backbone.logit_bias,
     )
 
 
-def prove_rows(
+def check_rows(
     texts: TextEncoder,
     models: Sequence[TunedModel],
     names: Sequence[str],
     *,
     hand_written: bool = False,
 ) -> None:
-    """Make sure that a written graph gives the rows that the training gives.
+    """Check that a written graph gives the rows of the training.
 
     Raises:
-        GateError: it gives others.
+        GateError: the rows differ.
     """
     backbone = models[0].backbone
     expected = backbone.scale * untuned_rows(models, names).cpu().numpy()
-    # There are no images here; texts' embeddings show as well by how much logits may differ.
-    shown = backbone.class_embeddings(names, models[0].config.prompt.templates).cpu().numpy()
-    difference = float(np.abs((texts.rows(names) - expected) @ shown.T).max())
+    # Logits of text embeddings stand in for those of images, of which there are none.
+    probes = backbone.class_embeddings(names, models[0].config.prompt.templates).cpu().numpy()
+    difference = float(np.abs((texts.rows(names) - expected) @ probes.T).max())
     if hand_written:
         written = hand_written_rows(models, names).cpu().numpy()
         difference = max(difference, float(np.abs(texts.both_rows(names)[1] - written).max()))
-    if not difference <= _LIMIT:  # nor if it is no number
+    if not difference <= _LIMIT:  # NaN fails too
         raise GateError(
-            f"the text graph gives rows whose logits differ by {difference:.2g} from those of the "
-            f"trained model, limit {_LIMIT:.0e}"
+            f"the text graph differs from the trained model: expected logits to differ by at most "
+            f"{_LIMIT:.0e}, came {difference:.2g}"
         )

@@ -17,7 +17,7 @@ from capt_deploy.data.preprocess import PreprocessConfig, preprocess
 
 
 class TritonPythonModel:
-    """What Triton looks for, by this very name."""
+    """The class that Triton looks for by this name."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Read how to preprocess from `parameters` of config.pbtxt."""

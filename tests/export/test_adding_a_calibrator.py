@@ -15,7 +15,7 @@ from capt_train.calibrate.choose import candidates, choose_calibration, fit_cali
 from capt_train.calibrators import CALIBRATORS
 from capt_train.run.fitted import Fitted
 from capt_train.run.folder import TunedModel
-from export.source.model import source_of
+from export.source.model import source_from_run
 from export.writer import ExportOptions, export
 from tests.export import beta
 from tests.export.distances import coloured_noise
@@ -55,7 +55,7 @@ def test_a_run_keeps_it_and_a_bundle_gives_its_probabilities(
     learned = text_model.learner.learned
     assert Fitted.from_dict(written, learned).calibration == calibration
 
-    source = source_of(replace(text_model, fitted=fitted))
+    source = source_from_run(replace(text_model, fitted=fitted))
     bundle = export(source, tmp_path / "beta.capt", ExportOptions(("fp32", "fp16")))
     _, expected = calibration.apply(raw)
     for precision, tolerance in (("fp32", 1e-4), ("fp16", 0.02)):

@@ -15,7 +15,7 @@ from capt_deploy.data.preprocess import preprocess
 from capt_train.pipeline import train
 from capt_train.run.folder import load_run
 from export.source.classes import with_classes
-from export.source.model import Source, source_of
+from export.source.model import Source, source_from_run
 from export.text.graph import write_open_vocabulary
 from export.writer import ExportOptions, export
 from tests.configs import train_config
@@ -45,7 +45,7 @@ def main() -> None:
         )
         train(config, temporary / "run")
         run = shaken(load_run(temporary / "run"))
-        source = source_of(run)
+        source = source_from_run(run)
         names = source.class_names
         export(source, BUNDLE, ExportOptions(), lambda f: write_open_vocabulary([run], f, names))
         _write_expectations(with_classes(source, [run], [*source.class_names, *ADDED]))

@@ -37,6 +37,23 @@ def test_a_failed_gate_exits_with_1(tuned_run, tmp_path, monkeypatch):
     assert not (tmp_path / "x.capt").exists()
 
 
+def test_graphs_that_pass_are_written_without_one_that_fails(tuned_run, tmp_path, monkeypatch):
+    impossible = replace(LIMITS["fp32"], max_probability_difference=-1.0)
+    monkeypatch.setitem(LIMITS, "fp32", impossible)
+    folders = {"out": tmp_path / "x.capt", "triton": tmp_path / "triton"}
+    options = [word for name, folder in folders.items() for word in (f"--{name}", folder)]
+    result = run(tuned_run, *options, "--fp32", "--fp16", "--json")
+    assert result.exit_code == 1
+    assert "was written with fp16 only" in result.stderr
+    assert "Drop --fp32, or add --force" in result.stderr
+    assert Classifier.load(folders["out"] / "model.onnx").precision == "fp16"
+    manifest = open_bundle(folders["out"]).manifest
+    assert list(manifest.graphs) == ["fp16"] and manifest.verified
+    gate = json.loads(result.stdout)["gate"]
+    assert (gate["fp32"]["passed"], gate["fp16"]["passed"]) == (False, True)
+    assert (folders["triton"] / "x_onnx").is_dir()
+
+
 @pytest.mark.parametrize("case", ["no run", "taken", "no out"])
 def test_bad_input_exits_with_2_and_no_traceback(case, tuned_run, tmp_path):
     arguments = {

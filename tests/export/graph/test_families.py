@@ -14,7 +14,7 @@ from export.graph.onnx_graph import BF16_OPSET, OPSET, trace
 from export.graph.visual import VisualClassifier
 from export.precision.emulation import write_widened
 from export.precision.quantize import quantize
-from export.source.fold import Head
+from export.source.fold import FoldedHead
 from tests.families import FAMILIES
 
 # int8 may move the logits by a fifth of their spread here, so that most layers of these towers
@@ -51,9 +51,9 @@ def test_every_family_exports_runs_and_builds(name, precision, family_dir, tmp_p
     expected = backbone.image_embeddings(pixels).numpy()
     torch.manual_seed(1)
     rows = torch.nn.functional.normalize(torch.randn(5, expected.shape[1]), dim=1)
-    network = VisualClassifier(backbone, Head(20 * rows, torch.zeros(5))).eval()
+    network = VisualClassifier(backbone, FoldedHead(20 * rows, torch.zeros(5))).eval()
     if precision == "int8":
-        quantize(network, [some_pixels(size, 16)], target=0.2)
+        quantize(network, some_pixels(size, 16), target=0.2)
     with torch.no_grad():
         network.lower(DTYPES[precision])
     graph = trace(network, *size, precision, BF16_OPSET if precision == "bf16" else OPSET)

@@ -12,7 +12,7 @@ from export.graph.lower import Float32, lower
 from export.graph.onnx_graph import BF16_OPSET, OPSET, OUTPUTS, trace
 from export.graph.visual import VisualClassifier
 from export.precision.emulation import widened
-from export.source.fold import Head
+from export.source.fold import FoldedHead
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 ONNX_TYPES = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
@@ -25,7 +25,7 @@ def backbone(tiny_model_dir):
 
 def head():
     draw = torch.Generator().manual_seed(0)
-    return Head(20 * torch.randn(5, 32, generator=draw), torch.arange(5.0))
+    return FoldedHead(20 * torch.randn(5, 32, generator=draw), torch.arange(5.0))
 
 
 def some_pixels(count=6):

@@ -8,7 +8,7 @@ from capt_train.clip.colour_map import ColourMap
 from capt_train.clip.loading import load_backbone
 from export.graph.onnx_graph import OUTPUTS, trace
 from export.graph.visual import VisualClassifier
-from export.source.fold import Head
+from export.source.fold import FoldedHead
 
 TOWERS = {
     "vit": ({}, False),
@@ -46,7 +46,9 @@ def tower(request, write_model):
 
 def head(classes=5):
     generator = torch.Generator().manual_seed(0)
-    return Head(20 * torch.randn(classes, 32, generator=generator), torch.arange(float(classes)))
+    return FoldedHead(
+        20 * torch.randn(classes, 32, generator=generator), torch.arange(float(classes))
+    )
 
 
 def some_pixels(backbone, count=3):

@@ -22,7 +22,7 @@ from capt_train.data.fewshot import FewShotSplit
 from capt_train.method.learner import Learner, make_learner
 from export.graph.onnx_graph import OUTPUTS, OnnxGraph, trace
 from export.graph.visual import VisualClassifier
-from export.source.fold import Head
+from export.source.fold import FoldedHead
 from tests.configs import train_config
 
 VOCABULARY = 49408
@@ -52,14 +52,16 @@ def tuned(backbone: Backbone, noise: float, **settings: Any) -> Learner:
     return learner
 
 
-def head(dim: int, scale: float = 100.0, classes: int = 9) -> Head:
+def head(dim: int, scale: float = 100.0, classes: int = 9) -> FoldedHead:
     draw = torch.Generator().manual_seed(0)
     rows = functional.normalize(torch.randn(classes, dim, generator=draw), dim=-1)
-    return Head(scale * rows, torch.linspace(-1, 1, classes))
+    return FoldedHead(scale * rows, torch.linspace(-1, 1, classes))
 
 
-def export(backbone: Backbone, learner: Learner, own: Head) -> tuple[VisualClassifier, OnnxGraph]:
-    network = VisualClassifier(backbone, own, learner.visual)
+def export(
+    backbone: Backbone, learner: Learner, folded: FoldedHead
+) -> tuple[VisualClassifier, OnnxGraph]:
+    network = VisualClassifier(backbone, folded, learner.visual)
     return network, trace(network, *backbone.preprocess.size)
 
 
@@ -217,7 +219,7 @@ def test_on_a_thousand_photos_the_graph_equals_the_trained_model(shared):
     learner = tuned(backbone, 0.1)
     names = sorted(path.name.replace("_", " ") for path in folder.iterdir())
     classes = backbone.class_embeddings(names, ("a photo of a {}.",))
-    own = Head(backbone.scale * classes, torch.zeros(len(classes)))
+    own = FoldedHead(backbone.scale * classes, torch.zeros(len(classes)))
     _, graph = export(backbone, learner, own)
     images = [preprocess(path.read_bytes(), backbone.preprocess) for path in photos]
     pixels = torch.from_numpy(np.stack(images))

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from export.precision.sensitivity import find_candidates, logits_of, measure
+from export.precision.sensitivity import compute_logits, find_candidates, measure
 
 
 class Network(nn.Module):
@@ -41,10 +41,11 @@ def test_layers_that_are_called_are_found_with_what_they_read():
     assert patches.work == len(images) * 9 * 16 * 48
     assert head.work == len(images) * 3 * 16
     assert left.largest == right.largest
-    assert (left.first, right.first, head.first) == (left, left, head)
-    head.put(lowered=True)
+    readers = [layer.first_reader for layer in (left, right, head)]
+    assert readers == [left, left, head]
+    head.put(int8=True)
     assert network.head is network.again is head.int8
-    head.put(lowered=False)
+    head.put(int8=False)
     assert network.head is network.again is head.layer
 
 
@@ -53,9 +54,9 @@ def test_the_noise_of_a_layer_is_what_it_does_to_the_logits_by_itself():
     candidates, logits = find_candidates(network, images)
     measure(network, candidates, images)
     for own in candidates:
-        own.put(lowered=True)
-        change = (logits_of(network, images) - logits).square().sum(dim=1).mean()
-        own.put(lowered=False)
+        own.put(int8=True)
+        change = (compute_logits(network, images) - logits).square().sum(dim=1).mean()
+        own.put(int8=False)
         # The slope in one random direction an image is taken for all of it.
         assert 0.4 < own.noise / float(change) < 2.5
 

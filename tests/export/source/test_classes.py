@@ -13,7 +13,7 @@ from capt_deploy.core.errors import ConfigError, DataError, ModelError
 from capt_deploy.serving.classifier import Classifier
 from capt_train.run.folder import TunedModel, load_run
 from export.source.classes import read_class_list, with_classes
-from export.source.model import source_of
+from export.source.model import source_from_run
 from export.writer import ExportOptions, export
 from tests.export.conftest import by_hand
 
@@ -24,7 +24,7 @@ NEW = ("tabby cat", "old tractor")
 def test_new_classes_get_the_learned_prompts_and_the_weights_outside(
     text_model: TunedModel,
 ) -> None:
-    source = source_of(text_model)
+    source = source_from_run(text_model)
     names = ("tabby cat", "red ball", "blue sky", "old tractor")
     other = with_classes(source, [text_model], names)
     assert other.class_names == names
@@ -40,7 +40,7 @@ def test_new_classes_get_the_learned_prompts_and_the_weights_outside(
 
 
 def test_zero_shot_rows_are_the_hand_written_ones(text_model: TunedModel) -> None:
-    other = with_classes(source_of(text_model), [text_model], ["red ball", *NEW])
+    other = with_classes(source_from_run(text_model), [text_model], ["red ball", *NEW])
     expected = text_model.backbone.class_embeddings(
         other.class_names, text_model.config.prompt.templates
     )
@@ -49,10 +49,10 @@ def test_zero_shot_rows_are_the_hand_written_ones(text_model: TunedModel) -> Non
 
 
 def test_images_and_pairs_follow_their_classes(text_model: TunedModel) -> None:
-    source = source_of(text_model)
+    source = source_from_run(text_model)
     other = with_classes(source, [text_model], ["tabby cat", "green leaf"])
-    for kind in ("gate_images", "training_images"):
-        before, after = getattr(source, kind), getattr(other, kind)
+    for kind in ("gate", "training"):
+        before, after = getattr(source.photos, kind), getattr(other.photos, kind)
         assert [photo.path for photo in after] == [photo.path for photo in before]
         # of the tuned classes 0 and 1 only "green leaf" is left, as number 1
         assert {photo.label for photo in before} == {0, 1}
@@ -65,7 +65,7 @@ def test_images_and_pairs_follow_their_classes(text_model: TunedModel) -> None:
 
 def test_a_run_that_tunes_its_images_too_has_no_zero_shot_rows(tuned_run: Path) -> None:
     model = load_run(tuned_run)
-    other = with_classes(source_of(model), [model], ["red ball", *NEW])
+    other = with_classes(source_from_run(model), [model], ["red ball", *NEW])
     assert other.zero_shot_head is None
     assert other.learner.visual is not None
     assert other.rows.shape == (3, 32)
@@ -80,7 +80,7 @@ def test_prompts_of_their_own_for_each_class_give_new_ones_their_mean(
         prompt.context += torch.randn(prompt.context.shape)
         tokens = model.backbone.tokenize(["a a a a tabby cat."])
         mean = model.backbone.text.encode(tokens, prompt.context.mean(dim=0), prompt.deeper)
-        other = with_classes(source_of(model), [model], NEW)
+        other = with_classes(source_from_run(model), [model], NEW)
         hand_written = model.backbone.class_embeddings(NEW, model.config.prompt.templates)
         weights = model.fitted.mixture.outside
         expected = weights[0] * hand_written[0] + weights[1] * model.learner.semantic(mean)[0][0]
@@ -88,11 +88,11 @@ def test_prompts_of_their_own_for_each_class_give_new_ones_their_mean(
 
 
 def test_a_bundle_of_other_classes_passes_the_gate(text_model: TunedModel, tmp_path: Path) -> None:
-    source = with_classes(source_of(text_model), [text_model], ["red ball", "tabby cat"])
+    source = with_classes(source_from_run(text_model), [text_model], ["red ball", "tabby cat"])
     out = export(source, tmp_path / "x.capt", ExportOptions())
     classifier = Classifier.load(out)
     assert classifier.class_names == ("red ball", "tabby cat")
-    photo = source.gate_images[0].path
+    photo = source.photos.gate[0].path
     assert classifier(photo).label in classifier.class_names
 
 
@@ -104,7 +104,7 @@ def test_a_bundle_of_other_classes_passes_the_gate(text_model: TunedModel, tmp_p
         (["red ball", "tabby", "tabby"], "'tabby' is there already"),
         (["red ball", "Tabby_cat", "tabby  cat"], "'tabby cat' is there already, as 'Tabby_cat'"),
         (["red ball", "  "], "place 2 is empty"),
-        (["red_ball", "tabby"], "'red_ball' is no class of the run, but 'red ball' is"),
+        (["red_ball", "tabby"], "'red_ball' is not a class of the run, but 'red ball' is"),
         ("red ball", "a list of texts"),
     ],
 )
@@ -112,12 +112,12 @@ def test_lists_that_cannot_be_used_are_refused(
     text_model: TunedModel, names: list[str], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        with_classes(source_of(text_model), [text_model], names)
+        with_classes(source_from_run(text_model), [text_model], names)
 
 
 def test_a_name_that_is_too_long_for_the_prompts_is_named(text_model: TunedModel) -> None:
     with pytest.raises(ModelError, match=r"too long for the model's 16 tokens: .*very very"):
-        with_classes(source_of(text_model), [text_model], ["red ball", "very " * 12 + "old"])
+        with_classes(source_from_run(text_model), [text_model], ["red ball", "very " * 12 + "old"])
 
 
 def test_lists_are_read_from_text_and_json(tmp_path: Path) -> None:

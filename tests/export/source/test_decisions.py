@@ -24,8 +24,8 @@ from capt_train.run.folder import TunedModel, load_run
 from export.source import decisions
 from export.source.classes import with_classes
 from export.source.decisions import decisions_from_validation
-from export.source.merge import merged
-from export.source.model import distance_aware, source_of
+from export.source.merge import source_from_runs
+from export.source.model import distance_aware, source_from_run
 from export.writer import ExportOptions, export
 from tests.export.distances import adjusted, coloured_noise
 
@@ -98,7 +98,7 @@ def test_scores_are_those_of_calibrations_that_have_not_seen_the_image(
 ) -> None:
     model = known(whole_model, kind)
     assert model.validation is not None
-    source = source_of(model)
+    source = source_from_run(model)
     own = out_of_fold(model, source.rows.numpy(), [*range(4)])
     check(decisions_from_validation(source), *own, model.validation.labels.numpy())
 
@@ -109,7 +109,7 @@ def test_factors_of_distance_aware_calibration_are_in_them(
 ) -> None:
     model = known(text_model, kind)
     assert model.validation is not None
-    source = distance_aware(source_of(model))
+    source = distance_aware(source_from_run(model))
     assert source.calibration.factors is not None
     own = out_of_fold(model, source.rows.numpy(), [*range(4)], [*source.calibration.factors])
     check(decisions_from_validation(source), *own, model.validation.labels.numpy())
@@ -120,7 +120,7 @@ def test_lists_of_classes_have_the_images_of_their_own(kind: str, whole_model: T
     model = known(whole_model, kind)
     assert model.validation is not None
     names = ["tabby cat", model.class_names[3], model.class_names[1]]
-    source = with_classes(source_of(model), [model], names)
+    source = with_classes(source_from_run(model), [model], names)
     logits, probabilities = out_of_fold(model, source.rows.numpy(), [4, 3, 1])
     labels = model.validation.labels.numpy()
     kept = np.isin(labels, [1, 3])
@@ -148,7 +148,7 @@ def test_the_label_of_an_image_does_not_change_what_it_gets(
     other[7] = (other[7] + 1) % 4
     for labels in (model.validation.labels, other):
         validation = Validation(model.validation.embeddings, labels)
-        decisions_from_validation(source_of(replace(model, validation=validation)))
+        decisions_from_validation(source_from_run(replace(model, validation=validation)))
     same_fold = np.arange(IMAGES) % 5 == 7 % 5
     (before, energies), (after, others) = got
     np.testing.assert_array_equal(before[same_fold], after[same_fold])
@@ -159,19 +159,22 @@ def test_the_label_of_an_image_does_not_change_what_it_gets(
 def test_few_images_or_none_are_no_ground_to_decide_on(
     text_run: Any, text_model: TunedModel, whole_model: TunedModel, capsys: Any
 ) -> None:
-    assert decisions_from_validation(source_of(replace(whole_model, validation=None))) is None
+    assert decisions_from_validation(source_from_run(replace(whole_model, validation=None))) is None
     assert "no prediction sets and no rejection" in capsys.readouterr().err
-    assert decisions_from_validation(source_of(text_model)) is None  # 8 images of its own
+    assert decisions_from_validation(source_from_run(text_model)) is None  # 8 images of its own
     model = known(whole_model)
     assert model.validation is not None
     for count, there in ((9, False), (10, True)):
         few = Validation(model.validation.embeddings[:count], model.validation.labels[:count])
         assert (
-            decisions_from_validation(source_of(replace(model, validation=few))) is not None
+            decisions_from_validation(source_from_run(replace(model, validation=few))) is not None
         ) == there
-    new = with_classes(source_of(model), [model], ["tabby cat", "old tractor"])
+    new = with_classes(source_from_run(model), [model], ["tabby cat", "old tractor"])
     assert decisions_from_validation(new) is None
-    assert decisions_from_validation(merged([text_model, load_run(text_run(seed=5))])) is None
+    assert (
+        decisions_from_validation(source_from_runs([text_model, load_run(text_run(seed=5))]))
+        is None
+    )
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +183,7 @@ def bundle(whole_model: TunedModel, tmp_path_factory: pytest.TempPathFactory) ->
     model = known(whole_model, "line")
     model = replace(model, fitted=replace(model.fitted, pairs=pairs))
     out = tmp_path_factory.mktemp("decisions") / "x.capt"
-    return export(source_of(model), out, ExportOptions())
+    return export(source_from_run(model), out, ExportOptions())
 
 
 def test_predictions_of_a_bundle_are_decided_by_its_scores(bundle: Path) -> None:

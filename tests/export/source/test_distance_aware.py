@@ -29,8 +29,8 @@ from capt_deploy.verify.check import check_bundle, run_on_files
 from capt_deploy.verify.gate import compare_outputs
 from capt_train.run.folder import TunedModel
 from export.graph.visual import VisualClassifier
-from export.proof.question import ask_torch
-from export.source.model import Source, distance_aware, source_of
+from export.proof.verify import run_torch_model
+from export.source.model import Source, distance_aware, source_from_run
 from export.writer import ExportOptions, export
 from tests.export.distances import adjusted, coloured_noise, factors_by_hand
 
@@ -39,7 +39,7 @@ FILES = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.on
 
 @pytest.fixture(scope="module")
 def source(text_model: TunedModel) -> Source:
-    return distance_aware(source_of(text_model))
+    return distance_aware(source_from_run(text_model))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def dac_bundle(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def plain_bundle(text_model: TunedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("plain") / "plain.capt"
-    return export(source_of(text_model), out, ExportOptions(tuple(FILES)))
+    return export(source_from_run(text_model), out, ExportOptions(tuple(FILES)))
 
 
 def test_each_graph_multiplies_by_the_factor_of_the_most_probable_class(
@@ -113,7 +113,7 @@ def change_factors(path: Path, change: Callable[[NDArray[Any]], NDArray[Any]]) -
 def test_the_gate_catches_shuffled_factors(
     dac_bundle: Path, source: Source, precision: str
 ) -> None:
-    question = ask_torch(source, 100)
+    question = run_torch_model(source, 100)
 
     def passes(change: Callable[[NDArray[Any]], NDArray[Any]]) -> bool:
         graph = change_factors(dac_bundle / FILES[precision], change)
@@ -140,7 +140,7 @@ def test_a_network_with_the_factors_of_other_classes_is_not_traced(
         self.factors = self.factors.flip(0)
 
     monkeypatch.setattr(VisualClassifier, "__init__", wrong)
-    with pytest.raises(GateError, match="before its precision is lowered"):
+    with pytest.raises(GateError, match="float32 network differs from the trained model"):
         export(source, tmp_path / "x.capt", ExportOptions())
 
 

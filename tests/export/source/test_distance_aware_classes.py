@@ -19,9 +19,9 @@ from capt_deploy.serving.classifier import Classifier
 from capt_deploy.serving.open_vocabulary import TextEncoder
 from capt_train.run.folder import TunedModel, load_run
 from export.source.classes import with_classes
-from export.source.merge import merged
-from export.source.model import Source, distance_aware, source_of
-from export.text.graph import prove_rows, write_open_vocabulary
+from export.source.merge import source_from_runs
+from export.source.model import Source, distance_aware, source_from_run
+from export.text.graph import check_rows, write_open_vocabulary
 from export.writer import ExportOptions, export
 from tests.export.conftest import by_hand, shaken
 from tests.export.distances import adjusted, coloured_noise, factor_by_hand, factors_by_hand
@@ -31,7 +31,7 @@ NEW = ("tabby cat", "Levi’s 501", "old tractor on a field")
 
 @pytest.fixture(scope="module")
 def source(text_model: TunedModel) -> Source:
-    return distance_aware(source_of(text_model))
+    return distance_aware(source_from_run(text_model))
 
 
 def test_a_list_of_new_classes_is_measured_to_those_tuned_on(
@@ -56,7 +56,7 @@ def test_a_list_of_new_classes_is_measured_to_those_tuned_on(
 
 def test_images_that_tuning_has_moved_have_factors_of_their_texts(tuned_run: Path) -> None:
     model = load_run(tuned_run)
-    source = distance_aware(source_of(model))
+    source = distance_aware(source_from_run(model))
     assert source.moves_images and source.calibration.factors is not None
     assert list(source.calibration.factors) == pytest.approx(factors_by_hand(model), rel=1e-5)
     listed = with_classes(source, [model], ["red ball", "tabby cat"])
@@ -69,7 +69,7 @@ def test_merged_runs_are_measured_to_the_classes_of_all(
 ) -> None:
     # both tuned on the same two classes, with other weights and prompts
     models = [text_model, shaken(load_run(text_run(seed=5)), seed=1)]
-    source = distance_aware(merged(models))
+    source = distance_aware(source_from_runs(models))
     rows = torch.stack([model.text_embeddings for model in models]).mean(dim=0)
     both = replace(text_model, text_embeddings=rows)
     assert source.tuned == text_model.tuned
@@ -91,7 +91,7 @@ def open_dac(
     open_models: list[TunedModel], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Source, Path]:
     """Return both as one open bundle, without the classes that they were tuned on."""
-    whole = distance_aware(merged(open_models))
+    whole = distance_aware(source_from_runs(open_models))
     source = with_classes(whole, open_models, ["red ball", "silver spoon"])
 
     def begin(folder: Path) -> OpenVocabulary:
@@ -141,11 +141,11 @@ def test_the_text_graph_knows_the_hand_written_rows(
     templates = [template for model in open_models for template in model.config.prompt.templates]
     wanted = open_models[0].backbone.class_embeddings(NEW, templates).numpy()
     np.testing.assert_allclose(texts.both_rows(NEW)[1], wanted, atol=1e-5)
-    prove_rows(texts, open_models, NEW, hand_written=True)
+    check_rows(texts, open_models, NEW, hand_written=True)
     other = normalize(torch.ones(len(NEW), 32))
     monkeypatch.setattr("export.text.graph.hand_written_rows", lambda *_: other)
     with pytest.raises(GateError, match="differ by"):
-        prove_rows(texts, open_models, NEW, hand_written=True)
+        check_rows(texts, open_models, NEW, hand_written=True)
 
 
 def test_classes_cannot_be_added_where_their_factors_are_not_known(

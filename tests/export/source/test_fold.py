@@ -4,7 +4,7 @@ import torch
 
 from capt_deploy.confidence.calibration import Calibration
 from capt_train.run.folder import load_run
-from export.source.fold import folded
+from export.source.fold import fold
 
 
 @pytest.fixture(scope="module")
@@ -12,12 +12,12 @@ def model(tuned_run):
     return load_run(tuned_run)
 
 
-def fold(model):
-    return folded(model.backbone, model.text_embeddings, model.fitted.calibration)
+def head_of(model):
+    return fold(model.backbone, model.text_embeddings, model.fitted.calibration)
 
 
 def test_each_row_is_the_scaled_embedding_over_the_temperature(model):
-    head = fold(model)
+    head = head_of(model)
     scale = float(model.backbone.model.logit_scale.exp())
     for row, embedding in zip(head.weight, model.text_embeddings, strict=True):
         expected = [scale * value / model.fitted.temperature for value in embedding.tolist()]
@@ -31,7 +31,7 @@ def test_each_row_is_the_scaled_embedding_over_the_temperature(model):
 
 def test_folded_logits_are_the_tuned_models(model):
     images = torch.nn.functional.normalize(torch.randn(9, 32), dim=1)
-    head = fold(model)
+    head = head_of(model)
     difference = images @ head.weight.T + head.bias - model.logits(images)
     assert float(difference.abs().max()) <= 1e-5
 
@@ -43,7 +43,7 @@ def test_a_sigmoid_models_bias_stays_in_the_logits(write_model):
     backbone = load_backbone(str(folder), None, torch.device("cpu"))
     rows = torch.nn.functional.normalize(torch.randn(3, 32), dim=1)
     images = torch.nn.functional.normalize(torch.randn(9, 32), dim=1)
-    head = folded(backbone, rows, Calibration(2.0))
+    head = fold(backbone, rows, Calibration(2.0))
     expected = (backbone.scale * images @ rows.T - 10) / 2
     torch.testing.assert_close(images @ head.weight.T + head.bias, expected, atol=1e-5, rtol=0)
 
@@ -53,12 +53,12 @@ def test_zero_shot_rows_are_not_tuned_but_have_their_own_temperature(model):
     names = [f"a photo of a {name}." for name in model.class_names]
     backbone, temperature = model.backbone, model.fitted.zero_shot_temperature
     expected = backbone.scale / temperature * images @ backbone.text_embeddings(names).T
-    found = images @ folded(backbone, model.zero_shot, Calibration(temperature)).weight.T
+    found = images @ fold(backbone, model.zero_shot, Calibration(temperature)).weight.T
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_another_temperature_is_a_factor(model):
     images = torch.nn.functional.normalize(torch.randn(9, 32), dim=1)
-    warm = fold(model).cooled(1.5)
+    warm = head_of(model).with_temperature_times(1.5)
     expected = model.logits(images) / 1.5
     torch.testing.assert_close(images @ warm.weight.T + warm.bias, expected, atol=1e-5, rtol=0)

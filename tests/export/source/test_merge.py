@@ -19,8 +19,8 @@ from capt_deploy.data.preprocess import preprocess
 from capt_deploy.serving.classifier import Classifier
 from capt_train.run.folder import TunedModel, load_run
 from export.source.classes import with_classes
-from export.source.merge import merged
-from export.source.model import Source, source_of
+from export.source.merge import source_from_runs
+from export.source.model import Source, source_from_run
 from export.writer import ExportOptions, export
 from tests.export.conftest import by_hand, shaken
 
@@ -66,7 +66,7 @@ def test_each_run_rules_its_own_classes(models: list[TunedModel]) -> None:
     assert [n for n, own in zip(second.class_names, second.tuned, strict=True) if own] == [
         *second.class_names[:2]
     ]
-    source = merged(models)
+    source = source_from_runs(models)
     assert source.class_names == (SKY, LEAF, STONE, BALL)
     of = dict(zip(source.class_names, source.rows, strict=True))
     tuned: dict[str, list[Tensor]] = {name: [] for name in source.class_names}
@@ -86,7 +86,7 @@ def test_a_class_that_only_one_run_knows_is_new_to_the_other(models: list[TunedM
     first, second = models
     assert SKY not in second.class_names
     strangers = replace(first, split=replace(first.split, tuned=(1, 2)))  # to the sky
-    source = merged([strangers, second])
+    source = source_from_runs([strangers, second])
     expected = (by_hand(first, SKY) + by_hand(second, SKY)) / 2
     torch.testing.assert_close(source.rows[0], expected, atol=1e-6, rtol=0)
     other = with_classes(source, [strangers, second], [SKY, "tabby cat"])
@@ -96,7 +96,7 @@ def test_a_class_that_only_one_run_knows_is_new_to_the_other(models: list[TunedM
 
 @torch.no_grad()
 def test_one_temperature_is_fitted_on_all_validation_images(models: list[TunedModel]) -> None:
-    source = merged(models)
+    source = source_from_runs(models)
     pixels, labels = pixels_of(source)
     columns = [index for index, own in enumerate(source.tuned) if own]
     assert set(labels.tolist()) == set(columns)
@@ -117,16 +117,16 @@ def test_one_temperature_is_fitted_on_all_validation_images(models: list[TunedMo
 
 
 def pixels_of(source: Source) -> tuple[Tensor, Tensor]:
-    photos = source.gate_images
+    photos = source.photos.gate
     config = source.learner.backbone.preprocess
     pixels = [torch.from_numpy(preprocess(photo.path, config).copy()) for photo in photos]
     return torch.stack(pixels), torch.tensor([photo.label for photo in photos])
 
 
 def test_images_pairs_and_provenance_of_all_runs_are_there(models: list[TunedModel]) -> None:
-    source = merged(models)
-    for kind, split in (("gate_images", "val"), ("training_images", "train")):
-        photos = getattr(source, kind)
+    source = source_from_runs(models)
+    for kind, split in (("gate", "val"), ("training", "train")):
+        photos = getattr(source.photos, kind)
         assert len(photos) == sum(len(getattr(model.split, split)) for model in models)
         for photo in photos:
             assert photo.path.is_file()
@@ -143,12 +143,12 @@ def test_images_that_two_runs_share_count_once(
     text_run: Callable[..., Path], models: list[TunedModel]
 ) -> None:
     again = load_run(text_run(seed=5))
-    source = merged([models[0], again])
-    assert source.gate_images == source_of(models[0]).gate_images
+    source = source_from_runs([models[0], again])
+    assert source.photos.gate == source_from_run(models[0]).photos.gate
 
 
 def test_a_merged_bundle_passes_the_gate(models: list[TunedModel], tmp_path: Path) -> None:
-    source = merged(models)
+    source = source_from_runs(models)
     out = export(source, tmp_path / "x.capt", ExportOptions())
     classifier = Classifier.load(out)
     assert classifier.class_names == source.class_names
@@ -159,7 +159,7 @@ def test_templates_of_all_runs_make_the_hand_written_rows(
     text_run: Callable[..., Path], models: list[TunedModel]
 ) -> None:
     other = load_run(text_run(prompt_templates=("a drawing of a {}.",), prompt_count=1))
-    source = merged([models[0], other])
+    source = source_from_runs([models[0], other])
     templates = [*models[0].config.prompt.templates, "a drawing of a {}."]
     expected = models[0].backbone.class_embeddings(source.class_names, templates)
     torch.testing.assert_close(source.hand_written, expected, atol=1e-6, rtol=0)
@@ -171,27 +171,27 @@ def test_a_data_set_that_has_moved_can_be_pointed_to(
     gone = [models[0], load_run(text_run(seed=5))]
     gone = [replace(model, config=replace(model.config, data="/gone/photos")) for model in gone]
     with pytest.raises(DataError, match="--gate-data"):
-        merged(gone)
+        source_from_runs(gone)
     moved = tmp_path / "elsewhere"
     shutil.copytree(photos, moved)
-    source = merged(gone, moved)
-    assert all(moved in photo.path.parents for photo in source.gate_images)
+    source = source_from_runs(gone, moved)
+    assert all(moved in photo.path.parents for photo in source.photos.gate)
     # other photos, in folders of the same classes, serve as well
     other = tmp_path / "other"
     for file in (photos / "test" / "blue_sky").iterdir():
         (other / "val" / "blue_sky").mkdir(parents=True, exist_ok=True)
         shutil.copy(file, other / "val" / "blue_sky" / f"new-{file.name}")
-    source = merged(gone, other)
-    assert {photo.label for photo in source.gate_images} == {0}
+    source = source_from_runs(gone, other)
+    assert {photo.label for photo in source.photos.gate} == {0}
 
 
 def test_without_validation_images_the_runs_temperatures_are_averaged(
     models: list[TunedModel],
 ) -> None:
     blind = [replace(model, split=replace(model.split, val=())) for model in models]
-    source = merged(blind)
+    source = source_from_runs(blind)
     assert source.temperature == pytest.approx((1.7 * 0.6) ** 0.5)
-    asked, others = ({p.path for p in own} for own in (source.gate_images, source.training_images))
+    asked, others = ({p.path for p in own} for own in (source.photos.gate, source.photos.training))
     assert asked and others and not asked & others  # half of the training images each
 
 
@@ -200,15 +200,15 @@ def test_runs_that_do_not_fit_together_are_refused(
 ) -> None:
     first, second = models
     with pytest.raises(ConfigError, match="at least two runs, came 1"):
-        merged([first])
-    with pytest.raises(ConfigError, match="runs 1 and 3 are the same one"):
-        merged([first, second, shaken(load_run(runs[0]))])
+        source_from_runs([first])
+    with pytest.raises(ConfigError, match="runs 1 and 3 are the same"):
+        source_from_runs([first, second, shaken(load_run(runs[0]))])
     other = replace(second, provenance={**second.provenance, "model_sha256": "f" * 64})
     with pytest.raises(ConfigError, match=r"one model and preprocessing, came local-dir.*ffffffff"):
-        merged([first, other])
+        source_from_runs([first, other])
     with pytest.raises(ConfigError, match=r"run 2 .* --without visual,colours"):
-        merged([first, load_run(tuned_run)])
+        source_from_runs([first, load_run(tuned_run)])
     names = tuple(name.replace(" ", "_").title() for name in second.class_names)
     respelled = replace(second, split=replace(second.split, class_names=names))
     with pytest.raises(ConfigError, match=r"is there already, as .* with --class-names"):
-        merged([first, respelled])
+        source_from_runs([first, respelled])

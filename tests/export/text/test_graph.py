@@ -29,8 +29,8 @@ from capt_train.run.fitted import Fitted
 from capt_train.run.folder import TunedModel, load_run
 from export.cli.export import main
 from export.source.classes import untuned_rows, with_classes
-from export.source.model import Source, source_of
-from export.text.graph import prove_rows, write_open_vocabulary
+from export.source.model import Source, source_from_run
+from export.text.graph import check_rows, write_open_vocabulary
 from export.writer import ExportOptions, export
 from tests.configs import train_config
 from tests.export.conftest import TEMPLATES, TRAINED, shaken
@@ -53,7 +53,7 @@ def bundle(text_model: TunedModel, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def open_export(model: TunedModel, out: Path) -> Path:
-    source = source_of(model)
+    source = source_from_run(model)
     return export(
         source, out, ExportOptions(), lambda f: write_open_vocabulary([model], f, model.class_names)
     )
@@ -64,7 +64,7 @@ def check_added(bundle: Path, source: Source, models: list[TunedModel], folder: 
     added = Classifier.load(bundle)
     listed = with_classes(source, models, [*source.class_names, *NEW])
     exported = Classifier.load(export(listed, folder / "listed.capt", ExportOptions()))
-    photos = [photo.path for photo in source.gate_images]
+    photos = [photo.path for photo in source.photos.gate]
     before = logits_of(added, photos)
     added.add_classes(NEW[:1])
     added.add_classes(NEW[1:])
@@ -80,7 +80,7 @@ def check_added(bundle: Path, source: Source, models: list[TunedModel], folder: 
 def test_adding_is_exporting_with_them(
     bundle: Path, text_model: TunedModel, tmp_path: Path
 ) -> None:
-    check_added(bundle, source_of(text_model), [text_model], tmp_path)
+    check_added(bundle, source_from_run(text_model), [text_model], tmp_path)
 
 
 def random_model(spec: str, data: Path, **settings: Any) -> TunedModel:
@@ -115,7 +115,7 @@ def test_adding_to_the_photo_model_is_exporting_with_them(shared: Path, tmp_path
     spec = f"local-dir:{shared / 'models' / 'tinyclip-cifar'}"
     model = random_model(spec, shared / "data" / "cifar100")
     bundle = open_export(model, tmp_path / "x.capt")
-    check_added(bundle, source_of(model), [model], tmp_path)
+    check_added(bundle, source_from_run(model), [model], tmp_path)
 
 
 def opened(folder: Path, record: OpenVocabulary) -> TextEncoder:
@@ -123,7 +123,7 @@ def opened(folder: Path, record: OpenVocabulary) -> TextEncoder:
 
 
 @torch.no_grad()
-def check_rows(
+def compared_rows(
     models: list[TunedModel], folder: Path, names: Sequence[str] = NEW
 ) -> OpenVocabulary:
     """Compare rows of the graph with those of an export; return what the manifest says."""
@@ -147,7 +147,7 @@ def test_merged_runs_share_one_tower(
     plain: dict[str, Any] = {"without": ("colours", "visual", "mixture", "semantic-experts")}
     plain |= {"prompt_count": 1, "prompt_class_specific": True, "prompt_words": "a"}
     other = random_model(f"local-dir:{tiny_model_dir}", photos, **plain)
-    record = check_rows([other, text_model], tmp_path)
+    record = compared_rows([other, text_model], tmp_path)
     assert record.prompts == (*TEMPLATES, "a {}.", "a a a a {}.", "a a a a {}.")
     weights = 4 * sum(own.numel() for own in other.backbone.model.parameters())
     assert (tmp_path / "text.onnx").stat().st_size < 1.1 * weights
@@ -166,7 +166,7 @@ def test_prompts_without_a_weight_are_left_out(
 ) -> None:
     off = {"prompt_count": 1, "without": (*without, "colours", "visual")}
     model = random_model(f"local-dir:{tiny_model_dir}", photos, **off)
-    assert check_rows([model], tmp_path).prompts == prompts
+    assert compared_rows([model], tmp_path).prompts == prompts
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_other_text_towers(
     family_dir: Callable[[str], Path], photos: Path, tmp_path: Path, family: str, cuttable: bool
 ) -> None:
     model = random_model(f"local-dir:{family_dir(family)}", photos)
-    record = check_rows([model], tmp_path, ["red dog", "cat", "AT&amp;T"])
+    record = compared_rows([model], tmp_path, ["red dog", "cat", "AT&amp;T"])
     assert record.cuttable is cuttable
     assert record.logit_bias == model.backbone.logit_bias
 
@@ -192,9 +192,9 @@ def test_a_graph_that_says_something_else_is_not_written(
     bundle: Path, text_model: TunedModel, text_run: Callable[..., Path]
 ) -> None:
     texts = TextEncoder.from_bundle(open_bundle(bundle))
-    prove_rows(texts, [text_model], NEW)
+    check_rows(texts, [text_model], NEW)
     with pytest.raises(GateError, match="differ by"):
-        prove_rows(texts, [shaken(load_run(text_run()), seed=1)], NEW)
+        check_rows(texts, [shaken(load_run(text_run()), seed=1)], NEW)
 
 
 def test_a_bundle_says_what_is_in_it(bundle: Path, text_model: TunedModel) -> None:

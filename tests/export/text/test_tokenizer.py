@@ -17,7 +17,7 @@ from capt_deploy.core.errors import BundleError, ModelError
 from capt_deploy.serving.open_vocabulary import CLEANINGS, PromptTokenizer
 from capt_train.clip.loading import load_backbone
 from capt_train.clip.text_tokens import TextTokens
-from export.text.tokenizer import cleaning_of, prove_tokens, tokenizer_json
+from export.text.tokenizer import check_tokens, cleaning_name, tokenizer_json
 
 TRAINING = {cleaning: SimpleTokenizer(clean=cleaning) for cleaning in CLEANINGS}
 JSON = tokenizer_json(TRAINING["lower"])
@@ -49,7 +49,7 @@ BUNDLED = {cleaning: prompts(cleaning) for cleaning in CLEANINGS}
 
 
 def test_it_is_known_how_texts_are_cleaned() -> None:
-    assert [cleaning_of(tokenizer) for tokenizer in TRAINING.values()] == [*CLEANINGS]
+    assert [cleaning_name(tokenizer) for tokenizer in TRAINING.values()] == [*CLEANINGS]
 
 
 def test_the_proof_passes_for_what_is_right(family_dir: Callable[[str], Path]) -> None:
@@ -57,10 +57,10 @@ def test_the_proof_passes_for_what_is_right(family_dir: Callable[[str], Path]) -
         rows = torch.stack([tokens.whole([f"a photo of a {name}." for name in NAMES])], dim=1)
         tokenizer = tokens.tokenizer
         record = OpenVocabulary(
-            ("a photo of a {}.",), tokens.length, tokens.pad, False, cleaning_of(tokenizer)
+            ("a photo of a {}.",), tokens.length, tokens.pad, False, cleaning_name(tokenizer)
         )
         bundled = PromptTokenizer(record, tokenizer_json(tokenizer).encode())
-        prove_tokens(bundled, tokens, rows, NAMES)
+        check_tokens(bundled, tokens, rows, NAMES)
 
 
 def siglip(family_dir: Callable[[str], Path]) -> TextTokens:
@@ -86,9 +86,9 @@ def test_the_proof_finds_a_tokenizer_that_differs(change: Callable[[dict], None]
     tokens = TextTokens(TRAINING["lower"])
     rows = torch.stack([tokens.whole([f"a photo of a {name}." for name in NAMES])], dim=1)
     with pytest.raises(ModelError, match="becomes other tokens; export without --open-vocab"):
-        prove_tokens(prompts("lower", json.dumps(content)), tokens, rows, NAMES)
+        check_tokens(prompts("lower", json.dumps(content)), tokens, rows, NAMES)
     with pytest.raises(ModelError, match="becomes other tokens"):
-        prove_tokens(prompts("whitespace"), tokens, rows, NAMES)
+        check_tokens(prompts("whitespace"), tokens, rows, NAMES)
 
 
 def test_a_tokenizer_that_needs_torch_is_refused() -> None:

@@ -6,6 +6,7 @@
 import importlib.util
 import io
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -77,7 +78,9 @@ def sideways(seed):
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
-    return write_triton(open_bundle(GOLDEN), tmp_path_factory.mktemp("triton") / "models", "pets")
+    folder = tmp_path_factory.mktemp("triton")
+    shutil.copytree(GOLDEN, folder / "pets.capt")
+    return write_triton(open_bundle(folder / "pets.capt"), folder / "models")
 
 
 def read_config(repository, model):
@@ -118,11 +121,11 @@ def test_pixels_are_those_of_the_runtime_bit_for_bit(model, files):
 
 @pytest.mark.parametrize("mode", ["squash", "longest"])
 def test_the_bundle_says_how_to_preprocess(tmp_path, mode):
-    bundle = open_bundle(GOLDEN)
+    bundle = open_bundle(shutil.copytree(GOLDEN, tmp_path / "pets.capt"))
     own = bundle.manifest.preprocess
     other = replace(own, resize_mode=mode, interpolation="bilinear", fill_color=7)
     other_bundle = replace(bundle, manifest=replace(bundle.manifest, preprocess=other))
-    started = start(write_triton(other_bundle, tmp_path / "models", "pets"))
+    started = start(write_triton(other_bundle, tmp_path / "models"))
     (response,) = started.execute([encoded(jpeg(12))])
     (pixels,) = response.tensors["images"]
     assert np.array_equal(pixels, preprocess(jpeg(12), other))

@@ -16,18 +16,19 @@ from capt_deploy.verify.gate import compare_outputs
 from capt_train.run.folder import load_run
 from export.graph.visual import VisualClassifier
 from export.precision.trace import trace_precision
-from export.proof.question import ask_torch, temperature_factor
-from export.source.model import Photo, source_of
+from export.proof.verify import run_torch_model, temperature_factor
+from export.source.model import source_from_run
+from export.source.photos import Photo
 
 
 @pytest.fixture(scope="module")
 def source(tuned_run):
-    return source_of(load_run(tuned_run))
+    return source_from_run(load_run(tuned_run))
 
 
 @pytest.fixture(scope="module")
-def question(source):
-    return ask_torch(source, most_images=100)
+def inputs(source):
+    return run_torch_model(source, most_images=100)
 
 
 def judge(question, backend, preprocess, precision="fp32"):
@@ -49,9 +50,9 @@ def edit(graph, name, function):
     weight.CopyFrom(numpy_helper.from_array(array, weight.name))
 
 
-def test_a_faithful_export_passes(question, bundle):
+def test_a_faithful_export_passes(inputs, bundle):
     loaded = Classifier.load(bundle)
-    result = judge(question, loaded.backend, loaded.manifest.preprocess)
+    result = judge(inputs, loaded.backend, loaded.manifest.preprocess)
     assert (result.images, result.labelled) == (8, 8)
     assert result.failures == []
 
@@ -85,9 +86,9 @@ BROKEN = [changed_weight, wrong_mean, swapped_classes, not_a_number]
 
 
 @pytest.mark.parametrize("change", BROKEN)
-def test_a_broken_export_is_caught(question, bundle, change):
+def test_a_broken_export_is_caught(inputs, bundle, change):
     preprocess = Classifier.load(bundle).manifest.preprocess
-    result = judge(question, changed(bundle, change), preprocess)
+    result = judge(inputs, changed(bundle, change), preprocess)
     assert result.failures
     assert result.to_dict()["passed"] is False
 
@@ -98,53 +99,57 @@ LOWER += [("int8", change) for change in (swapped_classes, not_a_number)]
 
 
 @pytest.mark.parametrize(("precision", "change"), LOWER)
-def test_the_wider_limits_of_lower_precision_catch_it_too(question, full_bundle, precision, change):
+def test_the_wider_limits_of_lower_precision_catch_it_too(inputs, full_bundle, precision, change):
     preprocess = Classifier.load(full_bundle).manifest.preprocess
     backend = changed(full_bundle, change, f"model.{precision}.onnx")
-    assert judge(question, backend, preprocess, precision).failures
+    assert judge(inputs, backend, preprocess, precision).failures
 
 
 def test_another_temperature_is_caught(source, bundle):
     colder = dataclasses.replace(source, calibration=Calibration(source.temperature * 1.01))
     loaded = Classifier.load(bundle)
-    result = judge(ask_torch(colder, 100), loaded.backend, loaded.manifest.preprocess)
+    result = judge(run_torch_model(colder, 100), loaded.backend, loaded.manifest.preprocess)
     assert result.failures
 
 
-def test_the_gate_reads_images_as_the_bundle_says(question, bundle):
+def test_the_gate_reads_images_as_the_bundle_says(inputs, bundle):
     # a manifest with another filter must not pass on the strength of the model's own pixels
     loaded = Classifier.load(bundle)
     other = dataclasses.replace(loaded.manifest.preprocess, interpolation="bilinear")
-    assert judge(question, loaded.backend, other).failures
+    assert judge(inputs, loaded.backend, other).failures
 
 
 def test_unreadable_images_are_left_out_but_not_all_of_them(source, tmp_path):
     broken = Photo(tmp_path / "broken.png")
     broken.path.write_bytes(b"nothing")
-    some = dataclasses.replace(source, gate_images=(broken, *source.gate_images[:3]))
-    asked = ask_torch(some, 100)
-    assert (asked.photos, asked.unreadable) == (source.gate_images[:3], 1)
-    for images in ((broken, source.gate_images[0]), (broken,), ()):
+
+    def with_gate_images(*photos):
+        chosen = dataclasses.replace(source.photos, gate=photos)
+        return dataclasses.replace(source, photos=chosen)
+
+    some = run_torch_model(with_gate_images(broken, *source.photos.gate[:3]), 100)
+    assert (some.photos, some.unreadable) == (source.photos.gate[:3], 1)
+    for images in ((broken, source.photos.gate[0]), (broken,), ()):
         with pytest.raises(DataError, match="--gate-data"):
-            ask_torch(dataclasses.replace(source, gate_images=images), 100)
+            run_torch_model(with_gate_images(*images), 100)
 
 
-def test_no_more_images_are_asked_about_than_wanted(source):
-    asked = ask_torch(source, most_images=3)
-    assert len(asked.photos) == 3
-    assert {photo.label for photo in asked.photos} == {0, 1}  # spread over the classes
+def test_no_more_images_are_used_than_allowed(source):
+    few = run_torch_model(source, most_images=3)
+    assert len(few.photos) == 3
+    assert {photo.label for photo in few.photos} == {0, 1}  # spread over the classes
 
 
-def test_a_graph_that_is_surer_gets_a_higher_temperature(question):
-    surer = question.expected._replace(logits=question.expected.logits * 1.25)
-    assert temperature_factor(question.expected, surer) == pytest.approx(1.25, rel=1e-4)
+def test_a_graph_that_is_surer_gets_a_higher_temperature(inputs):
+    surer = inputs.expected._replace(logits=inputs.expected.logits * 1.25)
+    assert temperature_factor(inputs.expected, surer) == pytest.approx(1.25, rel=1e-4)
     lost = surer._replace(logits=np.full_like(surer.logits, np.nan))
-    assert temperature_factor(question.expected, lost) == 1.0
+    assert temperature_factor(inputs.expected, lost) == 1.0
 
 
 @pytest.mark.parametrize("fault", ["wrong mean", "changed weight"])
 def test_a_network_that_is_wrong_is_caught_before_rounding_hides_it(source, fault, monkeypatch):
-    expected = ask_torch(source, 4).patterns
+    expected = run_torch_model(source, 4).patterns
     made = VisualClassifier.__init__
 
     def wrong(self, *arguments, **options):
@@ -157,5 +162,5 @@ def test_a_network_that_is_wrong_is_caught_before_rounding_hides_it(source, faul
 
     assert trace_precision(source, "int8", 20, expected).graph.precision == "int8"
     monkeypatch.setattr(VisualClassifier, "__init__", wrong)
-    with pytest.raises(GateError, match="before its precision is lowered"):
+    with pytest.raises(GateError, match="float32 network differs from the trained model"):
         trace_precision(source, "int8", 20, expected)
