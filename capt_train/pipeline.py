@@ -23,9 +23,8 @@ from capt_train.run import folder as runs
 from capt_train.run.evaluate import score_model
 from capt_train.run.fitting import Outcome, fit
 from capt_train.run.folder import TunedModel
-from capt_train.run.locking import locked
 from capt_train.run.recolour import recolour
-from capt_train.run.setup import Setup, absolute, load, prepare
+from capt_train.run.setup import Setup, absolute, load, locked, prepare
 from capt_train.tune.stages import TuningTask, stages
 from capt_train.tune.strength import Trial, run_trial, worth_tuning
 from capt_train.tune.tune import tune

@@ -18,13 +18,13 @@ from capt_train.run.folder import TunedModel, load_run
 
 @dataclass(frozen=True)
 class RunScores:
-    """What a tuned model says of labelled images."""
+    """The scores of a tuned model on labelled images."""
 
     model: TunedModel
     scores: Scores
     files: tuple[Path, ...]  # in the order of the scores
     skipped: tuple[Skipped, ...]
-    seen: int = 0  # how many of test images the run has used
+    seen: int = 0  # number of test images that the run has used
 
     def report(self, scope: str | None = None) -> Report:
         """Return the report of `capt-eval`; see `evaluate`."""
@@ -38,7 +38,7 @@ class RunScores:
 def score_model(
     model: TunedModel, cache: EmbeddingCache, dataset: Dataset, split: str
 ) -> RunScores:
-    """Ask a tuned model about the images of a split.
+    """Return a tuned model's scores on the images of a split.
 
     Raises:
         DataError: none of its images can be read.
@@ -52,16 +52,14 @@ def score_model(
         used = set(model.split.sha256.values())
         if seen := sum(digest in used for digest in features.sha256):
             say(f"note: {seen} test images are also among those that the run has used")
-    own = features.embeddings
+    embeddings = features.embeddings
     if model.moves_images:
-        label = f"{split} images as tuned"
-        own = embed(
-            model.backbone, None, dataset, items, label, model.learner.image_embeddings
-        ).embeddings
+        encode, label = model.learner.image_embeddings, f"{split} images as tuned"
+        embeddings = embed(model.backbone, None, dataset, items, label, encode).embeddings
     fitted = model.fitted
     scores = Scores(
         features.labels.numpy(),
-        model.logits(own).cpu().numpy(),
+        model.logits(embeddings).cpu().numpy(),
         model.zero_shot_logits(features.embeddings).cpu().numpy(),
         fitted.calibration,
         fitted.zero_shot_temperature,
@@ -77,7 +75,7 @@ def evaluate_run(
     scope: str | None = None,
     class_names: Path | None = None,
 ) -> Report:
-    """Evaluate a finished run on a data set that has its class names.
+    """Return the report of a finished run on a data set with its class names.
 
     Raises:
         CaptError: the run or the data cannot be used.
@@ -88,7 +86,7 @@ def evaluate_run(
 def score_run(
     run: str | Path, data: str | Path, split: str = "test", class_names: Path | None = None
 ) -> RunScores:
-    """Ask a finished run about the images of a split of a data set that has its class names.
+    """Return a finished run's scores on a split of a data set with its class names.
 
     Raises:
         CaptError: the run or the data cannot be used.

@@ -1,4 +1,4 @@
-"""What is fitted around the tuning, and its JSON form in `result.json`."""
+"""The values fitted after tuning, as `result.json` stores them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -12,23 +12,23 @@ from capt_train.method.mixture import Mixture
 
 @dataclass(frozen=True)
 class Fitted:
-    """What is measured on training and validation images around the tuning."""
+    """Mixture, strength and calibration of a run, and its confused pairs."""
 
     pairs: Mapping[ClassPair, int]  # zero-shot confusions among the training images
     mixture: Mixture
     strength: float = 1.0  # κ of the visual side
     calibration: Calibration = UNCALIBRATED
-    zero_shot_temperature: float = 1.0  # of the frozen model, so that the two compare fairly
+    zero_shot_temperature: float = 1.0  # of the frozen model, for a fair comparison
 
     @property
     def temperature(self) -> float:
-        """T of the tuned model."""
+        """Return the temperature T of the tuned model."""
         return self.calibration.temperature
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
         return {
-            **{f.name: getattr(self, f.name) for f in fields(self)},
+            **{entry.name: getattr(self, entry.name) for entry in fields(self)},
             "pairs": [[true, taken, count] for (true, taken), count in self.pairs.items()],
             "mixture": self.mixture.to_dict(),
             "calibration": self.calibration.to_dict(),
@@ -36,7 +36,11 @@ class Fitted:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], learned: int) -> "Fitted":
-        """Read the JSON form; `learned` is the number of learned prompts.
+        """Read the JSON form.
+
+        Args:
+            values: as returned by `to_dict`.
+            learned: number of learned prompts.
 
         Raises:
             TypeError, KeyError, ValueError, RunError: values of wrong form.

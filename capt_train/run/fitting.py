@@ -1,4 +1,4 @@
-"""What is fitted after the tuning: strength, mixture, calibration; and what of it is written."""
+"""Fit strength, mixture and calibration after tuning, and write the results of a run."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from capt_deploy.core.console import say
+from capt_deploy.core.console import counted, say
 from capt_deploy.core.files import write_json
 from capt_train.calibrate.choose import Choice, candidates, choose_calibration
 from capt_train.calibrate.label_noise import fit_label_noise, fit_temperature_to_noisy_labels
@@ -34,27 +34,27 @@ _FEW_FOR_CALIBRATION = 50
 
 @dataclass(frozen=True)
 class Outcome:
-    """What tuning ended with."""
+    """The result of tuning, and what is needed to tune again for cross-validation."""
 
     learner: Learner
     task: TuningTask
-    views: Views  # of its training images
-    frozen: Embedded  # its images, by the model as it came
+    views: Views  # of the training images
+    frozen: Embedded  # embeddings by the frozen model
     states: tuple[TuningState, ...]  # one for each stage
     trial: Trial | None
-    # Class embeddings before the visual side was tuned; None where it was not.
+    # class embeddings before the visual side was tuned; None where it was not
     before: Float[Tensor, "classes dim"] | None
-    bank: ConfusionBank  # after the last write-back
-    make: Callable[[tuple[int, ...]], Learner]  # a new learner of some classes, to be tuned
+    bank: ConfusionBank  # after its last update
+    make: Callable[[tuple[int, ...]], Learner]  # returns a new learner for the given classes
 
     @property
     def held_view(self) -> Float[Tensor, "samples dim"]:
-        """Tuned embeddings of the views that were not tuned on."""
+        """Return tuned embeddings of the views that were not trained on."""
         return self.views.held_embeddings(self.learner).to(self.task.reference.device)
 
 
 def fit(setup: Setup, outcome: Outcome, out: Path) -> TunedModel:
-    """Fit strength, mixture and calibration; write the banks and `result.json`."""
+    """Fit strength, mixture and calibration; write the confusions and `result.json`."""
     learner, task, split = outcome.learner, outcome.task, setup.split
     if outcome.before is not None:
         fixed = setup.config.visual.strength
@@ -65,10 +65,12 @@ def fit(setup: Setup, outcome: Outcome, out: Path) -> TunedModel:
         else:
             learner.set_strength(fixed)
     if learner.tuner is not None:
-        say(f"strength of the visual side: {learner.strength:g}")
+        say(
+            f"{learner.strength:.0%} of the visual side's tuning is kept (κ = {learner.strength:g})"
+        )
     before = setup.zero_shot_bank(outcome.frozen.train)
-    own = split.tuned  # the bank counts among these
-    pairs = {(own[a], own[b]): round(count) for (a, b), count in before.confusions().items()}
+    tuned = split.tuned  # the bank counts among these
+    pairs = {(tuned[a], tuned[b]): round(count) for (a, b), count in before.confusions().items()}
     mixture = _mixture(setup, outcome)
     fitted = Fitted(pairs, mixture, learner.strength)
     rows = runs.mixed_rows(learner, setup.zero_shot, split, mixture)
@@ -104,7 +106,7 @@ def fit(setup: Setup, outcome: Outcome, out: Path) -> TunedModel:
 
 @torch.no_grad()
 def _mixture(setup: Setup, outcome: Outcome) -> Mixture:
-    """Fit π on the views that were not tuned on (ours): on the others, the learned prompts win."""
+    """Fit π on views that were not trained on (ours); on the others the learned prompts win."""
     learner, split, config = outcome.learner, setup.split, setup.config
     if "mixture" not in config.parts:
         return Mixture.learned_only(learner.learned)
@@ -123,7 +125,7 @@ def _mixture(setup: Setup, outcome: Outcome) -> Mixture:
 
 @torch.no_grad()
 def _tuned_images(model: TunedModel, outcome: Outcome) -> Float[Tensor, "samples dim"]:
-    """Return the validation images' embeddings as tuned."""
+    """Return tuned embeddings of the validation images."""
     task = outcome.task
     if task.val_tokens is None or model.visual is None:
         return task.val.embeddings
@@ -133,7 +135,7 @@ def _tuned_images(model: TunedModel, outcome: Outcome) -> Float[Tensor, "samples
 def _calibration(
     setup: Setup, model: TunedModel, outcome: Outcome, images: Float[Tensor, "samples dim"]
 ) -> Choice | None:
-    """Choose a calibration on images that were not tuned on; None where that cannot be."""
+    """Choose a calibration on images that were not trained on; None if there are too few."""
     task, tuned = outcome.task, list(outcome.task.tuned)
     if len(task.val):
         raw = model.raw_logits(images)[:, tuned].cpu()
@@ -149,12 +151,12 @@ def _calibration(
     if not len(labels):
         return None
     if len(labels) < _FEW_FOR_CALIBRATION:
-        say(f"note: confidences are calibrated on no more than {len(labels)} images")
+        say(f"note: confidences are calibrated on only {counted(len(labels), 'image')}")
     noise = fit_label_noise(raw.cpu(), labels, setup.config.tuning.label_noise)
     if noise.share:
         say(
-            f"note: about {noise.share:.0%} of the labels are taken for wrong; "
-            "confidences are calibrated for right ones"
+            f"note: about {noise.share:.0%} of the labels seem to be wrong; "
+            "confidences are calibrated for right labels"
         )
         calibration = fit_temperature_to_noisy_labels(raw.numpy(), labels.numpy(), noise.share)
         return Choice(calibration, {})
@@ -165,18 +167,18 @@ def _calibration(
 
 @torch.no_grad()
 def _calibrated(setup: Setup, model: TunedModel, outcome: Outcome, choice: Choice | None) -> Fitted:
-    """Return what is fitted, with calibrations of the tuned and of the frozen model."""
+    """Return the fitted values with calibrations of the tuned and the frozen model."""
     if choice is None:
         return model.fitted
-    # The frozen model has seen none of the images.
-    asked = outcome.frozen.val if len(outcome.task.val) else outcome.frozen.train
+    # the frozen model has seen none of the images
+    images = outcome.frozen.val if len(outcome.task.val) else outcome.frozen.train
     tuned = list(outcome.task.tuned)
-    before = model.zero_shot_logits(asked.embeddings)[:, tuned].cpu()
+    before = model.zero_shot_logits(images.embeddings)[:, tuned].cpu()
     return replace(
         model.fitted,
         calibration=choice.calibration,
         zero_shot_temperature=fit_label_noise(
-            before, asked.labels_among(tuned), setup.config.tuning.label_noise
+            before, images.labels_among(tuned), setup.config.tuning.label_noise
         ).temperature,
     )
 
@@ -184,12 +186,12 @@ def _calibrated(setup: Setup, model: TunedModel, outcome: Outcome, choice: Choic
 def _write_banks(
     setup: Setup, model: TunedModel, outcome: Outcome, before: ConfusionBank, out: Path
 ) -> None:
-    """Write the bank, and who is mistaken for whom on images that were not tuned on."""
+    """Write the bank, and the confusions on views that were not trained on."""
     tuned = list(setup.split.tuned)
-    # Both are asked about the same views, so that what differs is the model.
+    # the same views for both, so that only the model differs
     frozen = model.zero_shot_logits(outcome.views.untouched)[:, tuned]
-    own = model.logits(outcome.held_view)[:, tuned]
-    before, after = (before.updated(z.to(before.counts), momentum=0.0) for z in (frozen, own))
+    as_tuned = model.logits(outcome.held_view)[:, tuned]
+    before, after = (before.updated(z.to(before.counts), momentum=0.0) for z in (frozen, as_tuned))
     outcome.bank.save(out / runs.BANK)
     names = setup.tuned_names
     paths = [item.path for item in outcome.task.train.kept(setup.split.train)]

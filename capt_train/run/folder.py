@@ -1,19 +1,4 @@
-"""A run folder: what is in it, how it is begun, and how a finished one is used again.
-
-config.json        every setting, versions, the model's fingerprint; written first
-split.json         the images chosen, with their hashes
-sentences.json     of the mined pairs, as --sentences takes them; llm_answers.json those of an LLM
-colours.json       how the input's colours are mapped, and what images not fitted on gain by it
-trial.json         what a short run on half of the classes said of the visual side
-last.safetensors   state after the last epoch, for --resume; text-last… and near-last… of the
-                   stages before the last
-best.safetensors   parameters of the best epoch; likewise
-bank.safetensors   the confusion bank after its last write-back
-validation.safetensors  embeddings and labels of the validation images, for the export
-confusions.json    who is mistaken for whom, before and after; confusions.png draws it
-result.json        what was fitted around the tuning; written when it has ended
-metrics.json       zero-shot beside tuned
-"""
+"""The run folder: its files, how a run begins, and how a finished one is loaded."""
 
 import platform
 from collections.abc import Callable, Mapping
@@ -27,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from capt_deploy.core.errors import RunError
-from capt_deploy.core.files import expand_home, read_json, write_json
+from capt_deploy.core.files import expand_home, read_json, write_bytes, write_json
 from capt_deploy.core.version import __version__
 from capt_train.clip.backbone import Backbone
 from capt_train.clip.loading import load_backbone
@@ -46,50 +31,65 @@ from capt_train.tune.tune import BEST
 
 CONFIG, SPLIT, RESULT, METRICS = "config.json", "split.json", "result.json", "metrics.json"
 BANK, MATRIX = "bank.safetensors", "confusions.png"
-COLOURS, TRIAL = "colours.json", "trial.json"
+COLOURS, TRIAL, README = "colours.json", "trial.json", "README.txt"
+# What the README of each run says of its files.
+FILES = {
+    METRICS: "accuracy and calibration, zero-shot beside tuned",
+    "confusions.json, confusions.png": "which classes are confused, before and after tuning",
+    CONFIG: "all settings, versions, the model's fingerprint",
+    SPLIT: "the chosen images with their hashes",
+    RESULT: "what was fitted after tuning: strength, mixture, calibration; history of the epochs",
+    "best.safetensors, last.safetensors": "parameters of the best epoch; state after the last one",
+    "text-*.safetensors, near-*.safetensors": "the same of earlier stages",
+    "validation.safetensors": "embeddings and labels of the validation images, for the export",
+    BANK: "the confusion bank after its last update",
+    COLOURS: "the map of the input's colours, and how much other images gain",
+    TRIAL: "the short trial of the visual side on half of the classes",
+    "sentences.json, llm_answers.json": "sentences about confused pairs; answers of an LLM",
+}
 _Parsed = TypeVar("_Parsed")
 _VERSIONED = ("torch", "open_clip_torch", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
 class TunedModel:
-    """Everything that a finished run says about classes; what export folds."""
+    """A tuned model with everything fitted around it; the input of export and evaluation."""
 
     backbone: Backbone
     config: TrainConfig
     split: FewShotSplit
     learner: Learner  # its strength set
-    # Ŵ_c = Σ_i π_i(c)·t̃_{i,c}, never renormalised, of every class name of the data set
+    # rows Ŵ_c = Σ_i π_i(c)·t̃_{i,c} of all class names of the data set, never renormalised
     text_embeddings: Float[Tensor, "classes dim"]
     zero_shot: Float[Tensor, "classes dim"]  # hand-written t⁰, unit norm
     fitted: Fitted
     provenance: Mapping[str, Any]
-    validation: Validation | None = None  # of a finished run that had validation images
+    validation: Validation | None = None  # None where the run had no validation images
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Class names, in row order."""
+        """Return the class names in row order."""
         return self.split.class_names
 
     @property
     def tuned(self) -> tuple[bool, ...]:
-        """Whether each class was tuned on."""
+        """Tell for each class whether it was tuned on."""
         return self.split.tuned_flags
 
     @property
     def visual(self) -> VisualTuner | None:
-        """What changes the visual tower; None where nothing does."""
+        """Return the trained part of the vision tower; None where nothing is trained there."""
         return self.learner.visual
 
     @property
     def moves_images(self) -> bool:
-        """Whether embeddings of images differ from the frozen model's."""
+        """Tell whether image embeddings differ from the frozen model's."""
         return self.visual is not None or self.learner.recoloured
 
     def logits(self, embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch classes"]:
-        """Return z/T with z = scale·f·Ŵ_c + bias, of embeddings by `learner.image_embeddings`.
+        """Return calibrated logits z/T of tuned image embeddings, z = scale·f·Ŵ_c + bias.
 
-        With vector scaling it is (a·z + b)/T. The map of the top label is not in it.
+        With vector scaling they are (a·z + b)/T. The top-label map is not applied.
         """
         logits, vector = self.raw_logits(embeddings), self.fitted.calibration.vector
         if vector is not None:
@@ -98,13 +98,13 @@ class TunedModel:
         return logits / self.fitted.temperature
 
     def raw_logits(self, embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch classes"]:
-        """Return z, to be calibrated."""
+        """Return uncalibrated logits z of tuned image embeddings."""
         return self._logits(embeddings, self.text_embeddings)
 
     def zero_shot_logits(
         self, embeddings: Float[Tensor, "batch dim"]
     ) -> Float[Tensor, "batch classes"]:
-        """Return the frozen model's own scale·f⁰·t⁰_c + bias, over its own temperature."""
+        """Return the frozen model's logits (scale·f⁰·t⁰_c + bias)/T⁰ of its image embeddings."""
         return self._logits(embeddings, self.zero_shot) / self.fitted.zero_shot_temperature
 
     def _logits(self, embeddings: Tensor, texts: Tensor) -> Tensor:
@@ -113,9 +113,9 @@ class TunedModel:
 
 
 def begin(folder: Path, config: TrainConfig, model_fingerprint: str) -> None:
-    """Write `config.json`: from here on the folder is a run.
+    """Write `config.json`, which makes the folder a run, and a README of its files.
 
-    A run that is resumed may have moved; the versions it was begun with stay.
+    A resumed run may have moved; it keeps the versions that it began with.
     """
     versions = {name: metadata.version(name) for name in _VERSIONED}
     versions = {"capt": __version__, "python": platform.python_version(), **versions}
@@ -125,21 +125,26 @@ def begin(folder: Path, config: TrainConfig, model_fingerprint: str) -> None:
         folder / CONFIG,
         {
             "config": config.to_dict(),
-            "parts": sorted(config.parts),  # a method may get others
+            "parts": sorted(config.parts),  # a later version may change those of a method
             "model_sha256": model_fingerprint,
             "versions": versions,
         },
     )
+    lines = ["A run of capt-train. Its files, as far as the run has them:", ""]
+    lines += [f"{name}\n    {content}" for name, content in FILES.items()]
+    write_bytes(folder / README, "\n".join([*lines, ""]).encode())
 
 
 def read_config(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
     """Return a run's settings and the whole of its `config.json`.
 
     Raises:
-        RunError: the folder is no run, or another version wrote it.
+        RunError: the folder is not a run, or was written by another version.
     """
     if not (folder / CONFIG).is_file():
-        raise RunError(f"{folder}: no run ({CONFIG} is missing); expected a folder of capt-train")
+        raise RunError(
+            f"{folder}: no run ({CONFIG} is missing); expected a folder written by capt-train"
+        )
     content = read_json(folder / CONFIG, RunError)
     if not isinstance(content, dict) or not {"config", "model_sha256"} <= set(content):
         raise RunError(f"{folder / CONFIG}: not as capt-train writes it")
@@ -156,8 +161,8 @@ def load_run(folder: str | Path, device: torch.device | None = None) -> TunedMod
     """Load a finished run.
 
     Raises:
-        RunError: it is no run, tuning has not ended, or its model has changed.
-        ModelError: its model cannot be loaded.
+        RunError: the folder is not a run, tuning has not ended, or the model has changed.
+        ModelError: the model cannot be loaded.
     """
     folder = expand_home(folder)
     config, written = read_config(folder)
@@ -201,19 +206,19 @@ def load_run(folder: str | Path, device: torch.device | None = None) -> TunedMod
 
 
 def best_checkpoint(folder: Path, strength: float) -> Path:
-    """Return the file of the best epoch.
+    """Return the checkpoint of the best epoch; with κ = 0, that of the text stage.
 
-    With κ = 0 it is that of the text side alone, whose prompt had the frozen images beside it.
+    Only the text stage tuned its prompt beside frozen image embeddings.
     """
     text = folder / f"{TEXT}{BEST}"
     return text if strength == 0 and text.exists() else folder / BEST
 
 
 def read_colours(folder: Path) -> ColourFit:
-    """Return what `colours.json` says.
+    """Return the fitted colour map of a run, from `colours.json`.
 
     Raises:
-        RunError: it is missing or not as capt-train writes it.
+        RunError: the file is missing or malformed.
     """
     if not (folder / COLOURS).is_file():
         raise RunError(f"{folder / COLOURS}: missing; restore it or tune again")
@@ -221,10 +226,10 @@ def read_colours(folder: Path) -> ColourFit:
 
 
 def read_trial(folder: Path) -> Trial | None:
-    """Return what `trial.json` says; None where no trial was possible.
+    """Return the trial of a run, from `trial.json`; None where no trial was possible.
 
     Raises:
-        RunError: it is missing or not as capt-train writes it.
+        RunError: the file is missing or malformed.
     """
     return _read(folder / TRIAL, lambda values: Trial.from_dict(values) if values else None)
 
@@ -240,7 +245,7 @@ def _read(path: Path, parse: Callable[[Any], _Parsed]) -> _Parsed:
 def all_texts(
     learner: Learner, zero_shot: Float[Tensor, "classes dim"]
 ) -> Float[Tensor, "prompts classes dim"]:
-    """Return the hand-written embedding of every class, and behind it the learned ones."""
+    """Return the hand-written embeddings of all classes, followed by the learned ones."""
     learned = learner.texts(range(len(zero_shot))).embeddings
     return torch.cat([zero_shot[None], learned])
 
@@ -251,5 +256,5 @@ def mixed_rows(
     split: FewShotSplit,
     mixture: Mixture,
 ) -> Float[Tensor, "classes dim"]:
-    """Return Ŵ_c of every class (METHOD 9)."""
+    """Return the mixed rows Ŵ_c of all classes (METHOD 9)."""
     return mixture.rows(all_texts(learner, zero_shot), split.tuned_flags)

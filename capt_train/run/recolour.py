@@ -1,4 +1,4 @@
-"""The colour map of a run: fitted once, written, and every image embedded through it."""
+"""Fit or read the colour map of a run, and embed its images through it."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,17 +16,17 @@ from capt_train.run.folder import COLOURS, read_colours
 from capt_train.run.setup import Setup
 from capt_train.tune.colours import ColourFit, Labelled, fit_colours
 
-_MOST = 1024  # images on either side: twelve numbers need no more
+_MOST = 1024  # images to fit on, and to decide on; twelve numbers need no more
 
 
 def recolour(setup: Setup, frozen: Embedded, out: Path) -> tuple[Backbone, Embedded]:
-    """Return the backbone that the run tunes on, and its images through it.
+    """Return the backbone with the run's colour map, and the images embedded through it.
 
-    A resumed run takes the map that it has written.
+    A resumed run reuses the map that it has written.
 
     Args:
-        setup: of the run.
-        frozen: training and validation images, by the model as it came.
+        setup: the run's setup.
+        frozen: training and validation embeddings by the frozen model.
         out: the run folder.
 
     Raises:
@@ -36,39 +36,39 @@ def recolour(setup: Setup, frozen: Embedded, out: Path) -> tuple[Backbone, Embed
     if "colours" not in config.parts:
         return backbone, frozen
     if (out / COLOURS).exists():
-        found = read_colours(out)
+        fit = read_colours(out)
     else:
-        found = _fit(setup, frozen)
-        write_json(out / COLOURS, found.to_dict())
-    if found.colours is None:
-        say(f"colours of the input stay as they are ({_told(found)})")
+        fit = _fit(setup, frozen)
+        write_json(out / COLOURS, fit.to_dict())
+    if fit.colours is None:
+        say(f"colours of the input stay unchanged ({_reason(fit)})")
         return backbone, frozen
-    say(f"colours of the input are mapped ({_told(found)})")
-    seen = backbone.recoloured(found.colours)
+    say(f"colours of the input are mapped ({_reason(fit)})")
+    mapped = backbone.recoloured(fit.colours)
     split = setup.split
 
-    def again(own: Features, items: Sequence[Item], name: str) -> Features:
-        label = f"recoloured {name} images"
-        found = embed(backbone, None, setup.dataset, own.kept(items), label, seen.image_embeddings)
-        if found.skipped:  # else rows would belong to other images
-            raise ImageError(f"{found.skipped[0].path}: could be read before, but not now")
-        return replace(found, skipped=own.skipped)
+    def embed_again(before: Features, items: Sequence[Item], name: str) -> Features:
+        kept, label = before.kept(items), f"recoloured {name} images"
+        after = embed(backbone, None, setup.dataset, kept, label, mapped.image_embeddings)
+        if after.skipped:  # rows would belong to other images
+            raise ImageError(f"{after.skipped[0].path}: could be read before, but not now")
+        return replace(after, skipped=before.skipped)
 
-    train = again(frozen.train, split.train, "training")
-    return seen, Embedded(train, again(frozen.val, split.val, "validation"))
+    train = embed_again(frozen.train, split.train, "training")
+    return mapped, Embedded(train, embed_again(frozen.val, split.val, "validation"))
 
 
-def _told(found: ColourFit) -> str:
-    if not found.gain:
-        return "no map is better on images that were not fitted on, or there are too few of them"
+def _reason(fit: ColourFit) -> str:
+    if not fit.gain:
+        return "no map improves held-out images, or there are too few of them"
     return (
-        f"on images not fitted on, the NLL falls by {found.gain:.3f}, "
-        f"standard error {found.standard_error:.3f}"
+        f"the loss of held-out images falls by {fit.gain:.3f}, "
+        f"standard error {fit.standard_error:.3f}"
     )
 
 
 def _fit(setup: Setup, frozen: Embedded) -> ColourFit:
-    """Fit on the training images; where there is no validation, on every other one of a class."""
+    """Fit on the training images; without validation images, on every other one of a class."""
     split, config, everything = setup.split, setup.config, frozen.train
     deciding, fitted = frozen.val.kept(split.val), everything.kept(split.train)
     if not deciding:
@@ -87,7 +87,7 @@ def _fit(setup: Setup, frozen: Embedded) -> ColourFit:
 
 
 def _labelled(setup: Setup, items: Sequence[Item]) -> Labelled:
-    """Decode images, of many a random part."""
+    """Decode images, at most a fixed number, drawn by seed."""
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(setup.config.seed))
     chosen = [items[place] for place in order[:_MOST].tolist()]
     tuned = torch.tensor(setup.split.tuned)

@@ -1,9 +1,16 @@
-"""The first step of `capt-train`: load and check everything, only then begin the run folder."""
+"""The first step of capt-train: lock the folder, load and check everything, then begin the run."""
 
+import getpass
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from jaxtyping import Float
 from torch import Tensor
 
@@ -28,14 +35,14 @@ _SENTENCE_FILES = tuple(f"confusion.{name}" for name in ("sentences", "commonali
 _ASKING = tuple(
     f"confusion.llm_{name}" for name in ("url", "model", "timeout_s", "retries", "backoff_s")
 )
-# What may change before a run is resumed. Images, names and model may lie elsewhere: they are
-# checked by their content. Sentences may come from elsewhere until the run has its own.
+# Settings that may change before a run is resumed: images, names and model are checked by content,
+# and sentences may come from elsewhere until the run has its own.
 _MAY_MOVE = {"data", "class_names", "model", "pretrained", "device", *_SENTENCE_FILES, *_ASKING}
 
 
 @dataclass(frozen=True)
 class Setup:
-    """All that a run is made of, loaded and checked."""
+    """Everything a run starts from, loaded and checked."""
 
     config: TrainConfig
     dataset: Dataset
@@ -45,7 +52,7 @@ class Setup:
     zero_shot: Float[Tensor, "classes dim"]  # hand-written t⁰
 
     def pseudo_class_names(self) -> list[str]:
-        """Random words that stand for classes never tuned on, as many as there are classes.
+        """Return random words that stand for new classes, as many as there are classes.
 
         Raises:
             ModelError: the tokenizer does not know enough words, or they cannot be listed.
@@ -57,11 +64,11 @@ class Setup:
 
     @property
     def tuned_names(self) -> list[str]:
-        """Names of the classes that are tuned."""
+        """Return the names of the tuned classes."""
         return [self.split.class_names[index] for index in self.split.tuned]
 
     def zero_shot_bank(self, train: Features) -> ConfusionBank:
-        """Return the bank as the frozen model fills it, over the classes that are tuned."""
+        """Return the bank as the frozen model fills it, over the tuned classes."""
         tuned = list(self.split.tuned)
         return zero_shot_bank(self.backbone.scale, train, tuned, self.zero_shot[tuned])
 
@@ -76,14 +83,14 @@ def prepare(config: TrainConfig, out: Path, resume: bool, split_from: Path | Non
     if split_from is not None:
         if resume:
             raise ConfigError("--split-from: a resumed run has its images already; leave it out")
-        theirs, _ = runs.read_config(split_from)
-        config = replace(config, classes=theirs.classes, shots=theirs.shots)
+        source, _ = runs.read_config(split_from)
+        config = replace(config, classes=source.classes, shots=source.shots)
     _check_folder(out, config, resume)
     begun = (out / runs.CONFIG).exists()
     chosen = split_from or (out if begun else None)
     gathered = begun and (out / SENTENCES).exists()
     if gathered:
-        config = _with_own_sentences(config, out)
+        config = _with_written_sources(config, out)
     setup = load(config, chosen, sources=not gathered)
     if begun:
         _check_model(out, setup.model_sha256)
@@ -98,8 +105,11 @@ def load(config: TrainConfig, split_from: Path | None = None, *, sources: bool =
 
     Args:
         config: all settings.
-        split_from: a run folder whose images are used again.
-        sources: whether sentences are still to be found, so that their files must be there.
+        split_from: run folder whose images are used again.
+        sources: whether sentences must still be found, so that their files are checked.
+
+    Raises:
+        CaptError: the data, the model or the settings cannot be used.
     """
     device = choose_device(config.device)
     dataset = read_dataset(config.data, config.class_names)
@@ -112,7 +122,7 @@ def load(config: TrainConfig, split_from: Path | None = None, *, sources: bool =
     for notice in (*split.notices, *left_out(backbone, config)):
         say(f"note: {notice}")
     zero_shot = backbone.class_embeddings(split.class_names, config.prompt.templates)
-    # What may be wrong with names, sizes, sentence files or endpoint shows before time is spent.
+    # fail on names, sizes, sentence files or endpoint before time is spent
     make_learner(backbone, config, split, zero_shot)
     if sources and "semantic-experts" in config.parts:
         check_sources(config, split.class_names)
@@ -123,14 +133,14 @@ def load(config: TrainConfig, split_from: Path | None = None, *, sources: bool =
 
 
 def absolute(config: TrainConfig) -> TrainConfig:
-    """Make paths independent of the folder the command was started in."""
+    """Return the settings with absolute paths."""
     changes: dict[str, Any] = {"data": str(expand_home(config.data).resolve())}
     values = config.values()
     for name in ("class_names", *_SENTENCE_FILES):
         if (value := values[name]) is not None:
             changes[name] = str(expand_home(value).resolve())
     folder = expand_home(config.model.removeprefix("local-dir:"))
-    # any other folder may just be called like an architecture, as a run folder may
+    # any other folder may just share its name with an architecture
     if config.model.startswith("local-dir:") or (folder / "open_clip_config.json").is_file():
         changes["model"] = f"local-dir:{folder.resolve()}"
     if config.pretrained is not None and expand_home(config.pretrained).is_file():
@@ -144,7 +154,7 @@ def _check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
             raise RunError(f"{out}: nothing to resume ({runs.CONFIG} is missing)")
         # split.json and hidden temporary files are what a kill during the first writes leaves
         if out.exists() and (not out.is_dir() or any(_is_foreign(file) for file in out.iterdir())):
-            raise RunError(f"{out}: already there and no run; choose another --out")
+            raise RunError(f"{out}: already exists and is not a run; choose another --out")
         return
     if not resume:
         raise RunError(f"{out}: holds a run; continue it with --resume, or choose another --out")
@@ -159,14 +169,14 @@ def _check_folder(out: Path, config: TrainConfig, resume: bool) -> None:
         raise RunError(f"{out}: was begun with other settings: {'; '.join(different)}")
 
 
-def _with_own_sentences(config: TrainConfig, out: Path) -> TrainConfig:
-    """Return the settings with the sources that the run's sentences have come from."""
+def _with_written_sources(config: TrainConfig, out: Path) -> TrainConfig:
+    """Return the settings with the sources that the run's sentences came from."""
     written, _ = runs.read_config(out)
     values, before = config.values(), written.values()
     sources = {name: before[name] for name in (*_SENTENCE_FILES, *_ASKING)}
     other = [name for name, value in sources.items() if values[name] != value]
     if other:
-        say(f"note: the run goes on with its own {SENTENCES}; not used: {', '.join(other)}")
+        say(f"note: the run keeps its {SENTENCES}; not used: {', '.join(other)}")
     return config.with_settings(sources)
 
 
@@ -177,4 +187,26 @@ def _is_foreign(file: Path) -> bool:
 def _check_model(out: Path, fingerprint: str) -> None:
     _, content = runs.read_config(out)
     if content["model_sha256"] != fingerprint:
-        raise RunError(f"{out}: was begun with another model than the one that is there now")
+        raise RunError(f"{out}: was begun with another model")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run folder; a killed process frees it.
+
+    The lock is a temporary file outside the folder, so that a refused run leaves no folder.
+
+    Raises:
+        RunError: another process is tuning into it.
+    """
+    key = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+    user = getpass.getuser() if os.name != "posix" else str(os.getuid())
+    lock = FileLock(Path(tempfile.gettempdir()) / f"capt-{user}-{key}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as cause:
+        raise RunError(f"{folder}: another capt-train is writing this run") from cause
+    try:
+        yield
+    finally:
+        lock.release()

@@ -17,7 +17,7 @@ from capt_deploy.core.errors import RunError
 from capt_train.cli.train import main
 from capt_train.config import TrainConfig
 from capt_train.pipeline import train
-from capt_train.run.locking import locked
+from capt_train.run.setup import locked
 from tests.configs import NAMES
 
 # Where the tests themselves run in the background, a child would ignore Ctrl-C.
@@ -26,7 +26,7 @@ START = (
     "from capt_train.cli.train import main; main()"
 )
 HOLD = (
-    "import sys, time; from pathlib import Path; from capt_train.run.locking import locked\n"
+    "import sys, time; from pathlib import Path; from capt_train.run.setup import locked\n"
     "with locked(Path(sys.argv[1])):\n"
     "    print('locked', flush=True)\n"
     "    time.sleep(60)\n"

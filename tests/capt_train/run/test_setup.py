@@ -30,9 +30,9 @@ def test_an_existing_run_is_not_overwritten(configure: Configure, finished: Path
 
 def test_a_folder_with_other_files_is_not_used(configure: Configure, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(RunError, match="already there and no run"):
+    with pytest.raises(RunError, match="already exists and is not a run"):
         train(configure(), tmp_path)
-    with pytest.raises(RunError, match="already there and no run"):
+    with pytest.raises(RunError, match="already exists and is not a run"):
         train(configure(), tmp_path / "thesis.tex")
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -141,7 +141,7 @@ def test_a_run_that_has_its_sentences_keeps_their_sources_and_needs_them_no_more
     ):
         train(configure(**few, **other), run, resume=True)
         changed = [NAMES[name] for name, value in other.items() if value != own]
-        told = f"note: the run goes on with its own sentences.json; not used: {', '.join(changed)}"
+        told = f"note: the run keeps its sentences.json; not used: {', '.join(changed)}"
         assert capsys.readouterr().err.splitlines().count(told) == 1
         assert {file.name: file.read_bytes() for file in run.iterdir()} == before
 
