@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from capt_train.config import TrainConfig
 from capt_train.method.mixture import Mixture
 from capt_train.method.prompt import PromptLearner
 from capt_train.pipeline import train
+from capt_train.run import folder as runs
 from capt_train.run.fitted import Fitted
 from capt_train.run.folder import load_run, read_config
 
@@ -226,3 +228,12 @@ def test_a_missing_or_damaged_checkpoint_is_refused(run: Path) -> None:
     (run / "best.safetensors").write_bytes(b"damaged")
     with pytest.raises(RunError, match=r"best\.safetensors: not a checkpoint"):
         load_run(run)
+
+
+def test_a_run_says_what_each_of_its_files_is(tuned_run: Path) -> None:
+    patterns = [name for names in runs.FILES for name in names.split(", ")]
+    readme = (tuned_run / runs.README).read_text()
+    assert all(f"{names}\n    " in readme for names in runs.FILES)
+    files = [file.name for file in tuned_run.iterdir() if file.name != runs.README]
+    unnamed = [file for file in files if not any(fnmatch(file, name) for name in patterns)]
+    assert unnamed == []
