@@ -137,9 +137,9 @@ def _dequantised(
     codes: Int8[Tensor, "*axes"], scales: Float[Tensor, " outputs"], axis: int
 ) -> Float[Tensor, "*axes"]:
     if torch.onnx.is_in_onnx_export():
-        inputs, attributes = (codes, scales), {"axis": axis}
+        attributes: dict[str, Any] = {"axis": axis}
         return torch.onnx.ops.symbolic(
-            "DequantizeLinear", inputs, attributes, dtype=scales.dtype, shape=codes.shape
+            "DequantizeLinear", (codes, scales), attributes, dtype=scales.dtype, shape=codes.shape
         )
     shape = [1] * codes.dim()
     shape[axis] = -1
