@@ -157,7 +157,9 @@ def _learner(backbone: Backbone, config: TrainConfig) -> Learner:
 
 
 def _check_texts(learner: Learner) -> None:
-    _check_gradients(learner.texts(range(2)).embeddings, [*learner.prompts, learner.semantic])
+    _check_gradients(
+        learner.texts(range(2)).embeddings, [*learner.prompts, *learner.transforms.values()]
+    )
 
 
 def _check_images(learner: Learner) -> None:

@@ -3,12 +3,11 @@
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from functools import cache
 from typing import Any
 
 from capt_deploy.core.errors import CaptError, ConfigError
 from capt_train.calibrators import CALIBRATORS
-from capt_train.parts import GROUPS, LOSSES, METHODS, PARTS, members
+from capt_train.parts import GROUPS, METHODS, PARTS, loss_terms, members
 from capt_train.settings import (
     ABOVE_0,
     SHARE,
@@ -235,8 +234,9 @@ class TrainConfig(SettingsGroup):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "losses", {**default_losses(), **self.losses})
+        known = settings()
         for name, value in self.losses.items():
-            _known(f"losses.{name}").check(value)
+            _known(f"losses.{name}", known).check(value)
         for option, names in (("--with", self.added), ("--without", self.without)):
             for name in {*names} - {*PARTS, *GROUPS}:
                 raise ConfigError(
@@ -253,13 +253,13 @@ class TrainConfig(SettingsGroup):
         if bool(confusion.llm_url) != bool(confusion.llm_model):
             missing, given = ("url", "model") if confusion.llm_model else ("model", "url")
             raise ConfigError(f"--llm-{given}: expected --llm-{missing} beside it")
-        if "semantic-experts" not in self.parts:
+        if not self.needs("sentences"):
             for name in ("sentences", "commonality", "difference", "llm_url"):
                 if getattr(confusion, name) is not None:
-                    label = _known(f"confusion.{name}").label
+                    readers = ", ".join(part for part in PARTS if "sentences" in PARTS[part].needs)
                     raise ConfigError(
-                        f"{label}: only semantic experts read sentences; add "
-                        "--with semantic-experts, or leave it out"
+                        f"{settings()[f'confusion.{name}'].label}: nothing reads sentences; add "
+                        f"--with {readers}, or leave it out"
                     )
         calibrator = self.calibration.calibrator
         if calibrator and CALIBRATORS[calibrator].needs_all_classes and self.classes == "base":
@@ -274,13 +274,19 @@ class TrainConfig(SettingsGroup):
     @property
     def parts(self) -> frozenset[str]:
         """Return the parts that are switched on; none for the method `zeroshot`."""
-        return frozenset({*METHODS[self.method], *members(self.added)} - {*members(self.without)})
+        return frozenset(
+            {*METHODS[self.method].parts, *members(self.added)} - {*members(self.without)}
+        )
 
     @property
     def loss_weights(self) -> dict[str, float]:
         """Return the weights in force: 0 where a part is off."""
-        off = {*self.losses} & {*PARTS} - self.parts
+        off = [name for part in {*PARTS} - self.parts for name in PARTS[part].losses]
         return {**self.losses, **dict.fromkeys(off, 0.0)}
+
+    def needs(self, prepared: str) -> bool:
+        """Return whether a part that is on needs something prepared: `bank` or `sentences`."""
+        return any(prepared in PARTS[name].needs for name in self.parts)
 
     def values(self) -> dict[str, Any]:
         """Return every setting by its name with the group, as `with_settings` takes them."""
@@ -317,12 +323,12 @@ class TrainConfig(SettingsGroup):
         Raises:
             ConfigError: unknown name, or a value that cannot be used.
         """
-        changes: dict[str, dict[str, Any]] = defaultdict(dict)
+        known, changes = settings(), defaultdict[str, dict[str, Any]](dict)
         for name, value in values.items():
-            known = _known(name)
+            declared = _known(name, known)
             group, _, leaf = name.rpartition(".")
-            changes[group][leaf] = known.parse(value) if isinstance(value, str) else value
-            known.check(changes[group][leaf])
+            changes[group][leaf] = declared.parse(value) if isinstance(value, str) else value
+            declared.check(changes[group][leaf])
         top = changes.pop("", {})
         for group, new in changes.items():
             old = getattr(self, group)
@@ -330,27 +336,28 @@ class TrainConfig(SettingsGroup):
         return replace(self, **top)
 
 
-@cache
 def settings() -> Mapping[str, Setting]:
     """Return all settings of a run by name, group after group."""
     found = [*TrainConfig.declared().values()]
     for one in fields(TrainConfig):
         if isinstance(one.default, SettingsGroup):
             found += one.default.declared().values()
-    for name, (default, help) in LOSSES.items():
-        found.append(Setting(f"losses.{name}", float, default, help, at_least(0)))
+    for name, weight in default_losses().items():
+        help = f"weight of: {loss_terms()[name].help}"
+        found.append(Setting(f"losses.{name}", float, weight, help, at_least(0)))
     return {known.name: known for known in found}
 
 
 def default_losses() -> dict[str, float]:
     """Return the default weight of every loss term."""
-    return {name: default for name, (default, _) in LOSSES.items()}
+    terms = loss_terms().items()
+    return {name: term.weight for name, term in terms if term.weight is not None}
 
 
-def _known(name: str) -> Setting:
-    if name not in settings():
-        raise ConfigError(f"--set: no setting {name!r}{_suggestion(name, settings())}")
-    return settings()[name]
+def _known(name: str, known: Mapping[str, Setting]) -> Setting:
+    if name not in known:
+        raise ConfigError(f"--set: no setting {name!r}{_suggestion(name, known)}")
+    return known[name]
 
 
 def _suggestion(name: str, known: Any) -> str:

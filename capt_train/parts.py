@@ -1,31 +1,97 @@
-"""The parts of the method, and which of them each `--method` trains."""
+"""The parts of the method, without torch: what each adds, and which of them a method trains.
 
-from collections.abc import Iterable, Mapping
+A new part is an entry of `PARTS` and the file in capt_train/method that its code lies in.
+"""
 
-# What can be switched on and off alone, in the order of METHOD.md.
-PARTS: Mapping[str, str] = {
-    "colours": "a map of the input's colours (ours), where other images gain by it",
-    "prompt": "learned context vectors instead of the hand-written prompt",
-    "text-prompts": "new context vectors in deeper blocks of the text tower",
-    "visual-prompts": "free tokens in the blocks of the visual tower",
-    "retrieval": "the bank's most similar confused samples join the minibatch (SAM)",
-    "adapter": "Diff-Manner Adapter in the visual tower",
-    "semantic-experts": "experts on what confused classes share and what tells them apart",
-    "sample-experts": "experts in the visual tower's last FFN",
-    "coa": "confusion-aware loss of CoCoA-Mix",
-    "infonce": "contrast restricted to the classes that the bank says are confused",
-    "margin": "margin term of TCPT",
-    "moments": "moment term of TCPT",
-    "mixture": "weights of hand-written and learned prompt, inside and outside the training domain",
-}
-# Loss terms (METHOD 6) with their default weights; a term named like a part has 0 without it.
-LOSSES: Mapping[str, tuple[float, str]] = {
-    "cross_entropy": (1.0, "weight of the cross-entropy"),
-    "coa": (1.0, "weight of the confusion-aware loss of CoCoA-Mix (arXiv 2506.07484)"),
-    "infonce": (1.0, "weight of the confusion-restricted InfoNCE of CAPT (arXiv 2603.02557)"),
-    "margin": (1.0, "weight of the margin term of TCPT (arXiv 2602.19024)"),
-    "moments": (5.0, "weight of the moment term of TCPT"),
-    "balance": (0.01, "weight of the importance loss of the experts' routers"),
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Literal, NamedTuple
+
+# What is said of two confused classes (METHOD 3)
+SENTENCE_KINDS = ("commonality", "difference")
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """A term of the loss: `code` names a function of a `Step` as `module:function`."""
+
+    code: str
+    help: str
+    weight: float | None = 1.0  # by default; None where the stage decides, not a setting
+
+
+@dataclass(frozen=True)
+class Part:
+    """What can be switched on and off alone. `code` is imported only where it is used.
+
+    The code of side `text` is a `ClassTransform`, that of side `visual` a `VisualPart`; see
+    capt_train/method/base.py. A part without code acts at one place of the run: before tuning
+    (colours), in the prompts, in the minibatches (retrieval), or after tuning (mixture).
+    """
+
+    help: str
+    side: Literal["text", "visual"] | None = None  # also the stage that trains it
+    code: str = ""  # module:class
+    losses: Mapping[str, LossTerm] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()  # of what is prepared for it: bank, sentences
+    # Whether a learner has it, where it is wanted; by default, whether its code was built
+    in_force: Callable[[Any], bool] | None = None
+
+
+_METHOD = "capt_train.method"
+_TERMS = f"{_METHOD}.loss_terms"
+# In the order of METHOD.md, which is also the order in which they are composed.
+PARTS: dict[str, Part] = {
+    "colours": Part(
+        "a map of the input's colours, kept where other images gain by it",
+        in_force=lambda learner: learner.recoloured,
+    ),
+    "prompt": Part("learned context vectors instead of the hand-written prompt"),
+    "text-prompts": Part(
+        "new context vectors in deeper blocks of the text tower",
+        in_force=lambda learner: len(learner.prompts) > 0,
+    ),
+    "retrieval": Part(
+        "the bank's most similar confused samples join the minibatch (SAM)", needs=("bank",)
+    ),
+    "adapter": Part(
+        "Diff-Manner Adapter in the visual tower", "visual", f"{_METHOD}.adapter:Adapters"
+    ),
+    "semantic-experts": Part(
+        "experts on what confused classes share and what tells them apart",
+        "text",
+        f"{_METHOD}.semantic_experts:SemanticExperts",
+        needs=("sentences",),
+    ),
+    "sample-experts": Part(
+        "experts in the visual tower's last FFN",
+        "visual",
+        f"{_METHOD}.sample_experts:SampleExperts",
+    ),
+    "visual-prompts": Part(
+        "free tokens in the blocks of the visual tower",
+        "visual",
+        f"{_METHOD}.visual_prompts:VisualPrompts",
+    ),
+    "coa": Part(
+        "confusion-aware loss of CoCoA-Mix",
+        losses={"coa": LossTerm(f"{_TERMS}:coa", "1 − p(y), CoCoA-Mix (arXiv 2506.07484)")},
+    ),
+    "infonce": Part(
+        "contrast restricted to the classes that the bank says are confused",
+        losses={"infonce": LossTerm(f"{_TERMS}:infonce", "InfoNCE of CAPT (arXiv 2603.02557)")},
+        needs=("bank",),
+    ),
+    "margin": Part(
+        "margin term of TCPT",
+        losses={"margin": LossTerm(f"{_TERMS}:margin", "margin term of TCPT (arXiv 2602.19024)")},
+    ),
+    "moments": Part(
+        "moment term of TCPT",
+        losses={"moments": LossTerm(f"{_TERMS}:moments", "moment term of TCPT", 5.0)},
+    ),
+    "mixture": Part("weights of hand-written and learned prompt, fitted after tuning"),
 }
 # Short names for parts that belong together.
 GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -35,21 +101,47 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "visual": ("adapter", "sample-experts", "visual-prompts"),
     "deep-prompts": ("text-prompts", "visual-prompts"),
 }
-# What is said of two confused classes (METHOD 3)
-SENTENCE_KINDS = ("commonality", "difference")
-# What each --method trains; `capt` has the parts that earn their place (docs/ablation.md).
-METHODS: Mapping[str, tuple[str, ...]] = {
-    "zeroshot": (),
-    "coop": ("prompt",),
-    "coa": ("prompt", "coa"),
-    "tcpt": ("prompt", "margin", "moments"),
-    "cocoa": ("prompt", "coa", "mixture"),
-    "prompt": ("prompt", "coa", "margin", "moments"),
-    "capt": ("colours", "prompt", "infonce", "adapter", "sample-experts"),
-    "full": tuple(PARTS),
+
+
+class Method(NamedTuple):
+    """A choice of parts that has a name."""
+
+    help: str
+    parts: tuple[str, ...]
+
+
+METHODS: Mapping[str, Method] = {
+    "zeroshot": Method("the frozen model with its hand-written prompt; nothing is tuned", ()),
+    "coop": Method("learned context vectors (CoOp)", ("prompt",)),
+    "coa": Method("CoOp with the confusion-aware loss", ("prompt", "coa")),
+    "tcpt": Method("CoOp with margin and moment terms (TCPT)", ("prompt", "margin", "moments")),
+    "cocoa": Method("CoA and the mixture (CoCoA-Mix)", ("prompt", "coa", "mixture")),
+    "prompt": Method("text side alone, all its losses", ("prompt", "coa", "margin", "moments")),
+    # The parts that earn their place (docs/ablation.md)
+    "capt": Method(
+        "the recommended parts of both sides",
+        ("colours", "prompt", "infonce", "adapter", "sample-experts"),
+    ),
+    "full": Method("every part", tuple(PARTS)),
 }
 
 
 def members(names: Iterable[str]) -> list[str]:
     """Return the parts behind names of parts and groups."""
     return [part for name in names for part in GROUPS.get(name, (name,))]
+
+
+def loss_terms() -> dict[str, LossTerm]:
+    """Return all loss terms by name, in the order in which they are summed."""
+    terms = {"cross_entropy": LossTerm(f"{_TERMS}:cross_entropy", "cross-entropy")}
+    for part in PARTS.values():
+        terms |= part.losses
+    consistency = LossTerm(f"{_TERMS}:consistency", "1 − cos(f, f⁰)", None)
+    balance = LossTerm(f"{_TERMS}:balance", "importance loss of the experts' routers", 0.01)
+    return {**terms, "consistency": consistency, "balance": balance}
+
+
+def load(code: str) -> Any:
+    """Import what a `code` names."""
+    module, _, name = code.partition(":")
+    return getattr(import_module(module), name)

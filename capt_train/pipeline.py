@@ -70,7 +70,7 @@ def dry_run(config: TrainConfig, out: Path, split_from: Path | None = None) -> s
     Raises:
         CaptError: as by `train`; also where the run asks nothing.
     """
-    if "semantic-experts" not in config.parts:
+    if not config.needs("sentences"):
         raise ConfigError(
             "--llm-dry-run: expected --with semantic-experts, which alone asks an LLM"
         )
@@ -92,7 +92,7 @@ def _tune(setup: Setup, cache: EmbeddingCache, out: Path) -> Outcome:
     )
     seen, images = recolour(setup, frozen, out)
     centres = None
-    if "semantic-experts" in config.parts:
+    if config.needs("sentences"):
         wanted = _wanted(setup, setup.zero_shot_bank(frozen.train))
         found = find_sentences(wanted, setup.tuned_names, config, out)
         centres = find_centres(backbone, found, config)
@@ -107,7 +107,7 @@ def _tune(setup: Setup, cache: EmbeddingCache, out: Path) -> Outcome:
     reference = setup.zero_shot[list(split.tuned)]
     train, val = images.train, images.val
     bank = setup.zero_shot_bank(train)
-    asked = bank if {"infonce", "retrieval"} & config.parts else None
+    asked = bank if config.needs("bank") else None
     task = TuningTask(backbone.scale, split.tuned, train, val, reference, config, asked)
     views = _views(setup, learner, split.train, train, "training images")
     task = replace(task, views=views)

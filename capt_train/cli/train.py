@@ -26,8 +26,10 @@ class _TrainCommand(SectionedCommand):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write methods, parts and groups as lists."""
+        with formatter.section("Methods"):
+            formatter.write_dl([(name, method.help) for name, method in METHODS.items()])
         with formatter.section("Parts"):
-            formatter.write_dl([*PARTS.items()])
+            formatter.write_dl([(name, part.help) for name, part in PARTS.items()])
         with formatter.section("Groups of parts"):
             formatter.write_dl([(name, ", ".join(parts)) for name, parts in GROUPS.items()])
 

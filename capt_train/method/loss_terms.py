@@ -1,4 +1,7 @@
-"""One step's tensors, the named terms that they give, and their weighted sum."""
+"""The terms of the loss as functions of one step's tensors, and their weighted sum.
+
+`capt_train.parts` lists the terms, their weights and in which part they are.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from capt_train import parts
 from capt_train.method import losses
 
 
@@ -24,61 +28,68 @@ class Step:
     gates: tuple[Tensor, ...] = ()  # (rows, experts) of each router
     label_noise: float = 0.0  # ε, the share of wrong labels
 
+    def mean_over_prompts(self, term: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Return the mean of a term of logits and labels; each prompt shall be good alone."""
+        return torch.stack([term(logits, self.labels) for logits in self.logits]).mean()
 
-def _per_prompt(term: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Step], Tensor]:
-    """Return the mean over the learned prompts, each of which shall be good alone."""
-    return lambda step: torch.stack([term(own, step.labels) for own in step.logits]).mean()
 
-
-def _cross_entropy(step: Step) -> Tensor:
+def cross_entropy(step: Step) -> Tensor:
+    """Return the cross-entropy, corrected for label noise."""
     share = step.label_noise
-    return _per_prompt(lambda own, labels: losses.noisy_cross_entropy(own, labels, share))(step)
+    return step.mean_over_prompts(lambda z, y: losses.noisy_cross_entropy(z, y, share))
 
 
-def _infonce(step: Step) -> Tensor | None:
+def coa(step: Step) -> Tensor:
+    """Return the confusion-aware loss."""
+    return step.mean_over_prompts(losses.confusion_aware)
+
+
+def infonce(step: Step) -> Tensor | None:
+    """Return the confusion-restricted InfoNCE; None where nothing is mined."""
     if step.mined is None:
         return None
     mined, share = step.mined, step.label_noise
 
-    def term(own: Tensor, labels: Tensor) -> Tensor:
+    def term(logits: Tensor, labels: Tensor) -> Tensor:
         # as in the cross-entropy of such labels, but there it is a part of the gradient
-        right = losses.right_probabilities(own.detach(), labels, share) if share else None
-        return losses.confusion_infonce(own, labels, mined, right)
+        right = losses.right_probabilities(logits.detach(), labels, share) if share else None
+        return losses.confusion_infonce(logits, labels, mined, right)
 
-    return _per_prompt(term)(step)
-
-
-def _moments(step: Step) -> Tensor:
-    return torch.stack([losses.moments(own, step.reference) for own in step.texts]).mean()
+    return step.mean_over_prompts(term)
 
 
-def _consistency(step: Step) -> Tensor | None:
+def margin(step: Step) -> Tensor:
+    """Return the margin term."""
+    return step.mean_over_prompts(losses.margin)
+
+
+def moments(step: Step) -> Tensor:
+    """Return the moment term, the mean over the prompts."""
+    return torch.stack([losses.moments(texts, step.reference) for texts in step.texts]).mean()
+
+
+def consistency(step: Step) -> Tensor | None:
+    """Return 1 − cos(f, f⁰); None where the visual side is not tuned."""
     if step.images is None or step.frozen is None:
         return None
     return losses.consistency(step.images, step.frozen)
 
 
-def _balance(step: Step) -> Tensor | None:
+def balance(step: Step) -> Tensor | None:
+    """Return the sum of the routers' importance losses; None without a router."""
     if not step.gates:
         return None
     return torch.stack([losses.balance(gates) for gates in step.gates]).sum()
 
 
-_TERMS: dict[str, Callable[[Step], Tensor | None]] = {
-    "cross_entropy": _cross_entropy,
-    "coa": _per_prompt(losses.confusion_aware),
-    "infonce": _infonce,
-    "margin": _per_prompt(losses.margin),
-    "moments": _moments,
-    "consistency": _consistency,
-    "balance": _balance,
-}
-
-
 def loss_terms(step: Step, weights: Mapping[str, float]) -> dict[str, Float[Tensor, ""]]:
     """Return the unweighted terms that have a weight and whose tensors are there."""
-    found = {name: term(step) for name, term in _TERMS.items() if weights.get(name)}
-    return {name: value for name, value in found.items() if value is not None}
+    terms = {
+        name: parts.load(term.code)(step)
+        for name, term in parts.loss_terms().items()
+        if weights.get(name)
+    }
+    return {name: value for name, value in terms.items() if value is not None}
 
 
 def weighted_sum(

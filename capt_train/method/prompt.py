@@ -7,6 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from capt_train.clip.backbone import Backbone
+from capt_train.config import TrainConfig
+from capt_train.data.fewshot import FewShotSplit
 
 
 class PromptLearner(nn.Module):
@@ -84,3 +86,26 @@ class PromptLearner(nn.Module):
     def tokenize(self, class_names: Sequence[str]) -> Int[Tensor, "classes tokens"]:
         """Return token ids with places for the context in front of each name."""
         return self._backbone.tokenize([f"{name}." for name in class_names], self.context.shape[-2])
+
+
+def build_prompts(
+    backbone: Backbone, config: TrainConfig, split: FewShotSplit, generator: torch.Generator
+) -> list[PromptLearner]:
+    """Return the K learned prompts; all but the first start a little off the words."""
+    prompts = []
+    for number in range(config.prompt.count if "prompt" in config.parts else 0):
+        prompt = PromptLearner(
+            backbone,
+            split.class_names,
+            split.tuned,
+            words=config.prompt.words,
+            random_tokens=config.prompt.random_tokens,
+            class_specific=config.prompt.class_specific,
+            depth=config.prompt.depth if "text-prompts" in config.parts else 1,
+            generator=generator,
+        )
+        if number:
+            noise = 0.02 * torch.randn(prompt.context.shape, generator=generator)
+            prompt.context.data += noise.to(prompt.context.device)
+        prompts.append(prompt)
+    return prompts

@@ -7,12 +7,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from capt_train.method.base import BuildContext, ClassTransform
+from capt_train.parts import SENTENCE_KINDS
 
-class SemanticExperts(nn.Module):
+
+class SemanticExperts(ClassTransform):
     """`t̃_c = norm(t_c + β Σ_e r_e(c) E_e(t_c))`, CAPT (arXiv 2603.02557), METHOD 5.
 
-    `E_e(t) = softmax(t·M_eᵀ/τ_e)·M_e·W_e`; β starts at 0, so the model starts as it was. All of it
-    is a function of the class embedding alone: it serves classes never seen, and it folds. The
+    `E_e(t) = softmax(t·M_eᵀ/τ_e)·M_e·W_e`; β starts at 0, so the model starts as it was. The
     router's top-2 of two experts are both of them.
     """
 
@@ -36,10 +38,18 @@ class SemanticExperts(nn.Module):
         nn.init.zeros_(self.router.bias)
         self.beta = nn.Parameter(torch.tensor(0.0))
 
+    @classmethod
+    def build(cls, context: BuildContext) -> "SemanticExperts":
+        """Return experts on the centres; on zeros, to be loaded over, where there are none."""
+        settings, zero_shot, centres = context.config.experts, context.zero_shot, context.centres
+        shape = (len(SENTENCE_KINDS), settings.centres, zero_shot.shape[1])
+        given = zero_shot.new_zeros(shape) if centres is None else centres.to(zero_shot)
+        return cls(given, settings.temperature)
+
     def forward(
         self, embeddings: Float[Tensor, "classes dim"]
     ) -> tuple[Float[Tensor, "classes dim"], Float[Tensor, "classes experts"]]:
-        """Return t̃, unit norm as t is, and the gates."""
+        """Return t̃, unit norm like the embeddings, and the gates."""
         gates = self.router(embeddings).softmax(dim=-1)
         similarity = torch.einsum("cd,eqd->ecq", embeddings, self.centres) / self._temperature
         prototypes = torch.einsum("ecq,eqd->ecd", similarity.softmax(dim=-1), self.centres)
@@ -59,12 +69,12 @@ def cluster(
     """
     from sklearn.cluster import KMeans
 
-    found = []
-    for own in embeddings:
-        distinct = torch.unique(functional.normalize(own.float().cpu(), dim=-1), dim=0)
+    clustered = []
+    for rows in embeddings:
+        distinct = torch.unique(functional.normalize(rows.float().cpu(), dim=-1), dim=0)
         count = min(centres, len(distinct))
         # On the unit sphere, Euclidean K-means orders by cosine.
         fitted = KMeans(count, n_init=4, random_state=seed).fit(distinct.double().numpy())
         middle = functional.normalize(torch.from_numpy(fitted.cluster_centers_).float(), dim=-1)
-        found.append(middle[torch.arange(centres) % count])
-    return torch.stack(found)
+        clustered.append(middle[torch.arange(centres) % count])
+    return torch.stack(clustered)

@@ -124,7 +124,7 @@ def load(config: TrainConfig, split_from: Path | None = None, *, sources: bool =
     zero_shot = backbone.class_embeddings(split.class_names, config.prompt.templates)
     # fail on names, sizes, sentence files or endpoint before time is spent
     make_learner(backbone, config, split, zero_shot)
-    if sources and "semantic-experts" in config.parts:
+    if sources and config.needs("sentences"):
         check_sources(config, split.class_names)
     setup = Setup(config, dataset, split, backbone, backbone.fingerprint(), zero_shot)
     if "mixture" in config.parts:

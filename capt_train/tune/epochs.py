@@ -81,7 +81,6 @@ class Epochs:
         frozen = None
         if self._stage.visual and task.views is not None:
             frozen = task.views.embeddings[views, rows].to(device)
-        routers = (gates, texts.gates)
         return Step(
             task.scale * torch.einsum("bd,pcd->pbc", images, embeddings),
             self._labels[rows],
@@ -90,14 +89,14 @@ class Epochs:
             mined,
             images,
             frozen,
-            tuple(g for g in routers if g is not None),
+            (*gates, *texts.gates),
             self._label_noise,
         )
 
-    def _images(self, rows: Tensor, views: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _images(self, rows: Tensor, views: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         task, device = self._task, self._device
         if not self._stage.visual:
-            return task.train.embeddings[rows].to(device), None
+            return task.train.embeddings[rows].to(device), ()
         assert task.views is not None and task.views.tokens is not None
         tokens = task.views.tokens[views, rows].to(device).float()
         alpha = None if task.alpha is None else task.alpha[rows].to(device)

@@ -81,11 +81,10 @@ class VisualClassifier(nn.Module):
         self.top_label = None if top_label is None else _TopLabel(top_label, len(head.weight))
 
     def layers_read(self) -> tuple[nn.Module, ...]:
-        """Return the tower's layers whose weights are read by the sample experts, and must stay."""
-        if self.tuner is None or self.tuner.experts is None or self._tower is None:
+        """Return the tower's layers whose weights its tuning reads, so that they must stay."""
+        if self.tuner is None or self._tower is None:
             return ()
-        ffn = self._tower.ffn(self._tower.depth - 1)
-        return () if ffn is None else (ffn.up, ffn.down)
+        return self.tuner.layers_read(self._tower)
 
     def lower(self, dtype: torch.dtype) -> None:
         """Change the network to `dtype`, in place; norms, embedding and head stay float32."""

@@ -17,8 +17,8 @@ from capt_deploy.core.errors import GateError
 from capt_deploy.core.files import write_bytes
 from capt_deploy.serving.open_vocabulary import ROW_OUTPUTS, TextEncoder
 from capt_train.clip.backbone import Backbone
+from capt_train.method.learner import Learner
 from capt_train.method.prompt import PromptLearner
-from capt_train.method.semantic_experts import SemanticExperts
 from capt_train.run.folder import TunedModel
 from export.graph.lower import FP32
 from export.graph.onnx_graph import OPSET, OnnxGraph, external_name, to_onnx
@@ -36,7 +36,7 @@ class _RunPrompts:
     weights: tuple[float, ...]  # π_out, of the hand-written prompt first
     templates: list[int]  # places; empty if the hand-written prompt has no weight
     prompts: dict[int, PromptLearner]  # the learned ones, by place
-    semantic: SemanticExperts | None
+    learner: Learner  # whose transforms the learned embeddings go through
 
 
 class TextRows(nn.Module):
@@ -69,7 +69,7 @@ class TextRows(nn.Module):
                 model.fitted.mixture.outside,
                 [self._templates.index(template) for template in templates],
                 {next(places): prompt for prompt in _learned_prompts(model)},
-                model.learner.semantic,
+                model.learner,
             )
             for model, templates in zip(models, written, strict=True)
         ]
@@ -113,8 +113,7 @@ class TextRows(nn.Module):
             self._backbone.text.encode(tokens[:, place], prompt.common_context, prompt.deeper)
             for place, prompt in run.prompts.items()
         ] or hand_written
-        if run.semantic is not None:
-            learned = [run.semantic(texts)[0] for texts in learned]
+        learned = [run.learner.transform(texts)[0] for texts in learned]
         weights = run.weights if hand_written else run.weights[1:]
         weighted = zip(weights, [*hand_written, *learned], strict=True)
         return torch.stack([weight * texts for weight, texts in weighted]).sum(dim=0)

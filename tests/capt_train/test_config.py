@@ -141,7 +141,7 @@ def test_a_value_that_cannot_be_used_is_named_with_what_is_expected(name: str, v
         ({"added": ("tcpt",), "without": ("margin", "moments")}, "--with tcpt: --without takes"),
         ({"confusion_llm_url": "http://x/v1"}, "--llm-url: expected --llm-model beside it"),
         ({"confusion_llm_model": "tiny"}, "--llm-model: expected --llm-url beside it"),
-        ({"confusion_sentences": "x"}, "--sentences (--set confusion.sentences): only semantic"),
+        ({"confusion_sentences": "x"}, "--sentences (--set confusion.sentences): nothing reads"),
         ({"calibration_calibrator": "vector", "classes": "base"}, "calibration.calibrator: expec"),
         (
             {f"losses_{name}": 0.0 for name in default_losses() if name != "balance"},
@@ -167,11 +167,11 @@ def test_empty_context_words_are_fine_for_a_random_context() -> None:
 
 
 def test_every_method_makes_a_configuration() -> None:
-    for method, parts in METHODS.items():
-        config = replace(CONFIG, method=method)
-        assert config.parts == {*parts} <= {*PARTS}
+    for name, method in METHODS.items():
+        config = replace(CONFIG, method=name)
+        assert config.parts == {*method.parts} <= {*PARTS}
         assert config.losses == default_losses()
-    assert METHODS["full"] == tuple(PARTS)
+    assert METHODS["full"].parts == tuple(PARTS)
 
 
 def test_every_part_and_group_can_be_switched_alone() -> None:

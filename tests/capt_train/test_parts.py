@@ -26,10 +26,10 @@ Configure = Callable[..., TrainConfig]
 PARAMETERS = {
     "prompt": "prompts.0.context",
     "text-prompts": "prompts.0.deeper",
-    "visual-prompts": "tuner.prompts",
-    "adapter": "tuner.adapters",
-    "semantic-experts": "semantic.beta",
-    "sample-experts": "tuner.experts",
+    "visual-prompts": "tuner.parts.visual-prompts",
+    "adapter": "tuner.parts.adapter",
+    "semantic-experts": "transforms.semantic-experts.beta",
+    "sample-experts": "tuner.parts.sample-experts",
 }
 TERMS = ("coa", "infonce", "margin", "moments")
 LEARNED_FROM = (*TERMS, "retrieval", "text-prompts")
@@ -114,9 +114,11 @@ def test_a_run_without_one_part_trains_exports_and_loads_again(
 
 
 def test_the_methods_are_made_of_parts() -> None:
-    assert all({*parts} <= {*PARTS} for parts in (*METHODS.values(), *GROUPS.values()))
-    for method, parts in METHODS.items():
-        assert config(method=method).parts == {*parts}
+    assert all(
+        {*parts} <= {*PARTS} for parts in (*(m.parts for m in METHODS.values()), *GROUPS.values())
+    )
+    for name, method in METHODS.items():
+        assert config(method=name).parts == {*method.parts}
 
 
 @pytest.mark.parametrize("name", [*PARTS, *GROUPS])
@@ -180,7 +182,7 @@ def test_help_describes_every_part_and_lists_every_group() -> None:
         found = [" ".join(part.split()) for part in re.split(r"^  (?=\S)", text, flags=re.M)]
         return dict(own.split(" ", 1) for own in found if own)
 
-    assert entries(parts) == {**PARTS}
+    assert entries(parts) == {name: part.help for name, part in PARTS.items()}
     assert entries(groups) == {name: ", ".join(own) for name, own in GROUPS.items()}
 
 

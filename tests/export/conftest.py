@@ -50,7 +50,7 @@ def by_hand(model: TunedModel, name: str) -> Tensor:
     tokens = backbone.tokenize([f"a a a a {name}."])
     for prompt in learner.prompts:
         own = backbone.text.encode(tokens, prompt.context, prompt.deeper)
-        embeddings.append(learner.semantic(own)[0][0])
+        embeddings.append(learner.transform(own)[0][0])
     weights = model.fitted.mixture.outside
     return sum(weight * own for weight, own in zip(weights, embeddings, strict=True))
 

@@ -69,20 +69,19 @@ def test_a_new_prompt_says_what_its_words_say(
     words = tiny_backbone.text_embeddings([f"one small {name}." for name in NAMES])
     texts = learner.texts(range(5))
     assert torch.equal(texts.embeddings, words[None])
-    assert (texts.gates is None) == (len(parts) == 1)
+    assert len(texts.gates) == len(parts) - 1
 
 
 def test_semantic_experts_work_on_hand_written_prompts_too(tiny_backbone: Backbone) -> None:
     learner = make(tiny_backbone, "semantic-experts", centres=unit(2, 5, 32))
     assert torch.equal(learner.texts([4, 0]).embeddings[0], zero_shot(tiny_backbone)[[4, 0]])
     shaken(learner)
-    assert learner.semantic is not None
     with torch.no_grad():
-        expected, gates = learner.semantic(zero_shot(tiny_backbone)[[4, 0]])
+        expected, gates = learner.transforms["semantic-experts"](zero_shot(tiny_backbone)[[4, 0]])
         found = learner.texts([4, 0])
     assert torch.equal(found.embeddings, expected[None])
-    assert found.gates is not None
-    assert torch.equal(found.gates, gates)
+    assert torch.equal(found.gates[0], gates)
+    assert len(found.gates) == 1
     assert not torch.allclose(expected, zero_shot(tiny_backbone)[[4, 0]], atol=1e-3)
 
 
@@ -103,15 +102,14 @@ def test_of_several_prompts_the_first_starts_at_the_words_and_no_two_alike(
 def test_several_prompts_go_through_the_same_experts_one_by_one(tiny_backbone: Backbone) -> None:
     parts = ("prompt", "semantic-experts")
     learner = shaken(make(tiny_backbone, *parts, prompt_count=2, centres=unit(2, 5, 32)))
-    assert learner.semantic is not None
     with torch.no_grad():
         texts = learner.texts([0, 3])
-        assert texts.gates is not None
-        assert texts.gates.shape == (4, 2)
+        (routed,) = texts.gates
+        assert routed.shape == (4, 2)
         for number, prompt in enumerate(learner.prompts):
-            expected, gates = learner.semantic(prompt([0, 3]))
+            expected, gates = learner.transforms["semantic-experts"](prompt([0, 3]))
             torch.testing.assert_close(texts.embeddings[number], expected)
-            torch.testing.assert_close(texts.gates[2 * number : 2 * number + 2], gates)
+            torch.testing.assert_close(routed[2 * number : 2 * number + 2], gates)
 
 
 @pytest.mark.parametrize("class_specific", [False, True])
@@ -145,7 +143,7 @@ def test_what_it_owns_is_trained_and_nothing_of_the_backbone(tiny_backbone: Back
     assert not frozen & {*ids}
     assert {name.split(".")[0] for name in learner.state_dict()} == {
         "prompts",
-        "semantic",
+        "transforms",
         "tuner",
     }
 
@@ -181,7 +179,8 @@ def test_it_is_made_the_same_from_the_same_seed(tiny_backbone: Backbone) -> None
     assert all(torch.equal(one[name], again[name]) for name in one)
     random = [
         *(f"prompts.{number}.{name}" for number in (0, 1) for name in ("context", "deeper")),
-        *("tuner.experts.first_down", "tuner.experts.second_down", "tuner.prompts.vectors"),
+        *(f"tuner.parts.sample-experts.{name}_down" for name in ("first", "second")),
+        "tuner.parts.visual-prompts.vectors",
     ]
     assert not any(torch.equal(one[name], other[name]) for name in random)
 
@@ -191,8 +190,7 @@ def test_centres_are_taken_or_left_to_be_loaded(tiny_backbone: Backbone) -> None
     with_centres = make(tiny_backbone, "semantic-experts", centres=centres)
     without = make(tiny_backbone, "semantic-experts")
     without.load_state_dict(with_centres.state_dict())
-    assert without.semantic is not None
-    assert torch.equal(without.semantic.centres, centres)
+    assert torch.equal(without.transforms["semantic-experts"].centres, centres)
 
 
 def test_gradients_reach_all_of_the_text_side_and_leave_the_tower_alone(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,22 +21,43 @@ from capt_train.clip.backbone import Backbone
 from capt_train.clip.loading import load_backbone
 from capt_train.clip.vision_tower import FeedForward, open_tower
 from capt_train.data.fewshot import FewShotSplit
+from capt_train.method.adapter import Adapters, DiffMannerAdapter
 from capt_train.method.learner import Learner, make_learner
-from capt_train.method.visual_tuner import (
-    DiffMannerAdapter,
-    SampleExperts,
-    VisualParts,
-    VisualPrompts,
-    VisualTuner,
-)
+from capt_train.method.sample_experts import SampleExperts
+from capt_train.method.visual_prompts import VisualPrompts
+from capt_train.method.visual_tuner import VisualTuner
 from tests.configs import train_config
 
-CHANGED = VisualParts(adapter_blocks=2, experts=2, expert_rank=3)  # equal to the frozen at first
-PROMPTED = VisualParts(adapter_blocks=2, experts=2, prompt_depth=2, prompt_tokens=3)
+CHANGED = {"adapter_depth": 2, "experts": 2, "rank": 3}  # equal to the frozen at first
+PROMPTED = {"adapter_depth": 2, "experts": 2, "prompt_depth": 2, "prompt_tokens": 3}
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def tuner_of(
+    tower: Any,
+    adapter_depth: int = 0,
+    experts: int = 0,
+    rank: int = 8,
+    prompt_depth: int = 0,
+    prompt_tokens: int = 0,
+) -> Any:
+    """Return the parts of these sizes that the tower can have."""
+    draw, parts = generator(), {}
+    if adapter_depth:
+        parts["adapter"] = Adapters(tower, adapter_depth)
+    if experts and SampleExperts.obstacle(tower) is None:
+        ffn = tower.ffn(tower.depth - 1)
+        parts["sample-experts"] = SampleExperts(ffn, experts, rank, draw, tower.depth - 1)
+    if prompt_depth:
+        parts["visual-prompts"] = VisualPrompts(tower, prompt_depth, prompt_tokens, draw)
+    return VisualTuner(tower, parts)
+
+
+def part_of(tuner: Any, name: str) -> Any:
+    return dict(tuner.parts.items()).get(name)
 
 
 def shake(module: nn.Module, scale: float = 0.3, seed: int = 7) -> Any:
@@ -151,7 +173,7 @@ def test_the_experts_are_copies_of_the_ffn_with_low_rank_updates(strength, count
     if strength:
         assert (added.abs() > 1e-3).any()
         unfolded = added
-        experts.fold(torch.tensor(strength, dtype=torch.float64))
+        experts.fold(torch.tensor(0.0), torch.tensor(strength, dtype=torch.float64))
         torch.testing.assert_close(experts(ffn, tokens, None)[0], unfolded)
     else:
         assert not added.any()
@@ -195,15 +217,16 @@ def test_new_experts_differ_from_one_another_in_what_they_will_learn():
 
 
 def test_prompts_stand_behind_the_own_tokens_and_replace_those_of_the_block_before():
-    prompts = VisualPrompts(2, 3, range(4, 6), generator())
+    tower: Any = SimpleNamespace(depth=6, width=2, leading=2, pools_class_token=True)
+    prompts = VisualPrompts(tower, 2, 3, generator())
     tokens = torch.arange(2 * 6 * 2.0).reshape(2, 6, 2)  # two leading, four patches
-    assert torch.equal(prompts(3, tokens, 2), tokens)
-    first = prompts(4, tokens, 2)
+    assert torch.equal(prompts.before_attention(3, tokens), tokens)
+    first = prompts.before_attention(4, tokens)
     for n in range(2):
         own = prompts.vectors[0]
         assert torch.equal(first[n], torch.cat([tokens[n, :2], own, tokens[n, 2:]]))
     processed = first + 100
-    second = prompts(5, processed, 2)
+    second = prompts.before_attention(5, processed)
     for n in range(2):
         own = prompts.vectors[1]
         assert torch.equal(second[n], torch.cat([processed[n, :2], own, tokens[n, 2:] + 100]))
@@ -263,23 +286,25 @@ def written_out(
     blocks = visual.transformer.resblocks
     ends_in_token = visual.attn_pool is None and visual.pool_type == "tok"
     count = 0
+    prompts, experts = part_of(tuner, "visual-prompts"), part_of(tuner, "sample-experts")
+    adapters = part_of(tuner, "adapter").blocks
     for index, block in enumerate(blocks):
-        place = index - len(blocks) + (0 if tuner.prompts is None else len(tuner.prompts.vectors))
-        if tuner.prompts is not None and place >= 0:  # the last blocks have prompts
-            own = tuner.prompts.vectors[place]
+        place = index - len(blocks) + (0 if prompts is None else len(prompts.vectors))
+        if prompts is not None and place >= 0:  # the last blocks have prompts
+            own = prompts.vectors[place]
             rows = [torch.cat([t[:1], own, t[1 + count :]]) for t in tokens]
             tokens, count = torch.stack(rows), len(own)
         query = block.ln_1(tokens)
         tokens = tokens + block.ls_1(block.attn(query, query, query, need_weights=True)[0])
-        if str(index) in tuner.adapters:
-            adapter = tuner.adapters[str(index)]
+        if str(index) in adapters:
+            adapter = adapters[str(index)]
             grid = visual.grid_size
             tokens = adapted_by_loops(adapter, tokens, grid, 1 + count, strength * alpha)
         inner = block.ln_2(tokens)
         output = block.mlp(inner)
-        if tuner.experts is not None and block is blocks[-1]:
+        if experts is not None and block is blocks[-1]:
             ffn = FeedForward(block.mlp.c_fc, block.mlp.gelu, block.mlp.c_proj)
-            output[:, 0] = mixed_by_copies(tuner.experts, ffn, inner[:, 0], strength)[0]
+            output[:, 0] = mixed_by_copies(experts, ffn, inner[:, 0], strength)[0]
         tokens = tokens + block.ls_2(output)
     if not ends_in_token:
         tokens = torch.cat([tokens[:, :1], tokens[:, 1 + count :]], dim=1)
@@ -294,18 +319,18 @@ def test_all_parts_together_are_the_method(make_backbone, name, parts):
     backbone = make_backbone(name)
     visual = copy.deepcopy(backbone.model.visual).double()
     tower = open_tower(visual, backbone.preprocess.size)
-    tuner = shake(VisualTuner(tower, parts, generator())).double()
+    tuner = shake(tuner_of(tower, **parts)).double()
     tuner.set_constants(strength=0.5)
     ends_in_token = name in ("token", "layer scale")
-    assert (tuner.experts is not None) is ends_in_token
-    assert [*tuner.adapters] == (["1", "2"] if ends_in_token else ["2", "3"])
+    assert (part_of(tuner, "sample-experts") is not None) is ends_in_token
+    assert [*part_of(tuner, "adapter").blocks] == (["1", "2"] if ends_in_token else ["2", "3"])
     pixels = some_pixels(backbone)
     images = backbone.normalise(pixels).double()
     alpha = torch.tensor([0.0, 0.3, 0.6, 1.0, 1.5], dtype=torch.float64)
     encoded = tuner(tower, tuner.prefix(tower, images), alpha)
     expected = written_out(visual, tuner, images, alpha, 0.5)
     torch.testing.assert_close(encoded.embeddings, expected.float(), rtol=0, atol=1e-6)
-    assert (encoded.gates is not None) is ends_in_token
+    assert bool(encoded.gates) is ends_in_token
     frozen = backbone.image_embeddings(pixels)
     assert (encoded.embeddings - frozen).abs().max() > 0.01
     # the constant holds where no image has its own
@@ -323,11 +348,11 @@ def test_a_timm_vit_is_changed_in_the_same_places(options):
     """Against timm's own forward pass, with hooks that change what its modules return."""
     visual = small_timm(depth=4, **options).double()
     tower = open_tower(visual, (16, 16))
-    tuner = shake(VisualTuner(tower, CHANGED, generator())).double()
+    tuner = shake(tuner_of(tower, **CHANGED)).double()
     tuner.set_constants(strength=0.5)
     images, alpha = randn(3, 3, 16, 16), torch.tensor([0.2, 0.8, 1.1], dtype=torch.float64)
     handles = []
-    for name, adapter in tuner.adapters.items():
+    for name, adapter in part_of(tuner, "adapter").blocks.items():
         block = visual.trunk.blocks[int(name)]
         own = (adapter, (2, 2), visual.trunk.num_prefix_tokens, 0.5 * alpha)
         handles += [
@@ -341,19 +366,20 @@ def test_a_timm_vit_is_changed_in_the_same_places(options):
                 )
             ),
         ]
-    if tuner.experts is not None:
+    experts = part_of(tuner, "sample-experts")
+    if experts is not None:
         mlp = visual.trunk.blocks[-1].mlp
 
         def mix(module: Any, arguments: Any, output: Tensor) -> Tensor:
             ffn = FeedForward(mlp.fc1, mlp.act, mlp.fc2)
-            output[:, 0] = mixed_by_copies(tuner.experts, ffn, arguments[0][:, 0], 0.5)[0]
+            output[:, 0] = mixed_by_copies(experts, ffn, arguments[0][:, 0], 0.5)[0]
             return output
 
         handles.append(mlp.register_forward_hook(mix))
     expected = functional.normalize(visual(images), dim=-1).float()
     for handle in handles:
         handle.remove()
-    assert (tuner.experts is None) is ("global_pool" in options)
+    assert (part_of(tuner, "sample-experts") is None) is ("global_pool" in options)
     found = tuner(tower, tuner.prefix(tower, images), alpha).embeddings
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     assert (found - functional.normalize(visual(images), dim=-1)).abs().max() > 0.01
@@ -374,7 +400,7 @@ def learner_of(backbone: Backbone, **settings: Any) -> Learner:
 def test_new_parts_leave_every_bit_as_it_is(make_backbone, name, count):
     backbone = make_backbone(name)
     learner = learner_of(backbone)
-    assert len(learner.visual.adapters) == 3
+    assert len(part_of(learner.visual, "adapter").blocks) == 3
     pixels = some_pixels(backbone, count)
     frozen = backbone.image_embeddings(pixels)
     assert torch.equal(learner.image_embeddings(pixels), frozen)
@@ -418,29 +444,28 @@ def test_the_shortcut_gives_the_same_with_trained_parts(make_backbone):
             alpha = torch.tensor([0.0, 0.3, 0.6, 1.0, 1.5])
             whole, short = (learner.images(tokens, alpha, shortcut=s) for s in (False, True))
             torch.testing.assert_close(short.embeddings, whole.embeddings, rtol=0, atol=1e-5)
-            if whole.gates is not None:
-                torch.testing.assert_close(short.gates, whole.gates, rtol=0, atol=1e-5)
+            torch.testing.assert_close(short.gates, whole.gates, rtol=0, atol=1e-5)
 
 
 # What is trained, and where the frozen part ends.
 
 
 def start_of(backbone: Backbone, **sizes: int) -> int:
-    return VisualTuner(backbone.tower, VisualParts(**sizes), generator()).start
+    return tuner_of(backbone.tower, **sizes).start
 
 
 def test_as_much_as_possible_is_frozen(make_backbone):
     token, mean = make_backbone("token"), make_backbone("mean")  # four blocks
-    assert start_of(token, adapter_blocks=3) == 0
-    assert start_of(token, adapter_blocks=1, experts=2) == 2
-    assert start_of(token, adapter_blocks=99) == 0
+    assert start_of(token, adapter_depth=3) == 0
+    assert start_of(token, adapter_depth=1, experts=2) == 2
+    assert start_of(token, adapter_depth=99) == 0
     assert start_of(token, experts=2) == 3
-    assert start_of(mean, adapter_blocks=3) == 1
+    assert start_of(mean, adapter_depth=3) == 1
     prompts = {"prompt_tokens": 2}
     assert start_of(token, experts=2, prompt_depth=1, **prompts) == 2
-    assert start_of(token, adapter_blocks=2, prompt_depth=1, **prompts) == 1
-    assert start_of(token, adapter_blocks=1, prompt_depth=3, **prompts) == 0
-    assert start_of(token, adapter_blocks=1, prompt_depth=99, **prompts) == -1
+    assert start_of(token, adapter_depth=2, prompt_depth=1, **prompts) == 1
+    assert start_of(token, adapter_depth=1, prompt_depth=3, **prompts) == 0
+    assert start_of(token, adapter_depth=1, prompt_depth=99, **prompts) == -1
 
 
 @torch.no_grad()
@@ -488,9 +513,9 @@ def test_each_part_can_be_left_out_alone(make_backbone, without, adapter, expert
     if adapter is None:
         assert visual is None
         return
-    assert bool(visual.adapters) is adapter
-    assert (visual.experts is not None) is experts
-    assert (visual.prompts is not None) is prompts
+    assert (part_of(visual, "adapter") is not None) is adapter
+    assert (part_of(visual, "sample-experts") is not None) is experts
+    assert (part_of(visual, "visual-prompts") is not None) is prompts
 
 
 def test_sizes_are_the_settings(make_backbone):
@@ -498,10 +523,14 @@ def test_sizes_are_the_settings(make_backbone):
     prompts = {"visual_prompt_depth": 9, "visual_prompt_tokens": 6}
     learner = learner_of(make_backbone("token"), added=("visual-prompts",), **sizes, **prompts)
     visual = learner.visual
-    assert [*visual.adapters] == ["1", "2"]
-    assert visual.experts.first_down.shape == (3, 32, 5)
-    assert visual.experts.second_up.shape == (3, 5, 32)
-    assert visual.prompts.vectors.shape == (4, 6, 32)  # no more than there are blocks
+    assert [*part_of(visual, "adapter").blocks] == ["1", "2"]
+    assert part_of(visual, "sample-experts").first_down.shape == (3, 32, 5)
+    assert part_of(visual, "sample-experts").second_up.shape == (3, 5, 32)
+    assert part_of(visual, "visual-prompts").vectors.shape == (
+        4,
+        6,
+        32,
+    )  # no more than there are blocks
     assert {*map(id, learner.visual_parameters)} == {*map(id, visual.parameters())}
     assert all(value.requires_grad for value in learner.visual_parameters)
     both = len(learner.text_parameters) + len(learner.visual_parameters)
@@ -515,7 +544,7 @@ def test_the_seed_decides_the_start(make_backbone):
         for seed in (1, 1, 2)
     )
     assert all(torch.equal(one[name], same[name]) for name in one)
-    for name in ("experts.first_down", "prompts.vectors"):
+    for name in ("parts.sample-experts.first_down", "parts.visual-prompts.vectors"):
         assert not torch.equal(one[name], other[name])
 
 
@@ -573,7 +602,7 @@ def test_alpha_and_strength_are_no_parameters_and_only_alpha_is_saved(make_backb
 def test_a_folded_copy_says_the_same_and_the_original_stays(make_backbone, name, parts):
     backbone = make_backbone(name)
     tower = backbone.tower
-    tuner = shake(VisualTuner(tower, parts, generator()))
+    tuner = shake(tuner_of(tower, **parts))
     tuner.set_constants(alpha=0.7, strength=0.5)
     before = {key: value.clone() for key, value in tuner.state_dict().items()}
     tokens = tuner.prefix(tower, backbone.normalise(some_pixels(backbone)))
@@ -602,13 +631,13 @@ def test_prompts_beside_registers_of_a_tower_without_a_class_token():
     visual = small_timm(depth=3, class_token=False, reg_tokens=1, global_pool="avg")
     trunk = visual.trunk
     tower = open_tower(visual, (16, 16))
-    parts = VisualParts(prompt_depth=1, prompt_tokens=2)
-    tuner = shake(VisualTuner(tower, parts, generator()), 1.0)
+    parts = {"prompt_depth": 1, "prompt_tokens": 2}
+    tuner = shake(tuner_of(tower, **parts), 1.0)
     images = randn(2, 3, 16, 16).float()
     found = tuner(tower, tuner.prefix(tower, images)).embeddings
     tokens = trunk._pos_embed(trunk.patch_embed(images))
     tokens = trunk.blocks[1](trunk.blocks[0](tokens))
-    own = tuner.prompts.vectors[0].expand(2, -1, -1)
+    own = part_of(tuner, "visual-prompts").vectors[0].expand(2, -1, -1)
     tokens = trunk.blocks[2](torch.cat([tokens[:, :1], own, tokens[:, 1:]], dim=1))
     mean = trunk.fc_norm(tokens[:, 3:].mean(dim=1))  # patches only
     expected = functional.normalize(visual.head(mean), dim=-1)

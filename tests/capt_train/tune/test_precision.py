@@ -98,9 +98,9 @@ def test_every_term_is_float32_and_a_step_moves_the_parameters(learner, tiny_bac
         assert precision.step(weighted_sum(terms, WEIGHTS), optimizer, learner.parameters(), 1.0)
         own = learner.named_parameters()
         moved |= {key for key, value in own if not torch.equal(before[key], value)}
-    assert {key.split(".")[0] for key in moved} == {"prompts", "semantic", "tuner"}
-    assert "tuner.experts.second_up" in moved
-    assert "tuner.adapters.0.convolution.weight" in moved
+    assert {key.split(".")[0] for key in moved} == {"prompts", "transforms", "tuner"}
+    assert "tuner.parts.sample-experts.second_up" in moved
+    assert "tuner.parts.adapter.blocks.0.convolution.weight" in moved
     assert all(value.dtype == torch.float32 for value in learner.parameters())
     after = tiny_backbone.model.state_dict()
     assert all(torch.equal(frozen[key], after[key]) for key in frozen)

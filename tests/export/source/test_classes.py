@@ -83,7 +83,7 @@ def test_prompts_of_their_own_for_each_class_give_new_ones_their_mean(
         other = with_classes(source_from_run(model), [model], NEW)
         hand_written = model.backbone.class_embeddings(NEW, model.config.prompt.templates)
         weights = model.fitted.mixture.outside
-        expected = weights[0] * hand_written[0] + weights[1] * model.learner.semantic(mean)[0][0]
+        expected = weights[0] * hand_written[0] + weights[1] * model.learner.transform(mean)[0][0]
     torch.testing.assert_close(other.rows[0], expected, atol=1e-6, rtol=0)
 
 

@@ -47,7 +47,7 @@ def logits_of(classifier: Classifier, photos: list[Path]) -> NDArray[np.float32]
 @pytest.fixture(scope="module")
 def bundle(text_model: TunedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the bundle of two prompts, deep ones, with experts and a mixture."""
-    assert text_model.learner.semantic is not None
+    assert "semantic-experts" in text_model.learner.transforms
     assert all(prompt.deeper is not None for prompt in text_model.learner.prompts)
     return open_export(text_model, tmp_path_factory.mktemp("open") / "x.capt")
 

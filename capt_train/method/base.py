@@ -1,0 +1,109 @@
+"""What the code of a part implements: a transform of class embeddings, or hooks in the ViT."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from capt_train.clip.vision_tower import Tower
+from capt_train.config import TrainConfig
+from capt_train.method.prompt import PromptLearner
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """What a part may be built from."""
+
+    config: TrainConfig
+    zero_shot: Float[Tensor, "classes dim"]  # hand-written t⁰ of every class
+    centres: Float[Tensor, "kinds centres dim"] | None  # of sentences; None where none were found
+    prompts: Sequence[PromptLearner]
+    generator: torch.Generator  # for random starts
+
+
+class ClassTransform(nn.Module):
+    """A trained map of class embeddings; a function of each embedding alone, so that it folds."""
+
+    @classmethod
+    def build(cls, context: BuildContext) -> "ClassTransform":
+        """Return the transform before the first step."""
+        raise NotImplementedError
+
+    def forward(
+        self, embeddings: Float[Tensor, "classes dim"]
+    ) -> tuple[Float[Tensor, "classes dim"], Float[Tensor, "classes experts"] | None]:
+        """Return the embeddings, unit norm as they came, and the gates of a router if any."""
+        raise NotImplementedError
+
+
+class VisualPart(nn.Module):
+    """Something trained in the blocks of the frozen ViT; the hooks change nothing by default."""
+
+    # The block after whose attention tokens may still be kept: nothing before that is changed.
+    keeps_up_to: int
+    starts_frozen = True  # whether a new part leaves the tower's answer as it is, to the bit
+
+    @classmethod
+    def build(cls, tower: Tower, context: BuildContext) -> "VisualPart":
+        """Return the part before the first step."""
+        raise NotImplementedError
+
+    @classmethod
+    def obstacle(cls, tower: Tower) -> str | None:
+        """Return why this tower cannot have the part; None where it can."""
+        return None
+
+    def before_attention(
+        self, block: int, tokens: Float[Tensor, "batch tokens width"]
+    ) -> Float[Tensor, "batch more width"]:
+        """Return the tokens that go into the attention of a block."""
+        return tokens
+
+    def after_attention(
+        self, block: int, tokens: Float[Tensor, "batch tokens width"], alpha: Tensor | None
+    ) -> Float[Tensor, "batch tokens width"]:
+        """Return the tokens behind the attention of a block.
+
+        Args:
+            block: its number.
+            tokens: behind the residual connection.
+            alpha: κ·s·cᵞ, one number or one for each image (batch, 1, 1); None once folded.
+        """
+        return tokens
+
+    def feed_forward(
+        self,
+        tower: Tower,
+        block: int,
+        tokens: Float[Tensor, "batch tokens width"],
+        strength: Tensor | None,
+    ) -> tuple[Float[Tensor, "batch tokens width"] | None, Float[Tensor, "batch experts"] | None]:
+        """Return what to add to the output of a block's FFN, and the gates of a router.
+
+        Args:
+            tower: the frozen one.
+            block: number of the block.
+            tokens: before the FFN and its norm.
+            strength: κ; None once folded.
+        """
+        return None, None
+
+    def before_pooling(
+        self, tokens: Float[Tensor, "batch tokens width"]
+    ) -> Float[Tensor, "batch fewer width"]:
+        """Return the tokens of the image alone."""
+        return tokens
+
+    def fold(self, alpha: Tensor, strength: Tensor) -> None:
+        """Multiply κ·α and κ, constant at inference, into the weights (METHOD 9)."""
+
+    def layers_read(self, tower: Tower) -> tuple[nn.Module, ...]:
+        """Return the tower's layers whose weights the part reads, so that they must stay."""
+        return ()
+
+
+def times(factor: Tensor | None, values: Tensor) -> Tensor:
+    """Return the product; the values as they are where the factor is folded."""
+    return values if factor is None else factor * values

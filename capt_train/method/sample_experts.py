@@ -1,0 +1,109 @@
+"""Sample experts in the last FFN of the ViT (METHOD 5)."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from capt_train.clip.vision_tower import FeedForward, Tower
+from capt_train.method.base import BuildContext, VisualPart, times
+
+
+class SampleExperts(VisualPart):
+    """`FFN(x) ← Σ_e g_e(x)·FFN_e(x)` for the class token of the last block.
+
+    Each expert is the frozen FFN plus a low-rank update of its two layers that starts at 0. All
+    experts are computed for every image, so the graph has no data-dependent control flow.
+    """
+
+    def __init__(
+        self, ffn: FeedForward, experts: int, rank: int, generator: torch.Generator, block: int = 0
+    ) -> None:
+        super().__init__()
+        self.keeps_up_to = block
+        width, hidden = ffn.up.in_features, ffn.up.out_features
+
+        def down(size: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(experts, size, rank, generator=generator) / size**0.5)
+
+        def up(size: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(experts, rank, size))
+
+        self.first_down, self.first_up = down(width), up(hidden)
+        self.second_down, self.second_up = down(hidden), up(width)
+        self.router = nn.Linear(width, experts)
+        nn.init.zeros_(self.router.weight)
+        nn.init.zeros_(self.router.bias)
+
+    @classmethod
+    def build(cls, tower: Tower, context: BuildContext) -> "SampleExperts":
+        """Return `experts.count` experts of rank `experts.rank`."""
+        experts, last = context.config.experts, tower.depth - 1
+        ffn = tower.ffn(last)
+        if ffn is None:
+            raise ValueError("the tower has no FFN of two linear layers; see `obstacle`")
+        return cls(ffn, experts.count, experts.rank, context.generator, last)
+
+    @classmethod
+    def obstacle(cls, tower: Tower) -> str | None:
+        """Return why this tower cannot have them."""
+        if not tower.pools_class_token:
+            return "the visual tower does not end in a class token"
+        if tower.ffn(tower.depth - 1) is None:
+            return "the visual tower's FFN is not two linear layers"
+        return None
+
+    def feed_forward(
+        self,
+        tower: Tower,
+        block: int,
+        tokens: Float[Tensor, "batch tokens width"],
+        strength: Tensor | None,
+    ) -> tuple[Float[Tensor, "batch tokens width"] | None, Float[Tensor, "batch experts"] | None]:
+        """Return the experts' update of the class token in the last block, and their gates."""
+        ffn = tower.ffn(block) if block == self.keeps_up_to else None
+        if ffn is None:
+            return None, None
+        first = tower.before_ffn(block, tokens[:, 0])
+        update, gates = self(ffn, first, strength)
+        return functional.pad(update[:, None], (0, 0, 0, tokens.shape[1] - 1)), gates
+
+    def forward(
+        self,
+        ffn: FeedForward,
+        tokens: Float[Tensor, "batch width"],
+        strength: Float[Tensor, ""] | None,
+    ) -> tuple[Float[Tensor, "batch width"], Float[Tensor, "batch experts"]]:
+        """Return what is to be added to the frozen FFN's output, and the gates.
+
+        `Σ_e g_e·(FFN_e − FFN)` equals `Σ_e g_e·FFN_e − FFN`, for the gates sum to 1. It is exactly
+        0 as long as the updates are: frozen and tuned values go through one call of the activation,
+        whose rounding depends on the memory layout, and differ before the second layer, whose
+        rounding depends on the shape.
+
+        Args:
+            ffn: the frozen one.
+            tokens: normalised class tokens.
+            strength: κ; None where it is folded.
+        """
+        gates = self.router(tokens).softmax(dim=-1)
+        inner = ffn.up(tokens)
+        low = torch.einsum("bw,ewr->ber", tokens, self.first_down)
+        update = torch.einsum("ber,erh->beh", low, self.first_up)
+        tuned = inner[:, None] + times(strength, update)
+        both = ffn.activation(torch.cat([inner[:, None], tuned], dim=1))
+        frozen, hidden = both[:, :1], both[:, 1:]
+        low = torch.einsum("beh,ehr->ber", hidden, self.second_down)
+        update = torch.einsum("ber,erw->bew", low, self.second_up)
+        moved = functional.linear(hidden - frozen, ffn.down.weight)
+        return (gates[:, :, None] * (moved + times(strength, update))).sum(dim=1), gates
+
+    def fold(self, alpha: Tensor, strength: Tensor) -> None:
+        """Multiply κ into the updates."""
+        self.first_up.data *= strength
+        self.second_up.data *= strength
+
+    def layers_read(self, tower: Tower) -> tuple[nn.Module, ...]:
+        """Return the two layers of the frozen FFN."""
+        ffn = tower.ffn(self.keeps_up_to)
+        return () if ffn is None else (ffn.up, ffn.down)

@@ -1,0 +1,131 @@
+"""The worked examples of CONTRIBUTING: a part is one file and one entry of PARTS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from torch.nn.functional import normalize
+
+from capt_deploy.data.preprocess import preprocess
+from capt_deploy.serving.classifier import Classifier
+from capt_train import parts
+from capt_train.cli.train import main
+from capt_train.config import TrainConfig, settings
+from capt_train.parts import LossTerm, Part
+from capt_train.pipeline import train
+from capt_train.run.folder import TunedModel, load_run
+from export.writer import export_run
+
+EXAMPLES = "tests.capt_train.method.examples"
+ENTRIES = {
+    "kgcoop": Part(
+        "keeps class embeddings near the hand-written ones (KgCoOp)",
+        losses={"kgcoop": LossTerm(f"{EXAMPLES}.kgcoop:distance", "KgCoOp's distance", 8.0)},
+    ),
+    "linear-map": Part(
+        "a linear map of class embeddings", "text", f"{EXAMPLES}.linear_map:LinearMap"
+    ),
+    "coupled-prompts": Part(
+        "visual tokens from the text prompt (MaPLe)",
+        "visual",
+        f"{EXAMPLES}.coupled_prompts:CoupledPrompts",
+    ),
+}
+Trained = Callable[..., TunedModel]
+
+
+@pytest.fixture
+def trained(
+    configure: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Trained:
+    """Return a function that tunes prompts with one of the new parts into `tmp_path / "run"`."""
+
+    def trained(part: str, **values: object) -> TunedModel:
+        monkeypatch.setitem(parts.PARTS, part, ENTRIES[part])
+        alike = {"method": "coop", "tuning_learning_rate": 0.02, "visual_learning_rate": 0.02}
+        fixed = {"visual_strength": 1.0, "visual_views": 2, "tuning_label_noise": 0.0}
+        plain = {"calibration_calibrator": "temperature"}
+        train(configure(**alike, **fixed, **plain, added=(part,), **values), tmp_path / "run")
+        return load_run(tmp_path / "run")
+
+    return trained
+
+
+def files(photos: Path) -> list[Path]:
+    return sorted((photos / "test").rglob("*.png"))
+
+
+@torch.no_grad()
+def images_of(model: TunedModel, photos: Path) -> torch.Tensor:
+    pixels = [preprocess(file, model.backbone.preprocess) for file in files(photos)]
+    return model.learner.image_embeddings(torch.from_numpy(np.stack(pixels)))
+
+
+@torch.no_grad()
+def assert_bundle_answers_like(model: TunedModel, bundle: Path, photos: Path) -> None:
+    expected = model.logits(images_of(model, photos)).softmax(dim=1).numpy()
+    predictions = Classifier.load(bundle).predict(files(photos))
+    found = np.stack([prediction.probabilities for prediction in predictions])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_a_loss_term(
+    trained: Trained, configure: Callable[..., TrainConfig], photos: Path, tmp_path: Path
+) -> None:
+    model = trained("kgcoop")
+    assert settings()["losses.kgcoop"].default == 8.0
+    train(configure(method="coop", tuning_learning_rate=0.02), tmp_path / "without")
+    without = load_run(tmp_path / "without")
+
+    def distance(tuned: TunedModel) -> float:
+        return float((tuned.learner.mean_texts(range(4)) - tuned.zero_shot).norm())
+
+    assert distance(model) < 0.9 * distance(without)
+    assert_bundle_answers_like(model, export_run(tmp_path / "run", tmp_path / "x.capt"), photos)
+
+
+def test_a_map_of_class_embeddings(trained: Trained, photos: Path, tmp_path: Path) -> None:
+    model = trained("linear-map", classes="base")
+    (update,) = model.learner.transforms.parameters()
+    assert update.abs().max() > 1e-3
+    assert_bundle_answers_like(model, export_run(tmp_path / "run", tmp_path / "x.capt"), photos)
+    # a class that is not of the data set goes through the map too
+    (prompt,) = model.learner.prompts
+    with torch.no_grad():
+        plain = prompt.of_names(["old tractor"])
+        new = model.learner.texts_of(["old tractor"], plain).embeddings[0]
+        torch.testing.assert_close(new, normalize(plain + plain @ update, dim=-1))
+        assert not torch.allclose(new, plain, atol=1e-4)
+    names = ("blue sky", "old tractor")
+    bundle = export_run(tmp_path / "run", tmp_path / "new.capt", class_names=names)
+    known = model.text_embeddings[model.class_names.index("blue sky")]
+    logits = model.backbone.scale * images_of(model, photos) @ torch.stack([known, new[0]]).T
+    expected = (logits / model.fitted.temperature).softmax(dim=1).numpy()
+    predictions = Classifier.load(bundle).predict(files(photos))
+    found = np.stack([prediction.probabilities for prediction in predictions])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_tokens_in_the_visual_tower(trained: Trained, photos: Path, tmp_path: Path) -> None:
+    model = trained("coupled-prompts", visual_far_epochs=0)
+    assert model.visual is not None and [*model.visual.parts] == ["coupled-prompts"]
+    assert "coupled-prompts" in model.learner.parts(model.config)
+    images = images_of(model, photos)
+    assert not torch.allclose(images, images_of_frozen(model, photos), atol=1e-3)
+    assert_bundle_answers_like(model, export_run(tmp_path / "run", tmp_path / "x.capt"), photos)
+
+
+@torch.no_grad()
+def images_of_frozen(model: TunedModel, photos: Path) -> torch.Tensor:
+    pixels = [preprocess(file, model.backbone.preprocess) for file in files(photos)]
+    return model.backbone.image_embeddings(torch.from_numpy(np.stack(pixels)))
+
+
+def test_the_help_lists_a_new_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(parts.PARTS, "kgcoop", ENTRIES["kgcoop"])
+    assert "keeps class embeddings near" in CliRunner().invoke(main, ["--help"]).stdout
