@@ -28,6 +28,28 @@ _AREA = Allowed("above 0 and up to 1", lambda share: 0 < share <= 1)
 _MOMENTUM = Allowed("0 or more, below 1", lambda value: 0 <= value < 1)
 _NOISE = Allowed("0 to 0.5", lambda share: 0 <= share <= 0.5)
 _SEED = Allowed("0 to 2**32 - 1", lambda seed: 0 <= seed < 2**32)
+_OPTIMIZERS, _AUTOCASTS = ("adamw", "sgd"), ("auto", "off", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class TuningSettings(SettingsGroup, group="tuning"):
+    """Optimizer and epochs of the text side, which is tuned first; batches of both sides."""
+
+    epochs: int = setting(50, "epochs of the text side", at_least(1), option="--epochs")
+    learning_rate: float = setting(0.002, "peak rate of the text side", ABOVE_0, option="--lr")
+    batch_size: int = setting(32, "images in a batch", at_least(1), option="--batch-size")
+    optimizer: str = setting("adamw", "adamw or sgd", one_of(_OPTIMIZERS))
+    momentum: float = setting(0.9, "momentum of sgd", _MOMENTUM)
+    weight_decay: float = setting(0.0005, "weight decay", at_least(0))
+    clip_norm: float = setting(1.0, "largest norm of the gradient; 0 for any", at_least(0))
+    warmup_epochs: int = setting(1, "epochs of warm-up, at most all but one", at_least(0))
+    patience: int = setting(
+        10, "epochs without a better validation loss; 0 trains all", at_least(0)
+    )
+    autocast: str = setting("auto", "auto: bf16 on GPUs that have it", one_of(_AUTOCASTS))
+    label_noise: float | None = setting(
+        None, "share of wrong labels (ε); auto: as the frozen model sees it", _NOISE, none="auto"
+    )
 
 
 @dataclass(frozen=True)
@@ -35,19 +57,14 @@ class PromptSettings(SettingsGroup, group="prompt"):
     """The hand-written prompt and the learned ones."""
 
     templates: tuple[str, ...] = setting(
-        ("a photo of a {}.",),
-        "hand-written prompts, {} where the class name goes",
-        _TEMPLATES,
-        option="--template",
+        ("a photo of a {}.",), "hand-written prompt with {} in it", _TEMPLATES, option="--template"
     )
     count: int = setting(1, "learned prompts (K)", at_least(1))
     words: str = setting("a photo of a", "words that the learned context starts from")
-    random_tokens: int = setting(
-        0, "start from so many random vectors instead of the words; 0 takes the words", at_least(0)
-    )
+    random_tokens: int = setting(0, "random vectors to start from; 0 takes the words", at_least(0))
     class_specific: bool = setting(False, "learn a context for each class, not a shared one")
     depth: int = setting(
-        3, "blocks of the text tower with context vectors of their own, input included", at_least(1)
+        3, "text blocks with a context of their own, the input counted", at_least(1)
     )
 
     def __post_init__(self) -> None:
@@ -102,33 +119,22 @@ class VisualSettings(SettingsGroup, group="visual"):
     adapter_scale: float = setting(1.0, "s of the adapter's α = s·cᵞ", at_least(0))
     # With 1, images that the model is sure of are trained with a smaller α than they meet at
     # inference, which lost accuracy on validation images.
-    adapter_exponent: float = setting(
-        0.0, "γ of α = s·cᵞ; 0 trains with the α of inference", at_least(0)
-    )
+    adapter_exponent: float = setting(0.0, "γ of α = s·cᵞ; 0: α as at inference", at_least(0))
     prompt_depth: int = setting(3, "last blocks that have visual prompts", at_least(1))
     prompt_tokens: int = setting(4, "visual prompts in each of these blocks", at_least(1))
-    learning_rate: float = setting(0.002, "peak learning rate of the visual side", ABOVE_0)
+    learning_rate: float = setting(0.002, "peak rate of the visual side", ABOVE_0)
     text_rate: float = setting(
-        0.25, "factor on tuning.learning_rate for the text side beside it", SHARE
+        0.25, "× tuning.learning_rate: the text side's rate beside it", SHARE
     )
-    epochs: int = setting(6, "epochs of both sides, near the frozen image embeddings", at_least(1))
+    epochs: int = setting(6, "epochs of both sides, near the frozen embeddings", at_least(1))
     consistency: float = setting(20.0, "weight of 1 − cos(f, f⁰) in these epochs", at_least(0))
-    far_epochs: int = setting(
-        8, "epochs after that, kept if validation images gain; 0 for none", at_least(0)
-    )
+    far_epochs: int = setting(8, "further epochs, kept if validation images gain", at_least(0))
     far_consistency: float = setting(1.0, "weight of 1 − cos(f, f⁰) in those epochs", at_least(0))
-    far_patience: int = setting(
-        3, "end them after so many without a better validation loss", at_least(1)
-    )
+    far_patience: int = setting(3, "as tuning.patience, in those epochs", at_least(1))
     strength: float | None = setting(
-        None,
-        "share of the visual tuning to keep (κ); auto: by a trial run and validation images",
-        SHARE,
-        none="auto",
+        None, "share of the visual tuning to keep (κ); auto: by a trial", SHARE, none="auto"
     )
-    views: int = setting(
-        5, "views of each image; the first is the image itself, the last is held out", at_least(2)
-    )
+    views: int = setting(5, "views of each image, itself and a held-out one included", at_least(2))
     view_area: float = setting(0.6, "smallest share of the image in a view", _AREA)
 
 
@@ -144,41 +150,7 @@ class ColourSettings(SettingsGroup, group="colours"):
 class MixtureSettings(SettingsGroup, group="mixture"):
     """The mixture of hand-written and learned prompts."""
 
-    margin: float = setting(
-        0.1, "nats by which learned prompts shall be less sure outside their classes", at_least(0)
-    )
-
-
-@dataclass(frozen=True)
-class TuningSettings(SettingsGroup, group="tuning"):
-    """Optimizer and epochs of the text side, which is tuned first; batches of both sides."""
-
-    epochs: int = setting(50, "epochs of the text side", at_least(1), option="--epochs")
-    learning_rate: float = setting(
-        0.002, "peak learning rate of the text side", ABOVE_0, option="--lr"
-    )
-    batch_size: int = setting(32, "images in a batch", at_least(1), option="--batch-size")
-    optimizer: str = setting("adamw", "adamw or sgd", one_of(("adamw", "sgd")))
-    momentum: float = setting(0.9, "momentum of sgd", _MOMENTUM)
-    weight_decay: float = setting(0.0005, "weight decay", at_least(0))
-    clip_norm: float = setting(1.0, "largest norm of the gradient; 0 for any", at_least(0))
-    warmup_epochs: int = setting(
-        1, "epochs in which the learning rate rises, at most all but one", at_least(0)
-    )
-    patience: int = setting(
-        10, "stop after so many epochs without a better validation loss; 0 never", at_least(0)
-    )
-    autocast: str = setting(
-        "auto",
-        "precision of the towers; auto: bf16 on GPUs that have it",
-        one_of(("auto", "off", "bf16", "fp16")),
-    )
-    label_noise: float | None = setting(
-        None,
-        "share of labels that are wrong by chance (ε); auto: as the frozen model sees it",
-        _NOISE,
-        none="auto",
-    )
+    margin: float = setting(0.1, "nats by which learned prompts shall be less sure", at_least(0))
 
 
 @dataclass(frozen=True)
@@ -197,11 +169,9 @@ class CalibrationSettings(SettingsGroup, group="calibration"):
 class TrainConfig(SettingsGroup):
     """Everything that decides a run. `capt_train.pipeline` makes the paths absolute."""
 
-    data: str = setting(MISSING, "data set", option="--data")
+    data: str = setting(MISSING, "folder, .csv, .jsonl, or split_zhou_*.json", option="--data")
     model: str = setting(
-        MISSING,
-        "open_clip model: ViT-B-16-quickgelu, hf-hub:NAME, or local-dir:FOLDER",
-        option="--model",
+        MISSING, "ViT-B-16-quickgelu, hf-hub:NAME, or local-dir:FOLDER", option="--model"
     )
     pretrained: str | None = setting(
         None, "open_clip's tag of the weights (openai) or a checkpoint file", option="--pretrained"
@@ -214,13 +184,16 @@ class TrainConfig(SettingsGroup):
     without: tuple[str, ...] = setting((), "parts to leave out", option="--without")
     classes: str = setting(
         "all",
-        "all, or base: tune on the first half of the classes, the others stay new",
+        "base: tune on the first half of the classes, the others stay new",
         one_of(("all", "base")),
         option="--classes",
     )
     shots: int = setting(16, "images of each class to tune on", at_least(1), option="--shots")
     seed: int = setting(1, "seed of all random choices", _SEED, option="--seed")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 …", option="--device")
+    workers: int | None = setting(
+        None, "threads that decode images; auto: the cores", at_least(1), "auto", "--workers"
+    )
     tuning: TuningSettings = TuningSettings()
     prompt: PromptSettings = PromptSettings()
     confusion: ConfusionSettings = ConfusionSettings()
@@ -238,10 +211,9 @@ class TrainConfig(SettingsGroup):
         for name, value in self.losses.items():
             _known(f"losses.{name}", known).check(value)
         for option, names in (("--with", self.added), ("--without", self.without)):
-            for name in {*names} - {*PARTS, *GROUPS}:
-                raise ConfigError(
-                    f"{option}: no part {name!r}{_suggestion(name, (*PARTS, *GROUPS))}"
-                )
+            for name in names:
+                if name not in (known_parts := (*PARTS, *GROUPS)):
+                    raise ConfigError(f"{option}: no part {name!r}{_suggestion(name, known_parts)}")
         for name in self.added:
             if {*members([name])} <= {*members(self.without)}:
                 raise ConfigError(f"--with {name}: --without takes it out again; drop one of them")

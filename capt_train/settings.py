@@ -108,7 +108,6 @@ def setting(
     default: Any,
     help: str,
     allowed: Allowed = ANYTHING,
-    *,
     none: str = "none",
     option: str | None = None,
 ) -> Any:

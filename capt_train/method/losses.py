@@ -6,45 +6,49 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def _wide(values: Tensor) -> Tensor:
-    """Half-precision sums of exponentials and squares overflow or cancel; float64 stays."""
+def wide(values: Tensor) -> Tensor:
+    """Return values in float32 or wider: sums of exponentials and squares need it."""
     return values if values.dtype == torch.float64 else values.float()
+
+
+def _label_probabilities(logits: Tensor, labels: Tensor) -> Float[Tensor, " batch"]:
+    return wide(logits).softmax(dim=1).gather(1, labels[:, None]).squeeze(1)
 
 
 def cross_entropy(
     logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]
 ) -> Float[Tensor, ""]:
     """Return the mean of −log p(y)."""
-    return functional.cross_entropy(_wide(logits), labels)
+    return functional.cross_entropy(wide(logits), labels)
 
 
 def noisy_likelihood(
     logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"], share: float
 ) -> Float[Tensor, " batch"]:
-    """Return (1−ε)·p(y) + ε·(1−p(y))/(C−1), how probable each label is where a share ε is wrong.
+    """Return (1−ε)·p(y) + ε·(1−p(y))/(C−1): the probability of labels, a share ε of them wrong.
 
     A wrong label is any other class, all equally often: the forward correction of Patrini et al.
     (arXiv 1609.03683) for symmetric noise.
     """
-    own = _wide(logits).softmax(dim=1).gather(1, labels[:, None]).squeeze(1)
-    return own + share * ((1 - own) / max(1, logits.shape[1] - 1) - own)
+    probability = _label_probabilities(logits, labels)
+    return probability + share * ((1 - probability) / max(1, logits.shape[1] - 1) - probability)
 
 
 def right_probabilities(
     logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"], share: float
 ) -> Float[Tensor, " batch"]:
-    """Return how probably each label is right, where a share ε of all is wrong."""
-    own = _wide(logits).softmax(dim=1).gather(1, labels[:, None]).squeeze(1)
-    return (1 - share) * own / noisy_likelihood(logits, labels, share)
+    """Return the probability that each label is right, where a share ε of all is wrong."""
+    probability = _label_probabilities(logits, labels)
+    return (1 - share) * probability / noisy_likelihood(logits, labels, share)
 
 
 def noisy_cross_entropy(
     logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"], share: float
 ) -> Float[Tensor, ""]:
-    """Return the mean of −log of that likelihood; the cross-entropy where no label is wrong.
+    """Return the mean of −log `noisy_likelihood`; the cross-entropy where no label is wrong.
 
-    Its gradient is nearly that of the cross-entropy times how probably the label is right: a label
-    that the model finds as improbable as any other class is not learned.
+    Its gradient is nearly that of the cross-entropy times the probability that the label is right:
+    a label that the model finds as improbable as any other class is not learned.
     """
     if not share:
         return cross_entropy(logits, labels)
@@ -59,8 +63,7 @@ def confusion_aware(
     Its gradient is largest where p(y) is near one half: at samples that are confused, not at
     hopeless ones.
     """
-    own = _wide(logits).softmax(dim=1).gather(1, labels[:, None])
-    return (1 - own).mean()
+    return (1 - _label_probabilities(logits, labels)).mean()
 
 
 def margin(
@@ -74,10 +77,10 @@ def margin(
     `m = z_y − max_{j≠y} z_j` on scaled logits; the variance is that of the population. Margins
     grow on average, yet evenly, so that confidence is not driven by a few samples.
     """
-    wide = _wide(logits)
-    own = wide.gather(1, labels[:, None])
-    others = wide.scatter(1, labels[:, None], float("-inf"))
-    margins = (own - others.max(dim=1, keepdim=True).values).squeeze(1)
+    scores = wide(logits)
+    rivals = scores.scatter(1, labels[:, None], float("-inf"))
+    margins = scores.gather(1, labels[:, None]) - rivals.max(dim=1, keepdim=True).values
+    margins = margins.squeeze(1)
     return -mean_weight * margins.mean() + variance_weight * margins.var(correction=0)
 
 
@@ -90,19 +93,25 @@ def confusion_infonce(
     """Return the symmetric InfoNCE of CAPT (arXiv 2603.02557), restricted to confused classes.
 
     `M_b = {y_b} ∪ mined_b`. From image to prompts: `−log softmax(z_b over M_b)[y_b]`. From prompt
-    to images *(ours)*: the prompt of `y_b` shall find image b among those of the minibatch whose
-    class is mined for b; other images of `y_b` are neither wanted nor to be pushed away, so they
-    are left out. The two are averaged, and where there are weights, each image is weighted.
+    to images *(ours)*: the prompt of `y_b` shall find image b among the images of the minibatch
+    whose class is mined for b; other images of `y_b` are left out, as neither right nor wrong.
+    Returned is the average of both directions.
+
+    Args:
+        logits: scaled.
+        labels: y.
+        mined: the classes confused with each image.
+        weights: of the images; by default all alike.
     """
     reduction = "mean" if weights is None else "none"
-    wide = _wide(logits)
+    scores = wide(logits)
     rows = torch.arange(len(labels), device=labels.device)
-    allowed = torch.zeros_like(wide, dtype=torch.bool).scatter(1, mined, True)
+    allowed = torch.zeros_like(scores, dtype=torch.bool).scatter(1, mined, True)
     allowed[rows, labels] = True
     to_text = functional.cross_entropy(
-        wide.masked_fill(~allowed, float("-inf")), labels, reduction=reduction
+        scores.masked_fill(~allowed, float("-inf")), labels, reduction=reduction
     )
-    by_prompt = wide[:, labels].T  # row b: how well each image of the minibatch fits prompt y_b
+    by_prompt = scores[:, labels].T  # row b: how well each image of the minibatch fits prompt y_b
     rivals = allowed[:, labels] & (labels[:, None] != labels)
     rivals[rows, rows] = True
     to_images = functional.cross_entropy(
@@ -117,9 +126,9 @@ def consistency(
 ) -> Float[Tensor, ""]:
     """Return the mean of 1 − cos(f, f⁰) over unit-norm image embeddings *(ours)*.
 
-    It makes every change of the visual side pay for itself, on classes never seen as well.
+    It holds the visual side back where a change does not lower the other terms.
     """
-    return 1 - (_wide(embeddings) * _wide(frozen)).sum(dim=1).mean()
+    return 1 - (wide(embeddings) * wide(frozen)).sum(dim=1).mean()
 
 
 def balance(gates: Float[Tensor, "batch experts"]) -> Float[Tensor, ""]:
@@ -128,7 +137,7 @@ def balance(gates: Float[Tensor, "batch experts"]) -> Float[Tensor, ""]:
     An expert's importance is the sum of its gates over the batch. 0 where all are used alike; the
     gradient reaches the router.
     """
-    importance = _wide(gates).sum(dim=0)
+    importance = wide(gates).sum(dim=0)
     return importance.var(correction=0) / importance.mean().square()
 
 
@@ -138,19 +147,17 @@ def moments(
     """Return ‖μ−μ⁰‖² + ‖Σ−Σ⁰‖_F² over class embeddings, TCPT (arXiv 2602.19024).
 
     `Σ = XcᵀXc/C` is D×D; ‖Σ−Σ⁰‖² = ‖Σ‖² − 2⟨Σ,Σ⁰⟩ + ‖Σ⁰‖², and each of the three is a squared
-    norm of a C×C product of centred embeddings, so the D×D matrices are formed only where they
-    are the smaller ones.
+    norm of a C×C product of centred embeddings, so D×D matrices are formed only where C ≥ D.
     """
-    wide, anchor = _wide(embeddings), _wide(reference)
-    with torch.autocast(wide.device.type, enabled=False):  # it would halve the products again
-        return _moment_distance(wide, anchor)
+    with torch.autocast(embeddings.device.type, enabled=False):  # it would halve the products again
+        return _moment_distance(wide(embeddings), wide(reference))
 
 
-def _moment_distance(wide: Tensor, anchor: Tensor) -> Tensor:
-    centred = wide - wide.mean(dim=0)
+def _moment_distance(tuned: Tensor, anchor: Tensor) -> Tensor:
+    centred = tuned - tuned.mean(dim=0)
     centred_anchor = anchor - anchor.mean(dim=0)
-    shift = (wide.mean(dim=0) - anchor.mean(dim=0)).square().sum()
-    classes, dim = wide.shape
+    shift = (tuned.mean(dim=0) - anchor.mean(dim=0)).square().sum()
+    classes, dim = tuned.shape
     if classes < dim:
         spread = (
             (centred @ centred.T).square().sum()

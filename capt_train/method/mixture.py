@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from capt_deploy.core.errors import ModelError, RunError
-from capt_train.method.losses import cross_entropy
+from capt_train.method.losses import cross_entropy, wide
 
 STEPS = 1000
 LEARNING_RATE = 0.5
@@ -44,8 +44,8 @@ class Mixture:
     @classmethod
     def learned_only(cls, learned: int) -> "Mixture":
         """Return equal parts of the learned prompts and nothing of the hand-written one."""
-        parts = (0.0, *[1 / learned] * learned)
-        return cls(parts, parts)
+        weights = (0.0, *[1 / learned] * learned)
+        return cls(weights, weights)
 
     @classmethod
     def from_dict(cls, content: Any, learned: int) -> "Mixture":
@@ -89,13 +89,13 @@ class Mixture:
                 f"{len(self.inside)} prompts and {len(tuned)} classes expected, "
                 f"came embeddings of shape {tuple(embeddings.shape)}"
             )
-        wide = _wide(embeddings)
-        chosen = wide.new_tensor([self.inside if own else self.outside for own in tuned])
-        return (chosen.T[:, :, None] * wide).sum(dim=0)
+        rows = wide(embeddings)
+        weights = rows.new_tensor([self.inside if known else self.outside for known in tuned])
+        return (weights.T[:, :, None] * rows).sum(dim=0)
 
 
 def weights(shares: Float[Tensor, " learned"]) -> Float[Tensor, " learned+1"]:
-    """Return π of the shares s_i = σ(a_i): π_i = s_i/K, and π₀ = 1 − Σ_i π_i is what is left.
+    """Return π of the shares s_i = σ(a_i): π_i = s_i/K, and π₀ = 1 − Σ_i π_i.
 
     Ours: with K = 1 it is the paper's sigmoid weight, and for every K each π is positive and their
     sum is 1 without a constraint.
@@ -115,7 +115,7 @@ def inside_loss(
         logits: z_i = scale·f·t_i of every prompt, the hand-written one first.
         labels: y.
     """
-    return cross_entropy((weights(shares)[:, None] * _wide(logits)).sum(dim=1), labels)
+    return cross_entropy((weights(shares)[:, None] * wide(logits)).sum(dim=1), labels)
 
 
 def outside_loss(
@@ -125,19 +125,19 @@ def outside_loss(
 ) -> Float[Tensor, ""]:
     """Return Σ_i mean max(0, H(p_t0) − H(p_ti) + d), in float32 or wider.
 
-    On classes that it was not tuned on a learned prompt shall be less sure than the hand-written
+    On classes that it was not tuned on, a learned prompt shall be less sure than the hand-written
     one, by `d`. The weight acts as an inverse temperature: p_ti = softmax(s_i·z_i), while
-    p_t0 = softmax(z_0) (ours: the paper leaves open how the weight enters H). No term holds
-    another prompt's share, so the sum over i minimises each alone.
+    p_t0 = softmax(z_0) (ours: the paper leaves open how the weight enters H). Each term depends on
+    one share alone.
 
     Args:
         shares: s_i = σ(a_i) of the learned prompts, before they are divided by K.
         logits: z_i = scale·f·t_i over the pseudo-classes, the hand-written prompt first.
-        d: by how many nats.
+        d: nats.
     """
-    wide = _wide(logits)
-    hand_written = _entropy(wide[:, :1])
-    learned = _entropy(shares[:, None] * wide[:, 1:])
+    scores = wide(logits)
+    hand_written = _entropy(scores[:, :1])
+    learned = _entropy(shares[:, None] * scores[:, 1:])
     return (hand_written - learned + d).clamp(min=0).mean(dim=0).sum()
 
 
@@ -157,7 +157,7 @@ def fit_inside(
         labels: their classes, as indices into `embeddings`.
         embeddings: t_{i,c} of the classes tuned on, the hand-written prompt first.
         scale: 1/τ.
-        steps: at most so many steps of gradient descent over all samples.
+        steps: the most steps of gradient descent over all samples.
         learning_rate: of these steps.
     """
     logits = _logits(features, embeddings, scale)
@@ -176,16 +176,16 @@ def fit_outside(
 ) -> tuple[float, ...]:
     """Return π_out, one weight vector for all classes not tuned on; minimises `outside_loss`.
 
-    The loss never falls with a share and is flat at 0 where every sample is unsure enough, so the
-    fit only lowers shares, from `start` down to where the loss rests.
+    The loss never falls as a share grows, and is 0 where every sample is unsure enough, so the fit
+    only lowers shares, from `start` down to where the loss becomes 0.
 
     Args:
         features: f(x) of the training samples, unit norm.
         pseudo: t_{i,c} of the pseudo-classes, the hand-written prompt first.
         scale: 1/τ.
-        d: by how many nats a learned prompt shall be less sure.
-        start: the share that a learned prompt has if it is nowhere too sure.
-        steps: at most so many steps of gradient descent over all samples.
+        d: nats by which a learned prompt shall be less sure.
+        start: the first share, kept by a prompt that is nowhere too sure.
+        steps: the most steps of gradient descent over all samples.
         learning_rate: of these steps.
     """
     logits = _logits(features, pseudo, scale)
@@ -199,9 +199,9 @@ def pseudo_class_names(
 
     Args:
         words: a vocabulary, such as `whole_words` returns.
-        count: how many are wanted.
-        seed: the same seed draws the same words.
-        exclude: class names; no word that is one, or part of one, is drawn.
+        count: number of words to draw.
+        seed: of the draw.
+        exclude: class names; no word that is one, or a part of one, is drawn.
 
     Raises:
         ModelError: the vocabulary holds too few such words.
@@ -210,15 +210,10 @@ def pseudo_class_names(
     usable = [word for word in words if word not in names]
     if len(usable) < count:
         raise ModelError(
-            f"pseudo-classes: {count} words wanted, but the tokenizer's vocabulary has only "
+            f"pseudo-classes: expected {count} words, but the tokenizer's vocabulary has only "
             f"{len(usable)} that are in no class name; tune without the mixture"
         )
     return random.Random(seed).sample(usable, count)
-
-
-def _wide(values: Tensor) -> Tensor:
-    """Half precision is too coarse for sums of logits and for entropies; float64 stays."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _entropy(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch"]:
@@ -233,7 +228,7 @@ def _logits(
     scale: float,
 ) -> Float[Tensor, "batch prompts classes"]:
     with torch.autocast(features.device.type, enabled=False):  # it would halve the product again
-        return scale * torch.einsum("bd,pcd->bpc", _wide(features), _wide(embeddings))
+        return scale * torch.einsum("bd,pcd->bpc", wide(features), wide(embeddings))
 
 
 def _descend(
@@ -245,8 +240,8 @@ def _descend(
 ) -> tuple[float, ...]:
     """Minimise a loss of the shares σ(a) by gradient descent on a; return π.
 
-    Plain steps over all samples, without momentum: it would carry a share past the place where
-    the hinge of `outside_loss` comes to rest.
+    There is no momentum, which would carry a share past the point where the hinge of
+    `outside_loss` reaches 0.
     """
     raw = logits.new_full((logits.shape[1] - 1,), math.log(start / (1 - start)))
     with torch.enable_grad():
