@@ -89,10 +89,10 @@ class ConfusionSettings(SettingsGroup, group="confusion"):
         None, "JSON {class: [what tells it from others, …]}", option="--difference"
     )
     llm_url: str | None = setting(
-        None, "OpenAI-compatible endpoint to ask for sentences, ending in /v1", option="--llm-url"
+        None, "OpenAI-compatible endpoint to ask, ending in /v1", option="--llm-url"
     )
     llm_model: str | None = setting(
-        None, "model to ask there; the key is taken from $CAPT_LLM_KEY", option="--llm-model"
+        None, "model to ask there; its key is $CAPT_LLM_KEY", option="--llm-model"
     )
     llm_timeout_s: float = setting(60.0, "seconds to wait for a whole answer", ABOVE_0)
     llm_retries: int = setting(5, "further attempts after a failed request", at_least(0))
@@ -174,25 +174,25 @@ class TrainConfig(SettingsGroup):
         MISSING, "ViT-B-16-quickgelu, hf-hub:NAME, or local-dir:FOLDER", option="--model"
     )
     pretrained: str | None = setting(
-        None, "open_clip's tag of the weights (openai) or a checkpoint file", option="--pretrained"
+        None, "weights: a tag of open_clip (openai) or a checkpoint", option="--pretrained"
     )
     class_names: str | None = setting(
-        None, "JSON {label: name} or two-column CSV that renames classes", option="--class-names"
+        None, "JSON {label: name} or two-column CSV of names", option="--class-names"
     )
     method: str = setting("capt", "which parts are trained", one_of(METHODS), option="--method")
     added: tuple[str, ...] = setting((), "parts to add", option="--with")
     without: tuple[str, ...] = setting((), "parts to leave out", option="--without")
     classes: str = setting(
         "all",
-        "base: tune on the first half of the classes, the others stay new",
+        "with base, tune on the first half of the classes",
         one_of(("all", "base")),
         option="--classes",
     )
     shots: int = setting(16, "images of each class to tune on", at_least(1), option="--shots")
     seed: int = setting(1, "seed of all random choices", _SEED, option="--seed")
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1 …", option="--device")
+    device: str = setting("auto", "where to tune: auto, cpu, cuda, cuda:1 …", option="--device")
     workers: int | None = setting(
-        None, "threads that decode images; auto: the cores", at_least(1), "auto", "--workers"
+        None, "threads that decode images [default: auto]", at_least(1), "auto", "--workers"
     )
     tuning: TuningSettings = TuningSettings()
     prompt: PromptSettings = PromptSettings()

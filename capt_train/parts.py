@@ -44,7 +44,7 @@ _TERMS = f"{_METHOD}.loss_terms"
 # In the order of METHOD.md, which is also the order in which they are composed.
 PARTS: dict[str, Part] = {
     "colours": Part(
-        "a map of the input's colours, kept where other images gain by it",
+        "a map of the input's colours, where other images gain",
         in_force=lambda learner: learner.recoloured,
     ),
     "prompt": Part("learned context vectors instead of the hand-written prompt"),
@@ -52,14 +52,12 @@ PARTS: dict[str, Part] = {
         "new context vectors in deeper blocks of the text tower",
         in_force=lambda learner: len(learner.prompts) > 0,
     ),
-    "retrieval": Part(
-        "the bank's most similar confused samples join the minibatch (SAM)", needs=("bank",)
-    ),
+    "retrieval": Part("confused samples of the bank join the minibatch (SAM)", needs=("bank",)),
     "adapter": Part(
         "Diff-Manner Adapter in the visual tower", "visual", f"{_METHOD}.adapter:Adapters"
     ),
     "semantic-experts": Part(
-        "experts on what confused classes share and what tells them apart",
+        "experts on what confused classes share and differ in",
         "text",
         f"{_METHOD}.semantic_experts:SemanticExperts",
         needs=("sentences",),
@@ -79,7 +77,7 @@ PARTS: dict[str, Part] = {
         losses={"coa": LossTerm(f"{_TERMS}:coa", "1 − p(y), CoCoA-Mix (arXiv 2506.07484)")},
     ),
     "infonce": Part(
-        "contrast restricted to the classes that the bank says are confused",
+        "contrast restricted to classes that the bank confuses",
         losses={"infonce": LossTerm(f"{_TERMS}:infonce", "InfoNCE of CAPT (arXiv 2603.02557)")},
         needs=("bank",),
     ),
@@ -91,7 +89,7 @@ PARTS: dict[str, Part] = {
         "moment term of TCPT",
         losses={"moments": LossTerm(f"{_TERMS}:moments", "moment term of TCPT", 5.0)},
     ),
-    "mixture": Part("weights of hand-written and learned prompt, fitted after tuning"),
+    "mixture": Part("weights of hand-written and learned prompts"),
 }
 # Short names for parts that belong together.
 GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -111,7 +109,7 @@ class Method(NamedTuple):
 
 
 METHODS: Mapping[str, Method] = {
-    "zeroshot": Method("the frozen model with its hand-written prompt; nothing is tuned", ()),
+    "zeroshot": Method("the frozen model with a hand-written prompt", ()),
     "coop": Method("learned context vectors (CoOp)", ("prompt",)),
     "coa": Method("CoOp with the confusion-aware loss", ("prompt", "coa")),
     "tcpt": Method("CoOp with margin and moment terms (TCPT)", ("prompt", "margin", "moments")),

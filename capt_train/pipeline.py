@@ -1,10 +1,9 @@
-"""The whole of `capt-train`: data, features, zero-shot, tuning, calibration, metrics."""
+"""What `capt-train` does: data, features, zero-shot, tuning, calibration, metrics."""
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -47,7 +46,7 @@ def train(
             `classes` and `shots`, while `seed` still decides the rest.
 
     Returns:
-        What `metrics.json` holds: accuracy and calibration, zero-shot beside tuned.
+        The content of `metrics.json`: accuracy and calibration, zero-shot beside tuned.
 
     Raises:
         CaptError: the data, the model, the settings or the folder cannot be used.
@@ -68,55 +67,60 @@ def dry_run(config: TrainConfig, out: Path, split_from: Path | None = None) -> s
     """Return the prompts that the run would send to the LLM; write nothing but cached embeddings.
 
     Raises:
-        CaptError: as by `train`; also where the run asks nothing.
+        CaptError: as by `train`; also where no part needs sentences.
     """
     if not config.needs("sentences"):
         raise ConfigError(
-            "--llm-dry-run: expected --with semantic-experts, which alone asks an LLM"
+            "--llm-dry-run: nothing asks an LLM; expected --with semantic-experts beside it"
         )
     config, out = absolute(config), expand_home(out)
-    begun = out if (out / runs.CONFIG).exists() else None  # it has chosen its images
+    begun = out if (out / runs.CONFIG).exists() else None  # whose images are chosen already
     setup = load(config, split_from or begun)
     with closing(EmbeddingCache(setup.model_sha256, setup.backbone.device.type)) as cache:
-        features = embed(setup.backbone, cache, setup.dataset, setup.split.train, "training images")
-    wanted, names = _wanted(setup, setup.zero_shot_bank(features)), setup.tuned_names
-    return would_ask(wanted, names, config, out)
+        features = _embed(setup, cache, setup.split.train, "training images")
+    pairs = _mined_pairs(setup, setup.zero_shot_bank(features))
+    return would_ask(pairs, setup.tuned_names, config, out)
 
 
 def _tune(setup: Setup, cache: EmbeddingCache, out: Path) -> Outcome:
-    """Mine, embed views, try out how far the visual side may move, and tune."""
+    """Mine pairs, embed views, try how much visual tuning helps, and tune."""
     backbone, split, config = setup.backbone, setup.split, setup.config
     frozen = Embedded(
-        embed(backbone, cache, setup.dataset, split.train, "training images"),
-        embed(backbone, cache, setup.dataset, split.val, "validation images"),
+        _embed(setup, cache, split.train, "training images"),
+        _embed(setup, cache, split.val, "validation images"),
     )
-    seen, images = recolour(setup, frozen, out)
+    recoloured, images = recolour(setup, frozen, out)
     centres = None
     if config.needs("sentences"):
-        wanted = _wanted(setup, setup.zero_shot_bank(frozen.train))
-        found = find_sentences(wanted, setup.tuned_names, config, out)
-        centres = find_centres(backbone, found, config)
+        pairs = _mined_pairs(setup, setup.zero_shot_bank(frozen.train))
+        sentences = find_sentences(pairs, setup.tuned_names, config, out)
+        centres = find_centres(backbone, sentences, config)
 
     def make(tuned: tuple[int, ...]) -> Learner:
-        own = replace(split, tuned=tuned)
-        return make_learner(seen, config, own, setup.zero_shot, centres)
+        classes = replace(split, tuned=tuned)
+        return make_learner(recoloured, config, classes, setup.zero_shot, centres)
 
     learner = make(split.tuned)
     if learner.visual is not None:
         setup, frozen, images = _sampled(setup, frozen, images)
-    reference = setup.zero_shot[list(split.tuned)]
-    train, val = images.train, images.val
-    bank = setup.zero_shot_bank(train)
-    asked = bank if config.needs("bank") else None
-    task = TuningTask(backbone.scale, split.tuned, train, val, reference, config, asked)
-    views = _views(setup, learner, split.train, train, "training images")
-    task = replace(task, views=views)
+    bank = setup.zero_shot_bank(images.train)
+    views = _views(setup, learner, split.train, images.train, "training images")
+    task = TuningTask(
+        backbone.scale,
+        split.tuned,
+        images.train,
+        images.val,
+        setup.zero_shot[list(split.tuned)],
+        config,
+        bank if config.needs("bank") else None,
+        views,
+    )
     trial = None
     if learner.visual is not None:
         task = _with_visual_side(setup, learner, task)
-        fixed = config.visual.strength
-        trial = _tried(task, make, out) if fixed is None else None
-        learner.set_strength(float(worth_tuning(task, trial) if fixed is None else fixed > 0))
+        strength = config.visual.strength
+        trial = _trial(task, make, out) if strength is None else None
+        learner.set_strength(float(worth_tuning(task, trial) if strength is None else strength > 0))
     states, before = [], None
     for stage in stages(task, learner):
         if stage.visual and before is None:
@@ -128,15 +132,15 @@ def _tune(setup: Setup, cache: EmbeddingCache, out: Path) -> Outcome:
     return Outcome(learner, task, views, frozen, tuple(states), trial, before, bank, make)
 
 
-def _tried(task: TuningTask, make: Callable[[tuple[int, ...]], Learner], out: Path) -> Trial | None:
-    """Return the trial of the run; a resumed one decides by what it has written."""
+def _trial(task: TuningTask, make: Callable[[tuple[int, ...]], Learner], out: Path) -> Trial | None:
+    """Return the trial of the run; a resumed run reads the one that it has written."""
     if not (out / runs.TRIAL).exists():
         trial = run_trial(task, make)
         write_json(out / runs.TRIAL, trial and asdict(trial))
     return runs.read_trial(out)
 
 
-def _wanted(setup: Setup, bank: ConfusionBank) -> list[tuple[str, str]]:
+def _mined_pairs(setup: Setup, bank: ConfusionBank) -> list[tuple[str, str]]:
     return mined_names(bank, setup.tuned_names, setup.config.confusion.pairs)
 
 
@@ -160,16 +164,22 @@ def _views(
         area=config.visual.view_area,
         seed=config.seed,
         label=label,
+        workers=config.workers,
     )
 
 
+def _embed(setup: Setup, cache: EmbeddingCache, items: Sequence[Item], label: str) -> Features:
+    workers = setup.config.workers
+    return embed(setup.backbone, cache, setup.dataset, items, label, workers=workers)
+
+
 def _sampled(setup: Setup, frozen: Embedded, images: Embedded) -> tuple[Setup, Embedded, Embedded]:
-    """Return all of them with as many validation images as tokens are kept of, drawn by seed.
+    """Return the arguments with at most 5000 validation images, drawn by seed.
 
     Args:
-        setup: of the run; what it returns names the images that were drawn.
-        frozen: the run's images, by the model as it came.
-        images: the same images through the colour map.
+        setup: of the run; the returned one lists the images that were drawn.
+        frozen: embeddings of the run's images by the model as it came.
+        images: embeddings of the same images through the colour map.
     """
     count = len(images.val)
     if count <= _MOST_VALIDATED:
@@ -182,36 +192,35 @@ def _sampled(setup: Setup, frozen: Embedded, images: Embedded) -> tuple[Setup, E
     chosen = torch.randperm(count, generator=draw)[:_MOST_VALIDATED].sort().values
     items = images.val.kept(setup.split.val)
     split = replace(setup.split, val=tuple(items[row] for row in chosen.tolist()))
-    frozen, images = (replace(own, val=own.val.rows(chosen)) for own in (frozen, images))
+    frozen = replace(frozen, val=frozen.val.rows(chosen))
+    images = replace(images, val=images.val.rows(chosen))
     return replace(setup, split=split), frozen, images
 
 
 def _with_visual_side(setup: Setup, learner: Learner, task: TuningTask) -> TuningTask:
-    """Add what only the visual side needs: validation tokens, and how strongly images adapt."""
+    """Return the task with validation tokens and α of each training image."""
     config = setup.config
     if len(task.val):
         val = _views(setup, learner, setup.split.val, task.val, "validation images", views=1)
-        assert val.tokens is not None
-        task = replace(task, val_tokens=val.tokens[0])
+        task = replace(task, val_tokens=None if val.tokens is None else val.tokens[0])
     logits = task.scale * task.train.embeddings.to(task.reference.device) @ task.reference.T
     alpha = config.visual.adapter_scale * intensity(logits) ** config.visual.adapter_exponent
-    assert learner.visual is not None
-    learner.visual.set_constants(alpha=float(alpha.mean()))
+    learner.set_alpha(float(alpha.mean()))
     return replace(task, alpha=alpha.cpu())
 
 
 def _measure(setup: Setup, model: TunedModel, cache: EmbeddingCache) -> Report:
-    """Evaluate on test images, or on the best that there is, and say so."""
+    """Evaluate on test images; without any, on validation or training images, with a note."""
     dataset = setup.dataset
     dataset = dataset.with_split("val", dataset.splits["val"] or setup.split.val)
     measured_on = next(name for name in ("test", "val", "train") if dataset.splits[name])
     if measured_on != "test":
         say(f"note: no test images: measured on {measured_on} images, which the run has used")
     config = setup.config
-    own: dict[str, Any] = {"method": config.method, "parts": sorted(model.learner.parts(config))}
     return {
         "split": measured_on,
-        **own,
+        "method": config.method,
+        "parts": sorted(model.learner.parts(config)),
         "shots": config.shots,
         "seed": config.seed,
         "temperature": model.fitted.temperature,

@@ -54,7 +54,7 @@ def _identifier(name: str) -> str:
 
 
 @click.command(cls=_TrainCommand, context_settings=_HELP)
-@_setting("Data", "data", help="Folder, .csv, .jsonl, or split_zhou_*.json (see above).")
+@_setting("Data", "data")
 @_setting("Data", "classes", type=click.Choice(["all", "base"]))
 @_setting("Data", "shots")
 @_setting("Data", "class_names")
@@ -62,13 +62,14 @@ def _identifier(name: str) -> str:
 @_setting("Model", "model")
 @_setting("Model", "pretrained")
 @_setting("Model", "device")
-@_setting("Method", "method", type=click.Choice(list(METHODS)))
+@_setting("Method", "method", type=click.Choice(list(METHODS)), metavar="METHOD")
 @_setting("Method", "added", metavar="PARTS")
 @_setting("Method", "without", metavar="PARTS")
 @_setting("Method", "prompt.templates")
 @_setting("Training", "tuning.epochs")
 @_setting("Training", "tuning.learning_rate")
 @_setting("Training", "tuning.batch_size")
+@_setting("Training", "workers")
 @_setting("Training", "seed")
 @section_option(
     "Training",
@@ -76,7 +77,7 @@ def _identifier(name: str) -> str:
     "settings",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Any setting of docs/training.md, as in visual.epochs=10 or losses.moments=0.",
+    help="A setting of docs/training.md, e.g. losses.moments=0.",
 )
 @_setting("Confusion sentences", "confusion.sentences")
 @_setting("Confusion sentences", "confusion.commonality")
@@ -107,10 +108,9 @@ def main(
 ) -> None:
     """Tune a frozen CLIP on a few labelled images: prompts, experts, and adapters.
 
-    DATA is a folder with train/, val/ and test/ of class folders, one folder of class folders, a
-    CSV or JSONL with path,label[,split], or a CoOp split_zhou_*.json.
-
-    PARTS are names of parts or groups (see the end), separated by commas.
+    --data is a folder with train/, val/ and test/ of class folders, one folder of class folders, a
+    CSV or JSONL with path,label[,split], or a CoOp split_zhou_*.json. PARTS are names of parts or
+    groups (see the end), separated by commas.
 
     \b
     Example:

@@ -66,6 +66,7 @@ def embed(
     items: Sequence[Item],
     label: str,
     encode: Callable[[Tensor], Tensor] | None = None,
+    workers: int | None = None,
 ) -> Features:
     """Embed images in order.
 
@@ -76,6 +77,7 @@ def embed(
         items: the images.
         label: their name in the progress bar.
         encode: returns unit-norm embeddings of pixels, in place of the backbone.
+        workers: threads that decode; by default about as many as there are cores, at most 8.
     """
     encode = encode or backbone.image_embeddings
     rows: list[NDArray[np.float32]] = []
@@ -84,7 +86,7 @@ def embed(
     skipped: list[Skipped] = []
     embedded = 0
     with (
-        ThreadPoolExecutor(max_workers=min(8, (os.cpu_count() or 1) + 1)) as pool,
+        _decoders(workers) as pool,
         progress(f"embedding {label}", len(items), "images") as counter,
     ):
         for start in range(0, len(items), _BATCH):
@@ -125,7 +127,7 @@ def embed(
 
 
 def read_pixels(
-    backbone: Backbone, dataset: Dataset, items: Sequence[Item]
+    backbone: Backbone, dataset: Dataset, items: Sequence[Item], workers: int | None = None
 ) -> UInt8[Tensor, "batch height width 3"]:
     """Return the preprocessed pixels of images, RGB 0-255.
 
@@ -134,8 +136,13 @@ def read_pixels(
     """
     if not items:
         return torch.zeros((0, *backbone.preprocess.size, 3), dtype=torch.uint8)
-    pixels = [preprocess(dataset.path(item), backbone.preprocess) for item in items]
-    return torch.from_numpy(np.stack(pixels))
+    with _decoders(workers) as pool:
+        pixels = pool.map(lambda item: preprocess(dataset.path(item), backbone.preprocess), items)
+        return torch.from_numpy(np.stack(list(pixels)))
+
+
+def _decoders(workers: int | None) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers or min(8, (os.cpu_count() or 1) + 1))
 
 
 def every_second(labels: Int[Tensor, " samples"]) -> Bool[Tensor, " samples"]:

@@ -71,6 +71,11 @@ class Learner(nn.Module):
         if self.tuner is not None:
             self.tuner.set_constants(strength=strength)
 
+    def set_alpha(self, alpha: float) -> None:
+        """Set the constant α of the visual side, if it is tuned."""
+        if self.tuner is not None:
+            self.tuner.set_constants(alpha=alpha)
+
     @property
     def learned(self) -> int:
         """Return how many embeddings a class has besides the hand-written one."""

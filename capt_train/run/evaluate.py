@@ -44,7 +44,8 @@ def score_model(
         DataError: none of its images can be read.
     """
     items = dataset.items(split)
-    features = embed(model.backbone, cache, dataset, items, f"{split} images")
+    workers = model.config.workers
+    features = embed(model.backbone, cache, dataset, items, f"{split} images", workers=workers)
     if not len(features):
         raise DataError(f"{dataset.root}: none of the {len(items)} {split} images is readable")
     seen = 0
@@ -55,7 +56,9 @@ def score_model(
     embeddings = features.embeddings
     if model.moves_images:
         encode, label = model.learner.image_embeddings, f"{split} images as tuned"
-        embeddings = embed(model.backbone, None, dataset, items, label, encode).embeddings
+        embeddings = embed(
+            model.backbone, None, dataset, items, label, encode, workers
+        ).embeddings
     fitted = model.fitted
     scores = Scores(
         features.labels.numpy(),

@@ -49,7 +49,8 @@ def recolour(setup: Setup, frozen: Embedded, out: Path) -> tuple[Backbone, Embed
 
     def embed_again(before: Features, items: Sequence[Item], name: str) -> Features:
         kept, label = before.kept(items), f"recoloured {name} images"
-        after = embed(backbone, None, setup.dataset, kept, label, mapped.image_embeddings)
+        encode, workers = mapped.image_embeddings, config.workers
+        after = embed(backbone, None, setup.dataset, kept, label, encode, workers)
         if after.skipped:  # rows would belong to other images
             raise ImageError(f"{after.skipped[0].path}: could be read before, but not now")
         return replace(after, skipped=before.skipped)
@@ -92,4 +93,6 @@ def _labelled(setup: Setup, items: Sequence[Item]) -> Labelled:
     chosen = [items[place] for place in order[:_MOST].tolist()]
     tuned = torch.tensor(setup.split.tuned)
     labels = torch.searchsorted(tuned, torch.tensor([item.label for item in chosen]))
-    return Labelled(read_pixels(setup.backbone, setup.dataset, chosen), labels)
+    return Labelled(
+        read_pixels(setup.backbone, setup.dataset, chosen, setup.config.workers), labels
+    )

@@ -37,7 +37,8 @@ _ASKING = tuple(
 )
 # Settings that may change before a run is resumed: images, names and model are checked by content,
 # and sentences may come from elsewhere until the run has its own.
-_MAY_MOVE = {"data", "class_names", "model", "pretrained", "device", *_SENTENCE_FILES, *_ASKING}
+_MAY_MOVE = {"data", "class_names", "model", "pretrained", "device", "workers"}
+_MAY_MOVE |= {*_SENTENCE_FILES, *_ASKING}
 
 
 @dataclass(frozen=True)

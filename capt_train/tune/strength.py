@@ -92,6 +92,7 @@ def run_trial(task: TuningTask, make: Callable[[tuple[int, ...]], Learner]) -> T
     """
     if len(task.tuned) < _FEWEST_CLASSES:
         return None
+    say("trying on half of the classes how much of the visual tuning to keep")
     half, seen, unseen = _halved(task)
     learner = make(half.tuned)
     if learner.visual is not None and half.alpha is not None:

@@ -60,6 +60,7 @@ def embed_views(
     area: float,
     seed: int,
     label: str,
+    workers: int | None = None,
 ) -> Views:
     """Decode images, augment them and run the frozen part of the tower.
 
@@ -73,6 +74,7 @@ def embed_views(
         area: the smallest share of the image that an augmented view shows.
         seed: seed of the augmentation.
         label: first words of the progress line.
+        workers: the number of threads that decode.
 
     Raises:
         ImageError: an image that could be read before cannot be read now.
@@ -84,7 +86,7 @@ def embed_views(
     with progress(f"embedding views of {label}", len(items), "images") as counter:
         for start in range(0, len(items), _BATCH):
             batch = items[start : start + _BATCH]
-            pixels = read_pixels(backbone, dataset, batch)
+            pixels = read_pixels(backbone, dataset, batch, workers)
             rows = [pixels, *(augment(pixels, area, generator) for _ in range(views - 1))]
             encoded = [learner.start(view) for view in rows]
             embeddings.append(torch.stack([features.cpu() for features, _ in encoded]))
