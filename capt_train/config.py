@@ -210,10 +210,11 @@ class TrainConfig(SettingsGroup):
         known = settings()
         for name, value in self.losses.items():
             _known(f"losses.{name}", known).check(value)
+        known_parts = (*PARTS, *GROUPS)
         for option, names in (("--with", self.added), ("--without", self.without)):
             for name in names:
-                if name not in (known_parts := (*PARTS, *GROUPS)):
-                    raise ConfigError(f"{option}: no part {name!r}{_suggestion(name, known_parts)}")
+                if name not in known_parts:
+                    raise ConfigError(f"{option}: no part {name!r}; {nearest(name, known_parts)}")
         for name in self.added:
             if {*members([name])} <= {*members(self.without)}:
                 raise ConfigError(f"--with {name}: --without takes it out again; drop one of them")
@@ -282,7 +283,7 @@ class TrainConfig(SettingsGroup):
                 f"{different[0]}, {len(different)} settings in all); tune again"
             )
         try:
-            tuples = {name: tuple(own) for name, own in flat.items() if isinstance(own, list)}
+            tuples = {name: tuple(v) for name, v in flat.items() if isinstance(v, list)}
             return cls(str(flat["data"]), str(flat["model"])).with_settings({**flat, **tuples})
         except ConfigError as cause:
             raise error(f"configuration: {cause}") from cause
@@ -310,14 +311,14 @@ class TrainConfig(SettingsGroup):
 
 def settings() -> Mapping[str, Setting]:
     """Return all settings of a run by name, group after group."""
-    found = [*TrainConfig.declared().values()]
-    for one in fields(TrainConfig):
-        if isinstance(one.default, SettingsGroup):
-            found += one.default.declared().values()
+    rows = [*TrainConfig.declared().values()]
+    for group in fields(TrainConfig):
+        if isinstance(group.default, SettingsGroup):
+            rows += group.default.declared().values()
     for name, weight in default_losses().items():
         help = f"weight of: {loss_terms()[name].help}"
-        found.append(Setting(f"losses.{name}", float, weight, help, at_least(0)))
-    return {known.name: known for known in found}
+        rows.append(Setting(f"losses.{name}", float, weight, help, at_least(0)))
+    return {row.name: row for row in rows}
 
 
 def default_losses() -> dict[str, float]:
@@ -328,20 +329,15 @@ def default_losses() -> dict[str, float]:
 
 def _known(name: str, known: Mapping[str, Setting]) -> Setting:
     if name not in known:
-        raise ConfigError(f"--set: no setting {name!r}{_suggestion(name, known)}")
+        raise ConfigError(f"--set: no setting {name!r}; {nearest(name, known)}")
     return known[name]
-
-
-def _suggestion(name: str, known: Any) -> str:
-    best = nearest(name, known)
-    return f"; did you mean {best}?" if best else "; docs/training.md lists all"
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        inner = value.items() if isinstance(value, dict) else None
-        flat |= {name: value} if inner is None else {f"{name}.{leaf}": own for leaf, own in inner}
+        group = value if isinstance(value, dict) else None
+        flat |= {name: value} if group is None else {f"{name}.{k}": v for k, v in group.items()}
     return flat
 
 

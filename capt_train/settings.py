@@ -135,23 +135,27 @@ class SettingsGroup:
         """Return the settings of the group by the names of its fields."""
         types, prefix = get_type_hints(cls), f"{cls.group}." if cls.group else ""
         declared = {}
-        for one in fields(cls):
-            if not one.metadata:  # a group of settings
+        for entry in fields(cls):
+            if not entry.metadata:  # a group of settings
                 continue
-            hint = types[one.name]
+            hint = types[entry.name]
             optional = NoneType in get_args(hint)
             kind = get_args(hint)[0] if optional else get_origin(hint) or hint
-            metadata = {**one.metadata, "none": one.metadata["none"] if optional else None}
-            declared[one.name] = Setting(prefix + one.name, kind, one.default, **metadata)
+            metadata = {**entry.metadata, "none": entry.metadata["none"] if optional else None}
+            declared[entry.name] = Setting(prefix + entry.name, kind, entry.default, **metadata)
         return declared
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name, with or without its group, that is most like a misspelt one."""
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a hint to the known name, with or without its group, that is most like a misspelt one.
+
+    Where none is alike, the hint says where the names are listed.
+    """
 
     def similarity(candidate: str) -> float:
         spellings = (candidate, candidate.rpartition(".")[2])
         return max(SequenceMatcher(None, name, spelling).ratio() for spelling in spellings)
 
     best = max(known, key=similarity)
-    return best if similarity(best) >= _CLOSE else None
+    alike = similarity(best) >= _CLOSE
+    return f"did you mean {best}?" if alike else "see capt-train --help and docs/training.md"

@@ -1,4 +1,4 @@
-"""`capt-confusions`: who is mistaken for whom in a run, without torch and without the images."""
+"""`capt-confusions`: which classes a run confuses; needs neither torch nor the images."""
 
 import csv
 import io
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     default=20,
     show_default=True,
     type=click.IntRange(0),
-    help="Pairs in the table; exports hold all.",
+    help="Pairs in the table; files hold all.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print all as JSON on stdout, with images.")
 @click.option("--csv", "csv_file", type=PathInHome(), help="Write a new CSV file; - for stdout.")
@@ -39,7 +39,7 @@ def main(run: Path, top: int, as_json: bool, csv_file: Path | None, png_file: Pa
     """
     csv_on_stdout = csv_file == Path("-")
     if as_json and csv_on_stdout:
-        raise click.UsageError("choose --json or --csv -, not both: there is one stdout")
+        raise click.UsageError("--json and --csv - both write to stdout; choose one of them")
     for file in (csv_file, png_file):
         _refuse_existing(file)
     confusions = _read(run)
@@ -80,7 +80,7 @@ def _read(run: Path) -> "Confusions":
 
 
 def _table(confusions: "Confusions", top: int) -> str:
-    """Return the worst pairs, and in a last line how much there is of all."""
+    """Return a table of the worst pairs, with the sum of all pairs in its last line."""
     shown, rest = confusions.pairs[:top], confusions.pairs[top:]
     rows = [_row(f"{pair.true} taken for {pair.predicted}", [pair]) for pair in shown]
     if rest:

@@ -143,8 +143,8 @@ def main(
     try:
         report = train(config, out, resume=resume, split_from=split_from)
     except KeyboardInterrupt:
-        if (out / CONFIG).exists():  # else there is nothing to go on with
-            say(f"\nto go on where it stopped: capt-train --resume --out {out}")
+        if (out / CONFIG).exists():  # without it, nothing can be resumed
+            say(f"\nto continue where it stopped: capt-train --resume --out {out}")
         raise
     if as_json:
         print_json(report)

@@ -263,7 +263,7 @@ def test_a_method_given_as_a_setting_brings_its_parts() -> None:
         ("tuning.epoch", "3", "--set: no setting 'tuning.epoch'; did you mean tuning.epochs?"),
         ("learning_rate", "3", "no setting 'learning_rate'; did you mean tuning.learning_rate?"),
         ("momnts", "3", "no setting 'momnts'; did you mean losses.moments?"),
-        ("zzz", "3", "no setting 'zzz'; docs/training.md lists all"),
+        ("zzz", "3", "no setting 'zzz'; see capt-train --help"),
     ],
 )
 def test_a_setting_that_cannot_be_used_is_refused(name: str, text: str, expected: str) -> None:

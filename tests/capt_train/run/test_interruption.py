@@ -100,7 +100,7 @@ def test_a_stopped_run_resumes_to_the_bits_of_an_uninterrupted_one(
     assert stdout == ""
     if how == signal.SIGINT:
         assert process.returncode == 130
-        advice = f"to go on where it stopped: capt-train --resume --out {run}"
+        advice = f"to continue where it stopped: capt-train --resume --out {run}"
         assert stderr.splitlines()[-2:] == [advice, "interrupted"]
         assert "Traceback" not in stderr
     else:
