@@ -36,6 +36,17 @@ ENTRIES = {
         f"{EXAMPLES}.coupled_prompts:CoupledPrompts",
     ),
 }
+SETTINGS = {
+    "tuning.epochs": 10,
+    "tuning.learning_rate": 0.02,
+    "tuning.label_noise": 0.0,
+    "tuning.patience": 0,
+    "visual.learning_rate": 0.02,
+    "visual.strength": 1.0,
+    "visual.views": 2,
+    "visual.far_epochs": 0,
+    "calibration.calibrator": "temperature",
+}
 Trained = Callable[..., TunedModel]
 
 
@@ -45,13 +56,12 @@ def trained(
 ) -> Trained:
     """Return a function that tunes prompts with one of the new parts into `tmp_path / "run"`."""
 
-    def trained(part: str, **values: object) -> TunedModel:
+    def trained(part: str, run: str = "run", **more: object) -> TunedModel:
         monkeypatch.setitem(parts.PARTS, part, ENTRIES[part])
-        alike = {"method": "coop", "tuning_learning_rate": 0.02, "visual_learning_rate": 0.02}
-        fixed = {"visual_strength": 1.0, "visual_views": 2, "tuning_label_noise": 0.0}
-        plain = {"calibration_calibrator": "temperature"}
-        train(configure(**alike, **fixed, **plain, added=(part,), **values), tmp_path / "run")
-        return load_run(tmp_path / "run")
+        config = configure(method="coop", added=(part,))
+        changes = {name.replace("__", "."): value for name, value in more.items()}
+        train(config.with_settings({**SETTINGS, **changes}), tmp_path / run)
+        return load_run(tmp_path / run)
 
     return trained
 
@@ -74,13 +84,10 @@ def assert_bundle_answers_like(model: TunedModel, bundle: Path, photos: Path) ->
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
-def test_a_loss_term(
-    trained: Trained, configure: Callable[..., TrainConfig], photos: Path, tmp_path: Path
-) -> None:
-    model = trained("kgcoop")
+def test_a_loss_term(trained: Trained, photos: Path, tmp_path: Path) -> None:
+    model = trained("kgcoop", losses__kgcoop=1000.0)
+    without = trained("kgcoop", "without", losses__kgcoop=0.0)
     assert settings()["losses.kgcoop"].default == 8.0
-    train(configure(method="coop", tuning_learning_rate=0.02), tmp_path / "without")
-    without = load_run(tmp_path / "without")
 
     def distance(tuned: TunedModel) -> float:
         return float((tuned.learner.mean_texts(range(4)) - tuned.zero_shot).norm())
@@ -112,7 +119,7 @@ def test_a_map_of_class_embeddings(trained: Trained, photos: Path, tmp_path: Pat
 
 
 def test_tokens_in_the_visual_tower(trained: Trained, photos: Path, tmp_path: Path) -> None:
-    model = trained("coupled-prompts", visual_far_epochs=0)
+    model = trained("coupled-prompts")
     assert model.visual is not None and [*model.visual.parts] == ["coupled-prompts"]
     assert "coupled-prompts" in model.learner.parts(model.config)
     images = images_of(model, photos)
