@@ -151,7 +151,10 @@ def main(
     from capt_deploy.evaluation.summary import confused_pairs_table, summary
 
     say(f"\n{summary(report)}\n\n{confused_pairs_table(report)}")
-    say(f"\ncalibrator {report['calibrator']}, temperature {report['temperature']:.3f}")
+    say(
+        f"\nconfidences are calibrated: calibrator {report['calibrator']} (docs/confidence.md), "
+        f"temperature {report['temperature']:.3f} (logits are divided by it)"
+    )
     say(f"run written to {out}")
 
 

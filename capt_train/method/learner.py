@@ -25,7 +25,7 @@ class Texts:
     """Class embeddings of every learned prompt."""
 
     embeddings: Float[Tensor, "prompts classes dim"]  # t̃, unit norm
-    gates: tuple[Float[Tensor, "rows experts"], ...]  # of every router
+    gates: tuple[Float[Tensor, "rows _"], ...]  # of every router
 
 
 class Learner(nn.Module):

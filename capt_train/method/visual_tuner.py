@@ -18,7 +18,7 @@ class Encoded:
     """Images after the tower."""
 
     embeddings: Float[Tensor, "batch dim"]  # unit norm
-    gates: tuple[Float[Tensor, "batch experts"], ...]  # of every router
+    gates: tuple[Float[Tensor, "batch _"], ...]  # of every router
 
 
 class VisualTuner(nn.Module):
