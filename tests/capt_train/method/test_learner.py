@@ -54,7 +54,7 @@ def test_without_any_part_it_says_what_the_hand_written_prompt_says(
     assert learner.learned == 1
     texts = learner.texts([3, 1])
     assert torch.equal(texts.embeddings, zero_shot(tiny_backbone)[[3, 1]][None])
-    assert texts.gates is None
+    assert texts.gates == ()
     other = unit(2, 32)
     assert torch.equal(learner.texts_of(["bus", "sun"], other).embeddings, other[None])
     pixels = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
