@@ -52,7 +52,7 @@ def a_step(learner: Learner, backbone: Backbone, precision: Precision) -> Step:
         torch.tensor([[1], [2], [0], [2]]),
         images.embeddings,
         frozen,
-        (images.gates, texts.gates),
+        (*images.gates, *texts.gates),
     )
 
 
