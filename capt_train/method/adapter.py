@@ -67,7 +67,7 @@ class Adapters(VisualPart):
     ) -> Float[Tensor, "batch tokens width"]:
         """Return the tokens with adapted patches."""
         adapter = self._adapters.get(block)
-        return tokens if adapter is None else adapter(tokens, alpha)  # type: ignore[no-any-return]
+        return tokens if adapter is None else adapter(tokens, alpha)
 
     def fold(self, alpha: Tensor, strength: Tensor) -> None:
         """Multiply κ·α into the convolutions."""
