@@ -209,7 +209,7 @@ BAD = {
     ),
     "sentences that nothing reads": (
         ["--sentences", "x.json"],
-        "--sentences (--set confusion.sentences): only semantic",
+        "--sentences (--set confusion.sentences): nothing reads",
     ),
     "no address of an LLM": (["--llm-model", "tiny"], "--llm-model: expected --llm-url beside it"),
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -217,9 +216,9 @@ def test_new_experts_differ_from_one_another_in_what_they_will_learn():
 
 
 def test_prompts_stand_behind_the_own_tokens_and_replace_those_of_the_block_before():
-    tower: Any = SimpleNamespace(depth=6, width=2, leading=2, pools_class_token=True)
+    tower = open_tower(small_timm(depth=6, reg_tokens=1), (16, 16))
     prompts = VisualPrompts(tower, 2, 3, generator())
-    tokens = torch.arange(2 * 6 * 2.0).reshape(2, 6, 2)  # two leading, four patches
+    tokens = torch.arange(2 * 6 * 24.0).reshape(2, 6, 24)  # two leading, four patches
     assert torch.equal(prompts.before_attention(3, tokens), tokens)
     first = prompts.before_attention(4, tokens)
     for n in range(2):
@@ -572,7 +571,9 @@ def test_steps_move_all_that_is_trained_and_nothing_else(make_backbone, name):
         moved.append({key for key in before if not torch.equal(before[key], after[key])})
     everything = {key for key, _ in learner.visual.named_parameters()}
     waiting = {
-        key for key in everything if key.endswith(BEHIND_ZEROS) or key == "experts.router.bias"
+        key
+        for key in everything
+        if key.endswith(BEHIND_ZEROS) or key.endswith("experts.router.bias")
     }
     assert moved[0] == everything - waiting
     assert moved[1] == everything
@@ -586,12 +587,12 @@ def test_steps_move_all_that_is_trained_and_nothing_else(make_backbone, name):
 
 
 def test_alpha_and_strength_are_no_parameters_and_only_alpha_is_saved(make_backbone):
-    tuner = VisualTuner(make_backbone("token").tower, CHANGED, generator())
+    tuner = tuner_of(make_backbone("token").tower, **CHANGED)
     tuner.set_constants(alpha=0.25)
     tuner.set_constants(strength=0.75)
     assert (float(tuner.alpha), float(tuner.strength)) == (0.25, 0.75)
     assert not {"alpha", "strength"} & {name for name, _ in tuner.named_parameters()}
-    other = VisualTuner(make_backbone("token").tower, CHANGED, generator(9))
+    other = tuner_of(make_backbone("token").tower, **CHANGED)
     other.load_state_dict(tuner.state_dict())
     assert (float(other.alpha), float(other.strength)) == (0.25, 1.0)
 
