@@ -56,9 +56,7 @@ def score_model(
     embeddings = features.embeddings
     if model.moves_images:
         encode, label = model.learner.image_embeddings, f"{split} images as tuned"
-        embeddings = embed(
-            model.backbone, None, dataset, items, label, encode, workers
-        ).embeddings
+        embeddings = embed(model.backbone, None, dataset, items, label, encode, workers).embeddings
     fitted = model.fitted
     scores = Scores(
         features.labels.numpy(),

@@ -197,7 +197,8 @@ def test_a_stage_moves_what_it_should_and_nothing_else(
     before = state_of(made)
     tune(made, task, tmp_path, stage)
     assert changed_sides(before, made) == sides
-    assert torch.equal(made.state_dict()["semantic.centres"], before["semantic.centres"])
+    centres = "transforms.semantic-experts.centres"
+    assert torch.equal(made.state_dict()[centres], before[centres])
     assert all(torch.equal(frozen[n], v) for n, v in tiny_backbone.model.state_dict().items())
     assert all(parameter.grad is None for parameter in tiny_backbone.model.parameters())
 

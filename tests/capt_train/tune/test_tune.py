@@ -55,7 +55,7 @@ def task(backbone: Backbone, **settings: Any) -> TuningTask:
 
 def learner(backbone: Backbone) -> Learner:
     zero_shot = backbone.class_embeddings(NAMES, ["a photo of a {}."])
-    return Learner(backbone, zero_shot, [PromptLearner(backbone, NAMES, TUNED)])
+    return Learner(backbone, zero_shot, [PromptLearner(backbone, NAMES, TUNED)], {})
 
 
 def context(own: Learner) -> Tensor:
