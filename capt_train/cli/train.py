@@ -14,6 +14,7 @@ from capt_deploy.core.console import (
     section_option,
 )
 from capt_deploy.core.version import __version__
+from capt_train.calibrators import CALIBRATORS
 from capt_train.config import TrainConfig, settings
 from capt_train.parts import GROUPS, METHODS, PARTS
 
@@ -151,8 +152,9 @@ def main(
     from capt_deploy.evaluation.summary import confused_pairs_table, summary
 
     say(f"\n{summary(report)}\n\n{confused_pairs_table(report)}")
+    calibrator = CALIBRATORS.get(report["calibrator"])
     say(
-        f"\nconfidences are calibrated: calibrator {report['calibrator']} (docs/confidence.md), "
+        f"\ncalibrator {report['calibrator']} ({calibrator.help if calibrator else 'none fitted'}), "
         f"temperature {report['temperature']:.3f} (logits are divided by it)"
     )
     say(f"run written to {out}")
