@@ -152,9 +152,9 @@ def main(
     from capt_deploy.evaluation.summary import confused_pairs_table, summary
 
     say(f"\n{summary(report)}\n\n{confused_pairs_table(report)}")
-    calibrator = CALIBRATORS.get(report["calibrator"])
+    known = CALIBRATORS.get(report["calibrator"])
     say(
-        f"\ncalibrator {report['calibrator']} ({calibrator.help if calibrator else 'none fitted'}), "
+        f"\ncalibrator {report['calibrator']} ({known.help if known else 'not fitted'}), "
         f"temperature {report['temperature']:.3f} (logits are divided by it)"
     )
     say(f"run written to {out}")
