@@ -262,8 +262,8 @@ class TrainConfig(SettingsGroup):
         return any(prepared in PARTS[name].needs for name in self.parts)
 
     def values(self) -> dict[str, Any]:
-        """Return every setting by its name with the group, as `with_settings` takes them."""
-        return _flat(asdict(self))
+        """Return the JSON form of every setting by its name with the group."""
+        return _flat(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
