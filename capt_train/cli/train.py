@@ -23,7 +23,7 @@ _HELP = {"help_option_names": ["-h", "--help"]}
 
 
 class _TrainCommand(SectionedCommand):
-    """A command whose help ends with parts and groups."""
+    """A command whose help ends with methods, parts and groups."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write methods, parts and groups as lists."""
