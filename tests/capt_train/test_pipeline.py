@@ -537,7 +537,7 @@ def test_a_run_begun_with_other_parts_is_refused(finished: Path, tmp_path: Path)
 def test_a_dry_run_of_a_run_that_asks_nothing_is_refused(
     configure: Configure, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="--llm-dry-run: expected --with semantic-experts, which"):
+    with pytest.raises(ConfigError, match="--llm-dry-run: nothing asks an LLM"):
         dry_run(configure(), tmp_path / "run")
     assert dry_run(configure(added=("semantic-experts",)), tmp_path / "run").startswith(
         "--- prompt 1 ---"

@@ -418,5 +418,5 @@ def test_class_names_and_their_parts_are_never_drawn() -> None:
 
 def test_too_small_a_vocabulary_says_how_small() -> None:
     assert sorted(pseudo_class_names(WORDS, 19, 0, ["worda"])) == WORDS[1:]
-    with pytest.raises(ModelError, match=r"20 words wanted.*only 19"):
+    with pytest.raises(ModelError, match=r"expected 20 words.*only 19"):
         pseudo_class_names(WORDS, 20, 0, ["worda"])
