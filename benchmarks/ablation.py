@@ -4,7 +4,7 @@
 
 Every row of the table but the last three is CoOp with one part added. Cells that are measured stay
 in benchmarks/results/ablation-WORLD.json; missing cells are measured. `--again` measures anew,
-`--only-table` prints what is there.
+`--only-table` prints the measured ones.
 """
 
 import statistics
@@ -71,11 +71,11 @@ def main(
     world: str, rows: str | None, shots: str, seeds: str, again: bool, only_table: bool, docs: bool
 ) -> None:
     """Measure the cells that are missing, one after the other, and print the table."""
-    wanted = rows.split("|") if rows else list(ROWS)
-    if unknown := [row for row in wanted if row not in ROWS]:
+    names = rows.split("|") if rows else list(ROWS)
+    if unknown := [row for row in names if row not in ROWS]:
         raise click.UsageError(f"--rows: {unknown} not among {' | '.join(ROWS)}")
     if not only_table:
-        _measure(world, wanted, _numbers(shots), _numbers(seeds), again)
+        _measure(world, names, _numbers(shots), _numbers(seeds), again)
     table = markdown(load(world))
     click.echo(table)
     if docs:
@@ -109,7 +109,7 @@ def load(world: str) -> dict[str, dict[str, Any]]:
 
 
 def markdown(cells: Mapping[str, Mapping[str, Any]], shots: Collection[int] = (16, 4, 1)) -> str:
-    """Return one table for each number of shots: mean ± std, in brackets other than three seeds."""
+    """Return a table for each number of shots: mean ± std, and the seeds if they are not three."""
     parts = []
     for count in sorted({cell["shots"] for cell in cells.values()} & {*shots}, reverse=True):
         lines = [
@@ -119,15 +119,15 @@ def markdown(cells: Mapping[str, Mapping[str, Any]], shots: Collection[int] = (1
             "|---" * (len(COLUMNS) + 2) + "|",
         ]
         for row in ROWS:
-            if own := cells_of(cells, row, count):
-                texts = (mean(own, key, share) for _, key, share in COLUMNS)
-                lines.append(f"| {row} | " + " | ".join(texts) + f" | {_strength(row, own)} |")
+            if measured := cells_of(cells, row, count):
+                texts = (mean(measured, key, share) for _, key, share in COLUMNS)
+                lines.append(f"| {row} | " + " | ".join(texts) + f" | {_strength(row, measured)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
 
 def goals(worlds: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Return a table of what was to be reached with 16 shots, and what was.
+    """Return a table of the goals with 16 shots, and of the figures reached.
 
     Args:
         worlds: by name: the cells.
@@ -135,25 +135,25 @@ def goals(worlds: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     lines = ["| world | 16 shots, mean of the seeds | goal | reached | |", "|---" * 5 + "|"]
     ece = "ece_15_new_uncalibrated"
     for world, cells in worlds.items():
-        frozen, coop, own = (
+        frozen, coop, default = (
             {
                 key: percent(cells_of(cells, row, 16), key)
                 for key in ("harmonic", "new", ece, "recovered", "broken")
             }
             for row in ("zero-shot", "CoOp", DEFAULT)
         )
-        gain, best_new = own["harmonic"] - coop["harmonic"], max(coop["new"], frozen["new"])
+        gain, best_new = default["harmonic"] - coop["harmonic"], max(coop["new"], frozen["new"])
         rows = [
             ("harmonic mean over CoOp's", "≥", GOALS[world], gain),
-            ("new, the better of CoOp's and zero-shot's", "≥", best_new, own["new"]),
-            ("ECE-15 new, uncal.; CoOp's", "≤", coop[ece], own[ece]),
-            ("recovered", "≥", 30.0, own["recovered"]),
-            ("broken; a third of recovered", "≤", own["recovered"] / 3, own["broken"]),
+            ("new, the better of CoOp's and zero-shot's", "≥", best_new, default["new"]),
+            ("ECE-15 new, uncal.; CoOp's", "≤", coop[ece], default[ece]),
+            ("recovered", "≥", 30.0, default["recovered"]),
+            ("broken; a third of recovered", "≤", default["recovered"] / 3, default["broken"]),
         ]
-        for what, sign, goal, reached in rows:
+        for title, sign, goal, reached in rows:
             met = reached >= goal if sign == "≥" else reached <= goal
             verdict = "met" if met else "**missed**"
-            lines.append(f"| {world} | {what} | {sign} {goal:.2f} | {reached:.2f} | {verdict} |")
+            lines.append(f"| {world} | {title} | {sign} {goal:.2f} | {reached:.2f} | {verdict} |")
     return "\n".join(lines)
 
 
@@ -170,7 +170,7 @@ def percent(cells: list[Mapping[str, Any]], key: str) -> float:
 
 
 def _strength(row: str, cells: list[Mapping[str, Any]]) -> str:
-    """Return the mean κ of a row that has anything in the visual tower."""
+    """Return the mean κ of a row with parts in the visual tower, else "-"."""
     parts = config_of(World("", ""), row, 1, 1).parts
     if not parts & {*GROUPS["visual"]}:
         return "-"

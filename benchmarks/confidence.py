@@ -60,7 +60,7 @@ _SPLITS = 200
 @click.option("--runs", "folder", type=click.Path(path_type=Path), help="Where runs are kept.")
 @click.option("--worlds", default=",".join(WORLDS), show_default=True)
 @click.option("--seeds", default="1,2,3", show_default=True)
-@click.option("--again", is_flag=True, help="Measure cells anew, with the runs that are there.")
+@click.option("--again", is_flag=True, help="Measure cells anew, with the runs that exist.")
 @click.option("--docs", is_flag=True, help="Write the tables into docs/confidence.md as well.")
 def main(folder: Path | None, worlds: str, seeds: str, again: bool, docs: bool) -> None:
     """Measure what is missing, and print the tables."""
@@ -69,8 +69,8 @@ def main(folder: Path | None, worlds: str, seeds: str, again: bool, docs: bool) 
         if key in load_cells(NAME) and not again:
             continue
         say(f"{NAME}: {key}")
-        with open_world(world) as place, TemporaryDirectory() as other:
-            cell = _measure(place, (folder or Path(other)) / world, seed)
+        with open_world(world) as place, TemporaryDirectory() as scratch:
+            cell = _measure(place, (folder or Path(scratch)) / world, seed)
         add_cells(NAME, {key: {"world": world, "seed": seed, **cell}})
     cells = load_cells(NAME)
     for mark, table in (
@@ -111,7 +111,7 @@ def _measure(place: World, folder: Path, seed: int) -> dict[str, Any]:
     }
     with TemporaryDirectory() as name:
         out = Path(name) / "x.capt"
-        # Also what the gate would refuse is measured, and said so
+        # Graphs that the gate would refuse are measured too, and recorded as refused.
         options = ExportOptions(precisions=_PRECISIONS, gate_images=1000, force=True)
         export_run(runs["capt"], out, options=options)
         gate = read_json(out / REPORT, BundleError)["gate"]
@@ -124,10 +124,10 @@ def _measure(place: World, folder: Path, seed: int) -> dict[str, Any]:
         raise ConfigError("the bundle has no scores of validation images")
     scopes = {scope: _scope(tuned, scope) for scope in (BASE, NEW)}
     return {
-        "refused": {name: own["failures"] for name, own in gate.items() if own["failures"]},
+        "refused": {name: g["failures"] for name, g in gate.items() if g["failures"]},
         "calibrator": tuned.model.fitted.calibration.calibrator,
         "ece_15": ece,
-        "chance": {s: calibrated_ece(own)[0] for s, (own, _) in scopes.items()},
+        "chance": {s: calibrated_ece(shares)[0] for s, (shares, _) in scopes.items()},
         "sets": _sets(*scopes[BASE], seed),
         "bundle": {s: _in_use(tuned, decisions, s) for s in (BASE, NEW)},
         "familiarity": _familiarity(tuned, place),
@@ -148,21 +148,21 @@ def _scope(scored: RunScores, scope: str) -> tuple[Floats, Ints]:
 
 
 def _sets(probabilities: Floats, labels: Ints, seed: int) -> dict[str, dict[str, float]]:
-    """Return coverage and size over random halves: one for the scores, one to be asked about."""
+    """Return coverage and size over random halves: one to fit the scores, one to test them."""
     draw = np.random.default_rng(seed)
-    found: dict[str, list[tuple[float, float]]] = {}
+    figures: dict[str, list[tuple[float, float]]] = {}
     for _ in range(_SPLITS):
         order = draw.permutation(len(labels))
-        known, asked = np.array_split(order, 2)
-        table = ScoreTable.from_probabilities(probabilities[known], labels[known])
+        fitting, testing = np.array_split(order, 2)
+        table = ScoreTable.from_probabilities(probabilities[fitting], labels[fitting])
         for method, coverage in product(METHODS, COVERAGES):
-            sets = table.sets(probabilities[asked], coverage, method)
-            inside = sets[np.arange(len(asked)), labels[asked]]
+            sets = table.sets(probabilities[testing], coverage, method)
+            inside = sets[np.arange(len(testing)), labels[testing]]
             key = f"{method} {coverage}"
-            found.setdefault(key, []).append((float(inside.mean()), float(sets.sum(1).mean())))
+            figures.setdefault(key, []).append((float(inside.mean()), float(sets.sum(1).mean())))
     return {
-        key: {"coverage": mean(c for c, _ in own), "size": mean(s for _, s in own)}
-        for key, own in found.items()
+        key: {"coverage": mean(c for c, _ in pairs), "size": mean(s for _, s in pairs)}
+        for key, pairs in figures.items()
     }
 
 
@@ -178,8 +178,10 @@ def _in_use(scored: RunScores, decisions: Decisions, scope: str) -> dict[str, An
         options = DecisionOptions(coverage=coverage, sets=method)
         sets = decisions.decide(probabilities, logits, options).sets
         inside = sets[np.arange(len(labels)), labels]
-        own = {"coverage": float(inside.mean()), "size": float(sets.sum(axis=1).mean())}
-        figures[f"{method} {coverage}"] = own
+        figures[f"{method} {coverage}"] = {
+            "coverage": float(inside.mean()),
+            "size": float(sets.sum(axis=1).mean()),
+        }
     for accuracy in ACCURACIES:
         threshold = decisions.rejection.threshold(accuracy)
         kept = probabilities.max(axis=1) >= (np.inf if threshold is None else threshold)
@@ -195,23 +197,23 @@ def _familiarity(scored: RunScores, place: World) -> dict[str, dict[str, float]]
 
     The model knows its base classes alone here.
     """
-    model, own = scored.model, scored.scores
+    model = scored.model
     tuned = np.asarray(model.tuned)
     items = _embeddings(model, place.data)
     with open_world("pictograms") as drawn:
-        others = _embeddings(model, drawn.data)
+        pictograms = _embeddings(model, drawn.data)
     known = model.validation
     if known is None:
         raise ConfigError("the run has no validation images")
     means = np.stack(
         [known.embeddings[known.labels == c].mean(dim=0).numpy() for c in model.split.tuned]
     )
-    base = tuned[own.labels]
-    found: dict[str, dict[str, float]] = {}
-    for name, unknown in (("new classes", items[~base]), ("pictograms", others)):
+    base = tuned[scored.scores.labels]
+    areas: dict[str, dict[str, float]] = {}
+    for name, unknown in (("new classes", items[~base]), ("pictograms", pictograms)):
         pair = [_familiar(model, part, means) for part in (items[base], unknown)]
-        found[name] = {score: _auroc(pair[0][score], pair[1][score]) for score in pair[0]}
-    return found
+        areas[name] = {score: _auroc(pair[0][score], pair[1][score]) for score in pair[0]}
+    return areas
 
 
 def _familiar(model: TunedModel, embeddings: Floats, means: Floats) -> dict[str, Floats]:
@@ -235,10 +237,10 @@ def _auroc(known: Floats, unknown: Floats) -> float:
 def _embeddings(model: TunedModel, data: str) -> Floats:
     dataset = read_dataset(data)
     items = dataset.items("test")
-    found = embed(
+    features = embed(
         model.backbone, None, dataset, items, "test images", model.learner.image_embeddings
     )
-    return found.embeddings.numpy()
+    return features.embeddings.numpy()
 
 
 if __name__ == "__main__":

@@ -65,9 +65,9 @@ def _worlds(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _spread(
     cells: Mapping[str, Mapping[str, Any]], world: str, *path: str, unit: float = 100
 ) -> str:
-    """Return mean ± standard deviation over the seeds of what lies under some keys, in %."""
-    own = [cell for cell in cells.values() if cell["world"] == world]
-    values: list[Any] = [reduce(lambda value, key: value[key], path, cell) for cell in own]
+    """Return mean ± standard deviation over the seeds of the value at a path of keys, in %."""
+    in_world = [cell for cell in cells.values() if cell["world"] == world]
+    values: list[Any] = [reduce(lambda value, key: value[key], path, cell) for cell in in_world]
     known = [unit * float(value) for value in values if value is not None]
     if not known:
         return "-"

@@ -1,4 +1,4 @@
-"""What the cache of engines costs on the second load, with real engines of TensorRT-RTX.
+"""Time the second load of a bundle, from the engine cache, with engines of TensorRT-RTX.
 
     python -m benchmarks.random_models ViT-B-16 model PHOTOS
     capt-train --data PHOTOS --model local-dir:model --classes all --method zeroshot --out run
@@ -7,7 +7,7 @@
 
 Each sample is a new process that does what a load does up to the bytes that are handed to the
 library: read the bundle and check it, hash the graph for its key, read the engine and check it.
-Importing the library and deserialising are its own time; nothing is run, so that no GPU is needed.
+Importing the library and deserialising are not measured; nothing runs, so no GPU is needed.
 Half of the samples are taken after the files were dropped from the page cache, as after a restart.
 """
 
@@ -49,8 +49,8 @@ def main(bundle: Path, samples: int, cache: Path | None, precision: str | None) 
         return
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
-        for own in open_bundle(bundle).manifest.graphs:
-            rows[own] = _measure(bundle, own, Path(folder), samples)
+        for graph in open_bundle(bundle).manifest.graphs:
+            rows[graph] = _measure(bundle, graph, Path(folder), samples)
     library = f"{TENSORRT_RTX.module} {load_library(TENSORRT_RTX).__version__}"
     write_result("engine_cache", {"library": library, **describe(), "cells": rows})
     click.echo(_table(rows))
@@ -128,8 +128,7 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     for precision, row in rows.items():
         sizes = (f"{row['graph_bytes'] / 1e6:.0f}", f"{row['engine_bytes'] / 1e6:.0f}")
         for kind in ("warm", "cold"):
-            own = row[f"{kind}_s"]
-            parts = [f"{own[name]:.2f}" for name in _SHOWN]
+            parts = [f"{row[f'{kind}_s'][name]:.2f}" for name in _SHOWN]
             lines.append((f"{precision}, {kind}", *sizes, f"{row['build_s']:.1f}", *parts))
     return table((*header, "all, s", "CPU, s", "slowest"), lines)
 

@@ -1,10 +1,10 @@
-"""Export every family in every precision: proved in ONNX Runtime, built by TensorRT-RTX.
+"""Export every family in every precision: checked in ONNX Runtime, built by TensorRT-RTX.
 
     python -m benchmarks.export_matrix --docs
 
 Architectures have their real sizes and random weights; the statistics of their batch norms are
 those of the photos. Each family is tuned by `capt-train --method zeroshot` on a few photos, and
-each precision exported by a `capt-export` of its own: its seconds and its peak memory are a user's.
+each precision exported by its own `capt-export`, for the seconds and peak memory of a user.
 The photo model is that of the tests, its prompt tuned on the base classes of CIFAR-100.
 Rows that are measured stay in benchmarks/results/export_matrix.json; `--again` measures anew.
 Nothing runs on a GPU: engines are built, not run.
@@ -63,8 +63,7 @@ _SHARED = Path(__file__).parents[2] / "shared"
 def main(families: str, precisions: str, again: bool, only_table: bool, docs: bool) -> None:
     """Measure the rows that are missing, and print the table."""
     rows = load()
-    wanted = [] if only_table else [name.strip() for name in families.split(",")]
-    for family in wanted:
+    for family in [] if only_table else [name.strip() for name in families.split(",")]:
         missing = [p for p in precisions.split(",") if again or f"{family} / {p}" not in rows]
         if missing:
             _measure(family, missing, rows)
@@ -79,10 +78,9 @@ def limits() -> str:
     """Return the gate's limits, a line for each precision."""
     titles = [field.replace("_", " ") for field in asdict(LIMITS["fp32"])]
     lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
-    for precision, own in LIMITS.items():
-        lines.append(
-            f"| {precision} | " + " | ".join(f"{v:g}" for v in asdict(own).values()) + " |"
-        )
+    for precision, values in LIMITS.items():
+        cells = " | ".join(f"{value:g}" for value in asdict(values).values())
+        lines.append(f"| {precision} | {cells} |")
     return "\n".join(lines)
 
 
@@ -135,7 +133,7 @@ def _export(run: Path, out: Path, precision: str, images: int) -> dict[str, Any]
 
 
 def _model_bytes(run: Path) -> int:
-    """Return how large the float32 weights of the run's model are."""
+    """Return the bytes of the float32 weights of the run's model."""
     model = read_json(run / "config.json", DataError)["config"]["model"].removeprefix("local-dir:")
     return (Path(model) / "open_clip_model.safetensors").stat().st_size
 
@@ -154,7 +152,7 @@ def _engine(onnx: Path, sm: int) -> dict[str, Any]:
 
 
 def _run(module: str, *arguments: Any) -> dict[str, Any]:
-    """Run a command in a process of its own; return what it says of itself in its last line."""
+    """Run a command in its own process; return the JSON of its last line."""
     words = [sys.executable, "-m", module, *map(str, arguments)]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:

@@ -50,7 +50,7 @@ def main(folder: Path, name: str, precisions: str) -> None:
 
 
 def export_model(name: str, folder: Path, precisions: Sequence[str]) -> Exported:
-    """Export a model with the hand-written prompt; what is there already is used again.
+    """Export a model with the hand-written prompt; files that exist are used again.
 
     Raises:
         click.ClickException: one of the commands failed.
@@ -58,9 +58,8 @@ def export_model(name: str, folder: Path, precisions: Sequence[str]) -> Exported
     from benchmarks.random_models import write_random_model
 
     source, bundle = MODELS[name], bundle_of(name, folder, precisions)
-    own = bundle.parent
-    photos, run = own / "photos", own / "run"
-    model = source if isinstance(source, Path) else own / "model"
+    photos, run = bundle.with_name("photos"), bundle.with_name("run")
+    model = source if isinstance(source, Path) else bundle.with_name("model")
     make_whole(photos, lambda folder: copy_photos(folder, _IMAGES))
     if isinstance(source, str):
         make_whole(model, partial(write_random_model, source, photos=photos))
@@ -72,7 +71,7 @@ def export_model(name: str, folder: Path, precisions: Sequence[str]) -> Exported
         )
     if not bundle.exists():
         flags = [f"--{precision}" for precision in precisions]
-        # Random weights are no model that a graph must be faithful to: forced.
+        # Forced: the limits of the gate are for trained models, not for random weights.
         _command(
             "export.cli.export", run, "--out", bundle, *flags, "--gate-images", _IMAGES, "--force"
         )
@@ -80,7 +79,7 @@ def export_model(name: str, folder: Path, precisions: Sequence[str]) -> Exported
 
 
 def make_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder that is not there yet under another name, which it has until it is whole."""
+    """Write a folder, unless it exists, under another name until it is complete."""
     if folder.exists():
         return
     unfinished = folder.with_name(f"{folder.name}.part")
@@ -91,14 +90,14 @@ def make_whole(folder: Path, write: Callable[[Path], None]) -> None:
 
 def bundle_of(name: str, folder: Path, precisions: Sequence[str]) -> Path:
     """Return where `export_model` writes a bundle."""
-    own = folder / name.lower().replace("/", "").replace(" ", "_")
-    return own / f"{'_'.join(precisions)}.capt"
+    model_folder = name.lower().replace("/", "").replace(" ", "_")
+    return folder / model_folder / f"{'_'.join(precisions)}.capt"
 
 
 def copy_photos(folder: Path, images: int) -> None:
-    """Lay out four classes, with eight photos each to tune on and the wanted number to check on.
+    """Lay out four classes with eight photos each to tune on, and `images` photos to check on.
 
-    They are photos of ../shared; where that is missing, pictures of the demo.
+    They are photos of ../shared, or pictures of the demo where that is missing.
     """
     source = _SHARED / "data" / "cifar100"
     if source.is_dir():
@@ -113,14 +112,14 @@ def _copy(source: Path, folder: Path, images: int) -> None:
     names = sorted(path.name for path in (source / "train").iterdir())
     classes = names[:: len(names) // 4][:4]
     for split, count in (("train", 8), ("val", images // len(classes))):
-        for own in classes:
-            (folder / split / own).mkdir(parents=True)
-            for photo in sorted((source / split / own).iterdir())[:count]:
-                shutil.copy(photo, folder / split / own)
+        for name in classes:
+            (folder / split / name).mkdir(parents=True)
+            for photo in sorted((source / split / name).iterdir())[:count]:
+                shutil.copy(photo, folder / split / name)
 
 
 def _command(module: str, *arguments: Any) -> None:
-    """Run one of the package's commands in a process of its own; its figures are of no interest."""
+    """Run one of the package's commands in its own process, without its output."""
     words = [sys.executable, "-c", f"from {module} import main; main()", *map(str, arguments)]
     done = subprocess.run(words, cwd=_ROOT, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -1,4 +1,4 @@
-"""Which parts of the method each family of models can have, found out at its real size.
+"""Test which parts of the method each family of models supports, at its real size.
 
     python -m benchmarks.families --docs
 
@@ -52,10 +52,10 @@ _NAMES = ("cat", "grey dog")
 
 @click.command(cls=Command)
 @click.option("--models", default=",".join(MODELS), help="Names of open_clip's; by default all.")
-@click.option("--only-table", is_flag=True, help="Find out nothing.")
+@click.option("--only-table", is_flag=True, help="Test nothing.")
 @click.option("--docs", is_flag=True, help="Write the table into docs/families.md as well.")
 def main(models: str, only_table: bool, docs: bool) -> None:
-    """Find out what each model can have, one after the other, and print the table."""
+    """Test each model, one after the other, and print the table."""
     rows = load()
     for name in () if only_table else models.split(","):
         say(name)
@@ -69,23 +69,23 @@ def main(models: str, only_table: bool, docs: bool) -> None:
 
 
 def load() -> dict[str, dict[str, Any]]:
-    """Return the rows that are there, by model."""
+    """Return the measured rows, by model."""
     return load_cells("families")
 
 
 def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the table, and under it what capt-train says of the parts that it leaves out."""
+    """Return the table, and under it the messages of capt-train about parts that it leaves out."""
     keys = (*PARTS, "normalisation")
     lines = [
         "| | pixels | parameters | " + " | ".join(_TITLES.get(key, key) for key in keys) + " |",
         "|---" * (len(keys) + 3) + "|",
     ]
-    own = [(name, rows[name]) for name in sorted(rows, key=_place)]
-    for name, row in own:
+    ordered = [(name, rows[name]) for name in sorted(rows, key=_place)]
+    for name, row in ordered:
         size = f"{row['pixels']} | {row['parameters'] / 1e6:.0f} M"
         cells = " | ".join(_cell(row[key]) for key in keys)
         lines.append(f"| {name} | {size} | {cells} |")
-    notes = [f"- {name}: {note}" for name, row in own for note in row["notes"]]
+    notes = [f"- {name}: {note}" for name, row in ordered for note in row["notes"]]
     return "\n".join([*lines, "", *notes])
 
 
@@ -117,11 +117,11 @@ def support(backbone: Backbone) -> dict[str, Any]:
     learner = _learner(backbone, config)
     _check_texts(learner)
     _check_images(learner)
-    found = learner.parts(config)
+    parts = learner.parts(config)
     row: dict[str, Any] = {
         "pixels": backbone.preprocess.size[0],
-        "parameters": sum(one.numel() for one in backbone.model.parameters()),
-        **{part: part in found for part in PARTS},
+        "parameters": sum(tensor.numel() for tensor in backbone.model.parameters()),
+        **{part: part in parts for part in PARTS},
         "colours": _takes_colours(backbone),
         "mixture": _has_words(backbone, notes),
         "normalisation": _normalisation(backbone),
@@ -131,7 +131,7 @@ def support(backbone: Backbone) -> dict[str, Any]:
 
 
 def _text_depth(backbone: Backbone) -> int:
-    """Return in how many blocks of the text tower context vectors can be put, the input counted."""
+    """Return the number of blocks that take context vectors, the input of the tower counted."""
     for depth in count(2):
         try:
             backbone.text.check_depth(depth)
@@ -141,7 +141,7 @@ def _text_depth(backbone: Backbone) -> int:
 
 
 def _check_prompt(backbone: Backbone) -> None:
-    """Put a prompt in that says what the words say that it starts from."""
+    """Check that a new prompt gives the embeddings of the words that it starts from."""
     prompt = PromptLearner(backbone, _NAMES, (0, 1))
     words = backbone.text_embeddings([f"a photo of a {name}." for name in _NAMES])
     torch.testing.assert_close(prompt(range(2)), words, rtol=0, atol=1e-5)
@@ -163,23 +163,23 @@ def _check_texts(learner: Learner) -> None:
 
 
 def _check_images(learner: Learner) -> None:
-    """Run what is trained in the visual tower, if anything can be."""
+    """Check the gradients of the parts trained in the visual tower, if there are any."""
     if learner.visual is not None:
         tokens = learner.prefix(_pixels(learner.backbone))
         _check_gradients(learner.images(tokens).embeddings, [learner.visual])
 
 
 def _check_gradients(embeddings: Tensor, trained: Sequence[nn.Module | None]) -> None:
-    """Make sure that a gradient reaches all that is trained, and that it can be used."""
+    """Check that a finite gradient reaches every trained module."""
     embeddings.sum().backward()
     for module in filter(None, trained):
-        own = [one.grad for one in module.parameters() if one.grad is not None]
-        if not (any(one.any() for one in own) and all(one.isfinite().all() for one in own)):
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        if not (any(g.any() for g in gradients) and all(g.isfinite().all() for g in gradients)):
             raise AssertionError(f"no usable gradient reaches {type(module).__name__}")
 
 
 def _takes_colours(backbone: Backbone) -> bool:
-    """Whether a colour map in front of the tower gets a gradient."""
+    """Tell whether a colour map in front of the tower gets a gradient."""
     matrix = torch.eye(3, requires_grad=True)
     mapped = backbone.recoloured(ColourMap(matrix, torch.zeros(3)))
     features = backbone.model.encode_image(mapped.normalise(_pixels(backbone)))
@@ -188,7 +188,7 @@ def _takes_colours(backbone: Backbone) -> bool:
 
 
 def _has_words(backbone: Backbone, notes: list[str]) -> bool:
-    """Whether there are words for classes never tuned on, as the mixture needs them."""
+    """Tell whether the tokenizer has whole words for the pseudo-classes of the mixture."""
     try:
         pseudo_class_names(whole_words(backbone.tokens.tokenizer), len(_NAMES), 0, _NAMES)
     except ModelError as refused:
@@ -198,7 +198,7 @@ def _has_words(backbone: Backbone, notes: list[str]) -> bool:
 
 
 def _normalisation(backbone: Backbone) -> str:
-    """Say whether the exported first convolution takes raw pixels, or a layer stands before it."""
+    """Return whether the exported graph normalises pixels in a layer or folded into the first."""
     head = FoldedHead(torch.zeros(1, 1), torch.zeros(1))
     explicit = VisualClassifier(backbone, head).normalises
     return "explicit" if explicit else "folded"

@@ -1,6 +1,6 @@
-"""What benchmarks/gpu.sh runs: each step in a process of its own, with a time limit of its own.
+"""Run the steps of benchmarks/gpu.sh, each in its own process with its own time limit.
 
-A step that fails is reported and stops no other. The result is written after every step.
+A step that fails is reported and does not stop the others. The result is written after every step.
 """
 
 import json
@@ -30,23 +30,23 @@ from capt_deploy.core.machine import describe_machine, versions
 _ROOT = Path(__file__).parents[1]
 _SHARED = _ROOT.parent / "shared" / "data" / "cifar100"
 ALL_SECONDS = 475.0  # of 8 minutes
-_TAIL = 2000  # characters kept of what a step said
+_TAIL = 2000  # characters kept of a step's output
 
 
 @dataclass(frozen=True)
 class Done:
-    """How a step went."""
+    """The outcome of a step."""
 
     name: str
     state: str  # "ok", "exit code 1", "stopped after 60 s", "no time left", "needs torch"
     seconds: float
     result: Any = None  # its JSON
-    said: str = ""  # the end of its output, where it failed or prints no JSON
+    output: str = ""  # its end, where the step failed or prints no JSON
 
 
 @dataclass
 class Report:
-    """What is written, step by step."""
+    """The JSON file with the outcomes, written after each step."""
 
     path: Path
     about: Mapping[str, Any]
@@ -55,7 +55,7 @@ class Report:
     def add(self, done: Done) -> None:
         """Add a step and write the file."""
         self.steps.append(done)
-        write_json(self.path, {**self.about, "steps": [asdict(one) for one in self.steps]})
+        write_json(self.path, {**self.about, "steps": [asdict(step) for step in self.steps]})
 
 
 @click.command(cls=Command)
@@ -72,11 +72,10 @@ def main(out: Path, only: str | None) -> None:
         building = [spec for spec in BACKENDS if spec.builds_engines]
         engines = [spec for spec in building if find_spec(spec.module) is not None]
         known = steps(Path(work), photos=_SHARED.is_dir(), engines=engines)
-        own = chosen(known, only or "")
-        _run(own, out)
+        _run(chosen(known, only or ""), out)
 
 
-def _run(own: Sequence[Step], out: Path) -> None:
+def _run(selected: Sequence[Step], out: Path) -> None:
     driver = find_driver()
     if driver.problem is not None:
         say(f"not run on a GPU: {driver.problem}")
@@ -90,32 +89,32 @@ def _run(own: Sequence[Step], out: Path) -> None:
             "cuda": driver.cuda,
         },
     )
-    run_steps(own, report, ALL_SECONDS)
+    run_steps(selected, report, ALL_SECONDS)
     click.echo(text_of(report.steps))
     say(f"wrote {out}")
-    if any(one.state != "ok" for one in report.steps):
+    if any(step.state != "ok" for step in report.steps):
         sys.exit(1)
 
 
-def run_steps(own: Sequence[Step], report: Report, seconds: float) -> None:
-    """Run steps one after the other, and none for longer than what is left of all `seconds`."""
-    end, gone_well = time.monotonic() + seconds, set()
-    for step in own:
+def run_steps(selected: Sequence[Step], report: Report, seconds: float) -> None:
+    """Run steps one after the other, all within `seconds`."""
+    end, succeeded = time.monotonic() + seconds, set()
+    for step in selected:
         if missing := _missing(step):
             say(f"{step.name} will be missing: {missing} is not installed")
-    for step in own:
+    for step in selected:
         limit = min(step.seconds, end - time.monotonic())
         say(f"{step.name} (at most {max(0.0, limit):.0f} s)")
         lacks = _missing(step)
-        if not lacks and step.needs and step.needs not in gone_well:
+        if not lacks and step.needs and step.needs not in succeeded:
             lacks = step.needs
         problem = f"needs {lacks}" if lacks else "no time left" if limit <= 1 else None
         done = run_step(step, limit) if problem is None else Done(step.name, problem, 0.0)
         report.add(done)
         if done.state == "ok":
-            gone_well.add(step.name)
+            succeeded.add(step.name)
         else:
-            say(f"{step.name}: {done.state}\n{done.said}")
+            say(f"{step.name}: {done.state}\n{done.output}")
 
 
 def _missing(step: Step) -> str:
@@ -123,7 +122,7 @@ def _missing(step: Step) -> str:
 
 
 def run_step(step: Step, limit: float) -> Done:
-    """Run one; when its time is over it is killed with all that it has started."""
+    """Run a step; when its time is over, kill it with all processes that it has started."""
     start = time.monotonic()
     process = subprocess.Popen(
         step.words,
@@ -155,8 +154,8 @@ def run_step(step: Step, limit: float) -> Done:
         result = count_tests(step.junit)
         if state == "ok" and not result["passed"]:
             state = "nothing ran"
-    said = "" if state == "ok" and step.as_json else f"{out}\n{err}".strip()[-_TAIL:]
-    return Done(step.name, state, seconds, result, said)
+    output = "" if state == "ok" and step.as_json else f"{out}\n{err}".strip()[-_TAIL:]
+    return Done(step.name, state, seconds, result, output)
 
 
 def count_tests(path: Path) -> dict[str, int]:
@@ -179,14 +178,14 @@ def _kill(process: subprocess.Popen[str]) -> None:
 
 
 def text_of(done: Sequence[Done]) -> str:
-    """Return what came of it: a table of the steps, and one of all latencies."""
+    """Return a table of the steps, and one of all latencies."""
     parts = [
         table(
             ("step", "state", "seconds"),
-            [(one.name, one.state, f"{one.seconds:.0f}") for one in done],
+            [(step.name, step.state, f"{step.seconds:.0f}") for step in done],
         )
     ]
-    results = {one.name: one.result for one in done if one.result is not None}
+    results = {step.name: step.result for step in done if step.result is not None}
     rows = list(results.get("bench", []))
     for cell in results.get("open_clip", {}).values():
         rows += cell["rows"]

@@ -2,7 +2,7 @@
 # Everything that needs an NVIDIA GPU, in under 8 minutes: tests, training, inference.
 # Sets nothing up: PYTHON chooses the interpreter that has the packages.
 #   PYTHON=.venv/bin/python benchmarks/gpu.sh
-# Steps whose packages (pytest, torch, open_clip) are missing are said at the start, and left out.
+# Steps whose packages (pytest, torch, open_clip) are missing are named at the start, and left out.
 # Prints a table, writes benchmarks/results/gpu.json. Exit code 1: a step failed; 2: no GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -23,18 +23,18 @@ class Step:
     name: str
     words: tuple[str, ...]
     seconds: float  # at most
-    needs: str = ""  # the step that must have gone well before
-    as_json: bool = True  # what it prints on stdout
+    needs: str = ""  # the step that must have succeeded before
+    as_json: bool = True  # whether it prints JSON on stdout
     modules: tuple[str, ...] = ()  # that must be installed
-    junit: Path | None = None  # where pytest says how many tests passed
+    junit: Path | None = None  # pytest's report of passed tests
 
 
 def steps(work: Path, *, photos: bool, engines: Sequence[BackendSpec]) -> list[Step]:
-    """Return what is run, the most important first; limits add up to less than all seconds.
+    """Return the steps, the most important first; limits add up to less than all seconds.
 
     Args:
-        work: where bundles lie meanwhile.
-        photos: whether there are those of the ablation.
+        work: folder for bundles.
+        photos: whether the photos of the ablation exist.
         engines: the backends whose engines are built.
     """
     bundle, junit = bundle_of(_MODEL, work, _PRECISIONS), work / "tests.xml"
@@ -60,7 +60,7 @@ def steps(work: Path, *, photos: bool, engines: Sequence[BackendSpec]) -> list[S
             as_json=False,
             modules=_TORCH,
         ),
-        # Building is no measuring. These names come along with --only bench.
+        # Building is not measured. --only bench selects these steps too, by their names.
         *(
             Step(
                 f"bench engine {spec.name}",
@@ -107,18 +107,18 @@ def steps(work: Path, *, photos: bool, engines: Sequence[BackendSpec]) -> list[S
     ]
 
 
-def chosen(own: Sequence[Step], only: str) -> list[Step]:
+def chosen(known: Sequence[Step], only: str) -> list[Step]:
     """Return the steps whose names hold `only`, and those that these need.
 
     Raises:
         click.BadParameter: there is none.
     """
-    names = {step.name for step in own if only in step.name}
+    names = {step.name for step in known if only in step.name}
     if not names:
-        known = ", ".join(step.name for step in own)
-        raise click.BadParameter(f"--only: expected a part of {known}; came {only}")
-    names |= {step.needs for step in own if step.name in names}
-    return [step for step in own if step.name in names]
+        listed = ", ".join(step.name for step in known)
+        raise click.BadParameter(f"--only: expected a part of {listed}; came {only}")
+    names |= {step.needs for step in known if step.name in names}
+    return [step for step in known if step.name in names]
 
 
 def _command(module: str, *arguments: str) -> tuple[str, ...]:

@@ -35,7 +35,7 @@ _KEYS = ("backend", "device", "precision", "scope", "batch")  # of what a ratio 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is measured of a model."""
+    """Settings of the comparison of a bundle with plain open_clip."""
 
     request: BenchRequest
     device: str = "cpu"  # of torch
@@ -66,7 +66,7 @@ def main(
     work: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure models one after the other, and print what came of it."""
+    """Measure models one after the other, and print the tables."""
     names = models.split(",")
     if unknown := set(names) - set(MODELS):
         raise click.BadParameter(f"expected of {', '.join(MODELS)}, came {min(unknown)}")
@@ -82,8 +82,8 @@ def main(
     cells: dict[str, Any] = {}
     with TemporaryDirectory() as scratch:
         load = load_average()  # before exporting, which is a load itself
-        # Threads of torch wait for each other while spinning: where others want the cores, too,
-        # they take many times as long, and a comparison says nothing.
+        # Threads of torch spin while they wait for each other: on a busy machine they take many
+        # times as long, and a comparison is worthless.
         if load is not None and load > QUIET:
             say(f"the machine is busy (load {load:.1f}): no figure of this run is worth keeping")
         for name in names:
@@ -105,9 +105,9 @@ def compare(
     """Measure a bundle and the model that it was made from, in turns.
 
     Args:
-        exported: both.
-        comparison: what of them.
-        options: how long.
+        exported: bundle and model.
+        comparison: what is measured.
+        options: how long it is measured.
         load: of the machine before this program began to compute; None where unknown.
     """
     import torch
@@ -119,7 +119,7 @@ def compare(
     photos = synthetic_photos(_PHOTOS)
     with ExitStack() as stack, Threads(1) as threads:
         cases = [
-            *_own(exported, comparison, photos, threads, stack),
+            *_ours(exported, comparison, photos, threads, stack),
             *_plain(exported, comparison, photos),
         ]
         rows = measure(cases, options)
@@ -134,7 +134,7 @@ def compare(
     }
 
 
-def _own(
+def _ours(
     exported: Exported,
     comparison: Comparison,
     photos: Photos,
@@ -174,27 +174,27 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for row in rows
         if row["backend"] == "open_clip eager"
     }
-    found = []
+    result = []
     for row in rows:
         for precision in (row["precision"], "fp32"):
             plain = eager.get((row["scope"], row["batch"], precision))
             if plain is not None:
                 ratio = row["throughput_per_s"] / plain
-                own = {key: row[key] for key in _KEYS}
-                found.append({**own, "ratio": ratio, "eager_precision": precision})
+                keys = {key: row[key] for key in _KEYS}
+                result.append({**keys, "ratio": ratio, "eager_precision": precision})
                 break
-    return found
+    return result
 
 
 def text_of(name: str, cell: Mapping[str, Any]) -> str:
     """Return a table of a model's rows, and whether the goal is reached."""
-    found = {_key(one): one["ratio"] for one in cell["ratios"]}
+    times_eager = {_key(row): row["ratio"] for row in cell["ratios"]}
     header = (name, "device", "precision", "batch", "p50 ms", "p99 ms", "images/s", "times eager")
     lines = [
         (
             *(row["backend"], row["device"], row["precision"], str(row["batch"])),
             *(f"{row['p50_ms']:.2f}", f"{row['p99_ms']:.2f}", f"{row['throughput_per_s']:.2f}"),
-            f"{found[_key(row)]:.2f}" if _key(row) in found else "",
+            f"{times_eager[_key(row)]:.2f}" if _key(row) in times_eager else "",
         )
         for row in cell["rows"]
     ]
@@ -211,17 +211,17 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row[key] for key in _KEYS)
 
 
-def verdict(found: Sequence[Mapping[str, Any]]) -> str:
-    """Say whether the best of our rows at batch 1 reaches the goal, and none is slower."""
-    own = [
-        one
-        for one in found
-        if one["scope"] == "image_to_label" and not one["backend"].startswith("open_clip")
+def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return whether the best of our ratios at batch 1 reaches the goal, and which are below 1."""
+    ours = [
+        row
+        for row in rows
+        if row["scope"] == "image_to_label" and not row["backend"].startswith("open_clip")
     ]
-    single = [one["ratio"] for one in own if one["batch"] == 1]
+    single = [row["ratio"] for row in ours if row["batch"] == 1]
     best = f"{max(single):.2f} times" if single else "not measured"
     reached = "reached" if single and max(single) >= GOAL else "missed"
-    slower = [f"{one['precision']} batch {one['batch']}" for one in own if one["ratio"] < 1]
+    slower = [f"{row['precision']} batch {row['batch']}" for row in ours if row["ratio"] < 1]
     return (
         f"goal of {GOAL} times at batch 1: {reached} ({best}); "
         f"slower than plain open_clip: {', '.join(slower) or 'none'}"

@@ -1,6 +1,6 @@
-"""What people do without this package: open_clip in torch, with its own preprocessing.
+"""Plain open_clip in torch with its preprocessing, as people use it without this package.
 
-Text features are there already, nothing is switched off, and nothing else is tuned.
+Text features are computed beforehand; nothing is switched off, and nothing else is tuned.
 """
 
 import io
@@ -51,12 +51,12 @@ class PlainOpenClip:
 
     def load(self, encoded: Sequence[bytes]) -> Tensor:
         """Return the input of a batch, as open_clip's own transform makes it."""
-        images = [Image.open(io.BytesIO(one)) for one in encoded]
+        images = [Image.open(io.BytesIO(data)) for data in encoded]
         return torch.stack([self.transform(image) for image in images])
 
     @torch.inference_mode()
     def probabilities(self, images: Tensor) -> Tensor:
-        """Return (batch, classes), where the model is."""
+        """Return probabilities, (batch, classes), on the device of the model."""
         features = functional.normalize(self.encode(images.to(self.device, self.dtype)), dim=-1)
         return (self.scale * features @ self.texts.T).softmax(dim=-1)
 
@@ -69,7 +69,7 @@ class PlainOpenClip:
 def same_labels(
     model: Path, bundle: Path, device: str, photos: Photos, rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, float]:
-    """Return for which share of the photos, 0-1, what was measured names open_clip's label.
+    """Return the share of the photos, 0-1, for which a measured graph gives open_clip's label.
 
     By precision; on a GPU, where several backends were measured, by `backend precision`.
     """
@@ -85,8 +85,8 @@ def same_labels(
         if key in shares:
             continue
         with Classifier.load(bundle, backend, precision) as classifier:
-            own = [prediction.label for prediction in classifier.predict(photos.encoded)]
-        shares[key] = sum(a == b for a, b in zip(own, plain, strict=True)) / len(own)
+            labels = [prediction.label for prediction in classifier.predict(photos.encoded)]
+        shares[key] = sum(a == b for a, b in zip(labels, plain, strict=True)) / len(labels)
     return shares
 
 
@@ -98,7 +98,7 @@ def plain_cases(
     scopes: Sequence[str],
     photos: Photos,
 ) -> Iterator[Case]:
-    """Yield a case for each scope and batch; none, and why, where torch cannot compile."""
+    """Yield a case for each scope and batch; none, with a message, where torch cannot compile."""
     before = Memory.now()
     plain = make()
     cuda = plain.device.type == "cuda"
@@ -146,8 +146,8 @@ def _runs(
     images = plain.load(batches[0])
     if scope == "host":
         return lambda times: threads.run(lambda: _to_host(plain.probabilities(images)), times)
-    there = images.to(plain.device, plain.dtype)
-    return lambda times: _time_on_device(plain, there, times)
+    on_device = images.to(plain.device, plain.dtype)
+    return lambda times: _time_on_device(plain, on_device, times)
 
 
 def _to_host(probabilities: Tensor) -> Any:

@@ -52,10 +52,10 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {_END}", special_tokens=[(_END, 1)]
     )
-    own = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=_END, pad_token=_END, unk_token=_UNKNOWN
     )
-    own.save_pretrained(folder)
+    fast.save_pretrained(folder)
 
 
 def random_backbone(name: str, seed: int = 0) -> Backbone:
@@ -107,7 +107,7 @@ def _settle(visual: nn.Module, config: PreprocessConfig, photos: list[Path]) -> 
         return
     pixels = np.stack([preprocess(photo, config) for photo in photos[:_SETTLED_ON]])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
-    mean, std = (torch.tensor(own).view(3, 1, 1) for own in (config.mean, config.std))
+    mean, std = (torch.tensor(part).view(3, 1, 1) for part in (config.mean, config.std))
     for norm in norms:
         norm.momentum = None  # a plain mean over what it sees
     visual.train()

@@ -1,4 +1,4 @@
-"""Where benchmark figures go, and under which conditions they were measured."""
+"""Write benchmark figures to `results` and the docs, with the conditions of the measurement."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from capt_deploy.core.machine import installed
 _ROOT = Path(__file__).parents[1]
 RESULTS = _ROOT / "benchmarks" / "results"
 _MEASURED = ("capt_deploy", "capt_train", "export", "benchmarks/*.py", "examples")
-QUIET = 0.5  # load above which times say more of what else runs
+QUIET = 0.5  # load above which other programs disturb the times
 _VERSIONED = ("torch", "open_clip_torch", "onnxruntime-gpu", "onnxruntime", "numpy", "pillow")
 
 
@@ -33,7 +33,7 @@ def describe() -> dict[str, Any]:
 
 
 def load_average() -> float | None:
-    """Return how many programs wanted to compute, on average over the last minute."""
+    """Return the system load, averaged over the last minute; None where it is unknown."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 

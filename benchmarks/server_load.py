@@ -103,29 +103,29 @@ def tolerance(precision: str) -> float:
 
 
 def is_right(status: int, answer: Any, expected: Prediction, most: float) -> bool:
-    """Tell whether an answer to one image says what the classifier says, but for `most`."""
+    """Tell whether an answer equals the classifier's prediction, within `most`."""
     if status != 200 or len(answer["predictions"]) != 1:
         return False
     (came,) = answer["predictions"]
-    shares = {one["label"]: one["probability"] for one in came["top"]}
-    own = dict(expected.top(1000))
-    close = own.keys() == shares.keys() and all(
-        abs(own[label] - share) <= most for label, share in shares.items()
+    shares = {row["label"]: row["probability"] for row in came["top"]}
+    exact = dict(expected.top(1000))
+    close = exact.keys() == shares.keys() and all(
+        abs(exact[label] - share) <= most for label, share in shares.items()
     )
-    # Of two classes that are level either may be called the best.
-    return close and own[came["label"]] >= expected.confidence - 2 * most
+    # Either of two classes that are level may be the best one.
+    return close and exact[came["label"]] >= expected.confidence - 2 * most
 
 
 @dataclass(frozen=True)
 class Task:
-    """Encoded photos, and what the classifier itself says about each."""
+    """Encoded photos, and the classifier's prediction for each."""
 
     photos: Sequence[bytes]
     expected: Sequence[Prediction]
     most: float  # by which a probability may differ
 
     @classmethod
-    def of(cls, photos: Sequence[bytes], classifier: Classifier) -> "Task":
+    def from_photos(cls, photos: Sequence[bytes], classifier: Classifier) -> "Task":
         return cls(photos, classifier.predict(photos), tolerance(classifier.precision))
 
 
@@ -205,21 +205,21 @@ def markdown(cells: Mapping[str, Any]) -> str:
 def main(
     bundle: Path, photos: Path, name: str, clients: str, requests: int, most_photos: int, docs: bool
 ) -> None:
-    """Load a server of BUNDLE with the PHOTOS of a folder, and print what it bears.
+    """Load a server of BUNDLE with the PHOTOS of a folder, and print the latencies.
 
     \b
     Example:
       python -m benchmarks.server_load demo/pictograms.capt demo/pictograms/test --name demo
     """
-    others, rows = load_average() or 0.0, []
-    if docs and others > QUIET:
+    load_before, rows = load_average() or 0.0, []
+    if docs and load_before > QUIET:
         raise ConfigError(
-            f"--docs expects a quiet machine, a load of at most {QUIET}; came {others:.2f}: wait "
-            f"until nothing else runs, or leave --docs out"
+            f"--docs expects a quiet machine, a load of at most {QUIET}; came {load_before:.2f}: "
+            f"wait until nothing else runs, or leave --docs out"
         )
     encoded = _read(photos, most_photos)
     with Classifier.load(bundle) as classifier:
-        task = Task.of(encoded, classifier)
+        task = Task.from_photos(encoded, classifier)
         engine = classifier.backend
         backend = f"{engine.name} on {engine.device}, {classifier.precision}"
     with running_server(bundle) as server:
@@ -227,7 +227,7 @@ def main(
         for number in map(int, clients.split(",")):
             rows.append(load(server, task, number, max(1, requests // number)))
             say(json.dumps(rows[-1]))
-    cell = {"backend": backend, "photos": len(encoded), "load_before": round(others, 1)}
+    cell = {"backend": backend, "photos": len(encoded), "load_before": round(load_before, 1)}
     cell |= {"rows": rows}
     add_cells("server_load", {name: cell})
     if docs:

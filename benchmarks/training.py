@@ -1,4 +1,4 @@
-"""How long a small `capt-train` takes on a device, features of the frozen model not counted.
+"""Time a small `capt-train` on a device, without the features of the frozen model.
 
 python -m benchmarks.training --device cuda
 """
@@ -25,16 +25,11 @@ def main(world: str, device: str, autocast: str) -> None:
 
 
 def timed(world: str, device: str, autocast: str) -> dict[str, Any]:
-    """Return seconds, the accuracies reached, and how much of the GPU's memory was needed."""
+    """Return seconds, accuracies and the peak of the GPU's memory."""
     import torch
 
-    with open_world(world) as own:
-        config = TrainConfig(
-            own.data,
-            own.model,
-            classes="base",
-            device=device,
-        )
+    with open_world(world) as place:
+        config = TrainConfig(place.data, place.model, classes="base", device=device)
         changes = {"tuning.autocast": autocast, **_EPOCHS}
         figures = measure(config.with_settings(changes), "val")
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None

@@ -21,7 +21,7 @@ class Calibrator:
     name: str
     help: str  # one line for `--help` and the documentation
     needs_all_classes: bool = False  # whether it leaves classes behind that it is not fitted on
-    fewest_images: int = 50  # with fewer images it is no candidate for "auto"
+    fewest_images: int = 50  # with fewer images it is not tried
     module: str = ""  # by default `capt_train.calibrate.<name>`
 
     def fit(self, raw: NDArray[np.floating], labels: Ints) -> Calibration:

@@ -20,8 +20,8 @@ class Choice:
     """The chosen calibration, and how all candidates did."""
 
     calibration: Calibration
-    # By calibrator: `nll` of images that it was not fitted on; `behind`, how much that is above the
-    # lowest one; and `error`, the standard error of that difference
+    # By calibrator: `nll` of images that it was not fitted on; `behind`, its difference from the
+    # lowest `nll`; and `error`, the standard error of that difference
     candidates: Mapping[str, Mapping[str, float]]
 
 
@@ -53,7 +53,7 @@ def choose_calibration(raw: _Array, labels: Ints, names: Sequence[str] | None = 
     if len(compared) == 1:
         return Choice(fit_calibration(compared[0], raw, labels), {})
     losses = {name: _held_out_losses(name, raw, labels) for name in compared}
-    best = min(losses.values(), key=lambda losses_of_one: float(losses_of_one.mean()))
+    best = min(losses.values(), key=lambda loss: float(loss.mean()))
     figures = {}
     for name, loss in losses.items():
         behind = loss - best

@@ -17,15 +17,16 @@ _OPTIONAL = ("transformers", "sentencepiece", "tiktoken")
 
 
 def load_backbone(model: str, pretrained: str | None, device: torch.device) -> Backbone:
-    """Load anything open_clip takes.
+    """Load a model of open_clip.
 
     Args:
         model: an architecture (`ViT-B-16`), `hf-hub:…`, `local-dir:…`, or such a folder.
         pretrained: with an architecture: open_clip's tag or a checkpoint file.
-        device: where to put it.
+        device: the device of the model.
 
     Raises:
-        ModelError: unknown, not reachable, without weights, or with an unsupported tokenizer.
+        ModelError: the model is unknown or cannot be reached, or it has no weights or an
+            unsupported tokenizer.
     """
     import open_clip
     from open_clip.model import get_model_preprocess_cfg
@@ -39,7 +40,7 @@ def load_backbone(model: str, pretrained: str | None, device: torch.device) -> B
     level = logging.getLogger().level
     try:
         logging.getLogger().setLevel(logging.ERROR)  # open_clip logs through the root logger
-        tokenizer = open_clip.get_tokenizer(model)  # first: the weights may be far to fetch
+        tokenizer = open_clip.get_tokenizer(model)  # first: fetching the weights takes longer
         network = open_clip.create_model(
             model, pretrained=pretrained, device=device, require_pretrained=True
         ).float()

@@ -13,8 +13,8 @@ from torch import Tensor
 from capt_deploy.core.errors import ModelError
 
 _PROBED = 16  # tokens
-# Byte-pair entries that close a word end in `</w>`, SentencePiece's that open one begin with ▁;
-# shorter ones are mostly parts of words.
+# Byte-pair entries end in `</w>` at the end of a word, SentencePiece's begin with ▁ at its start.
+# Shorter entries are mostly parts of words.
 _WHOLE_WORD = re.compile("([a-z]{3,})</w>|▁([a-z]{3,})")
 
 
@@ -26,10 +26,10 @@ class TextTokens:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        """Find out how rows are laid out.
+        """Find the layout of the rows.
 
         Raises:
-            ModelError: not as described above, so prompts cannot be put together.
+            ModelError: rows have another layout than described above, so prompts cannot be built.
         """
         self.tokenizer = tokenizer
         self.length = int(tokenizer.context_length)  # of a row: the model's context
@@ -39,9 +39,9 @@ class TextTokens:
         self.leading = differ.index(True) if any(differ) else 0  # tokens in front of the words
         self.start = tuple(empty[: self.leading])
         self.end, self.pad = empty[self.leading], empty[-1]
-        nothing, self._word, words = (self._between(row) for row in rows)
-        apart = nothing == [] and 0 < len(self._word) < len(words)
-        if not apart or any(self._rebuilt(row) != row for row in rows):
+        no_words, self._word, two_words = (self._between(row) for row in rows)
+        separate = not no_words and 0 < len(self._word) < len(two_words)
+        if not separate or any(self._rebuilt(row) != row for row in rows):
             raise ModelError(
                 f"tokenizer {type(tokenizer).__name__}: expected rows of [start] words [end] and "
                 f"padding behind it, but 'a' becomes {single}; take another model"
@@ -66,7 +66,8 @@ class TextTokens:
             places: tokens in front of each text, to be replaced by vectors.
 
         Raises:
-            ModelError: a text is longer than the model's context, or words do not stay apart.
+            ModelError: a text is longer than the model's context, or the tokens of a word depend on
+                the words behind it.
         """
         if not places:
             return self._checked(texts, texts, self.length, "")
@@ -104,7 +105,7 @@ class TextTokens:
         self, texts: Sequence[str], shown: Sequence[str], length: int, behind: str
     ) -> Tensor:
         """Return rows of `length` tokens; an error names the `shown` text and what is before it."""
-        # Tokenizers cut silently. In rows longer by one, a text that does not fit ends too late.
+        # Tokenizers cut silently, so one more token is requested: it shows which texts do not fit.
         room = max(length, self.leading + 1) + 1
         rows: Tensor = self.tokenizer(list(texts), context_length=room)
         late = self.ends(rows) >= length
@@ -130,7 +131,7 @@ class TextTokens:
 def whole_words(tokenizer: Any) -> list[str]:
     """Return the lower-case words of three letters or more that are one token each, sorted.
 
-    SentencePiece does not say what closes a word, so some of its words are only beginnings.
+    SentencePiece does not mark the end of a word, so some of its words are only beginnings.
 
     Raises:
         ModelError: the tokenizer has no vocabulary, or no whole words in it.
@@ -144,7 +145,7 @@ def whole_words(tokenizer: Any) -> list[str]:
     if not words:
         raise ModelError(
             f"tokenizer {type(tokenizer).__name__}: its words cannot be listed; expected "
-            f"a table with entries like 'otter</w>' or '▁otter'; tune without the mixture"
+            f"a table with entries like 'otter</w>' or '▁otter'; tune with --without mixture"
         )
     return words
 

@@ -72,16 +72,16 @@ class TextTower:
         return functional.normalize(features, dim=-1)
 
     def check_depth(self, depth: int) -> None:
-        """Make sure that context vectors can be put into the first `depth` blocks.
+        """Check that context vectors can be put into the first `depth` blocks.
 
         Raises:
-            ModelError: there are not so many blocks that can be reached.
+            ModelError: fewer blocks can be reached.
         """
         reached = 1 if self._blocks is None else len(self._blocks)
         if depth > reached:
             raise ModelError(
-                f"text_depth: context vectors in {depth} blocks are asked for, the model's text "
-                f"tower has {reached} that can be reached; set text_depth={reached}"
+                f"--set prompt.depth: expected at most {reached}, the blocks of this text tower "
+                f"that can be reached; came {depth}"
             )
 
     def _ignores_padding(self) -> bool:

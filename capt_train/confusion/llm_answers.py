@@ -23,7 +23,7 @@ _ANSWER_TOKENS = 500  # 200 words of reasoning, ten sentences of 16 words, JSON
 def ask_all(client: LlmClient, pairs: Iterable[NamePair], cache: Path) -> Sentences:
     """Ask about every pair that the cache does not hold yet, and write each answer to it at once.
 
-    A pair without an answer is said by name and left out, so that the templates step in.
+    A message names the pairs without an answer; they are left out, and get templates instead.
 
     Args:
         client: the model to ask.
@@ -53,7 +53,7 @@ def ask_all(client: LlmClient, pairs: Iterable[NamePair], cache: Path) -> Senten
                     raise
             counter.advance()
     if failed:
-        say(f"templates stand in, the LLM left out {list_names(failed)}; the last one: {reason}")
+        say(f"no answer of the LLM, so templates are used: {list_names(failed)}; last: {reason}")
     return {pair: answers[pair] for pair in distinct if pair in answers}
 
 

@@ -38,7 +38,7 @@ Sentences: TypeAlias = Mapping[NamePair, PairSentences]
 
 
 class ClassCoverage(NamedTuple):
-    """The sentences about one class; those that only speak of its partner don't count."""
+    """The sentences about one class; those about its partner alone do not count."""
 
     name: str
     pairs: int  # mined ones with this class
@@ -58,7 +58,7 @@ class Gathered:
 
     @property
     def on_templates(self) -> tuple[NamePair, ...]:
-        """Return the pairs with a kind that only templates speak of: those to ask an LLM about."""
+        """Return the pairs to ask an LLM about: a kind of their sentences is from templates."""
         return tuple(pair for pair, sources in self.sources.items() if "templates" in sources)
 
     def of_kind(self, kind: str) -> list[str]:
@@ -72,7 +72,10 @@ class Gathered:
         return [row for row in rows if row.pairs]
 
     def notices(self, class_names: Sequence[str]) -> list[str]:
-        """Return what the files lack or name in vain, and classes with templates alone, by line."""
+        """Return notices, one a line: names that the files lack, do not know or leave empty.
+
+        The last one lists the classes that only templates describe.
+        """
         facts: dict[str, Iterable[str]] = {}
         if self.pair_file is not None:
             named = dict.fromkeys(name for pair in self.pair_file for name in pair)
@@ -120,8 +123,8 @@ def gather(
 ) -> Gathered:
     """Take, for each mined pair and kind, the first source that has sentences.
 
-    Sentences that equal the templates count as templates: those an earlier run wrote would else
-    pass for somebody's own and keep an LLM from being asked.
+    Sentences that equal the templates count as templates. Otherwise the templates in a file that an
+    earlier run wrote would keep an LLM from being asked.
 
     Args:
         pairs: mined pairs, in any order within a pair; repeated ones count once.
@@ -152,7 +155,7 @@ def gather(
 
 
 def templates(a: str, b: str) -> PairSentences:
-    """Return sentences made from the names alone, where nobody wrote any *(ours)*."""
+    """Return sentences made from the names of two classes alone *(ours)*."""
     first, second = (
         f"an {name}" if _TAKES_AN.match(name) else f"a {name}" for name in pair_key(a, b)
     )
@@ -245,7 +248,7 @@ def write_pair_file(path: Path, sentences: Sentences) -> None:
 def _of_both(pair: NamePair, file: ClassSentences, only_if_named: bool) -> tuple[str, ...]:
     """Return the sentences of both classes, or only those that name the other class.
 
-    A class whose sentences never name the other gives all of them: its marks still help.
+    A class whose sentences never name the other class gives all of them.
     """
     chosen: list[str] = []
     for name, other in (pair, pair[::-1]):
@@ -261,14 +264,14 @@ def _plain(text: str) -> str:
 
 
 def _lookup(class_names: Sequence[str]) -> dict[str, str]:
-    """Return class names by plain name; two that share one (`t-shirt`, `t_shirt`) by their own."""
+    """Return class names by themselves and, unless two share it (`t-shirt`, `t_shirt`), plainly."""
     times = Counter(map(_plain, class_names))
     plain = {_plain(name): name for name in class_names if times[_plain(name)] == 1}
     return plain | {name: name for name in class_names}
 
 
 def _class_name(text: str, lookup: Mapping[str, str]) -> str:
-    """Return the class that is meant, else the text itself."""
+    """Return the class whose name a text is in some spelling, else the text itself."""
     return lookup.get(text) or lookup.get(_plain(text)) or " ".join(clean([text]))
 
 

@@ -30,7 +30,7 @@ class Features:
     embeddings: Float[Tensor, "batch dim"]  # unit norm, float32
     labels: Int[Tensor, " batch"]  # indices of all class names
     skipped: tuple[Skipped, ...] = ()
-    embedded: int = 0  # how many went through the visual tower, the others were cached
+    embedded: int = 0  # images that went through the visual tower; the others were cached
     sha256: tuple[str, ...] = ()  # of the image files, one per row
 
     def __len__(self) -> int:
@@ -115,7 +115,8 @@ def embed(
                     skipped.append(Skipped(item.path, str(results[key])))
             counter.advance(len(batch), f"{embedded} new, {len(skipped)} unreadable")
     if skipped:
-        say(f"note: {len(skipped)} {label} cannot be read and are left out, e.g. {skipped[0].path}")
+        number = f"{len(skipped)} of {len(items)} {label}"
+        say(f"note: {number} cannot be read and are left out, e.g. {skipped[0].path}")
     dim = len(rows[0]) if rows else backbone.text_embeddings(["a"]).shape[1]
     return Features(
         torch.from_numpy(np.stack(rows) if rows else np.zeros((0, dim), np.float32)),
@@ -155,7 +156,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError:
-        return b""  # decoding it fails and says so
+        return b""  # decoding it fails, with a reason
 
 
 def _decode(data: bytes, config: PreprocessConfig) -> NDArray[np.uint8] | str:

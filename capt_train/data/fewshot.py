@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from capt_deploy.core.console import track
+from capt_deploy.core.console import counted, track
 from capt_deploy.core.errors import DataError, ImageError, RunError
 from capt_deploy.core.files import is_inside, read_json, sha256_file, write_json
 from capt_deploy.data.datasets import Dataset, Item, Skipped
@@ -200,16 +200,17 @@ def _notices(
     if fewer:
         listed = ", ".join(f"{name} ({n})" for name, n in list(fewer.items())[:10])
         more = ", …" if len(fewer) > 10 else ""
-        yield f"{len(fewer)} classes have fewer than {shots} images: {listed}{more}"
+        classes = counted(len(fewer), "class has", "classes have")
+        yield f"{classes} fewer than {counted(shots, 'image')}: {listed}{more}"
     if skipped:
         yield (
-            f"{len(skipped)} files are no readable images and were left out, e.g. "
-            f"{skipped[0].path}; the run's split.json lists them"
+            f"left out {counted(len(skipped), 'file')} that cannot be read as images, e.g. "
+            f"{skipped[0].path}; the run's split.json lists all"
         )
     if not validated:
         yield (
             "no validation images: all epochs are trained, and confidences are calibrated by "
-            "tuning again without a part of the training images, each in turn"
+            "cross-validation on the training images"
         )
     elif stand_in:
         yield "no validation images: training images that were not chosen stand in for them"

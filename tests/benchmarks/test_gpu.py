@@ -40,9 +40,9 @@ def test_a_failing_step_is_reported_and_stops_no_other(report: gpu.Report) -> No
     assert list(by_name) == ["first", "broken", "mute", "text"]
     assert (by_name["first"]["state"], by_name["first"]["result"]) == ("ok", [1, 2])
     assert by_name["broken"]["state"] == "exit code 1"
-    assert "half" in by_name["broken"]["said"] and "no luck" in by_name["broken"]["said"]
+    assert "half" in by_name["broken"]["output"] and "no luck" in by_name["broken"]["output"]
     assert by_name["mute"]["state"].startswith("printed no JSON")
-    assert (by_name["text"]["state"], by_name["text"]["said"]) == ("ok", "3 passed")
+    assert (by_name["text"]["state"], by_name["text"]["output"]) == ("ok", "3 passed")
 
 
 def test_a_step_that_takes_too_long_is_killed_with_what_it_started(

@@ -145,7 +145,7 @@ def test_a_hugging_face_tower_takes_a_prompt_but_no_deeper_one(bert: Path) -> No
     (prompt(range(3)) @ expected[0].flip(0)).sum().backward()
     assert prompt.context.grad is not None
     assert (prompt.context.grad.abs().amax(dim=1) > 0).all()
-    with pytest.raises(ModelError, match=r"in 2 blocks .* has 1 .*set text_depth=1"):
+    with pytest.raises(ModelError, match=r"prompt.depth: expected at most 1, .* came 2"):
         PromptLearner(backbone, NAMES, (0, 1), depth=2)
 
 

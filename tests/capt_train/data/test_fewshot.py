@@ -79,7 +79,7 @@ def test_a_class_with_fewer_images_than_shots_gives_all_and_is_named(own_photos:
         (own_photos / "train" / "red_ball" / f"{number}.png").unlink()
     split = choose(read_dataset(own_photos), "all", shots=5, seed=1)
     assert per_class(split.train) == {0: 5, 1: 5, 2: 5, 3: 2}
-    assert split.notices == ("1 classes have fewer than 5 images: red ball (2)",)
+    assert split.notices == ("1 class has fewer than 5 images: red ball (2)",)
 
 
 def test_an_unreadable_image_is_skipped_listed_and_replaced_by_the_next(own_photos: Path) -> None:
@@ -91,7 +91,7 @@ def test_an_unreadable_image_is_skipped_listed_and_replaced_by_the_next(own_phot
     assert per_class(after.train) == per_class(before.train)
     assert set(before.train) - {damaged} < set(after.train)
     assert [skipped.path for skipped in after.skipped] == [damaged.path]
-    assert any("1 files" in notice and damaged.path in notice for notice in after.notices)
+    assert any("1 file " in notice and damaged.path in notice for notice in after.notices)
 
 
 def test_a_class_without_any_readable_training_image_is_named(own_photos: Path) -> None:
@@ -129,7 +129,7 @@ def test_without_any_image_left_for_validation_it_says_what_follows(photos: Path
     split = choose(only_train(read_dataset(photos)), "all", shots=6, seed=1)
     assert split.val == ()
     assert len(split.notices) == 1
-    assert "confidences are calibrated by tuning again" in split.notices[0]
+    assert "confidences are calibrated by cross-validation" in split.notices[0]
 
 
 def test_a_single_class_is_refused(own_photos: Path) -> None:

@@ -55,11 +55,11 @@ def test_each_block_gets_vectors_of_its_own(deep: Backbone, blocks: int) -> None
     tokens = deep.tokenize([f"a a {name}." for name in NAMES])
     context, deeper = random(2, 32), random(blocks, 2, 32, seed=1)
     with torch.no_grad():
-        found = deep.encode(tokens, context, deeper)
+        found = deep.text.encode(tokens, context, deeper)
         torch.testing.assert_close(found, by_hand(deep, tokens, context, deeper))
-        assert not torch.allclose(found, deep.encode(tokens, context, deeper[:-1]), atol=1e-3)
+        assert not torch.allclose(found, deep.text.encode(tokens, context, deeper[:-1]), atol=1e-3)
         if blocks > 1:
-            other = deep.encode(tokens, context, deeper.flip(0))
+            other = deep.text.encode(tokens, context, deeper.flip(0))
             assert not torch.allclose(found, other, atol=1e-3)
 
 
@@ -71,7 +71,7 @@ def test_the_order_of_the_axes_is_the_towers(deep: Backbone) -> None:
     tokens = deep.tokenize([f"a a {name}." for name in NAMES])
     context, deeper = random(2, 32), random(3, 2, 32, seed=1)
     torch.testing.assert_close(
-        turned.encode(tokens, context, deeper), deep.encode(tokens, context, deeper)
+        turned.text.encode(tokens, context, deeper), deep.text.encode(tokens, context, deeper)
     )
 
 
@@ -80,9 +80,9 @@ def test_the_tower_is_as_before_afterwards_also_after_an_error(deep: Backbone) -
     plain = deep.text_embeddings(["a dog."])
     tokens = deep.tokenize(["a a dog."])
     deeper = random(3, 2, 32).requires_grad_()
-    deep.encode(tokens, random(2, 32), deeper).sum().backward()
+    deep.text.encode(tokens, random(2, 32), deeper).sum().backward()
     with pytest.raises(RuntimeError):
-        deep.encode(tokens, None, random(3, 40, 32))  # more vectors than places
+        deep.text.encode(tokens, None, random(3, 40, 32))  # more vectors than places
     assert torch.equal(deep.text_embeddings(["a dog."]), plain)
     assert all(torch.equal(state[name], own) for name, own in deep.model.state_dict().items())
     assert all(parameter.grad is None for parameter in deep.model.parameters())
@@ -90,8 +90,8 @@ def test_the_tower_is_as_before_afterwards_also_after_an_error(deep: Backbone) -
 
 def test_more_blocks_than_there_are_is_an_error_that_says_how_many(deep: Backbone) -> None:
     tokens = deep.tokenize(["a a dog."])
-    with pytest.raises(ModelError, match=r"in 5 blocks .* has 4 .*set text_depth=4"):
-        deep.encode(tokens, random(2, 32), random(4, 2, 32))
+    with pytest.raises(ModelError, match=r"prompt.depth: expected at most 4, .* came 5"):
+        deep.text.encode(tokens, random(2, 32), random(4, 2, 32))
 
 
 def test_gradients_are_right(deep: Backbone) -> None:
@@ -102,7 +102,7 @@ def test_gradients_are_right(deep: Backbone) -> None:
     along = random(2, 32, seed=2).double()
 
     def call(context: Tensor, deeper: Tensor) -> Tensor:
-        return (wide.encode(tokens, context, deeper) * along).sum()
+        return (wide.text.encode(tokens, context, deeper) * along).sum()
 
     values = tuple(value.requires_grad_() for value in inputs)
     assert torch.autograd.gradcheck(call, values, fast_mode=True)
