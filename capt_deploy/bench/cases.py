@@ -37,7 +37,7 @@ class BenchRequest:
 
     @property
     def names_several(self) -> bool:
-        """Whether the request leaves open which backends are measured."""
+        """Return whether the request leaves open which backends are measured."""
         return bool({EVERY, ON_GPU} & {*self.backends})
 
 
@@ -76,7 +76,7 @@ def open_cases(
         threads: the callers.
         stack: keeps the classifiers open.
     """
-    opened = False
+    measured: dict[tuple[str, str, str], str] = {}  # names by backend, device and precision
     runtime = RuntimeOptions(threads=request.threads)
     for name, precision in _classifiers(bundle, request):
         before = Memory.now()
@@ -88,12 +88,18 @@ def open_cases(
             label = f"{name} {precision}" if precision else name
             say(f"left out {label}: {str(cause).removeprefix(f'backend {name}: ')}")
             continue
+        backend = classifier.backend
+        key = backend.name, backend.device, classifier.precision
+        if key in measured:
+            classifier.close()
+            say(f"left out {name}: it is {measured[key]} here, on {backend.device}")
+            continue
         stack.enter_context(classifier)
-        opened = True
+        measured[key] = name
         for skipped, reason in classifier.skipped.items():
             say(f"{name} does without {skipped}: {reason}")
         yield from _cases_of(classifier, before, bundle, request, photos, threads)
-    if not opened:
+    if not measured:
         raise BackendError("no backend can run this bundle here; capt-doctor says why")
 
 

@@ -158,6 +158,15 @@ def test_all_backends_are_tried_and_those_that_do_not_run_are_said():
     assert len({(row["backend"], row["device"]) for row in rows}) == len(rows)
 
 
+def test_two_names_of_one_backend_are_measured_once():
+    options = ("--backend", "onnxruntime,onnxruntime-cpu", "--batch", 1, "--scope", "host")
+    result = run(BUNDLE, *options, *QUICK, "--json")
+    backends = [(row["backend"], row["device"]) for row in json.loads(result.stdout)]
+    assert backends == list(dict.fromkeys(backends))
+    if backends == [("onnxruntime", "cpu")]:
+        assert "left out onnxruntime-cpu: it is onnxruntime here, on cpu" in result.stderr
+
+
 @pytest.mark.skipif(gpu_problem() is None, reason="here is a GPU")
 def test_without_a_gpu_there_is_no_backend_on_one():
     result = run(BUNDLE, "--backend", "gpu", "--batch", 1, *QUICK)
