@@ -14,7 +14,6 @@ from capt_deploy.bundle.read import Bundle
 from capt_deploy.confidence.decisions import (
     BatchDecisions,
     DecisionOptions,
-    Decisions,
     partners,
 )
 from capt_deploy.confidence.monitor import Monitor
@@ -31,7 +30,6 @@ class _Classes:
 
     names: tuple[str, ...]
     tuned: tuple[bool, ...]
-    scores: Decisions | None  # of validation images; None once classes were added
     head: "ClassHead | None" = None  # of all classes, once some were added
 
 
@@ -48,7 +46,8 @@ class Predictor:
         self.bundle, manifest = bundle, bundle.manifest
         self._decisions = decisions
         self._usual = decisions or DecisionOptions()
-        self._classes = _Classes(manifest.class_names, manifest.tuned, bundle.decisions())
+        self._classes = _Classes(manifest.class_names, manifest.tuned)
+        self._scores = bundle.decisions()  # of validation images, which have no added classes
         self._confused_with = partners(manifest.confusion_pairs, manifest.class_names)
         self._changing = Lock()
         self._texts: TextEncoder | None = None
@@ -58,12 +57,12 @@ class Predictor:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Class names, in the order of all probabilities; added ones behind the bundle's."""
+        """Return the class names in the order of all probabilities, added ones last."""
         return self._classes.names
 
     @property
     def tuned(self) -> tuple[bool, ...]:
-        """Whether each class was tuned on."""
+        """Return whether each class was tuned on."""
         return self._classes.tuned
 
     def options(self, coverage: float | None, accuracy: float | None) -> DecisionOptions:
@@ -82,16 +81,15 @@ class Predictor:
         return options
 
     def _check(self, options: DecisionOptions) -> None:
-        classes = self._classes
-        if classes.scores is not None:
-            classes.scores.check(options)
-            return
-        if classes.head is not None:
+        if self._classes.head is not None:
             reason = "there are none for the classes that were added"
         elif self.bundle.lone_graph is not None:
             reason = "a lone graph has none; load the whole bundle"
-        else:
+        elif self._scores is None:
             reason = "the bundle has none; the run needs validation images"
+        else:
+            self._scores.check(options)
+            return
         raise BundleError(
             f"prediction sets and rejection need scores of validation images, and {reason}"
         )
@@ -111,8 +109,8 @@ class Predictor:
             head = head.with_classes(texts, names)
             if head.class_names == self._classes.names:
                 return
-            lost = self._classes.scores is not None
-            self._classes = _Classes(head.class_names, head.tuned, None, head)
+            lost = self._scores is not None and self._classes.head is None
+            self._classes = _Classes(head.class_names, head.tuned, head)
             if self._monitor is not None:
                 self._monitor.extend(head.class_names)
         if lost:
@@ -125,10 +123,8 @@ class Predictor:
         """Return the monitor of all predictions from the first call on."""
         with self._changing:
             if self._monitor is None:
-                classes, expected = self._classes, None
-                if classes.scores is not None:
-                    expected = classes.scores.baseline(self._usual)
-                self._monitor = Monitor(expected, classes.names)
+                expected = None if self._scores is None else self._scores.baseline(self._usual)
+                self._monitor = Monitor(expected, self.class_names)
             return self._monitor
 
     def predictions(
@@ -150,10 +146,10 @@ class Predictor:
             )
         best = probabilities.argmax(axis=1)
         decided = None
-        if classes.scores is not None:
+        if head is None and self._scores is not None:
             temperature = np.float32(self.bundle.manifest.calibration[precision]["temperature"])
             scaled_logits = outputs.logits * temperature
-            decided = classes.scores.decide(probabilities, scaled_logits, options)
+            decided = self._scores.decide(probabilities, scaled_logits, options)
         if monitor is not None:
             # It expects the share of rejections that the usual options cause.
             rejected = decided.rejected if decided and options == self._usual else None

@@ -306,7 +306,7 @@ def test_predictions_are_rejected_below_the_threshold_of_the_wanted_accuracy(dec
 
 
 def open_bundle_decisions(classifier):
-    return classifier._predictor._classes.scores
+    return classifier._predictor._scores
 
 
 def test_what_cannot_be_promised_is_refused(decided, classifier, decided_bundle):

@@ -58,10 +58,8 @@ def test_added_classes_say_what_torch_says(classifier: Classifier) -> None:
 
 def test_logits_are_equal_too_bias_and_all() -> None:
     bundle, classifier = open_bundle(GOLDEN / "open.capt"), Classifier.load(GOLDEN / "open.capt")
-    temperature = bundle.manifest.calibration["fp32"]["temperature"]
-    head = ClassHead.from_bundle(bundle, "fp32").with_classes(
-        TextEncoder.from_bundle(bundle), ADDED, temperature
-    )
+    head = ClassHead.from_bundle(bundle, "fp32")
+    head = head.with_classes(TextEncoder.from_bundle(bundle), ADDED)
     for photo, logits in LOGITS.items():
         pixels = preprocess(photo, bundle.manifest.preprocess)
         outputs = classifier.backend.run(pixels[None])

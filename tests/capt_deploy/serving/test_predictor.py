@@ -140,6 +140,7 @@ def test_added_classes_end_sets_and_rejection_and_this_is_said(golden: Path) -> 
     with pytest.warns(UserWarning, match="prediction_set, rejected and familiarity are None"):
         predictor.add_classes(["zebra"], "fp32")
     assert predictor.class_names[-1] == "zebra"
+    assert predictor.monitor().baseline is not None  # the bundle's classes can still be compared
     with pytest.raises(BundleError, match="there are none for the classes that were added"):
         predictor.options(0.8, None)
     embedding = np.eye(32, dtype=np.float32)[:2]
