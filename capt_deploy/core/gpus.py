@@ -6,13 +6,13 @@ import sys
 import threading
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
 _CUDA = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _NVIDIA = "0x10de"  # PCI vendor
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE, CUDA driver API
+_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 _SECONDS = 20  # a driver that starts for the first time is slow; a broken one hangs
 
 
@@ -47,8 +47,7 @@ def find_driver() -> Driver:
         silence = "" if driver.gpus else f" ({driver.problem})"
         return replace(driver, problem=f"{problem}{silence}")
     # NVML is missing on some Jetsons and in slim containers, where CUDA works all the same.
-    names = takewhile(bool, map(gpu_name, count()))
-    return replace(driver, gpus=driver.gpus or tuple(map(Gpu, names)), problem=None)
+    return replace(driver, problem=None) if driver.gpus else _ask_cuda()
 
 
 def query_gpus() -> tuple[Gpu, ...]:
@@ -86,6 +85,28 @@ def gpu_name(ordinal: int) -> str:
     if cuda.cuDeviceGet(ctypes.byref(device), ordinal):
         return ""
     return "" if cuda.cuDeviceGetName(name, len(name), device) else name.value.decode()
+
+
+def _ask_cuda() -> Driver:
+    """Return the driver with the GPUs that CUDA lists; only where `gpu_problem` returns None."""
+    cuda, value, size = ctypes.CDLL(_CUDA), ctypes.c_int(), ctypes.c_size_t()
+
+    def read(function: str, *arguments: int) -> int:
+        getattr(cuda, function)(ctypes.byref(value), *arguments)
+        return value.value
+
+    gpus = []
+    for ordinal in range(read("cuDeviceGetCount")):
+        device = read("cuDeviceGet", ordinal)
+        major, minor = (read("cuDeviceGetAttribute", n, device) for n in (_MAJOR, _MINOR))
+        cuda.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+        gpus.append(Gpu(gpu_name(ordinal), 10 * major + minor, memory_bytes=size.value or None))
+    return Driver(tuple(gpus), None, _version(read("cuDriverGetVersion")))
+
+
+def _version(cuda: int | None) -> str | None:
+    """Return a version of CUDA as text: 13000 is 13.0."""
+    return f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda else None
 
 
 def nvidia_gpu_is_here() -> bool:
@@ -135,12 +156,12 @@ def _read_nvml() -> Driver:
         nvml.nvmlInit()
         try:
             gpus = tuple(map(read_gpu, range(nvml.nvmlDeviceGetCount())))
-            cuda = read("nvmlSystemGetCudaDriverVersion_v2")  # 13000 for 13.0
+            cuda = read("nvmlSystemGetCudaDriverVersion_v2")
         finally:
             nvml.nvmlShutdown()
     except nvml.NVMLError as cause:
         return Driver((), f"NVML: {cause}")
-    return Driver(gpus, "NVML lists no GPU", cuda and f"{cuda // 1000}.{cuda % 1000 // 10}")
+    return Driver(gpus, "NVML lists no GPU", _version(cuda))
 
 
 def _is_on_the_bus(root: Path = Path("/")) -> bool:

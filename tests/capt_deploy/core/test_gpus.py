@@ -77,6 +77,25 @@ class FakeNvml:
         return value
 
 
+class FakeCuda:
+    """CUDA's driver API with an Orin and a Thor; it writes each answer where the caller says."""
+
+    def cuDeviceGetCount(self, answer):
+        answer._obj.value = 2
+
+    def cuDeviceGet(self, answer, ordinal):
+        answer._obj.value = ordinal
+
+    def cuDeviceGetAttribute(self, answer, attribute, device):
+        answer._obj.value = {75: (8, 11), 76: (7, 0)}[attribute][device]
+
+    def cuDeviceTotalMem_v2(self, answer, device):
+        answer._obj.value = (2**34, 2**37)[device]
+
+    def cuDriverGetVersion(self, answer):
+        answer._obj.value = 12060
+
+
 @pytest.fixture
 def fake(monkeypatch):
     """Return a function that puts a fake NVML and what CUDA says in place of the machine's."""
@@ -119,8 +138,10 @@ def test_what_nvml_says_is_added_to_the_problem(fake):
 
 def test_where_nvml_is_missing_cuda_names_the_gpus(fake, monkeypatch):
     fake(FakeNvml(fails="NVML Shared Library Not Found"))
-    monkeypatch.setattr(gpus, "gpu_name", {0: "Orin", 1: "Thor", 2: ""}.get)
-    assert find_driver() == Driver((Gpu("Orin"), Gpu("Thor")), None)
+    monkeypatch.setattr(gpus, "gpu_name", ("Orin", "Thor").__getitem__)
+    monkeypatch.setattr(gpus.ctypes, "CDLL", lambda _: FakeCuda())
+    orin, thor = Gpu("Orin", 87, memory_bytes=2**34), Gpu("Thor", 110, memory_bytes=2**37)
+    assert find_driver() == Driver((orin, thor), None, "12.6")
 
 
 def test_a_driver_that_hangs_is_given_up(fake, monkeypatch):
