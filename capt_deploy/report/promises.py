@@ -20,9 +20,9 @@ class Promise:
     """A promised share (0-1), and the share measured on the images of one scope."""
 
     kind: str  # "coverage" of prediction sets, or "accuracy" of what is not rejected
-    wanted: float
+    promised: float
     scope: str
-    found: float | None  # None where nothing is accepted, or nothing can be promised
+    measured: float | None  # None where nothing is accepted, or nothing can be promised
     size: float | None = None  # classes in a set, on average
     accepted: float | None = None  # share of images
     verdict: str = ""  # "kept", "kept within chance", "not kept"
@@ -45,34 +45,34 @@ def _of_scope(
     decisions: Decisions, scope: str, probabilities: NDArray[np.floating], labels: Ints
 ) -> list[Promise]:
     measured = []
-    for wanted in COVERAGES:
-        sets = decisions.sets.sets(probabilities, wanted)
+    for promised in COVERAGES:
+        sets = decisions.sets.sets(probabilities, promised)
         held = sets[np.arange(len(labels)), labels]
         share, size = float(held.mean()), float(sets.sum(axis=1).mean())
-        verdict = _verdict(wanted, held)
-        measured.append(Promise("coverage", wanted, scope, share, size=size, verdict=verdict))
+        verdict = _verdict(promised, held)
+        measured.append(Promise("coverage", promised, scope, share, size=size, verdict=verdict))
     right = probabilities.argmax(axis=1) == labels
     confidence = probabilities.astype(np.float32).max(axis=1)
-    for wanted in ACCURACIES:
-        threshold = decisions.rejection.threshold(wanted)
+    for promised in ACCURACIES:
+        threshold = decisions.rejection.threshold(promised)
         if threshold is None:
-            measured.append(Promise("accuracy", wanted, scope, None))
+            measured.append(Promise("accuracy", promised, scope, None))
             continue
         accepted = confidence >= np.float32(threshold)
         some = bool(accepted.any())
         measured.append(
             Promise(
-                *("accuracy", wanted, scope),
+                *("accuracy", promised, scope),
                 float(right[accepted].mean()) if some else None,
                 accepted=float(accepted.mean()),
-                verdict=_verdict(wanted, right[accepted]) if some else "",
+                verdict=_verdict(promised, right[accepted]) if some else "",
             )
         )
     return measured
 
 
-def _verdict(wanted: float, true: NDArray[np.bool_]) -> str:
+def _verdict(promised: float, true: NDArray[np.bool_]) -> str:
     """Return whether a share is as high as promised, or so near that chance may explain it."""
-    if true.mean() >= wanted:
+    if true.mean() >= promised:
         return "kept"
-    return "kept within chance" if accuracy_interval(true)[1] >= wanted else "not kept"
+    return "kept within chance" if accuracy_interval(true)[1] >= promised else "not kept"

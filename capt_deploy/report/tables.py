@@ -146,9 +146,9 @@ def pair_table(results: Results) -> Table:
 def promise_table(results: Results) -> Table:
     """Return what is promised and what was measured, a column for each scope."""
     scopes = list(dict.fromkeys(promise.scope for promise in results.promises))
-    kinds = list(dict.fromkeys((promise.kind, promise.wanted) for promise in results.promises))
+    kinds = list(dict.fromkeys((promise.kind, promise.promised) for promise in results.promises))
     cells = {
-        (promise.kind, promise.wanted, promise.scope): _measured(promise)
+        (promise.kind, promise.promised, promise.scope): _measured(promise)
         for promise in results.promises
     }
     names = {
@@ -164,13 +164,13 @@ def promise_table(results: Results) -> Table:
 
 def _measured(promise: Promise) -> str:
     if promise.kind == "coverage":
-        return f"{promise.verdict}: {percent(promise.found)} % ({promise.size:.1f} classes)"
+        return f"{promise.verdict}: {percent(promise.measured)} % ({promise.size:.1f} classes)"
     if promise.accepted is None:
         return "cannot be promised"
-    if promise.found is None:
+    if promise.measured is None:
         return "no photo is answered"
     answered = f"{percent(promise.accepted)} % answered"
-    return f"{promise.verdict}: {percent(promise.found)} % ({answered})"
+    return f"{promise.verdict}: {percent(promise.measured)} % ({answered})"
 
 
 def flattened(value: Any, *path: str) -> Iterator[tuple[str, str]]:

@@ -19,6 +19,7 @@ from capt_deploy.report.confusions import count_confusions
 from capt_deploy.report.gallery import CardGroup
 from capt_deploy.report.measure import MeasuredModel
 from capt_deploy.report.page import MADE_BY, render_html, render_markdown
+from capt_deploy.report.promises import Promise
 from capt_deploy.report.results import Results, find_results
 
 FILES = ("report.json", "report.md", "report.html")
@@ -89,7 +90,7 @@ def as_json(results: Results) -> dict[str, Any]:
             {"true": true, "predicted": predicted, "images": counts[true, predicted]}
         ),
         "gallery": [_group(group) for group in results.gallery],
-        "promises": [asdict(promise) for promise in results.promises],
+        "promises": [_promise(promise) for promise in results.promises],
         "classes": [asdict(row) for row in results.classes],
         "provenance": evaluation.provenance,
         "notes": evaluation.notes,
@@ -129,6 +130,11 @@ def _group(group: CardGroup) -> dict[str, Any]:
         for card in group.cards
     ]
     return {"title": group.title, "images": group.images, "worst": cards}
+
+
+def _promise(promise: Promise) -> dict[str, Any]:
+    values = asdict(promise)
+    return {"wanted": values.pop("promised"), "found": values.pop("measured"), **values}
 
 
 def _lists(arrays: Mapping[str, NDArray[Any]]) -> dict[str, list[Any]]:

@@ -24,7 +24,7 @@ def data(make_data) -> Evaluation:
 
 def test_they_are_what_counting_finds(data: Evaluation) -> None:
     measured = promises(data, predict(data))
-    found = {(promise.kind, promise.wanted, promise.scope): promise for promise in measured}
+    found = {(promise.kind, promise.promised, promise.scope): promise for promise in measured}
     assert {scope for *_, scope in found} == {"base", "new"}
     probabilities = softmax(data.main.tuned)
     for scope, columns in (("base", [0, 1]), ("new", [2, 3])):
@@ -35,14 +35,14 @@ def test_they_are_what_counting_finds(data: Evaluation) -> None:
             sets = data.decisions.decide(inside, inside, options).sets
             held = [sets[row, label] for row, label in enumerate(labels)]
             promise = found["coverage", coverage, scope]
-            assert promise.found == pytest.approx(np.mean(held))
+            assert promise.measured == pytest.approx(np.mean(held))
             assert promise.size == pytest.approx(sets.sum() / len(rows))
-            assert promise.verdict == "kept" or promise.found < coverage
+            assert promise.verdict == "kept" or promise.measured < coverage
         promise = found["accuracy", 0.9, scope]
         decided = data.decisions.decide(inside, inside, DecisionOptions(accuracy=0.9)).rejected
         assert promise.accepted == pytest.approx(1 - decided.mean())
         right = inside.argmax(axis=1) == labels
-        assert promise.found == pytest.approx(right[~decided].mean())
+        assert promise.measured == pytest.approx(right[~decided].mean())
 
 
 def test_what_cannot_be_promised_is_said(make_data) -> None:
