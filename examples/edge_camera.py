@@ -79,15 +79,18 @@ def watched(folder: Path, stop: Stop, settle_seconds: float) -> Iterator[Frame]:
 
 
 def _newer(folder: Path, last: tuple[int, str], stop: Stop, settle: float) -> Iterator[Frame]:
-    restless: float | None = None  # since when there is news, and none of it settles
+    restless: float | None = None  # time since which new files keep changing
     while not stop:
         settled = (time.time_ns() - int(settle * 1e9), "")
         newest, changing, arrived, start = last, last, 0, time.monotonic()
-        for found in _images(folder):
-            changing = max(changing, found)
-            if last < found <= settled:
-                arrived, newest = arrived + 1, max(newest, found)
-        if not arrived and last < changing <= (time.time_ns(), ""):  # no time to come: clocks jump
+        for image in _images(folder):
+            changing = max(changing, image)
+            if last < image <= settled:
+                arrived, newest = arrived + 1, max(newest, image)
+        if not arrived and last < changing <= (
+            time.time_ns(),
+            "",
+        ):  # not in the future: clocks jump
             restless, newest = restless or time.monotonic(), changing
             arrived = int(start - restless > settle)
         if not arrived:
@@ -162,7 +165,7 @@ def filmed(source: str, stop: Stop) -> Iterator[Frame]:
 
 
 def _grab(capture: Any, late: int, fps: float, live: bool) -> int | None:
-    """Take the next frame, passing over `late` ones; return over how many, None at the end."""
+    """Take the next frame after skipping `late` ones; return how many, None at the end."""
     dropped = 0
     while True:
         start = time.monotonic()
@@ -199,11 +202,20 @@ def print_lines(
 @click.argument("bundle", type=PathInHome())
 @click.argument("source")
 @click.option("--watch", is_flag=True, help="SOURCE is a folder that is being filled.")
-@click.option("--fps", type=click.FloatRange(0, min_open=True), help="Of a folder of frames.")
-@click.option("--settle-ms", default=30.0, show_default=True, help="With --watch: files at rest.")
+@click.option(
+    "--fps", type=click.FloatRange(0, min_open=True), help="Speed at which to show a folder."
+)
+@click.option(
+    "--settle-ms",
+    default=30.0,
+    show_default=True,
+    help="With --watch: wait until a file is at rest.",
+)
 @click.option("--threshold", default=0.5, show_default=True, help="Below it: unsure.")
-@click.option("--backend", default="auto", show_default=True, help="As of capt-predict.")
-@click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="On a CPU.")
+@click.option("--backend", default="auto", show_default=True, help="As for capt-predict.")
+@click.option(
+    "--threads", default=1, show_default=True, type=click.IntRange(1), help="CPU threads."
+)
 @click.option("--fast-decode", is_flag=True, help="Read large JPEGs at a lower resolution.")
 def main(
     bundle: Path,

@@ -59,7 +59,7 @@ def _pick(options: tuple[str, ...], rng: np.random.Generator) -> str:
 
 
 def name_of(spec: Spec, care: float, rng: np.random.Generator) -> str:
-    """Name a picture with `care` in [0, 1]: 1 rightly and in full, 0 as carelessly as anyone."""
+    """Return the name of a picture, given with `care` in [0, 1]: 1 is always right and complete."""
     values = [spec.colour, spec.pattern, spec.shape]
     for place, value in enumerate(values):
         if rng.random() < (1 - care) * _RATE.get(value, 0.0):

@@ -35,13 +35,13 @@ def _polygon(corners: int, inner: float | None = None) -> Array:
 
 
 def _band(rng: np.random.Generator, gap: float) -> Array:
-    """A ring of unit outer radius as one outline; `gap` is what is open, in radians."""
+    """Return the outline of a ring of unit outer radius, open over `gap` radians."""
     outer = _ellipse(1.0, np.pi / 2 + gap / 2, 2 * np.pi - gap)
     return np.concatenate([outer, outer[::-1] * rng.uniform(0.45, 0.62)])
 
 
 def _outline(shape: str, rng: np.random.Generator) -> Array:
-    """Corners (n, 2) of a shape of about unit radius, turned as this shape may be turned."""
+    """Return corners (n, 2) of a shape of about unit radius, a little turned and stretched."""
     makers: dict[str, Callable[[], Array]] = {
         "circle": lambda: _ellipse(rng.uniform(0.9, 1.0)),
         "oval": lambda: _ellipse(rng.uniform(0.62, 0.8)),
@@ -66,7 +66,7 @@ def _rotation(angle: float) -> Array:
 
 
 def _pattern(pattern: str, rng: np.random.Generator) -> Array | float:
-    """Share of the second tone at each pixel, (64, 64) in [0, 1]."""
+    """Return the share of the second tone at each pixel, (64, 64) in [0, 1]."""
     turn, period = rng.uniform(0, np.pi), rng.uniform(6.0, 8.5)
     u = _X * np.cos(turn) + _Y * np.sin(turn) + rng.uniform(0, 20)
     v = _Y * np.cos(turn) - _X * np.sin(turn) + rng.uniform(0, 20)
@@ -94,7 +94,7 @@ def _tone(rng: np.random.Generator, colour: str) -> Array:
 
 
 def _background(rng: np.random.Generator) -> Array:
-    """A muted gradient with a few faint strokes and spots, (64, 64, 3) in [0, 1]."""
+    """Return a muted gradient with a few faint strokes and spots, (64, 64, 3) in [0, 1]."""
     level = rng.uniform(0.12, 0.9)
     ends = np.clip(level + rng.uniform(-0.15, 0.15, (2, 3)), 0, 1).astype(np.float32)
     turn = rng.uniform(0, 2 * np.pi)
@@ -114,7 +114,7 @@ def _background(rng: np.random.Generator) -> Array:
 
 
 def _marks(picture: Image.Image, rng: np.random.Generator) -> None:
-    """Small bright distractors near the edge and, at times, a thin bar across the figure."""
+    """Draw small bright distractors near the edge and, at times, a thin bar across."""
     draw = ImageDraw.Draw(picture)
     names = list(COLOURS)
     for _ in range(rng.integers(0, 4)):

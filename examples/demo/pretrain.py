@@ -54,16 +54,16 @@ PREPROCESS_CFG: dict[str, Any] = {
 
 
 def zero_shot(model: CLIP, classes: tuple[str, ...], seed: int, count: int = 20) -> float:
-    """Share in [0, 1] of fresh pictures, `count` per class, that "a photo of a …" names rightly."""
+    """Return the zero-shot accuracy on fresh pictures, `count` per class, in [0, 1]."""
     rng = np.random.default_rng((seed, 2))
     drawn = [np.asarray(render(name, rng)) for name in classes for _ in range(count)]
     tokenise = SimpleTokenizer(context_length=model.context_length)
     with torch.inference_mode():
         text = encode_text(model, tokenise([f"a photo of a {name}." for name in classes]))
         images = torch.from_numpy(np.stack(drawn))
-        found: Tensor = (encode_images(model, images) @ text.T).argmax(1)
+        predicted: Tensor = (encode_images(model, images) @ text.T).argmax(1)
     truth = torch.arange(len(classes)).repeat_interleave(count)
-    return float((found == truth).double().mean())
+    return float((predicted == truth).double().mean())
 
 
 def save(model: CLIP, folder: Path) -> None:

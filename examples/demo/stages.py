@@ -59,7 +59,7 @@ class Plan:
 
 
 def compositions() -> tuple[Spec, ...]:
-    """Every composition but those of the held-out classes, in a fixed order."""
+    """Return every composition but those of the held-out classes, in a fixed order."""
     held_out = {parse(name) for name in NEW_CLASSES}
     everything = (Spec(*values) for values in product(*_VALUES))
     return tuple(spec for spec in everything if spec not in held_out)
@@ -95,7 +95,7 @@ def pixels(images: Tensor) -> Tensor:
 
 
 def encode_images(model: CLIP, images: Tensor) -> Tensor:
-    """Unit-norm embeddings (n, D) of uint8 pictures (n, 64, 64, 3), without gradients."""
+    """Return unit-norm embeddings (n, D) of uint8 pictures (n, 64, 64, 3), without gradients."""
     with torch.inference_mode():
         parts = [
             model.encode_image(pixels(part), normalize=True) for part in torch.split(images, 250)
@@ -104,7 +104,7 @@ def encode_images(model: CLIP, images: Tensor) -> Tensor:
 
 
 def encode_text(model: CLIP, tokens: Tensor) -> Tensor:
-    """Unit-norm embeddings (n, D) of int64 tokens (n, 32), over no more places than are used.
+    """Return unit-norm embeddings (n, D) of int64 tokens (n, 32), computed without padding.
 
     The same as `model.encode_text`, whose cost grows with the padding.
     """

@@ -35,12 +35,12 @@ def _write_pictures(folder: Path, seed: int, counts: dict[str, int]) -> None:
                 picture.save(home / f"{index + 1:04d}.png", compress_level=1)
 
 
-def _is_world(folder: Path, wanted: str) -> bool:
-    """Whether `folder` is the finished world `wanted`; FileExistsError if it is anything else."""
+def _is_world(folder: Path, marker: str) -> bool:
+    """Return whether `folder` is the finished world of `marker`; raise FileExistsError if not."""
     if not folder.exists():
         return False
-    marker = folder / "world.json"
-    if not marker.is_file() or marker.read_text(encoding="utf-8") != wanted:
+    file = folder / "world.json"
+    if not file.is_file() or file.read_text(encoding="utf-8") != marker:
         raise FileExistsError(
             f"{folder} exists and is not a world of this seed, version and size: "
             "remove it or choose another folder"

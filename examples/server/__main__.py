@@ -19,18 +19,18 @@ _STOP_SECONDS = 60  # for requests under way, once the server has been told to e
 @click.argument("bundle", type=PathInHome())
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0: any network.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
-@click.option("--backend", default="auto", show_default=True, help="As of capt-predict.")
-@click.option("--coverage", type=float, help="Of prediction sets, 0-1; 0.9 by default.")
+@click.option("--backend", default="auto", show_default=True, help="As for capt-predict.")
+@click.option("--coverage", type=float, help="Coverage of prediction sets, 0-1; 0.9 by default.")
 @click.option("--accuracy", type=float, help="Reject what is too unsure for this accuracy, 0-1.")
-@click.option("--max-bytes", default=10 * 2**20, show_default=True, help="Of a request's body.")
-@click.option("--max-seconds", default=30.0, show_default=True, help="Until the body is here.")
-@click.option("--max-pixels", default=50_000_000, show_default=True, help="Of an image.")
-@click.option("--max-images", default=16, show_default=True, help="Of a request.")
-@click.option("--max-requests", default=256, show_default=True, help="At once; of a client 1/8.")
-@click.option("--rate", default=20.0, show_default=True, help="Requests/s and client; 0: any.")
+@click.option("--max-bytes", default=10 * 2**20, show_default=True, help="Largest request.")
+@click.option("--max-seconds", default=30.0, show_default=True, help="Longest wait for a body.")
+@click.option("--max-pixels", default=50_000_000, show_default=True, help="Largest image.")
+@click.option("--max-images", default=16, show_default=True, help="In one request.")
+@click.option("--max-requests", default=256, show_default=True, help="At once; 1/8 per client.")
+@click.option("--rate", default=20.0, show_default=True, help="Requests/s of a client; 0: any.")
 @click.option("--burst", default=40, show_default=True, help="Requests of a client at once.")
 @click.option("--max-batch", default=32, show_default=True, help="Images run at once.")
-@click.option("--max-wait-ms", default=2.0, show_default=True, help="Of a batch for more images.")
+@click.option("--max-wait-ms", default=2.0, show_default=True, help="For a batch to fill.")
 @click.option("--max-waiting", default=256, show_default=True, help="Images that may wait.")
 @click.option("--proxy", help="Address of a proxy whose X-Forwarded-For is believed.")
 def main(
@@ -52,9 +52,9 @@ def main(
     max_waiting: int,
     proxy: str | None,
 ) -> None:
-    """Answer over HTTP what is on photos, with a BUNDLE. Ctrl-C or SIGTERM ends it.
+    """Classify photos over HTTP with a BUNDLE. Ctrl-C or SIGTERM ends the server.
 
-    There is no login and no TLS: outside of your own network put a proxy in front of it.
+    There is no login and no TLS: put a proxy in front of it wherever others can reach it.
 
     \b
     Example:

@@ -44,7 +44,7 @@ class Limits:
 
     @property
     def requests_of_a_client(self) -> int:
-        """Requests that one client may have under way, so that slow ones leave room for others."""
+        """Return how many requests of one client may be under way: others need room as well."""
         return max(1, self.requests // 8) if self.rate else self.requests
 
 

@@ -23,7 +23,7 @@ _WINDOW = 20_000  # images after which the comparison begins anew
 _VERDICTS = {"steady": 0.0, "watch": 1.0, "shifted": 2.0}
 _WATCHED: dict[str, tuple[str, Callable[[MonitorSummary], float | None]]] = {
     "capt_shift": (
-        "Of predictions, against validation images: 0 none, 1 watch it, 2 they have shifted.",
+        "Shift of predictions since the validation images: 0 steady, 1 watch, 2 shifted.",
         lambda seen: _VERDICTS.get(seen.verdict),
     ),
     "capt_confidence_psi": (
@@ -31,7 +31,7 @@ _WATCHED: dict[str, tuple[str, Callable[[MonitorSummary], float | None]]] = {
         lambda seen: seen.confidence_psi,
     ),
     "capt_confidence_psi_by_chance": (
-        "What so few images exceed once in a thousand without a shift.",
+        "PSI that this few images exceed once in a thousand without a shift.",
         lambda seen: seen.confidence.chance if seen.confidence else None,
     ),
     "capt_class_psi": (
@@ -39,12 +39,12 @@ _WATCHED: dict[str, tuple[str, Callable[[MonitorSummary], float | None]]] = {
         lambda seen: seen.class_psi,
     ),
     "capt_class_psi_by_chance": (
-        "What so few images exceed once in a thousand without a shift.",
+        "PSI that this few images exceed once in a thousand without a shift.",
         lambda seen: seen.classes.chance if seen.classes else None,
     ),
     "capt_rejection_rate": ("Share of images rejected.", lambda seen: seen.rejection_rate),
     "capt_expected_rejection_rate": (
-        "The same among validation images.",
+        "Share of validation images rejected.",
         lambda seen: seen.expected_rejection_rate,
     ),
 }
@@ -62,25 +62,31 @@ class Metrics:
             "capt_requests", "Requests to /predict.", ["status"], registry=registry
         )
         self.seconds = Histogram(
-            "capt_request_seconds", "Until the answer.", buckets=_SECONDS, registry=registry
+            "capt_request_seconds",
+            "Seconds from request to answer.",
+            buckets=_SECONDS,
+            registry=registry,
         )
         self.batch_sizes = Histogram(
             "capt_batch_size", "Images run at once.", buckets=_BATCHES, registry=registry
         )
         self.batch_seconds = Histogram(
-            "capt_batch_seconds", "A batch takes.", buckets=_SECONDS, registry=registry
+            "capt_batch_seconds", "Seconds that a batch takes.", buckets=_SECONDS, registry=registry
         )
-        self.waiting = Gauge("capt_waiting_images", "Not yet answered.", registry=registry)
+        self.waiting = Gauge("capt_waiting_images", "Images not yet answered.", registry=registry)
         self.confidence = Histogram(
-            "capt_confidence", "Of the best class.", buckets=_TENTHS, registry=registry
+            "capt_confidence",
+            "Confidence of the most probable class.",
+            buckets=_TENTHS,
+            registry=registry,
         )
         self.predicted = Counter(
-            "capt_predicted", "Images by best class.", ["label"], registry=registry
+            "capt_predicted", "Images by most probable class.", ["label"], registry=registry
         )
         self._watch(classifier)
         info = Gauge(
             "capt_info",
-            "What runs.",
+            "Version, backend, device and precision.",
             ["version", "backend", "device", "precision"],
             registry=registry,
         )
