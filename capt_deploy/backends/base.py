@@ -109,5 +109,5 @@ def try_out(
         outputs = run(np.zeros((size, *pixels), np.uint8))
         if not all(np.isfinite(column).all() for column in outputs):
             raise BackendError(
-                f"backend {name}: the outputs for {size} black images are not finite"
+                f"backend {name}: the outputs for black images, {size} at once, are not finite"
             )

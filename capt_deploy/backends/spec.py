@@ -46,7 +46,7 @@ class BackendSpec:
 
     @property
     def install(self) -> str:
-        """The command that installs the library."""
+        """Return the command that installs the library."""
         return install_hint(self.extra) if self.extra else f"pip install {self.packages[0]}"
 
     def problem(self) -> str | None:

@@ -47,12 +47,12 @@ class RowPair:
 
     @property
     def ratio(self) -> float:
-        """New over old: above 1 is slower."""
+        """Return new over old: above 1 is slower."""
         return self.new_ms / self.old_ms
 
     @property
     def verdict(self) -> str:
-        """`slower`, `faster`, `same`, or `unclear` where the tolerance is too large to tell."""
+        """Return `slower`, `faster`, `same`, or `unclear` where the tolerance is too large."""
         if self.ratio > 1 + self.tolerance:
             return "slower"
         if 1 / self.ratio > 1 + self.tolerance:
@@ -76,7 +76,7 @@ class Comparison:
 
     @property
     def failed(self) -> bool:
-        """Whether a row became slower or is missing."""
+        """Return whether a row became slower or is missing."""
         return bool(self.count("slower") or self.missing)
 
     def __str__(self) -> str:
@@ -225,7 +225,7 @@ def _conditions(row: Row) -> dict[str, str]:
         "cores": machine.get("cores"),
         "GPUs": ", ".join(str(gpu.get("name")) for gpu in gpus) or "none",
         "driver": ", ".join(str(gpu.get("driver")) for gpu in gpus) or "none",
-        "version": ", ".join(f"{name} {versions[name]}" for name in sorted(versions)),
+        "version": ", ".join(f"{name} {versions[name]}" for name in sorted(versions)) or "none",
     }
     return {name: _short(value) for name, value in values.items()}
 

@@ -119,7 +119,7 @@ class Manifest:
 
     @property
     def linked_files(self) -> list[str]:
-        """Names of all files that the manifest refers to, hashed or not."""
+        """Return the names of all files that the manifest refers to, hashed or not."""
         names = [*self.files]
         for graph in self.graphs.values():
             names += [graph.file, graph.weights or graph.file]

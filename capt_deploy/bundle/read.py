@@ -58,7 +58,7 @@ class Bundle:
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """Precisions of the graphs, in the bundle's order."""
+        """Return the precisions of the graphs in the bundle's order."""
         lone = self.lone_graph
         return tuple(self.manifest.graphs) if lone is None else (lone.precision,)
 
@@ -149,7 +149,10 @@ class Bundle:
         if DISTANCE_AWARE not in self.manifest.calibration[precision]:
             return calibration
         factors = self.text_embeddings().get("factors", np.empty(0, np.float32))
-        if factors.shape != (len(self.manifest.class_names),) or not (factors > 0).all():
+        if (
+            factors.shape != (len(self.manifest.class_names),)
+            or not ((factors > 0) & (factors < np.inf)).all()
+        ):
             raise BundleError(
                 f"{self.path}: expected in {TEXT_EMBEDDINGS} a factor above 0 for each of its "
                 f"classes, for its calibration is distance-aware; export it again"

@@ -1,4 +1,4 @@
-"""`capt-build`."""
+"""The command `capt-build`."""
 
 import warnings
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""`capt-predict`."""
+"""The command `capt-predict`."""
 
 import sys
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from capt_deploy.backends.spec import backend_names
-from capt_deploy.core.console import Command, PathInHome, print_json, progress, say
+from capt_deploy.core.console import Command, PathInHome, counted, print_json, progress, say
 from capt_deploy.core.version import __version__
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def main(
             label_files(classifier, files, top_k, batch_size, show_sets=coverage is not None)
         ) as results,
     ):
-        say(f"{len(files)} image{'s' * (len(files) != 1)}, {classifier.running_on}")
+        say(f"{counted(len(files), 'image')}, {classifier.running_on}")
         failed = _print_json(results, len(files)) if as_json else _print_lines(results, as_csv)
     if failed:
         sys.exit(1)

@@ -95,10 +95,10 @@ def top_log_odds(logits: Array) -> Floats:
 def _split_top(logits: Floats) -> tuple[NDArray[np.int64], Floats, Floats]:
     """Return the most probable class, and the maximum and log Σ exp of all other logits."""
     top = logits.argmax(axis=1)
-    others = logits.copy()
-    others[np.arange(len(logits)), top] = NEGLIGIBLE
-    second = others.max(axis=1)
-    rest = second + np.log(np.exp(others - second[:, np.newaxis]).sum(axis=1))
+    remaining = logits.copy()
+    remaining[np.arange(len(logits)), top] = NEGLIGIBLE
+    second = remaining.max(axis=1)
+    rest = second + np.log(np.exp(remaining - second[:, np.newaxis]).sum(axis=1))
     return top, second, rest
 
 

@@ -39,8 +39,8 @@ class DecisionOptions:
     def __post_init__(self) -> None:
         for name in ("coverage", "accuracy", "certainty", "familiarity"):
             share = getattr(self, name)
-            off = (name == "accuracy" and share is None) or (name == "familiarity" and not share)
-            if not off and not (isinstance(share, int | float) and 0 < share < 1):
+            unset = (name == "accuracy" and share is None) or (name == "familiarity" and not share)
+            if not unset and not (isinstance(share, int | float) and 0 < share < 1):
                 raise ConfigError(
                     f"{name}: expected a share between 0 and 1, such as 0.9; came {share!r}"
                 )
@@ -217,7 +217,7 @@ class Decisions:
 
 
 def partners(pairs: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> dict[int, int]:
-    """Return, by predicted column, the column of the class that is most often mistaken for it."""
+    """Return for each predicted column that of the class most often mistaken for it."""
     columns = {name: column for column, name in enumerate(class_names)}
     worst: dict[int, tuple[int, int]] = {}
     for pair in pairs:

@@ -2,9 +2,9 @@
 
 Selective classification with a promise (Geifman & El-Yaniv, arXiv 1705.08500). The threshold is
 found by tests in a fixed sequence, as in Learn then Test (Angelopoulos et al., 2110.01052): from
-the most confident images downwards, until the first test fails. Each may be made at the full level,
-for to promise too much, the first test of a threshold that is too low would have to pass, which
-happens with probability 1 − level at most.
+the most confident images downwards, until the first test fails. Each test may use the full level:
+too much is promised only if the first threshold that is too low passes its test, which happens
+with a probability of at most 1 − level.
 
 The sequence is fixed before it is known which images are right: the k most confident images, for
 every fiftieth of them, from a tenth of all on, or from where a test can pass at all. An earlier

@@ -39,7 +39,7 @@ class BackendError(CaptError):
 
 
 class UnavailableError(BackendError):
-    """A backend that this machine cannot run, whichever the graph."""
+    """A backend that this machine cannot run, whatever the graph."""
 
 
 class BusyError(BackendError):

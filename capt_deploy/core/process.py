@@ -18,7 +18,7 @@ class Process:
 
     @property
     def is_this(self) -> bool:
-        """Whether the code runs in that process, and not in a forked copy."""
+        """Return whether the code runs in that process, and not in a forked copy."""
         return os.getpid() == self._id
 
     def check(self) -> None:

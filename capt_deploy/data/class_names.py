@@ -44,8 +44,8 @@ def distinct_names(names: Iterable[str], taken: Sequence[str] = ()) -> tuple[str
         taken: names of existing classes.
 
     Raises:
-        ConfigError: no list of texts, an empty name, or two that differ in spelling at most, for
-            prompts would hardly tell these apart.
+        ConfigError: not a list of texts, an empty name, or two names that differ only in spelling,
+            such as "Cat" and "cat": prompts hardly tell these apart.
     """
     listed = None if isinstance(names, str) else list(names)
     if listed is None or not all(isinstance(name, str) for name in listed):
@@ -57,7 +57,7 @@ def distinct_names(names: Iterable[str], taken: Sequence[str] = ()) -> tuple[str
     for name in distinct:
         if (twin := known.get(plain_spelling(name))) is not None:
             raise ConfigError(
-                f"class names: {name!r} is there already, as {twin!r}; name each once"
+                f"class names: {name!r} is there already, as {twin!r}; name each class once"
             )
         known[plain_spelling(name)] = name
     return tuple(distinct)

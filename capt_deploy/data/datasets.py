@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from capt_deploy.core.console import counted
 from capt_deploy.core.errors import DataError
 from capt_deploy.core.files import expand_home, visible_files
 from capt_deploy.data.class_names import name_classes
@@ -177,7 +178,7 @@ def _build(
             skipped.append(Skipped(row.path, "not an image by its name"))
     images = Counter(row.label for row in rows)
     if not images:
-        left_out = f" ({len(skipped)} files that are no images)" if skipped else ""
+        left_out = f" ({counted(len(skipped), 'file')} left out)" if skipped else ""
         raise DataError(
             f"{root}: found no labelled images{left_out}; expected a folder per class, "
             f"or train/, val/ and test/ with a folder per class in each"
@@ -187,7 +188,9 @@ def _build(
     names = name_classes(root, listing.labels, names_file, strict_names)
     repeated = [path for path, times in Counter(row.path for row in rows).items() if times > 1]
     if repeated:
-        raise DataError(f"{root}: {len(repeated)} images are listed twice, e.g. {repeated[0]}")
+        raise DataError(
+            f"{root}: listed twice: {counted(len(repeated), 'image')}, e.g. {repeated[0]}"
+        )
     index = {label: position for position, label in enumerate(listing.labels)}
     return Dataset(root, names, _split(rows, index), tuple(skipped))
 

@@ -110,9 +110,8 @@ def _usable(image: Image.Image, name: str) -> Image.Image:
         raise ImageError(
             f"{name}: expected 8 or 16 bits a channel, came 32-bit floats; convert it first"
         )
-    return (
-        image.convert("LA") if image.mode == "La" else image
-    )  # Pillow converts it to nothing else
+    # Pillow converts "La" to nothing but "LA".
+    return image.convert("LA") if image.mode == "La" else image
 
 
 def _describe(source: ImageInput) -> str:

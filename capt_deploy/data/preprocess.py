@@ -138,7 +138,7 @@ def _target(size: tuple[float, float], config: PreprocessConfig) -> Size:
 
 
 def _enough(size: Size, config: PreprocessConfig) -> Size:
-    """Return the size to which a JPEG's decoder, worse at it than Pillow, may shrink it."""
+    """Return the size to which a JPEG's decoder may shrink it; Pillow does the rest better."""
     width, height = _target(size, config)
     return _MARGIN * width, _MARGIN * height
 

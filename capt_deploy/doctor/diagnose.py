@@ -50,12 +50,12 @@ class Diagnosis:
     versions: Mapping[str, str]
     machine: Mapping[str, Any]
     driver: Driver
-    problems: tuple[str, ...]  # of the machine, whichever the backend; each with its fix
+    problems: tuple[str, ...]  # of the machine, for any backend; each with its fix
     backends: tuple[Finding, ...]
 
     @property
     def chosen(self) -> str | None:
-        """The backend that `auto` takes; None if none works."""
+        """Return the backend that `auto` takes; None if none works."""
         return next((finding.name for finding in self.backends if finding.usable), None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def fix_of(spec: BackendSpec, facts: Facts) -> str:
 
 
 def problems(facts: Facts, findings: tuple[Finding, ...]) -> list[str]:
-    """Return the problems of the machine, whichever the backend, each with its fix."""
+    """Return the problems of the machine, for any backend, each with its fix."""
     specs = find_backends()
     lines = [text for spec in specs if (text := _clash(spec, facts)) is not None]
     works = {finding.name for finding in findings if finding.usable}

@@ -124,8 +124,8 @@ def evaluate(
         raise ConfigError(f"no images of {scope!r} classes to evaluate; was the run tuned on all?")
     raw, frozen = scores.uncalibrated, scores.zero_shot_alone
     report["uncalibrated"] = _measure(raw, columns, scope)
-    own_columns = columns["base"] if len(columns["base"]) else every
-    report["confusion"] = _confusion(scores, class_names, own_columns, pairs)
+    base = columns["base"] if len(columns["base"]) else every
+    report["confusion"] = _confusion(scores, class_names, base, pairs)
     report["zero_shot"] = report["uncalibrated"]["zero_shot"] = None
     if frozen is not None:
         report["zero_shot"] = _measure(frozen, columns, scope)

@@ -132,12 +132,12 @@ class Recovery:
 
     @property
     def recovered_share(self) -> float | None:
-        """Share of the errors in mined pairs that are right after tuning; None without errors."""
+        """Return the share of the errors in mined pairs right after tuning; None without errors."""
         return self.recovered / self.errors if self.errors else None
 
     @property
     def broken_share(self) -> float | None:
-        """Share of the right predictions that are wrong after tuning; None without any."""
+        """Return the share of the right predictions that tuning broke; None without any."""
         return self.broken / self.right if self.right else None
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from capt_deploy.confidence.decisions import DecisionOptions
+from capt_deploy.core.console import counted
 from capt_deploy.core.errors import BackendError
 from capt_deploy.core.machine import usable_cores
 from capt_deploy.core.process import Process
@@ -151,7 +152,9 @@ def _answer(batch: list[Request]) -> None:
     except BaseException as cause:
         for request in requests:
             if not request.future.done():
-                error = BackendError(f"the batch of {len(requests)} images failed: {cause}")
+                error = BackendError(
+                    f"the batch of {counted(len(requests), 'image')} failed: {cause}"
+                )
                 error.__cause__ = cause
                 request.future.set_exception(error)
         if not isinstance(cause, Exception):

@@ -117,17 +117,17 @@ class Classifier:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Class names, in the order of all probabilities; added ones behind the bundle's."""
+        """Return the class names in the order of all probabilities, added ones last."""
         return self._predictor.class_names
 
     @property
     def tuned(self) -> tuple[bool, ...]:
-        """Whether each class was tuned on."""
+        """Return whether each class was tuned on."""
         return self._predictor.tuned
 
     @property
     def running_on(self) -> str:
-        """Backend, device and precision in words, and which faster backends do not work."""
+        """Return backend, device and precision in words, and faster backends that do not work."""
         skipped = ", ".join(self.skipped)
         why = f" (capt-doctor says why not {skipped})" if skipped else ""
         return f"{self.backend.name} on {self.backend.device}, {self.precision}{why}"

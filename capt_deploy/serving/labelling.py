@@ -27,7 +27,7 @@ class LabelledFile:
 
     @property
     def error(self) -> str | None:
-        """Why the file could not be read; None if it was."""
+        """Return why the file could not be read; None if it was."""
         return str(self.result) if isinstance(self.result, ImageError) else None
 
     def to_dict(self) -> dict[str, Any]:

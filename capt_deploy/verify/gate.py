@@ -75,7 +75,7 @@ class GateResult:
 
     @property
     def limits(self) -> Limits:
-        """The limits in force, wider for few images in reduced precision.
+        """Return the limits in force, wider for few images in reduced precision.
 
         If the true agreement is the limit, in 95 of 100 cases no more images than allowed here get
         another class. The ECE of few images jumps whenever one of them changes its bin.
@@ -94,7 +94,7 @@ class GateResult:
 
     @property
     def failures(self) -> list[str]:
-        """Figures beyond their limits, in words; empty if the gate passes."""
+        """Return the figures beyond their limits, in words; empty if the gate passes."""
         return [
             f"{name.replace('_', ' ')} {value:.5g}, expected at "
             f"{'least' if name in _AT_LEAST else 'most'} {limit:.5g}"
@@ -104,7 +104,7 @@ class GateResult:
 
     @property
     def passed(self) -> bool:
-        """Whether everything is within its limit."""
+        """Return whether everything is within its limit."""
         return not self.failures
 
     def to_dict(self) -> dict[str, Any]:

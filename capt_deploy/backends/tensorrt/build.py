@@ -38,7 +38,7 @@ class EngineRequest:
 
     @cached_property
     def key(self) -> EngineKey:
-        """The key of the engine in the cache; the graph and its weights are hashed.
+        """Return the key of the engine in the cache; the graph and its weights are hashed.
 
         TensorRT times kernels on one GPU under one driver. Portable engines are compiled for all
         GPUs of a compute capability and finished where they are loaded, so that neither the name

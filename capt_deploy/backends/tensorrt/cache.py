@@ -59,7 +59,7 @@ class EngineKey:
 
     @property
     def name(self) -> str:
-        """The name of the entry, without a suffix."""
+        """Return the name of the entry, without a suffix."""
         text = json.dumps(self.to_json(), sort_keys=True)
         return f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 

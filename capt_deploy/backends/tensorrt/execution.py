@@ -32,7 +32,7 @@ class Layout:
 
     @property
     def largest(self) -> int:
-        """The largest batch that runs at once."""
+        """Return the largest batch that runs at once."""
         return self.batches[-1]
 
     def batch_for(self, images: int) -> int:

@@ -149,7 +149,7 @@ def test_files_that_are_no_images_are_counted_and_hidden_ones_ignored(
     [
         ([], "found no labelled images; expected a folder per class, or train/"),
         (["1.png", "2.png"], "found no labelled images"),
-        (["a/1.txt"], r"found no labelled images \(1 files that are no images\)"),
+        (["a/1.txt"], r"found no labelled images \(1 file left out\)"),
         (["a/1.png", "b/1.txt"], r"no image in class \['b'\]"),
         (["train/a/1.png", "train/b/.1.png"], r"no image in class \['b'\]"),
         (["a_b/1.png", "a b/1.png"], r"\['a b', 'a_b'\] have the same name 'a b'"),
@@ -168,7 +168,7 @@ def test_a_folder_without_usable_classes_is_refused(
 def test_an_image_listed_twice_is_named(put_images: Callable[..., Path]) -> None:
     root = put_images("1.png")
     (root / "a.csv").write_text("path,label\n1.png,ape\n./1.png,bee\n")
-    with pytest.raises(DataError, match=r"1 images are listed twice, e\.g\. 1\.png"):
+    with pytest.raises(DataError, match=r"listed twice: 1 image, e\.g\. 1\.png"):
         read_dataset(root / "a.csv")
 
 
