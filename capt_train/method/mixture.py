@@ -17,8 +17,9 @@ from torch import Tensor
 from capt_deploy.core.errors import ModelError, RunError
 from capt_train.method.losses import cross_entropy, wide
 
-STEPS = 1000
-LEARNING_RATE = 0.5
+_START = 0.5  # the first share of each learned prompt
+_STEPS = 1000  # at most
+_LEARNING_RATE = 0.5
 _SLOPE_AT_REST = 1e-5
 _ROUNDING = 1e-6
 
@@ -146,9 +147,6 @@ def fit_inside(
     labels: Int[Tensor, " batch"],
     embeddings: Float[Tensor, "prompts classes dim"],
     scale: float,
-    *,
-    steps: int = STEPS,
-    learning_rate: float = LEARNING_RATE,
 ) -> tuple[float, ...]:
     """Return π_in, one weight vector for all classes tuned on; minimises `inside_loss`.
 
@@ -157,11 +155,9 @@ def fit_inside(
         labels: their classes, as indices into `embeddings`.
         embeddings: t_{i,c} of the classes tuned on, the hand-written prompt first.
         scale: 1/τ.
-        steps: the most steps of gradient descent over all samples.
-        learning_rate: of these steps.
     """
     logits = _logits(features, embeddings, scale)
-    return _descend(lambda s: inside_loss(s, logits, labels), logits, 0.5, steps, learning_rate)
+    return _descend(lambda shares: inside_loss(shares, logits, labels), logits)
 
 
 def fit_outside(
@@ -169,27 +165,20 @@ def fit_outside(
     pseudo: Float[Tensor, "prompts pseudo dim"],
     scale: float,
     d: float = 0.1,
-    *,
-    start: float = 0.5,
-    steps: int = STEPS,
-    learning_rate: float = LEARNING_RATE,
 ) -> tuple[float, ...]:
     """Return π_out, one weight vector for all classes not tuned on; minimises `outside_loss`.
 
     The loss never falls as a share grows, and is 0 where every sample is unsure enough, so the fit
-    only lowers shares, from `start` down to where the loss becomes 0.
+    only lowers shares, from 0.5 down to where the loss becomes 0.
 
     Args:
         features: f(x) of the training samples, unit norm.
         pseudo: t_{i,c} of the pseudo-classes, the hand-written prompt first.
         scale: 1/τ.
         d: nats by which a learned prompt shall be less sure.
-        start: the first share, kept by a prompt that is nowhere too sure.
-        steps: the most steps of gradient descent over all samples.
-        learning_rate: of these steps.
     """
     logits = _logits(features, pseudo, scale)
-    return _descend(lambda s: outside_loss(s, logits, d), logits, start, steps, learning_rate)
+    return _descend(lambda shares: outside_loss(shares, logits, d), logits)
 
 
 def pseudo_class_names(
@@ -232,23 +221,19 @@ def _logits(
 
 
 def _descend(
-    loss: Callable[[Tensor], Tensor],
-    logits: Float[Tensor, "batch prompts classes"],
-    start: float,
-    steps: int,
-    learning_rate: float,
+    loss: Callable[[Tensor], Tensor], logits: Float[Tensor, "batch prompts classes"]
 ) -> tuple[float, ...]:
     """Minimise a loss of the shares σ(a) by gradient descent on a; return π.
 
     There is no momentum, which would carry a share past the point where the hinge of
     `outside_loss` reaches 0.
     """
-    raw = logits.new_full((logits.shape[1] - 1,), math.log(start / (1 - start)))
+    raw = logits.new_full((logits.shape[1] - 1,), math.log(_START / (1 - _START)))
     with torch.enable_grad():
-        for _ in range(steps):
+        for _ in range(_STEPS):
             raw.requires_grad_()
             (slope,) = torch.autograd.grad(loss(raw.sigmoid()), raw)
-            raw = (raw - learning_rate * slope).detach()
+            raw = (raw - _LEARNING_RATE * slope).detach()
             if slope.abs().max() < _SLOPE_AT_REST:
                 break
     return tuple(weights(raw.double().sigmoid()).tolist())

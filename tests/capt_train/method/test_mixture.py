@@ -15,6 +15,7 @@ from torch.autograd import gradcheck
 from torch.nn.functional import normalize
 
 from capt_deploy.core.errors import ModelError, RunError
+from capt_train.method import mixture as mixtures
 from capt_train.method.mixture import (
     Mixture,
     fit_inside,
@@ -177,12 +178,15 @@ def test_no_weight_on_a_fine_grid_is_better_inside(seed: int) -> None:
 
 
 @pytest.mark.parametrize(("seed", "d"), [(0, 0.1), (10, 0.1), (20, 0.1), (30, 0.1), (0, 0.02)])
-def test_outside_the_share_rests_at_the_largest_without_loss(seed: int, d: float) -> None:
+def test_outside_the_share_rests_at_the_largest_without_loss(
+    seed: int, d: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     features, logits, pseudo = pseudo_world(seed)
     costs = [outside_by_hand([float(pi)], logits, d) for pi in GRID[::4]]
     largest = max(float(pi) for pi, cost in zip(GRID[::4], costs, strict=True) if cost == 0)
     assert 0.1 < largest < 0.85  # so there is something to find
-    _, fitted = fit_outside(features, pseudo, SCALE, d, start=0.9)
+    monkeypatch.setattr(mixtures, "_START", 0.9)
+    _, fitted = fit_outside(features, pseudo, SCALE, d)
     assert fitted == pytest.approx(largest, abs=0.02)
     assert outside_by_hand([fitted], logits, d) < 1e-3
 
@@ -215,7 +219,6 @@ def test_an_overconfident_prompt_loses_its_weight_outside_and_another_keeps_it()
     assert fit_outside(features, pseudo, SCALE)[1] < 0.1
     features, pseudo = overconfident(1)
     assert fit_outside(features, pseudo, SCALE, d=0.0) == (0.5, 0.5)
-    assert fit_outside(features, pseudo, SCALE, d=0.0, start=0.8) == pytest.approx((0.2, 0.8))
 
 
 def test_a_wider_gap_asks_for_a_smaller_weight_outside() -> None:
@@ -249,21 +252,26 @@ def test_two_prompts_outside_are_fitted_each_alone_on_the_whole_share() -> None:
     assert sum(both) == pytest.approx(1, abs=1e-12)
 
 
-def test_fits_start_at_a_half_and_take_the_steps_and_the_rate_asked_for() -> None:
+def test_fits_start_at_a_half_and_descend_at_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels, embeddings = world(0.6, 0.02)
-    assert fit_inside(features, labels, embeddings, SCALE, steps=0) == (0.5, 0.5)
+    outside, pseudo = overconfident(10)
+
+    def fits(steps: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        monkeypatch.setattr(mixtures, "_STEPS", steps)
+        inside = fit_inside(features, labels, embeddings, SCALE)
+        return inside, fit_outside(outside, pseudo, SCALE)
+
+    assert fits(0) == ((0.5, 0.5), (0.5, 0.5))
+    monkeypatch.setattr(mixtures, "_LEARNING_RATE", 0.25)
     raw = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     logits = torch.from_numpy(logits_by_hand(features, embeddings, SCALE))
     inside_loss(raw.sigmoid(), logits, labels).backward()
     assert raw.grad is not None
     expected = 1 / (1 + math.exp(0.25 * raw.grad.item()))
-    once = fit_inside(features, labels, embeddings, SCALE, steps=1, learning_rate=0.25)
-    assert once[1] == pytest.approx(expected, rel=1e-6)
-    assert 0.5 < once[1] < fit_inside(features, labels, embeddings, SCALE, steps=5)[1]
-    features, pseudo = overconfident(10)
-    assert fit_outside(features, pseudo, SCALE, steps=0) == (0.5, 0.5)
-    slow = fit_outside(features, pseudo, SCALE, steps=3, learning_rate=0.05)
-    assert 0.5 > slow[1] > fit_outside(features, pseudo, SCALE, steps=3)[1]
+    once, more = fits(1), fits(5)
+    assert once[0][1] == pytest.approx(expected, rel=1e-6)
+    assert 0.5 < once[0][1] < more[0][1]
+    assert 0.5 > once[1][1] > more[1][1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -276,15 +284,19 @@ def test_half_precision_embeddings_are_fitted_in_float32(dtype: torch.dtype) -> 
     assert fit_outside(half, rows, SCALE) == fit_outside(half.float(), rows.float(), SCALE)
 
 
-def test_fits_repeat_to_the_bit_also_without_gradients_and_under_autocast() -> None:
+def test_fits_repeat_to_the_bit_also_without_gradients_and_under_autocast(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mixtures, "_START", 0.9)
+    monkeypatch.setattr(mixtures, "_STEPS", 50)
     features, labels, embeddings = (
         v.float() if v.is_floating_point() else v for v in world(0.5, 0.4)
     )
     embeddings.requires_grad_()
 
     def fits() -> tuple[tuple[float, ...], ...]:
-        inside = fit_inside(features, labels, embeddings, SCALE, steps=50)
-        return inside, fit_outside(features, embeddings, SCALE, 0.3, start=0.9, steps=50)
+        inside = fit_inside(features, labels, embeddings, SCALE)
+        return inside, fit_outside(features, embeddings, SCALE, 0.3)
 
     first = fits()
     assert first[1][1] < 0.89  # so the outside loss did something
@@ -340,8 +352,8 @@ def test_embeddings_of_other_prompts_or_classes_are_refused(
 
 def test_a_fitted_mixture_survives_json_to_the_bit() -> None:
     features, labels, embeddings = world(0.35, 0.3, 0.4)
-    inside = fit_inside(features, labels, embeddings, SCALE, steps=50)
-    mixture = Mixture(inside, fit_outside(features, embeddings, SCALE, steps=50))
+    inside = fit_inside(features, labels, embeddings, SCALE)
+    mixture = Mixture(inside, fit_outside(features, embeddings, SCALE))
     assert Mixture.from_dict(json.loads(json.dumps(mixture.to_dict())), learned=2) == mixture
     assert Mixture.from_dict({"inside": [0, 1], "outside": [0.5, 0.5]}, 1).inside == (0.0, 1.0)
 
