@@ -42,11 +42,12 @@ from capt_deploy.evaluation.scoring import score_bundle
 from capt_deploy.metrics.calibration import softmax
 from capt_deploy.metrics.probabilities import Floats, Ints
 from capt_deploy.metrics.reliability import calibrated_ece
-from capt_train.config import CalibrationSettings, TrainConfig
+from capt_train.config import TrainConfig
 from capt_train.data.features import embed
 from capt_train.pipeline import train
 from capt_train.run.evaluate import RunScores, score_run
 from capt_train.run.folder import METRICS, TunedModel
+from capt_train.setting_groups import CalibrationSettings
 from export.writer import ExportOptions, export_run
 
 NAME = "confidence"

@@ -26,12 +26,13 @@ from capt_deploy.core.errors import ModelError
 from capt_train.clip.backbone import Backbone
 from capt_train.clip.colour_map import ColourMap
 from capt_train.clip.text_tokens import whole_words
-from capt_train.config import PromptSettings, TrainConfig
+from capt_train.config import TrainConfig
 from capt_train.data.fewshot import FewShotSplit
 from capt_train.method.learner import Learner, left_out, make_learner
 from capt_train.method.mixture import pseudo_class_names
 from capt_train.method.prompt import PromptLearner
 from capt_train.parts import SENTENCE_KINDS
+from capt_train.setting_groups import PromptSettings
 from export.graph.visual import VisualClassifier
 from export.source.fold import FoldedHead
 
@@ -142,7 +143,7 @@ def _text_depth(backbone: Backbone) -> int:
 
 def _check_prompt(backbone: Backbone) -> None:
     """Check that a new prompt gives the embeddings of the words that it starts from."""
-    prompt = PromptLearner(backbone, _NAMES, (0, 1))
+    prompt = PromptLearner(backbone, _NAMES, (0, 1), PromptSettings(depth=1))
     words = backbone.text_embeddings([f"a photo of a {name}." for name in _NAMES])
     torch.testing.assert_close(prompt(range(2)), words, rtol=0, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""All settings of a run, with defaults, ranges and help; JSON on disk."""
+"""All settings of a run; JSON on disk."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -8,9 +8,17 @@ from typing import Any
 from capt_deploy.core.errors import CaptError, ConfigError
 from capt_train.calibrators import CALIBRATORS
 from capt_train.parts import GROUPS, METHODS, PARTS, loss_terms, members
+from capt_train.setting_groups import (
+    CalibrationSettings,
+    ColourSettings,
+    ConfusionSettings,
+    ExpertSettings,
+    MixtureSettings,
+    PromptSettings,
+    TuningSettings,
+    VisualSettings,
+)
 from capt_train.settings import (
-    ABOVE_0,
-    SHARE,
     Allowed,
     Setting,
     SettingsGroup,
@@ -20,149 +28,7 @@ from capt_train.settings import (
     setting,
 )
 
-_TEMPLATES = Allowed(
-    "at least one text, each with {} where the class name goes",
-    lambda texts: bool(texts) and all("{}" in text for text in texts),
-)
-_AREA = Allowed("above 0 and up to 1", lambda share: 0 < share <= 1)
-_MOMENTUM = Allowed("0 or more, below 1", lambda value: 0 <= value < 1)
-_NOISE = Allowed("0 to 0.5", lambda share: 0 <= share <= 0.5)
 _SEED = Allowed("0 to 2**32 - 1", lambda seed: 0 <= seed < 2**32)
-_OPTIMIZERS, _AUTOCASTS = ("adamw", "sgd"), ("auto", "off", "bf16", "fp16")
-
-
-@dataclass(frozen=True)
-class TuningSettings(SettingsGroup, group="tuning"):
-    """Optimizer and epochs of the text side, which is tuned first; batches of both sides."""
-
-    epochs: int = setting(50, "epochs of the text side", at_least(1), option="--epochs")
-    learning_rate: float = setting(0.002, "peak rate of the text side", ABOVE_0, option="--lr")
-    batch_size: int = setting(32, "images in a batch", at_least(1), option="--batch-size")
-    optimizer: str = setting("adamw", "adamw or sgd", one_of(_OPTIMIZERS))
-    momentum: float = setting(0.9, "momentum of sgd", _MOMENTUM)
-    weight_decay: float = setting(0.0005, "weight decay", at_least(0))
-    clip_norm: float = setting(1.0, "largest norm of the gradient; 0 for any", at_least(0))
-    warmup_epochs: int = setting(1, "epochs of warm-up, at most all but one", at_least(0))
-    patience: int = setting(
-        10, "epochs without a better validation loss; 0 trains all", at_least(0)
-    )
-    autocast: str = setting("auto", "auto: bf16 on GPUs that have it", one_of(_AUTOCASTS))
-    label_noise: float | None = setting(
-        None, "share of wrong labels (ε); auto: as the frozen model sees it", _NOISE, none="auto"
-    )
-
-
-@dataclass(frozen=True)
-class PromptSettings(SettingsGroup, group="prompt"):
-    """The hand-written prompt and the learned ones."""
-
-    templates: tuple[str, ...] = setting(
-        ("a photo of a {}.",), "hand-written prompt with {} in it", _TEMPLATES, option="--template"
-    )
-    count: int = setting(1, "learned prompts (K)", at_least(1))
-    words: str = setting("a photo of a", "words that the learned context starts from")
-    random_tokens: int = setting(0, "random vectors to start from; 0 takes the words", at_least(0))
-    class_specific: bool = setting(False, "learn a context for each class, not a shared one")
-    depth: int = setting(
-        3, "text blocks with a context of their own, the input counted", at_least(1)
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.words.split() and not self.random_tokens:
-            raise self.declared()["words"].error("words", self.words)
-
-
-@dataclass(frozen=True)
-class ConfusionSettings(SettingsGroup, group="confusion"):
-    """The confusion bank, its miners, and sentences about confused pairs."""
-
-    pairs: int = setting(3, "pairs mined for each image (k)", at_least(1))
-    momentum: float = setting(0.9, "share of the old counts at a write-back (ρ)", SHARE)
-    sentences: str | None = setting(
-        None, 'JSON {"a|b": {"commonality": […], "difference": […]}}', option="--sentences"
-    )
-    commonality: str | None = setting(
-        None, "JSON {class: [what it shares with others, …]}", option="--commonality"
-    )
-    difference: str | None = setting(
-        None, "JSON {class: [what tells it from others, …]}", option="--difference"
-    )
-    llm_url: str | None = setting(
-        None, "OpenAI-compatible endpoint to ask, ending in /v1", option="--llm-url"
-    )
-    llm_model: str | None = setting(
-        None, "model to ask there; its key is $CAPT_LLM_KEY", option="--llm-model"
-    )
-    llm_timeout_s: float = setting(60.0, "seconds to wait for a whole answer", ABOVE_0)
-    llm_retries: int = setting(5, "further attempts after a failed request", at_least(0))
-    llm_backoff_s: float = setting(
-        1.0, "seconds before the first retry, doubled for each further", at_least(0)
-    )
-
-
-@dataclass(frozen=True)
-class ExpertSettings(SettingsGroup, group="experts"):
-    """Semantic experts of the text side and sample experts of the visual tower."""
-
-    centres: int = setting(5, "K-means centres for each kind of sentences (Q)", at_least(1))
-    temperature: float = setting(0.1, "temperature of the attention over centres (τ_e)", ABOVE_0)
-    count: int = setting(2, "sample experts", at_least(1))
-    rank: int = setting(8, "rank of a sample expert's update", at_least(1))
-
-
-@dataclass(frozen=True)
-class VisualSettings(SettingsGroup, group="visual"):
-    """Parts of the visual tower, and how they are tuned beside the text side."""
-
-    adapter_depth: int = setting(3, "blocks with a Diff-Manner Adapter (n_a)", at_least(1))
-    adapter_scale: float = setting(1.0, "s of the adapter's α = s·cᵞ", at_least(0))
-    # With 1, images that the model is sure of are trained with a smaller α than they meet at
-    # inference, which lost accuracy on validation images.
-    adapter_exponent: float = setting(0.0, "γ of α = s·cᵞ; 0: α as at inference", at_least(0))
-    prompt_depth: int = setting(3, "last blocks that have visual prompts", at_least(1))
-    prompt_tokens: int = setting(4, "visual prompts in each of these blocks", at_least(1))
-    learning_rate: float = setting(0.002, "peak rate of the visual side", ABOVE_0)
-    text_rate: float = setting(
-        0.25, "× tuning.learning_rate: the text side's rate beside it", SHARE
-    )
-    epochs: int = setting(6, "epochs of both sides, near the frozen embeddings", at_least(1))
-    consistency: float = setting(20.0, "weight of 1 − cos(f, f⁰) in these epochs", at_least(0))
-    far_epochs: int = setting(8, "further epochs, kept if validation images gain", at_least(0))
-    far_consistency: float = setting(1.0, "weight of 1 − cos(f, f⁰) in those epochs", at_least(0))
-    far_patience: int = setting(3, "as tuning.patience, in those epochs", at_least(1))
-    strength: float | None = setting(
-        None, "share of the visual tuning to keep (κ); auto: by a trial", SHARE, none="auto"
-    )
-    views: int = setting(5, "views of each image, itself and a held-out one included", at_least(2))
-    view_area: float = setting(0.6, "smallest share of the image in a view", _AREA)
-
-
-@dataclass(frozen=True)
-class ColourSettings(SettingsGroup, group="colours"):
-    """The map of the input's colours."""
-
-    steps: int = setting(100, "optimizer steps", at_least(4))
-    learning_rate: float = setting(0.15, "peak learning rate", ABOVE_0)
-
-
-@dataclass(frozen=True)
-class MixtureSettings(SettingsGroup, group="mixture"):
-    """The mixture of hand-written and learned prompts."""
-
-    margin: float = setting(0.1, "nats by which learned prompts shall be less sure", at_least(0))
-
-
-@dataclass(frozen=True)
-class CalibrationSettings(SettingsGroup, group="calibration"):
-    """How confidences are calibrated."""
-
-    calibrator: str | None = setting(
-        None,
-        f"{', '.join(CALIBRATORS)}; auto: the simplest that held-out images agree with",
-        one_of(CALIBRATORS),
-        none="auto",
-    )
 
 
 @dataclass(frozen=True)
@@ -194,14 +60,14 @@ class TrainConfig(SettingsGroup):
     workers: int | None = setting(
         None, "threads that decode images [default: auto]", at_least(1), "auto", "--workers"
     )
-    tuning: TuningSettings = TuningSettings()
-    prompt: PromptSettings = PromptSettings()
-    confusion: ConfusionSettings = ConfusionSettings()
-    experts: ExpertSettings = ExpertSettings()
-    visual: VisualSettings = VisualSettings()
-    colours: ColourSettings = ColourSettings()
-    mixture: MixtureSettings = MixtureSettings()
-    calibration: CalibrationSettings = CalibrationSettings()
+    tuning: TuningSettings = field(default_factory=TuningSettings)
+    prompt: PromptSettings = field(default_factory=PromptSettings)
+    confusion: ConfusionSettings = field(default_factory=ConfusionSettings)
+    experts: ExpertSettings = field(default_factory=ExpertSettings)
+    visual: VisualSettings = field(default_factory=VisualSettings)
+    colours: ColourSettings = field(default_factory=ColourSettings)
+    mixture: MixtureSettings = field(default_factory=MixtureSettings)
+    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     losses: Mapping[str, float] = field(default_factory=dict)  # weights; the rest by default
 
     def __post_init__(self) -> None:
@@ -276,7 +142,7 @@ class TrainConfig(SettingsGroup):
         Raises:
             error: a key is unknown or missing, or a value cannot be used.
         """
-        flat = _flat(values)
+        flat = _flat(values) if isinstance(values, Mapping) else {}
         if different := sorted({*flat} ^ {*settings()}):
             raise error(
                 f"configuration: written by another version of capt (it differs in "
@@ -312,9 +178,10 @@ class TrainConfig(SettingsGroup):
 def settings() -> Mapping[str, Setting]:
     """Return all settings of a run by name, group after group."""
     rows = [*TrainConfig.declared().values()]
-    for group in fields(TrainConfig):
-        if isinstance(group.default, SettingsGroup):
-            rows += group.default.declared().values()
+    for entry in fields(TrainConfig):
+        group = entry.default_factory
+        if isinstance(group, type) and issubclass(group, SettingsGroup):
+            rows += group.declared().values()
     for name, weight in default_losses().items():
         help = f"weight of: {loss_terms()[name].help}"
         rows.append(Setting(f"losses.{name}", float, weight, help, at_least(0)))

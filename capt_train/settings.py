@@ -87,6 +87,8 @@ class Setting:
         accepted = (int, float) if self.type is float else self.type
         if not isinstance(value, accepted) or (isinstance(value, bool) and self.type is not bool):
             raise self.error(self.type_name, value)
+        if isinstance(value, tuple) and not all(isinstance(text, str) for text in value):
+            raise self.error(self.type_name, value)
         if not self.allowed.fits(value):
             word = "" if self.none is None else f"{self.none} or "
             raise self.error(word + self.allowed.expected, value)

@@ -44,11 +44,13 @@ class Adapters(VisualPart):
 
     def __init__(self, tower: Tower, depth: int) -> None:
         super().__init__()
-        # Patches are read by nothing but a later attention, or by a pooling over patches.
+        # Only a later attention, or a pooling over patches, reads the patches.
         behind = tower.depth - 1 if tower.pools_class_token else tower.depth
         blocks = range(max(0, behind - depth), behind)
         self._adapters = {block: DiffMannerAdapter(tower.width, tower.grid) for block in blocks}
-        self.blocks = nn.ModuleDict({str(block): own for block, own in self._adapters.items()})
+        self.blocks = nn.ModuleDict(
+            {str(block): adapter for block, adapter in self._adapters.items()}
+        )
         self.keeps_up_to = blocks[0]
 
     @classmethod
@@ -58,7 +60,7 @@ class Adapters(VisualPart):
 
     @classmethod
     def obstacle(cls, tower: Tower) -> str | None:
-        """Return why this tower cannot have it."""
+        """Return why this tower cannot have adapters; None where it can."""
         single = tower.pools_class_token and tower.depth == 1
         return "the visual tower has a single block" if single else None
 

@@ -1,4 +1,4 @@
-"""What the code of a part implements: a transform of class embeddings, or hooks in the ViT."""
+"""Base classes of parts: a transform of class embeddings, or hooks in the ViT."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from capt_train.method.prompt import PromptLearner
 
 @dataclass(frozen=True)
 class BuildContext:
-    """What a part may be built from."""
+    """The inputs that a part may be built from."""
 
     config: TrainConfig
     zero_shot: Float[Tensor, "classes dim"]  # hand-written t⁰ of every class
@@ -43,7 +43,7 @@ class VisualPart(nn.Module):
 
     # The block after whose attention tokens may still be kept: nothing before that is changed.
     keeps_up_to: int
-    starts_frozen = True  # whether a new part leaves the tower's answer as it is, to the bit
+    starts_frozen = True  # whether a new part leaves the tower's output as it is, to the bit
 
     @classmethod
     def build(cls, tower: Tower, context: BuildContext) -> "VisualPart":
@@ -80,7 +80,7 @@ class VisualPart(nn.Module):
         tokens: Float[Tensor, "batch tokens width"],
         strength: Tensor | None,
     ) -> tuple[Float[Tensor, "batch tokens width"] | None, Float[Tensor, "batch experts"] | None]:
-        """Return what to add to the output of a block's FFN, and the gates of a router.
+        """Return the update of the output of a block's FFN, and the gates of a router.
 
         Args:
             tower: the frozen one.

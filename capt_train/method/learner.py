@@ -31,7 +31,7 @@ class Texts:
 class Learner(nn.Module):
     """The trained parts around a frozen backbone, which is no submodule.
 
-    With new parts its answers are those of the backbone with the same prompt.
+    With new parts, its embeddings are those of the backbone with the same prompt.
     """
 
     def __init__(
@@ -45,11 +45,11 @@ class Learner(nn.Module):
         """Put the parts together.
 
         Args:
-            backbone: frozen, the colours of its input mapped where that is wanted.
+            backbone: frozen, the with a colour map of its input where one was fitted.
             zero_shot: hand-written t⁰ of every class, in force where there is no prompt.
             prompts: K learned prompts; may be empty.
             transforms: maps of class embeddings by the names of their parts, applied in order.
-            visual: what is trained inside the visual tower.
+            visual: the trained parts inside the visual tower.
         """
         super().__init__()
         self.backbone = backbone
@@ -62,7 +62,7 @@ class Learner(nn.Module):
 
     @property
     def visual(self) -> VisualTuner | None:
-        """Return what changes the visual tower; None where nothing does, as with κ = 0."""
+        """Return the parts in force in the visual tower; None without any, as with κ = 0."""
         return self.tuner if self.strength else None
 
     def set_strength(self, strength: float) -> None:
@@ -112,17 +112,17 @@ class Learner(nn.Module):
 
     @property
     def text_parameters(self) -> list[nn.Parameter]:
-        """Return what the text side trains."""
+        """Return the trained parameters of the text side."""
         return [*self.prompts.parameters(), *self.transforms.parameters()]
 
     @property
     def visual_parameters(self) -> list[nn.Parameter]:
-        """Return what the visual side trains."""
+        """Return the trained parameters of the visual side."""
         return [] if self.visual is None else [*self.visual.parameters()]
 
     @torch.no_grad()
     def mean_texts(self, classes: Sequence[int]) -> Float[Tensor, "classes dim"]:
-        """Return the mean over the learned prompts, in float32, to be judged with."""
+        """Return class embeddings, the mean over the learned prompts, in float32."""
         return self.texts(classes).embeddings.float().mean(dim=0)
 
     def texts(self, classes: Sequence[int]) -> Texts:

@@ -1,6 +1,6 @@
 """The terms of the loss as functions of one step's tensors, and their weighted sum.
 
-`capt_train.parts` lists the terms, their weights and in which part they are.
+`capt_train.parts` lists each term with its part and default weight.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from capt_train.method import losses
 
 @dataclass(frozen=True)
 class Step:
-    """What a minibatch gives, per learned prompt where that makes a difference."""
+    """The tensors of a minibatch."""
 
     logits: Float[Tensor, "prompts batch classes"]  # scaled
     labels: Int[Tensor, " batch"]
@@ -29,7 +29,7 @@ class Step:
     label_noise: float = 0.0  # ε, the share of wrong labels
 
     def mean_over_prompts(self, term: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Return the mean of a term of logits and labels; each prompt shall be good alone."""
+        """Return the mean over the prompts of a term of logits and labels."""
         return torch.stack([term(logits, self.labels) for logits in self.logits]).mean()
 
 
@@ -51,7 +51,7 @@ def infonce(step: Step) -> Tensor | None:
     mined, share = step.mined, step.label_noise
 
     def term(logits: Tensor, labels: Tensor) -> Tensor:
-        # as in the cross-entropy of such labels, but there it is a part of the gradient
+        # the gradient of the noisy cross-entropy has the same weights
         right = losses.right_probabilities(logits.detach(), labels, share) if share else None
         return losses.confusion_infonce(logits, labels, mined, right)
 
@@ -83,7 +83,7 @@ def balance(step: Step) -> Tensor | None:
 
 
 def loss_terms(step: Step, weights: Mapping[str, float]) -> dict[str, Float[Tensor, ""]]:
-    """Return the unweighted terms that have a weight and whose tensors are there."""
+    """Return the unweighted terms that have a weight and whose tensors exist."""
     terms = {
         name: parts.load(term.code)(step)
         for name, term in parts.loss_terms().items()
@@ -95,5 +95,5 @@ def loss_terms(step: Step, weights: Mapping[str, float]) -> dict[str, Float[Tens
 def weighted_sum(
     terms: Mapping[str, Float[Tensor, ""]], weights: Mapping[str, float]
 ) -> Float[Tensor, ""]:
-    """Return the one number that is minimised."""
+    """Return the loss that is minimised."""
     return torch.stack([weights[name] * value for name, value in terms.items()]).sum()

@@ -69,8 +69,6 @@ def confusion_aware(
 def margin(
     logits: Float[Tensor, "batch classes"],
     labels: Int[Tensor, " batch"],
-    mean_weight: float = 0.1,
-    variance_weight: float = 0.01,
 ) -> Float[Tensor, ""]:
     """Return −0.1·mean(m) + 0.01·var(m), the margin term of TCPT (arXiv 2602.19024).
 
@@ -81,7 +79,7 @@ def margin(
     rivals = scores.scatter(1, labels[:, None], float("-inf"))
     margins = scores.gather(1, labels[:, None]) - rivals.max(dim=1, keepdim=True).values
     margins = margins.squeeze(1)
-    return -mean_weight * margins.mean() + variance_weight * margins.var(correction=0)
+    return -0.1 * margins.mean() + 0.01 * margins.var(correction=0)
 
 
 def confusion_infonce(
@@ -95,7 +93,7 @@ def confusion_infonce(
     `M_b = {y_b} ∪ mined_b`. From image to prompts: `−log softmax(z_b over M_b)[y_b]`. From prompt
     to images *(ours)*: the prompt of `y_b` shall find image b among the images of the minibatch
     whose class is mined for b; other images of `y_b` are left out, as neither right nor wrong.
-    Returned is the average of both directions.
+    The result is the average of both directions.
 
     Args:
         logits: scaled.
@@ -126,7 +124,7 @@ def consistency(
 ) -> Float[Tensor, ""]:
     """Return the mean of 1 − cos(f, f⁰) over unit-norm image embeddings *(ours)*.
 
-    It holds the visual side back where a change does not lower the other terms.
+    It keeps the visual side near the frozen tower where a change does not lower the other terms.
     """
     return 1 - (wide(embeddings) * wide(frozen)).sum(dim=1).mean()
 
@@ -149,7 +147,9 @@ def moments(
     `Σ = XcᵀXc/C` is D×D; ‖Σ−Σ⁰‖² = ‖Σ‖² − 2⟨Σ,Σ⁰⟩ + ‖Σ⁰‖², and each of the three is a squared
     norm of a C×C product of centred embeddings, so D×D matrices are formed only where C ≥ D.
     """
-    with torch.autocast(embeddings.device.type, enabled=False):  # it would halve the products again
+    with torch.autocast(
+        embeddings.device.type, enabled=False
+    ):  # autocast would compute the products in half precision
         return _moment_distance(wide(embeddings), wide(reference))
 
 

@@ -216,7 +216,7 @@ def _logits(
     embeddings: Float[Tensor, "prompts classes dim"],
     scale: float,
 ) -> Float[Tensor, "batch prompts classes"]:
-    with torch.autocast(features.device.type, enabled=False):  # it would halve the product again
+    with torch.autocast(features.device.type, enabled=False):  # else in half precision
         return scale * torch.einsum("bd,pcd->bpc", wide(features), wide(embeddings))
 
 

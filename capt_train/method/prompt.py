@@ -1,6 +1,7 @@
 """The prompt learner (METHOD 1): context vectors in front of every class name."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from capt_train.clip.backbone import Backbone
 from capt_train.config import TrainConfig
 from capt_train.data.fewshot import FewShotSplit
+from capt_train.setting_groups import PromptSettings
 
 
 class PromptLearner(nn.Module):
@@ -23,42 +25,34 @@ class PromptLearner(nn.Module):
         backbone: Backbone,
         class_names: Sequence[str],
         tuned: Sequence[int],
-        *,
-        words: str = "a photo of a",
-        random_tokens: int = 0,
-        class_specific: bool = False,
-        depth: int = 1,
+        settings: PromptSettings,
         generator: torch.Generator | None = None,
     ) -> None:
         """Create the context.
 
         Args:
-            backbone: whose text tower is used; it is not made a submodule, for it never changes.
-            class_names: every class that may be asked for.
+            backbone: whose text tower is used; no submodule, because it never changes.
+            class_names: every class whose embedding may be computed.
             tuned: the indices of those that are tuned.
-            words: the context starts as their token embeddings.
-            random_tokens: if above 0, start as that many random vectors instead.
-            class_specific: learn one context for each tuned class.
-            depth: blocks with context vectors of their own, the input counted; those behind it
-                are shared by all classes.
+            settings: start and form of the context; deeper vectors are shared by all classes.
             generator: for the random vectors.
         """
         super().__init__()
         self._backbone = backbone
         self._tuned = {index: row for row, index in enumerate(tuned)}
-        if random_tokens:
+        if settings.random_tokens:
             width = backbone.text.vectors(backbone.tokens.words("a")).shape[1]
-            start = 0.02 * torch.randn(random_tokens, width, generator=generator)
+            start = 0.02 * torch.randn(settings.random_tokens, width, generator=generator)
         else:
-            start = backbone.text.vectors(backbone.tokens.words(words))
-        if class_specific:
+            start = backbone.text.vectors(backbone.tokens.words(settings.words))
+        if settings.class_specific:
             start = start.repeat(len(tuned), 1, 1)
         self.context = nn.Parameter(start.float().to(backbone.device))
         self.deeper: nn.Parameter | None = None
-        if depth > 1:
-            backbone.text.check_depth(depth)
+        if settings.depth > 1:
+            backbone.text.check_depth(settings.depth)
             # The width of the random start is CoOp's.
-            shape = (depth - 1, *self.context.shape[-2:])
+            shape = (settings.depth - 1, *self.context.shape[-2:])
             deeper = 0.02 * torch.randn(shape, generator=generator)
             self.deeper = nn.Parameter(deeper.to(backbone.device))
         self._tokens = self.tokenize(class_names)
@@ -80,7 +74,7 @@ class PromptLearner(nn.Module):
 
     @property
     def common_context(self) -> Float[Tensor, "context width"]:
-        """The context of classes that the prompt was not tuned on."""
+        """Return the context of classes that the prompt was not tuned on."""
         return self.context if self.context.dim() == 2 else self.context.mean(dim=0)
 
     def tokenize(self, class_names: Sequence[str]) -> Int[Tensor, "classes tokens"]:
@@ -92,18 +86,11 @@ def build_prompts(
     backbone: Backbone, config: TrainConfig, split: FewShotSplit, generator: torch.Generator
 ) -> list[PromptLearner]:
     """Return the K learned prompts; all but the first start a little off the words."""
-    prompts = []
-    for number in range(config.prompt.count if "prompt" in config.parts else 0):
-        prompt = PromptLearner(
-            backbone,
-            split.class_names,
-            split.tuned,
-            words=config.prompt.words,
-            random_tokens=config.prompt.random_tokens,
-            class_specific=config.prompt.class_specific,
-            depth=config.prompt.depth if "text-prompts" in config.parts else 1,
-            generator=generator,
-        )
+    settings, prompts = config.prompt, []
+    if "text-prompts" not in config.parts:
+        settings = replace(settings, depth=1)
+    for number in range(settings.count if "prompt" in config.parts else 0):
+        prompt = PromptLearner(backbone, split.class_names, split.tuned, settings, generator)
         if number:
             noise = 0.02 * torch.randn(prompt.context.shape, generator=generator)
             prompt.context.data += noise.to(prompt.context.device)

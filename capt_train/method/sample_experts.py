@@ -46,7 +46,7 @@ class SampleExperts(VisualPart):
 
     @classmethod
     def obstacle(cls, tower: Tower) -> str | None:
-        """Return why this tower cannot have them."""
+        """Return why this tower cannot have sample experts; None where it can."""
         if not tower.pools_class_token:
             return "the visual tower does not end in a class token"
         if tower.ffn(tower.depth - 1) is None:
@@ -74,9 +74,9 @@ class SampleExperts(VisualPart):
         tokens: Float[Tensor, "batch width"],
         strength: Float[Tensor, ""] | None,
     ) -> tuple[Float[Tensor, "batch width"], Float[Tensor, "batch experts"]]:
-        """Return what is to be added to the frozen FFN's output, and the gates.
+        """Return the update of the frozen FFN's output, and the gates.
 
-        `Σ_e g_e·(FFN_e − FFN)` equals `Σ_e g_e·FFN_e − FFN`, for the gates sum to 1. It is exactly
+        `Σ_e g_e·(FFN_e − FFN)` equals `Σ_e g_e·FFN_e − FFN`, because the gates sum to 1. It is exactly
         0 as long as the updates are: frozen and tuned values go through one call of the activation,
         whose rounding depends on the memory layout, and differ before the second layer, whose
         rounding depends on the shape.

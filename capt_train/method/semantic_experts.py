@@ -40,11 +40,12 @@ class SemanticExperts(ClassTransform):
 
     @classmethod
     def build(cls, context: BuildContext) -> "SemanticExperts":
-        """Return experts on the centres; on zeros, to be loaded over, where there are none."""
+        """Return experts on the centres, or on zeros, which a checkpoint replaces, without any."""
         settings, zero_shot, centres = context.config.experts, context.zero_shot, context.centres
         shape = (len(SENTENCE_KINDS), settings.centres, zero_shot.shape[1])
-        given = zero_shot.new_zeros(shape) if centres is None else centres.to(zero_shot)
-        return cls(given, settings.temperature)
+        if centres is None:
+            centres = zero_shot.new_zeros(shape)
+        return cls(centres.to(zero_shot), settings.temperature)
 
     def forward(
         self, embeddings: Float[Tensor, "classes dim"]

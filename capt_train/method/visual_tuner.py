@@ -24,8 +24,8 @@ class Encoded:
 class VisualTuner(nn.Module):
     """The trained parts of the visual side; the frozen tower is an argument, not a submodule.
 
-    The tower is run up to `start` once per image (`prefix`), whose tokens may be kept; `forward`
-    does the rest. With new parts, the result is bit-equal to the frozen tower's.
+    `prefix` runs the tower up to block `start` once per image, and its tokens may be cached;
+    `forward` does the rest. With new parts, the result is bit-equal to the frozen tower's.
     """
 
     alpha: Tensor | None  # at inference: the mean of s·cᵞ over the training images
@@ -42,7 +42,7 @@ class VisualTuner(nn.Module):
 
     @property
     def starts_frozen(self) -> bool:
-        """Whether new parts leave the tower's answer as it is."""
+        """Tell whether new parts leave the tower's output as it is."""
         return all(part.starts_frozen for part in self._parts)
 
     def set_constants(self, *, alpha: float | None = None, strength: float | None = None) -> None:

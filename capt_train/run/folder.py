@@ -168,7 +168,6 @@ def load_run(folder: str | Path, device: torch.device | None = None) -> TunedMod
     config, written = read_config(folder)
     if not (folder / RESULT).is_file():
         raise RunError(f"{folder}: tuning has not ended; continue with capt-train --resume")
-    result = read_json(folder / RESULT, RunError)
     split = FewShotSplit.load(folder / SPLIT)
     backbone = load_backbone(config.model, config.pretrained, device or torch.device("cpu"))
     fingerprint = backbone.fingerprint()
@@ -180,10 +179,7 @@ def load_run(folder: str | Path, device: torch.device | None = None) -> TunedMod
     zero_shot = backbone.class_embeddings(split.class_names, config.prompt.templates)
     colours = read_colours(folder).colours if "colours" in config.parts else None
     learner = make_learner(backbone.recoloured(colours), config, split, zero_shot)
-    try:
-        fitted = Fitted.from_dict(result, learner.learned)
-    except (TypeError, KeyError, ValueError, RunError) as cause:
-        raise RunError(f"{folder / RESULT}: not as capt-train writes it ({cause!r})") from cause
+    fitted = _read(folder / RESULT, lambda values: Fitted.from_dict(values, learner.learned))
     vector = fitted.calibration.vector
     if vector is not None and len(vector.scales) != len(split.class_names):
         raise RunError(f"{folder / RESULT}: its vector scaling is not of the run's classes")
@@ -208,7 +204,7 @@ def load_run(folder: str | Path, device: torch.device | None = None) -> TunedMod
 def best_checkpoint(folder: Path, strength: float) -> Path:
     """Return the checkpoint of the best epoch; with κ = 0, that of the text stage.
 
-    Only the text stage tuned its prompt beside frozen image embeddings.
+    The prompt of the text stage was tuned on frozen image embeddings, which κ = 0 leaves.
     """
     text = folder / f"{TEXT}{BEST}"
     return text if strength == 0 and text.exists() else folder / BEST
@@ -235,9 +231,10 @@ def read_trial(folder: Path) -> Trial | None:
 
 
 def _read(path: Path, parse: Callable[[Any], _Parsed]) -> _Parsed:
+    content = read_json(path, RunError)
     try:
-        return parse(read_json(path, RunError))
-    except (TypeError, KeyError, ValueError) as cause:
+        return parse(content)
+    except (TypeError, KeyError, ValueError, RunError) as cause:
         raise RunError(f"{path}: not as capt-train writes it ({cause!r})") from cause
 
 

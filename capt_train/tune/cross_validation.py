@@ -51,8 +51,8 @@ def out_of_fold_logits(
         held = folds == fold
         rest = task.with_rows(~held).with_new_bank()
         learner = make(task.tuned)
-        if learner.visual is not None and rest.alpha is not None:
-            learner.visual.set_constants(alpha=float(rest.alpha.mean()))
+        if rest.alpha is not None:
+            learner.set_alpha(float(rest.alpha.mean()))
         learner.set_strength(float(strength > 0))  # as the model was tuned; κ came afterwards
         try:
             with tempfile.TemporaryDirectory() as folder:

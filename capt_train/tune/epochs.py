@@ -67,7 +67,8 @@ class Epochs:
             loss = weighted_sum(terms, weights)
             clip_norm = config.tuning.clip_norm
             if not self._precision.step(loss, self._optimizer, self._parameters, clip_norm):
-                again = loss_terms(self._step(rows, views, step.mined), weights)  # as a new graph
+                # backward freed the graph of the terms
+                again = loss_terms(self._step(rows, views, step.mined), weights)
                 raise FloatingPointError(f"the gradient of {self._culprit(again)} became nan")
         return means
 
@@ -97,7 +98,8 @@ class Epochs:
         task, device = self._task, self._device
         if not self._stage.visual:
             return task.train.embeddings[rows].to(device), ()
-        assert task.views is not None and task.views.tokens is not None
+        if task.views is None or task.views.tokens is None:
+            raise ValueError("the visual side is trained on tokens, and the task has none")
         tokens = task.views.tokens[views, rows].to(device).float()
         alpha = None if task.alpha is None else task.alpha[rows].to(device)
         encoded = self._learner.images(tokens, alpha, shortcut=True)
@@ -138,9 +140,8 @@ class Epochs:
         if self._stage.visual and len(task.val) and task.val_tokens is not None:
             images = self._learner.embed_tokens(task.val_tokens)
         elif self._stage.visual and task.views is not None and task.views.tokens is not None:
-            images = self._learner.embed_tokens(
-                task.views.tokens[0, :1]
-            )  # one image is enough to see nan
+            # one image is enough to see nan
+            images = self._learner.embed_tokens(task.views.tokens[0, :1])
         for name, embeddings in (("class", texts), ("image", images)):
             if not torch.isfinite(embeddings).all():
                 raise FloatingPointError(f"the {name} embeddings became nan")

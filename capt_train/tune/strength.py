@@ -95,8 +95,8 @@ def run_trial(task: TuningTask, make: Callable[[tuple[int, ...]], Learner]) -> T
     say("trying on half of the classes how much of the visual tuning to keep")
     half, seen, unseen = _halved(task)
     learner = make(half.tuned)
-    if learner.visual is not None and half.alpha is not None:
-        learner.visual.set_constants(alpha=float(half.alpha.mean()))
+    if half.alpha is not None:
+        learner.set_alpha(float(half.alpha.mean()))
     before = None
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -137,7 +137,7 @@ def choose_strength(
     """Set the κ of a tuned learner.
 
     The gain on seen classes is measured on the tuned model itself where there are validation
-    images; the gain on unseen classes is known from the trial alone.
+    images; only the trial knows the gain on unseen classes.
 
     Args:
         learner: as tuned.

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from capt_deploy.core.errors import ConfigError, RunError
-from capt_train.config import TrainConfig, TuningSettings, default_losses, settings
+from capt_train.config import TrainConfig, default_losses, settings
 from capt_train.parts import GROUPS, METHODS, PARTS
+from capt_train.setting_groups import TuningSettings
 from tests.configs import changed
 
 CONFIG = TrainConfig(data="photos", model="ViT-B-16")

@@ -19,6 +19,7 @@ from capt_train.clip.loading import load_backbone
 from capt_train.method.prompt import PromptLearner
 from capt_train.pipeline import train
 from capt_train.run.folder import TunedModel, load_run
+from capt_train.setting_groups import PromptSettings
 from tests.configs import train_config
 from tests.families import FAMILIES
 
@@ -76,7 +77,7 @@ def run_of(
 def test_both_sides_say_what_open_clip_says(family_dir: Callable[[str], Path], name: str) -> None:
     model, transform, tokenizer = opened(family_dir(name))
     backbone = load_backbone(str(family_dir(name)), None, torch.device("cpu"))
-    prompt = PromptLearner(backbone, NAMES, (0, 1))
+    prompt = PromptLearner(backbone, NAMES, (0, 1), PromptSettings(depth=1))
     images = some_photos()
     pixels = torch.from_numpy(np.stack([preprocess(one, backbone.preprocess) for one in images]))
     with torch.no_grad():

@@ -18,6 +18,7 @@ from capt_deploy.core.errors import ModelError
 from capt_train.clip.backbone import Backbone
 from capt_train.clip.loading import load_backbone
 from capt_train.method.prompt import PromptLearner
+from capt_train.setting_groups import PromptSettings
 from tests.families import family
 
 CPU = torch.device("cpu")
@@ -140,13 +141,13 @@ def test_a_hugging_face_tower_takes_a_prompt_but_no_deeper_one(bert: Path) -> No
     with torch.no_grad():
         tokens = open_clip.get_tokenizer(name)([f"a photo of a {own}." for own in NAMES])
         expected = open_clip.create_model(name).eval().encode_text(tokens, normalize=True)
-    prompt = PromptLearner(backbone, NAMES, (0, 1))
+    prompt = PromptLearner(backbone, NAMES, (0, 1), PromptSettings(depth=1))
     torch.testing.assert_close(prompt(range(3)), expected, rtol=0, atol=1e-6)
     (prompt(range(3)) @ expected[0].flip(0)).sum().backward()
     assert prompt.context.grad is not None
     assert (prompt.context.grad.abs().amax(dim=1) > 0).all()
     with pytest.raises(ModelError, match=r"prompt.depth: expected at most 1, .* came 2"):
-        PromptLearner(backbone, NAMES, (0, 1), depth=2)
+        PromptLearner(backbone, NAMES, (0, 1), PromptSettings(depth=2))
 
 
 class Aside(nn.Module):
@@ -174,7 +175,7 @@ def test_a_tower_that_takes_no_vectors_is_refused_before_anything_is_tuned(
     other = Backbone(backbone.model, backbone.tokens.tokenizer, backbone.preprocess)
     assert torch.equal(other.text_embeddings(NAMES), other.text_embeddings(NAMES))
     with pytest.raises(ModelError, match=r"text tower Aside: no vectors .*--without prompt"):
-        PromptLearner(other, NAMES, (0, 1))
+        PromptLearner(other, NAMES, (0, 1), PromptSettings(depth=1))
 
 
 @pytest.mark.parametrize("kind", ["tiny_backbone", "siglip"])

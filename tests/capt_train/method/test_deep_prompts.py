@@ -15,6 +15,7 @@ from capt_deploy.core.errors import ModelError
 from capt_train.clip.backbone import Backbone
 from capt_train.clip.loading import load_backbone
 from capt_train.method.prompt import PromptLearner
+from capt_train.setting_groups import PromptSettings
 
 NAMES = ("cat", "large dog", "boat")
 
@@ -109,7 +110,7 @@ def test_gradients_are_right(deep: Backbone) -> None:
 
 
 def test_a_prompt_of_depth_1_has_no_vectors_of_its_own(deep: Backbone) -> None:
-    flat = PromptLearner(deep, NAMES, (0, 1), depth=1)
+    flat = PromptLearner(deep, NAMES, (0, 1), PromptSettings(depth=1))
     assert flat.deeper is None
     assert [name for name, _ in flat.named_parameters()] == ["context"]
     words = deep.text_embeddings([f"a photo of a {name}." for name in NAMES])
@@ -121,9 +122,8 @@ def test_a_deep_prompt_shares_its_deeper_vectors_among_all_classes(
     deep: Backbone, class_specific: bool
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    prompt = PromptLearner(
-        deep, NAMES, (0, 2), depth=3, class_specific=class_specific, generator=generator
-    )
+    settings = PromptSettings(depth=3, class_specific=class_specific)
+    prompt = PromptLearner(deep, NAMES, (0, 2), settings, generator)
     assert prompt.deeper is not None
     assert prompt.deeper.shape == (2, 4, 32)
     assert 0.01 < prompt.deeper.std() < 0.03
@@ -143,7 +143,7 @@ def test_a_deep_prompt_shares_its_deeper_vectors_among_all_classes(
 
 
 def test_a_long_name_beside_a_short_one_gets_the_same_vectors(deep: Backbone) -> None:
-    prompt = PromptLearner(deep, NAMES, (0, 1), depth=4)
+    prompt = PromptLearner(deep, NAMES, (0, 1), PromptSettings(depth=4))
     together = prompt(range(3))
     for row in range(3):
         torch.testing.assert_close(prompt([row])[0], together[row])

@@ -12,14 +12,14 @@ from capt_deploy.core.errors import ModelError
 from capt_train.clip.backbone import Backbone
 from capt_train.clip.loading import load_backbone
 from capt_train.method.prompt import PromptLearner
+from capt_train.setting_groups import PromptSettings
 
 NAMES = ("cat", "big brown dog", "x", "electric guitar")
 
 
-def learner(backbone: Backbone, seed: int = 0, **settings: object) -> PromptLearner:
+def learner(backbone: Backbone, seed: int = 0, **settings: Any) -> PromptLearner:
     generator = torch.Generator().manual_seed(seed)
-    settings = {"tuned": (0, 1, 2), "generator": generator, **settings}
-    return PromptLearner(backbone, NAMES, **settings)  # type: ignore[arg-type]
+    return PromptLearner(backbone, NAMES, (0, 1, 2), PromptSettings(depth=1, **settings), generator)
 
 
 def step(prompt: PromptLearner, *classes: int) -> Tensor:

@@ -23,6 +23,7 @@ from capt_train.pipeline import train
 from capt_train.run import folder as runs
 from capt_train.run.fitted import Fitted
 from capt_train.run.folder import load_run, read_config
+from capt_train.setting_groups import PromptSettings
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_a_loaded_run_holds_the_best_context_for_every_class_name(
     model = load_run(finished)
     assert model.class_names == ("blue sky", "green leaf", "grey stone", "red ball")
     assert model.tuned == (True, True, False, False)
-    prompt = PromptLearner(tiny_backbone, model.class_names, [0, 1])
+    prompt = PromptLearner(tiny_backbone, model.class_names, [0, 1], PromptSettings(depth=1))
     with torch.no_grad():
         start = prompt(range(4))
         best = load_file(finished / "best.safetensors")

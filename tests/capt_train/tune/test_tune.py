@@ -20,6 +20,7 @@ from capt_train.data.features import Features
 from capt_train.method.learner import Learner
 from capt_train.method.loss_terms import Step, loss_terms
 from capt_train.method.prompt import PromptLearner
+from capt_train.setting_groups import PromptSettings
 from capt_train.tune import epochs
 from capt_train.tune.checkpoint import TuningState
 from capt_train.tune.stages import TuningTask, stages
@@ -55,7 +56,9 @@ def task(backbone: Backbone, **settings: Any) -> TuningTask:
 
 def learner(backbone: Backbone) -> Learner:
     zero_shot = backbone.class_embeddings(NAMES, ["a photo of a {}."])
-    return Learner(backbone, zero_shot, [PromptLearner(backbone, NAMES, TUNED)], {})
+    return Learner(
+        backbone, zero_shot, [PromptLearner(backbone, NAMES, TUNED, PromptSettings(depth=1))], {}
+    )
 
 
 def context(own: Learner) -> Tensor:
