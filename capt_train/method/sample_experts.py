@@ -76,10 +76,10 @@ class SampleExperts(VisualPart):
     ) -> tuple[Float[Tensor, "batch width"], Float[Tensor, "batch experts"]]:
         """Return the update of the frozen FFN's output, and the gates.
 
-        `Σ_e g_e·(FFN_e − FFN)` equals `Σ_e g_e·FFN_e − FFN`, because the gates sum to 1. It is exactly
-        0 as long as the updates are: frozen and tuned values go through one call of the activation,
-        whose rounding depends on the memory layout, and differ before the second layer, whose
-        rounding depends on the shape.
+        `Σ_e g_e·(FFN_e − FFN)` equals `Σ_e g_e·FFN_e − FFN`, because the gates sum to 1. It is
+        exactly 0 as long as the updates are: frozen and tuned values go through one call of the
+        activation, whose rounding depends on the memory layout, and are subtracted before the
+        second layer, whose rounding depends on the shape.
 
         Args:
             ffn: the frozen one.
