@@ -93,7 +93,7 @@ def typed_errors(action: str) -> Iterator[None]:
 def import_library() -> Any:
     """Import `onnxruntime` with its telemetry switched off, unless the environment asks for it.
 
-    Since 1.29 it reports its use to its maker. What a classifier sees is nobody else's business,
+    Since 1.29 it reports its use to its maker. What a classifier sees is private,
     and the reporting threads make forked copies of a process hang at their end.
 
     Raises:

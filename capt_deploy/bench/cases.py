@@ -69,12 +69,7 @@ def open_cases(
 ) -> Iterator[Case]:
     """Yield the cases of a bundle, loading each classifier when its first case is drawn.
 
-    Args:
-        bundle: anything that `Classifier.load` takes.
-        request: the rows to measure.
-        photos: images to measure with.
-        threads: the callers.
-        stack: keeps the classifiers open.
+    `threads` call the classifiers, and `stack` keeps them open; see `bench` for the rest.
     """
     measured: dict[tuple[str, str, str], str] = {}  # names by backend, device and precision
     runtime = RuntimeOptions(threads=request.threads)

@@ -158,7 +158,7 @@ def compare_rows(
 
 
 def _key(row: Row) -> Key:
-    """Return what identifies a row; of a device such as `cuda:0 (name)` only the kind."""
+    """Return the key that identifies a row; of a device such as `cuda:0 (name)` only the kind."""
     kind = row["device"].split(":")[0]
     concurrency = row.get("concurrency", 1)
     return row["backend"], kind, row["precision"], row["scope"], row["batch"], concurrency

@@ -102,8 +102,8 @@ def evaluate(
 ) -> Report:
     """Return accuracy, calibration and confusion of both models (METHOD 10).
 
-    `base` are the classes the prompt was tuned on, `new` the others: each is measured on its own
-    images with its own columns, `all` with all columns. What does not exist is None.
+    `base` are the classes tuned on, `new` all other classes: each is measured on the images and
+    columns of these classes, `all` with all columns. A scope without images is None.
 
     Args:
         scores: of the same images for the tuned and the zero-shot model.
@@ -152,7 +152,7 @@ def _confusion(
 
     `recovered` is the share of the zero-shot model's errors in mined pairs that are right after
     tuning; `broken` the share of its right answers that are wrong after it, in any pair. The
-    counts stand beside them, for the two are shares of different numbers.
+    counts are given as well, because the two shares have different denominators.
     """
     rows = np.isin(scores.labels, columns)
     labels, classes = scores.labels[rows], len(class_names)

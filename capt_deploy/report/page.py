@@ -85,7 +85,7 @@ def _environment() -> "Environment":
 
 
 def _texts(results: Results) -> dict[str, Any]:
-    """Return what both templates show."""
+    """Return the variables that both templates show."""
     columns, rows = tables.headline(results)
     return {
         "made_by": f"{MADE_BY} {__version__}",
@@ -139,7 +139,7 @@ def _confusion_matrix(results: Results) -> dict[str, Any] | None:
     order = order_by_confusion(counts, MOST_CLASSES)
     # The shares are of all photos of a class, also of those taken for a class that is not shown.
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    shades = np.ceil(_SHADES * np.sqrt(shares)).astype(int)  # a root, lest single photos fade away
+    shades = np.ceil(_SHADES * np.sqrt(shares)).astype(int)  # so that single photos show
     mined = np.zeros(counts.shape, bool)
     for true, taken in results.evaluation.pairs:
         mined[true, taken] = counts[true, taken] > 0

@@ -72,7 +72,7 @@ def context_line(results: Results) -> str:
 
 
 def warnings(results: Results) -> list[str]:
-    """Return what a reader has to know before the figures."""
+    """Return the warnings to show before the figures."""
     return [*results.evaluation.notes, *worse_than_zero_shot(results.main.report)]
 
 
@@ -106,7 +106,7 @@ def _accuracy(model: MeasuredModel, scope: str) -> Cell:
 
 
 def tuning_changes(results: Results) -> list[str]:
-    """Return what tuning corrected and broke; nothing without a zero-shot model."""
+    """Return sentences on predictions that tuning corrected and broke; none without zero-shot."""
     counts = results.main.report["confusion"]["counts"]
     return [] if counts is None else changes(counts)
 
@@ -144,7 +144,7 @@ def pair_table(results: Results) -> Table:
 
 
 def promise_table(results: Results) -> Table:
-    """Return what is promised and what was measured, a column for each scope."""
+    """Return the promised and the measured shares, a column for each scope."""
     scopes = list(dict.fromkeys(promise.scope for promise in results.promises))
     kinds = list(dict.fromkeys((promise.kind, promise.promised) for promise in results.promises))
     cells = {

@@ -30,8 +30,8 @@ _current = threading.local()  # `queue` in the threads of a batcher
 class Batcher:
     """Answers single images in batches. Thread-safe.
 
-    It ends by `close`, when nobody refers to it any more, or at the interpreter's exit; requests
-    that wait then are still answered.
+    It ends with `close`, when it is garbage-collected, or at the interpreter's exit; requests that
+    wait then are still answered.
     """
 
     def __init__(

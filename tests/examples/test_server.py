@@ -21,7 +21,7 @@ def test_200_concurrent_requests_lose_none_and_get_none_wrong(
     server: Server, classifier: Classifier
 ) -> None:
     pictures = [picture(seed) for seed in range(200)]
-    task = Task.of(pictures, classifier)
+    task = Task.from_photos(pictures, classifier)
     nearest = min(
         np.abs(one.probabilities - other.probabilities).max()
         for number, one in enumerate(task.expected)
