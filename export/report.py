@@ -96,7 +96,7 @@ def _beside(run: Evaluation, graphs: Evaluation) -> Evaluation:
         )
     if list(run.class_names) != list(graphs.class_names):
         raise ConfigError(
-            "--exported: expected a bundle of the run's classes, came one of others; "
+            "--exported: expected a bundle with the classes of the run, came other classes; "
             "export it without --classes"
         )
     graph_rows = {file.resolve(): row for row, file in enumerate(graphs.files)}

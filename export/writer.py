@@ -159,14 +159,19 @@ def export(
         if failed and options.force:
             say(f"warning: {problem}; written all the same, marked as unverified")
         elif failed and not passed:
-            raise GateError(f"{out} was not written: {problem}. {_remedy(graphs, failed)}")
+            raise GateError(
+                f"{out} was not written: {problem}. Choose another precision, or add --force to "
+                f"write it, marked as unverified"
+            )
         written = graphs if options.force else passed
         manifest = _manifest(source, written, text_side, verified=not (failed and options.force))
         _write_files(source, written, results, inputs, manifest, folder)
         verify_bundle(folder, written, inputs)
     if failed and not options.force:
         raise GateError(
-            f"{out} was written with {', '.join(passed)} only: {problem}. {_remedy(graphs, failed)}"
+            f"{out} was written with {', '.join(passed)} only: {problem}. Drop "
+            f"{' '.join(f'--{name}' for name in failed)} next time; or remove the bundle and add "
+            f"--force, to write all graphs, marked as unverified"
         )
     return out
 
@@ -174,14 +179,6 @@ def export(
 def _describe_failures(failed: Mapping[str, GateResult], images: int) -> str:
     figures = "; ".join(f"{name} ({', '.join(r.failures)})" for name, r in failed.items())
     return f"too far from the trained model on {counted(images, 'image')}: {figures}"
-
-
-def _remedy(graphs: Mapping[str, VerifiedGraph], failed: Mapping[str, GateResult]) -> str:
-    """Return which options to drop or add after a failed gate."""
-    if len(failed) < len(graphs):
-        drop = " ".join(f"--{precision}" for precision in failed)
-        return f"Drop {drop}, or add --force to write all graphs, marked as unverified"
-    return "Choose another precision, or add --force to write the bundle, marked as unverified"
 
 
 def _manifest(

@@ -39,7 +39,7 @@ def fit_isotonic(log_odds: Floats, correct: NDArray[np.bool_]) -> TopLabelMap:
 
 
 def _merge_near_blocks(sums: Floats) -> Floats:
-    """Return (3, blocks) sums of images, right ones and log-odds with blocks apart in log-odds."""
+    """Return the sums of images, right images and log-odds, (3, blocks), near blocks merged."""
     merged = [sums[:, 0]]
     for block in sums.T[1:]:
         if block[2] / block[0] - merged[-1][2] / merged[-1][0] < _NARROWEST:

@@ -44,7 +44,7 @@ def load_backbone(model: str, pretrained: str | None, device: torch.device) -> B
         network = open_clip.create_model(
             model, pretrained=pretrained, device=device, require_pretrained=True
         ).float()
-    except Exception as cause:  # open_clip and its hub clients raise whatever they like
+    except Exception as cause:  # open_clip and its hub clients raise errors of any type
         raise ModelError(
             f"model {model!r}, pretrained {pretrained!r}: cannot be loaded "
             f"({shorten(str(cause), 300)}); {_help(str(cause))}"

@@ -1,4 +1,4 @@
-"""Texts as token ids, by whatever tokenizer a model brings, and the words it knows."""
+"""Texts as token ids, by the tokenizer of any model, and the words in its vocabulary."""
 
 import json
 import re
@@ -164,7 +164,7 @@ def vocabulary(tokenizer: Any) -> Mapping[str, int]:
 def _probe(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     try:
         rows: list[list[int]] = tokenizer(texts, context_length=_PROBED).tolist()
-    except Exception as cause:  # tokenizers raise whatever they like
+    except Exception as cause:  # tokenizers raise errors of any type
         raise ModelError(
             f"tokenizer {type(tokenizer).__name__}: expected rows of one length, came "
             f"{shorten(repr(cause), 200)}; take another model"

@@ -47,7 +47,7 @@ class Tower:
     def attend(
         self, block: int, tokens: Float[Tensor, "batch tokens width"], first_only: bool = False
     ) -> Float[Tensor, "batch queries width"]:
-        """Return tokens after the block's attention and its skip; or only the first of them."""
+        """Return tokens after the block's attention and its skip connection, or only the first."""
         raise NotImplementedError
 
     def before_ffn(
@@ -74,7 +74,7 @@ class Tower:
         tokens: Float[Tensor, "batch queries width"],
         update: Float[Tensor, "batch queries width"] | None = None,
     ) -> Float[Tensor, "batch queries width"]:
-        """Return tokens after the block's FFN, with `update` added to its output, and its skip."""
+        """Return tokens after the block's FFN plus `update`, and its skip connection."""
         layers = self._blocks[block]
         output = layers.mlp(self.before_ffn(block, tokens))
         output = output if update is None else output + update

@@ -1,1 +1,1 @@
-"""The confusion bank, what is mined from it, and sentences about confused classes."""
+"""The confusion bank, the miners, and sentences about confused classes."""

@@ -100,7 +100,7 @@ def semantic_scores(
 ) -> Float[Tensor, "batch classes"]:
     """Return `S_i = (1 + n_i/Σ_j n_j)·C_i` with `n_i = N[i,p]`, −∞ at `i = p` (METHOD 3, SEM).
 
-    Where nothing was ever called `p` the factor is 1.
+    The factor is 1 if no sample was called `p`.
 
     Args:
         bank: holds the counts.
@@ -116,11 +116,11 @@ def semantic_scores(
 def mined_classes(bank: ConfusionBank, k: int) -> Int[Tensor, "samples mined"]:
     """Return `p` and the `k` classes with the highest score after it, for each sample (METHOD 3).
 
-    Among equal scores the class that comes first is taken.
+    Of equal scores, that of the first class comes first.
 
     Args:
         bank: whose samples are mined.
-        k: how many classes; no more than the C−1 that there are besides `p`.
+        k: number of classes after `p`; at most C−1 are returned.
     """
     scores = semantic_scores(bank, bank.predicted, bank.confidences)
     best = scores.argsort(dim=1, descending=True, stable=True)

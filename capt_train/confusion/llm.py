@@ -21,7 +21,7 @@ _SHORTEST_SECRET = 8  # characters; a shorter key is a placeholder such as "none
 _MAX_RESPONSE_BYTES = 2**20
 _MAX_ANSWER_CHARACTERS = 100_000
 _MAX_SENTENCES, _MAX_SENTENCE_CHARACTERS = 20, 400
-_MAX_WAIT_S = 60.0  # between two tries, whatever the server asks for
+_MAX_WAIT_S = 60.0  # between two tries, even if the server asks for more
 _TRANSIENT = (408, 425, 429)  # HTTP codes that a retry may mend, as all from 500 on
 # May concern this prompt alone, as where a content filter refuses it; others may pass.
 _PROMPT_REFUSED = (400, 413, 422)
@@ -117,7 +117,7 @@ class LlmClient:
         from anyio.from_thread import start_blocking_portal
 
         try:
-            # An event loop of its own, as a notebook runs one already; leaving the block cancels.
+            # A separate event loop, for a notebook runs one already; leaving the block cancels it.
             with start_blocking_portal() as portal:
                 return portal.call(self._complete, content)
         except (TimeoutError, openai.APITimeoutError):

@@ -56,7 +56,7 @@ def find_sentences(
         DataError: a sentence file cannot be used.
         ConfigError, RunError: the endpoint cannot be used.
     """
-    if (folder / SENTENCES).exists():  # a resumed run goes on with what it began with
+    if (folder / SENTENCES).exists():  # a resumed run keeps its sentences
         return gather(mined, pair_sentences=read_pair_file(folder / SENTENCES, names))
     files = _files(config, names)
     gathered = gather(mined, **files)

@@ -128,7 +128,7 @@ def gather(
 
     Args:
         pairs: mined pairs, in any order within a pair; repeated ones count once.
-        pair_sentences: as by `read_pair_file`; None where there is no file, as below.
+        pair_sentences: as by `read_pair_file`; None without a file, here and below.
         commonality: as by `read_class_file`.
         difference: as by `read_class_file`.
         llm: answers, as by `capt_train.confusion.llm_answers.ask_all`.

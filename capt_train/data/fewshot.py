@@ -145,7 +145,7 @@ def choose(dataset: Dataset, classes: str, shots: int, seed: int) -> FewShotSpli
     if missing := [dataset.class_names[label] for label in tuned if not counts[label]]:
         raise DataError(f"{dataset.root}: no readable training image of {missing}; add some")
     val = [item for item in dataset.splits["val"] if item.label in candidates]
-    stand_in = not val
+    substituted = not val
     # Decoding all of these would take too long here; unreadable ones are left out later.
     listed, val = val or spare, []
     for item in listed:
@@ -162,7 +162,7 @@ def choose(dataset: Dataset, classes: str, shots: int, seed: int) -> FewShotSpli
         tuple(val),
         {item.path: sha256_file(dataset.path(item)) for item in (*chosen, *val)},
         left_out,
-        tuple(_notices(fewer, shots, left_out, bool(val), stand_in)),
+        tuple(_notices(fewer, shots, left_out, bool(val), substituted)),
     )
 
 
@@ -195,7 +195,7 @@ def _notices(
     shots: int,
     skipped: Sequence[Skipped],
     validated: bool,
-    stand_in: bool,
+    substituted: bool,
 ) -> Iterator[str]:
     if fewer:
         listed = ", ".join(f"{name} ({n})" for name, n in list(fewer.items())[:10])
@@ -212,5 +212,5 @@ def _notices(
             "no validation images: all epochs are trained, and confidences are calibrated by "
             "cross-validation on the training images"
         )
-    elif stand_in:
-        yield "no validation images: training images that were not chosen stand in for them"
+    elif substituted:
+        yield "no validation images: training images that were not chosen are used instead"

@@ -18,7 +18,6 @@ from capt_deploy.core.version import __version__
 
 _CHECK_OPTIONS = ("check", "gate_data", "backend", "as_json")
 
-
 _bundle = partial(section_option, "Bundle")
 _precision = partial(section_option, "Precision")
 _gate = partial(section_option, "Check")
@@ -54,17 +53,17 @@ def main(
 ) -> None:
     """Fold a finished RUN into one text-embedding matrix and one ONNX graph per precision.
 
-    Several runs over one model, tuned with --without visual,colours, become one bundle: each run's
-    prompt rules its own classes. The runtime chooses among the precisions of a bundle.
+    Several runs over one model, tuned with --without visual,colours, become one bundle, with each
+    run's prompts for its classes. The runtime chooses among the precisions of a bundle.
 
     Every graph is compared with the trained model on the run's validation images, or on those of
     --gate-data: the same data set where it has moved, another labelled one, or a folder of images.
     Graphs that differ too much are left out, and the exit code is 1; if all differ, nothing is
     written.
 
-    New names in --classes get the learned prompts. With --dac, an image that is taken for a class
-    outside training gets less confidence, the further tuning has moved that class from the tuned
-    ones; docs/export.md shows the gain.
+    New names in --classes get the learned prompts. With --dac, predictions of a class outside
+    training get the less confidence, the further tuning has moved that class from the tuned ones;
+    docs/export.md shows the gain.
 
     --check compares the graphs of a bundle again, on this machine and without torch. --gate-data
     is then the folder of the images; without it, drawn patterns are used.

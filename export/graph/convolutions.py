@@ -31,7 +31,7 @@ def simplified_convolutions(visual: nn.Module, size: tuple[int, int]) -> nn.Modu
     draw = torch.Generator().manual_seed(0)
     pixels = torch.rand(2, 3, *size, generator=draw).to(next(visual.parameters()))
     merged = reparameterize_model(copy.deepcopy(visual), inplace=True).eval()
-    for norm, convolution in _followed(merged, pixels).items():
+    for norm, convolution in _fusable(merged, pixels).items():
         _replace(merged, convolution, fuse_conv_bn_eval(convolution, norm))
         _replace(merged, norm, _activation(norm))
     merged.eval()  # new modules start in training mode
@@ -39,14 +39,14 @@ def simplified_convolutions(visual: nn.Module, size: tuple[int, int]) -> nn.Modu
     return merged if same else visual
 
 
-def _followed(visual: nn.Module, pixels: Tensor) -> dict[nn.BatchNorm2d, nn.Conv2d]:
+def _fusable(visual: nn.Module, pixels: Tensor) -> dict[nn.BatchNorm2d, nn.Conv2d]:
     """Return the batch norms whose input is the output of a convolution, with that convolution.
 
     Both must be in one block, for the output of a block may be read elsewhere as well.
     """
     block = {child: module for module in visual.modules() for child in module.children()}
     last: list[tuple[nn.Conv2d, Tensor]] = []  # keeps the output alive, so that it stays unique
-    followed: dict[nn.BatchNorm2d, nn.Conv2d] = {}
+    fusable: dict[nn.BatchNorm2d, nn.Conv2d] = {}
 
     def after(convolution: nn.Conv2d, _: nn.Module, __: Any, output: Tensor) -> None:
         last[:] = [(convolution, output)]
@@ -54,7 +54,7 @@ def _followed(visual: nn.Module, pixels: Tensor) -> dict[nn.BatchNorm2d, nn.Conv
     def before(norm: nn.BatchNorm2d, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         for convolution, output in last:
             if output is inputs[0] and block[convolution] is block[norm]:
-                followed[norm] = convolution
+                fusable[norm] = convolution
 
     with ExitStack() as stack:
         for module in visual.modules():
@@ -63,7 +63,7 @@ def _followed(visual: nn.Module, pixels: Tensor) -> dict[nn.BatchNorm2d, nn.Conv
             elif isinstance(module, nn.BatchNorm2d):
                 stack.callback(module.register_forward_pre_hook(partial(before, module)).remove)
         visual(pixels)
-    return followed
+    return fusable
 
 
 def _activation(norm: nn.BatchNorm2d) -> nn.Module:

@@ -153,7 +153,7 @@ def to_onnx(
                 dynamic_shapes={name: dict(axes)},
                 verbose=False,
             )
-    except Exception as cause:  # the exporter wraps all errors in types of its own
+    except Exception as cause:  # the exporter's own types of errors, for all causes
         raise ModelError(f"{subject} cannot be traced to ONNX: {cause}") from cause
     if program is None:
         raise ModelError(f"{subject} cannot be traced to ONNX: the exporter returned no graph")

@@ -111,7 +111,7 @@ def _some(values: Tensor, count: int) -> Tensor:
 
 
 def _unsuitable(network: VisualClassifier, candidates: Sequence[Candidate]) -> dict[str, str]:
-    """Return the layers that must not be int8 whatever their noise is, and why."""
+    """Return the layers that must not be int8 even if their noise is low, and why."""
     read = network.layers_read()
     reasons = {}
     for candidate in candidates:

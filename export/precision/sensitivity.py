@@ -31,7 +31,7 @@ class Candidate:
         self.largest = 0.0  # magnitude of an input
         self.clip = 1.0  # share of `largest` that the codes reach
         self.noise = 0.0  # squared change of an image's logits by this layer alone
-        self.first_reader = self  # of the layers in a row that read the same tensor
+        self.first_reader = self  # of the consecutive layers that read the same tensor
         self._places = [
             (module, attribute)
             for module in network.modules()
@@ -124,7 +124,7 @@ def _slopes(
     network: nn.Module, image: Tensor, leaves: Sequence[Tensor], draw: torch.Generator
 ) -> tuple[Tensor | None, ...]:
     """Return the slopes of the logits, in a random direction, along the leaves."""
-    # A function of its own, so that the tensors of the backward pass are freed before the next one.
+    # A separate function frees the tensors of the backward pass before the next one.
     logits = network(image)[0]
     direction = torch.randn(logits.shape, generator=draw).to(logits)
     return torch.autograd.grad((direction * logits).sum(), leaves, allow_unused=True)

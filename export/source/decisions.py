@@ -26,7 +26,7 @@ def decisions_from_validation(source: Source) -> Decisions | None:
         return None
     listed = (known.labels >= 0).numpy()
     if (count := int(listed.sum())) < FEWEST_IMAGES:
-        why = f"{count} validation images are of the exported classes, {FEWEST_IMAGES} is least"
+        why = f"expected {FEWEST_IMAGES} validation images of the exported classes, came {count}"
         say(f"note: no prediction sets and no rejection: {why}")
         return None
     backbone = source.learner.backbone

@@ -90,7 +90,7 @@ class TextRows(nn.Module):
     def forward(
         self, tokens: Int[Tensor, "classes prompts tokens"]
     ) -> tuple[Float[Tensor, "classes dim"], ...]:
-        """Return scale·Ŵ_c, never renormalised; and t⁰_c, unit norm, if it is asked for."""
+        """Return scale·Ŵ_c, never renormalised; and with `hand_written` t⁰_c, unit norm."""
         count = len(self._templates)
         by_template = None
         if count:
@@ -201,7 +201,7 @@ def check_rows(
     """
     backbone = models[0].backbone
     expected = backbone.scale * untuned_rows(models, names).cpu().numpy()
-    # Logits of text embeddings stand in for those of images, of which there are none.
+    # There are no images here, so the rows are compared by logits of text embeddings.
     probes = backbone.class_embeddings(names, models[0].config.prompt.templates).cpu().numpy()
     difference = float(np.abs((texts.rows(names) - expected) @ probes.T).max())
     if hand_written:

@@ -16,7 +16,7 @@ _PRINTABLE = frozenset(range(32, 127)) - set(b'"\\')
 
 
 @dataclass(frozen=True)
-class Tensor:
+class TensorSpec:
     """An input or output of a model; `dims` leaves out the batch."""
 
     name: str
@@ -33,8 +33,8 @@ class Tensor:
 class Signature:
     """The inputs and outputs of a bundle's graphs."""
 
-    images: Tensor
-    outputs: tuple[Tensor, ...]
+    images: TensorSpec
+    outputs: tuple[TensorSpec, ...]
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> "Signature":
@@ -42,8 +42,8 @@ class Signature:
         classes, dim = bundle.text_embeddings()["text_embeddings"].shape
         widths = {"logits": classes, "probabilities": classes, "embedding": dim}
         return cls(
-            Tensor("images", "TYPE_UINT8", (*bundle.manifest.preprocess.size, 3)),
-            tuple(Tensor(name, "TYPE_FP32", (width,)) for name, width in widths.items()),
+            TensorSpec("images", "TYPE_UINT8", (*bundle.manifest.preprocess.size, 3)),
+            tuple(TensorSpec(name, "TYPE_FP32", (width,)) for name, width in widths.items()),
         )
 
     def shape(self, batch: int) -> str:
@@ -51,7 +51,7 @@ class Signature:
         return f"{self.images.name}:{'x'.join(map(str, (batch, *self.images.dims)))}"
 
 
-ENCODED = Tensor("image", "TYPE_STRING", (1,))  # one encoded file for each image of the batch
+ENCODED = TensorSpec("image", "TYPE_STRING", (1,))  # one encoded file for each image of the batch
 
 
 def onnx_config(
@@ -192,7 +192,7 @@ def _entries(mapping: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"key": key, "value": value} for key, value in mapping.items()]
 
 
-def _labelled(outputs: Sequence[Tensor]) -> list[dict[str, Any]]:
+def _labelled(outputs: Sequence[TensorSpec]) -> list[dict[str, Any]]:
     """Return the fields of outputs, with class names for the probabilities."""
     labels = {"probabilities": {"label_filename": LABELS}}
     return [{**tensor.fields, **labels.get(tensor.name, {})} for tensor in outputs]

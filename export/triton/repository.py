@@ -50,12 +50,12 @@ without a GPU, name them:
 ## TensorRT
 
 `*_tensorrt` build their engines on first loading, which takes minutes, and keep them below {cache}.
-Mount a volume there, that nobody else can write to, to keep them longer. To use TensorRT's
+To keep them longer, mount a volume there to which only the server can write. To use TensorRT's
 own backend instead, build a plan on the server, then start it with `--model-config-name=plan`:
 
 {plans}
 
-Strong typing keeps the types of the ONNX file; TensorRT 11 knows nothing else.
+Strong typing keeps the types of the ONNX file; TensorRT 11 has no other mode.
 """
 
 

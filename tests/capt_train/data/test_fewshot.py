@@ -121,7 +121,7 @@ def test_without_a_validation_split_unchosen_training_images_stand_in(photos: Pa
     assert per_class(split.val) == {0: 2, 1: 2}
     assert not set(split.val) & set(split.train)
     assert split.notices == (
-        "no validation images: training images that were not chosen stand in for them",
+        "no validation images: training images that were not chosen are used instead",
     )
 
 

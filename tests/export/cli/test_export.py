@@ -45,7 +45,7 @@ def test_graphs_that_pass_are_written_without_one_that_fails(tuned_run, tmp_path
     result = run(tuned_run, *options, "--fp32", "--fp16", "--json")
     assert result.exit_code == 1
     assert "was written with fp16 only" in result.stderr
-    assert "Drop --fp32, or add --force" in result.stderr
+    assert "Drop --fp32 next time; or remove the bundle and add --force" in result.stderr
     assert Classifier.load(folders["out"] / "model.onnx").precision == "fp16"
     manifest = open_bundle(folders["out"]).manifest
     assert list(manifest.graphs) == ["fp16"] and manifest.verified
