@@ -139,7 +139,7 @@ def test_ctrl_c_ends_it_at_once_without_a_traceback(tmp_path, form):
         text=True,
     ) as command:
         if form == ["--json"]:  # which prints at the end
-            while not command.stderr.readline().startswith("6000 images"):
+            while not command.stderr.readline().startswith("6,000 images"):
                 assert command.poll() is None
             time.sleep(0.2)
         else:
