@@ -47,10 +47,9 @@ class Adapters(VisualPart):
         # Only a later attention, or a pooling over patches, reads the patches.
         behind = tower.depth - 1 if tower.pools_class_token else tower.depth
         blocks = range(max(0, behind - depth), behind)
-        self._adapters = {block: DiffMannerAdapter(tower.width, tower.grid) for block in blocks}
-        self.blocks = nn.ModuleDict(
-            {str(block): adapter for block, adapter in self._adapters.items()}
-        )
+        adapters = {block: DiffMannerAdapter(tower.width, tower.grid) for block in blocks}
+        self._adapters = adapters
+        self.blocks = nn.ModuleDict({str(block): adapters[block] for block in blocks})
         self.keeps_up_to = blocks[0]
 
     @classmethod

@@ -91,7 +91,7 @@ def confusion_infonce(
     """Return the symmetric InfoNCE of CAPT (arXiv 2603.02557), restricted to confused classes.
 
     `M_b = {y_b} ∪ mined_b`. From image to prompts: `−log softmax(z_b over M_b)[y_b]`. From prompt
-    to images *(ours)*: the prompt of `y_b` shall find image b among the images of the minibatch
+    to images *(ours)*: the prompt of `y_b` has to find image b among the images of the minibatch
     whose class is mined for b; other images of `y_b` are left out, as neither right nor wrong.
     The result is the average of both directions.
 
@@ -147,9 +147,7 @@ def moments(
     `Σ = XcᵀXc/C` is D×D; ‖Σ−Σ⁰‖² = ‖Σ‖² − 2⟨Σ,Σ⁰⟩ + ‖Σ⁰‖², and each of the three is a squared
     norm of a C×C product of centred embeddings, so D×D matrices are formed only where C ≥ D.
     """
-    with torch.autocast(
-        embeddings.device.type, enabled=False
-    ):  # autocast would compute the products in half precision
+    with torch.autocast(embeddings.device.type, enabled=False):  # else in half precision
         return _moment_distance(wide(embeddings), wide(reference))
 
 

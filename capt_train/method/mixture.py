@@ -126,7 +126,7 @@ def outside_loss(
 ) -> Float[Tensor, ""]:
     """Return Σ_i mean max(0, H(p_t0) − H(p_ti) + d), in float32 or wider.
 
-    On classes that it was not tuned on, a learned prompt shall be less sure than the hand-written
+    On classes that it was not tuned on, a learned prompt should be less sure than the hand-written
     one, by `d`. The weight acts as an inverse temperature: p_ti = softmax(s_i·z_i), while
     p_t0 = softmax(z_0) (ours: the paper leaves open how the weight enters H). Each term depends on
     one share alone.
@@ -175,7 +175,7 @@ def fit_outside(
         features: f(x) of the training samples, unit norm.
         pseudo: t_{i,c} of the pseudo-classes, the hand-written prompt first.
         scale: 1/τ.
-        d: nats by which a learned prompt shall be less sure.
+        d: nats by which a learned prompt should be less sure.
     """
     logits = _logits(features, pseudo, scale)
     return _descend(lambda shares: outside_loss(shares, logits, d), logits)

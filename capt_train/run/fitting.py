@@ -106,7 +106,7 @@ def fit(setup: Setup, outcome: Outcome, out: Path) -> TunedModel:
 
 @torch.no_grad()
 def _mixture(setup: Setup, outcome: Outcome) -> Mixture:
-    """Fit π on views that were not trained on (ours); on the others the learned prompts win."""
+    """Fit π on views that were not trained on (ours); trained views favour the learned prompts."""
     learner, split, config = outcome.learner, setup.split, setup.config
     if "mixture" not in config.parts:
         return Mixture.learned_only(learner.learned)
