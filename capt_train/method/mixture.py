@@ -200,7 +200,7 @@ def pseudo_class_names(
     if len(usable) < count:
         raise ModelError(
             f"pseudo-classes: expected {count} words, but the tokenizer's vocabulary has only "
-            f"{len(usable)} that are in no class name; tune without the mixture"
+            f"{len(usable)} that are in no class name; tune with --without mixture"
         )
     return random.Random(seed).sample(usable, count)
 

@@ -99,7 +99,7 @@ def test_a_tokenizer_without_words_for_the_mixture_is_refused_before_anything_is
     content["model"]["vocab"] = [[unit[:2], score] for unit, score in units[:20]]
     (model / "tokenizer.json").write_text(json.dumps(content))
     settings = {"model": f"local-dir:{model}", "tuning_epochs": 1, "tuning_warmup_epochs": 0}
-    with pytest.raises(ModelError, match="tune without the mixture"):
+    with pytest.raises(ModelError, match="tune with --without mixture"):
         train(configure(added=("mixture",), **settings), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     train(configure(**settings), tmp_path / "run")
