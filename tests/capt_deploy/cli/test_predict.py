@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,8 +129,8 @@ def test_fast_decoding_is_only_done_where_it_is_asked_for(tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent otherwise elsewhere")
 @pytest.mark.parametrize("form", [[], ["--csv"], ["--json"]])
 def test_ctrl_c_ends_it_at_once_without_a_traceback(tmp_path, form):
-    photo = next(iter(PHOTOS.rglob("*.png")))
-    for number in range(6_000):
+    photo = Path(shutil.copy(next(iter(PHOTOS.rglob("*.png"))), tmp_path / "0.png"))
+    for number in range(1, 6_000):  # a file has a limited number of links: those of a copy
         (tmp_path / f"{number}.png").hardlink_to(photo)
     code = "from capt_deploy.cli.predict import main; main()"
     with subprocess.Popen(
