@@ -1,4 +1,4 @@
-"""What the README shows is run as it is written."""
+"""The commands and the code of the README run as they are written."""
 
 import os
 import re
@@ -39,28 +39,18 @@ def run(command, folder):
 
 
 def test_the_commands_run_and_the_python_code_after_them(clone):
-    (commands,) = blocks("bash")
+    (commands,), (code,) = blocks("bash"), blocks("python")
     lines = commands.splitlines()
     assert [line.split()[0] for line in lines] == [
         *("capt-train", "capt-export", "capt-eval", "capt-predict")
     ]
-    *_, evaluated, last = (run(["bash", "-c", line], clone) for line in lines)
-    (code,) = blocks("python")
-    said = run([sys.executable, "-c", code], clone).stdout
-    label, confidence = re.match(r"(.+) (0\.\d+|1\.0) \(", said).groups()
+    *_, predicted = (run(["bash", "-c", line], clone) for line in lines)
+    printed = run([sys.executable, "-c", code], clone).stdout
+    label, confidence = re.match(r"(.+) (0\.\d+|1\.0) \(", printed).groups()
     # the command before it was given the same picture
-    assert f": {label} {float(confidence):.3f}" in last.stdout
-    # what the README shows as printed is what is printed, but for figures: they vary with machines
-    shown = [line for line in blocks("text")[0].splitlines() if line != "…"]
-    printed = {without_figures(line) for line in (evaluated.stderr + last.stdout).splitlines()}
-    assert len(shown) >= 6
-    assert [line for line in shown if without_figures(line) not in printed] == []
-
-
-def without_figures(line):
-    picture, colon, _ = line.partition(".png: ")
-    return picture if colon else re.sub(r"[-\d.]+", "#", " ".join(line.split()))
+    assert f": {label} {float(confidence):.3f}" in predicted.stdout
+    assert (clone / "report" / "report.html").is_file()
 
 
 def test_it_fits_on_two_screens():
-    assert len(README.splitlines()) <= 170
+    assert len(README.splitlines()) <= 120
