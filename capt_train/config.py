@@ -103,7 +103,7 @@ class TrainConfig(SettingsGroup):
         calibrator = self.calibration.calibrator
         if calibrator and CALIBRATORS[calibrator].needs_all_classes and self.classes == "base":
             raise ConfigError(
-                "--set calibration.calibrator: expected another one with --classes base, for "
+                "--set calibration.calibrator: expected another one with --classes base, because "
                 f"{calibrator} has no factor for the classes that are not tuned on"
             )
         goals = {**self.loss_weights, "balance": 0.0}  # balance alone teaches nothing
@@ -124,7 +124,7 @@ class TrainConfig(SettingsGroup):
         return {**self.losses, **dict.fromkeys(off, 0.0)}
 
     def needs(self, prepared: str) -> bool:
-        """Return whether a part that is on needs something prepared: `bank` or `sentences`."""
+        """Tell whether a part that is on needs something prepared: `bank` or `sentences`."""
         return any(prepared in PARTS[name].needs for name in self.parts)
 
     def values(self) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class TrainConfig(SettingsGroup):
         Raises:
             error: a key is unknown or missing, or a value cannot be used.
         """
-        flat = _flat(values) if isinstance(values, Mapping) else {}
+        flat = _flat(values)
         if different := sorted({*flat} ^ {*settings()}):
             raise error(
                 f"configuration: written by another version of capt (it differs in "

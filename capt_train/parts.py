@@ -1,6 +1,6 @@
 """The parts of the method, without torch: what each adds, and which of them a method trains.
 
-A new part is an entry of `PARTS` and the file in capt_train/method that its code lies in.
+A new part is an entry of `PARTS` and a file in capt_train/method.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal, NamedTuple
 
-# What is said of two confused classes (METHOD 3)
+# Kinds of sentences about two confused classes (METHOD 3)
 SENTENCE_KINDS = ("commonality", "difference")
 
 
@@ -23,7 +23,7 @@ class LossTerm:
 
 @dataclass(frozen=True)
 class Part:
-    """What can be switched on and off alone. `code` is imported only where it is used.
+    """A piece of the method that is switched on and off alone; its `code` is imported when used.
 
     The code of side `text` is a `ClassTransform`, that of side `visual` a `VisualPart`; see
     capt_train/method/base.py. A part without code acts at one place of the run: before tuning
@@ -31,11 +31,11 @@ class Part:
     """
 
     help: str
-    side: Literal["text", "visual"] | None = None  # also the stage that trains it
+    side: Literal["text", "visual"] | None = None  # also names the stage that trains the part
     code: str = ""  # module:class
     losses: Mapping[str, LossTerm] = field(default_factory=dict)
-    needs: tuple[str, ...] = ()  # of what is prepared for it: bank, sentences
-    # Whether a learner has it, where it is wanted; by default, whether its code was built
+    needs: tuple[str, ...] = ()  # what must be prepared before tuning: bank, sentences
+    # Tells whether a learner has the part; by default, where its code was built
     in_force: Callable[[Any], bool] | None = None
 
 
@@ -102,7 +102,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 
 
 class Method(NamedTuple):
-    """A choice of parts that has a name."""
+    """A named choice of parts."""
 
     help: str
     parts: tuple[str, ...]
@@ -140,6 +140,6 @@ def loss_terms() -> dict[str, LossTerm]:
 
 
 def load(code: str) -> Any:
-    """Import what a `code` names."""
+    """Import the class or function that `code` names as `module:name`."""
     module, _, name = code.partition(":")
     return getattr(import_module(module), name)

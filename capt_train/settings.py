@@ -94,12 +94,12 @@ class Setting:
             raise self.error(word + self.allowed.expected, value)
 
     def error(self, expected: str, value: Any) -> ConfigError:
-        """Return the error that says what was expected and what came."""
+        """Return an error that names the expected and the given value."""
         return ConfigError(f"{self.label}: expected {expected}, came {value!r}")
 
     @property
     def label(self) -> str:
-        """Return what the setting is called on the command line."""
+        """Return the name of the setting on the command line."""
         if self.option is None:
             return f"--set {self.name}"
         both = "." in self.name and self.type is not tuple

@@ -146,9 +146,10 @@ def read_config(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
             f"{folder}: no run ({CONFIG} is missing); expected a folder written by capt-train"
         )
     content = read_json(folder / CONFIG, RunError)
-    if not isinstance(content, dict) or not {"config", "model_sha256"} <= set(content):
+    settings = content.get("config") if isinstance(content, dict) else None
+    if not isinstance(settings, dict) or "model_sha256" not in content:
         raise RunError(f"{folder / CONFIG}: not as capt-train writes it")
-    config = TrainConfig.from_dict(content["config"], RunError)
+    config = TrainConfig.from_dict(settings, RunError)
     if content.get("parts") not in (None, sorted(config.parts)):
         raise RunError(
             f"{folder}: begun with {', '.join(content['parts'])}, but the method {config.method} "
@@ -182,7 +183,10 @@ def load_run(folder: str | Path, device: torch.device | None = None) -> TunedMod
     fitted = _read(folder / RESULT, lambda values: Fitted.from_dict(values, learner.learned))
     vector = fitted.calibration.vector
     if vector is not None and len(vector.scales) != len(split.class_names):
-        raise RunError(f"{folder / RESULT}: its vector scaling is not of the run's classes")
+        raise RunError(
+            f"{folder / RESULT}: expected vector scaling of {len(split.class_names)} classes, "
+            f"came {len(vector.scales)}; restore the file, or tune again"
+        )
     learner.set_strength(fitted.strength)
     if learner.trainable:
         load_checkpoint(best_checkpoint(folder, fitted.strength), learner)

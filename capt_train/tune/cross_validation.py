@@ -56,10 +56,9 @@ def out_of_fold_logits(
         learner.set_strength(float(strength > 0))  # as the model was tuned; κ came afterwards
         try:
             with tempfile.TemporaryDirectory() as folder:
+                label = f"cross-validation {fold + 1}/{count}:"
                 for stage in stages(rest, learner):
-                    tune(
-                        learner, rest, Path(folder), stage, f"cross-validation {fold + 1}/{count}:"
-                    )
+                    tune(learner, rest, Path(folder), stage, label)
         except DivergenceError as error:  # the run itself is tuned already
             say(
                 "note: confidences are not calibrated: cross-validation diverged "

@@ -52,6 +52,12 @@ def test_json_that_does_not_fit_raises_the_error_asked_for(change: dict[str, Any
         TrainConfig.from_dict({**CONFIG.to_dict(), **change}, RunError)
 
 
+@pytest.mark.parametrize("change", [{"added": [3]}, {"without": [None]}])
+def test_json_lists_hold_texts(change: dict[str, Any]) -> None:
+    with pytest.raises(RunError, match="expected texts, came"):
+        TrainConfig.from_dict({**CONFIG.to_dict(), **change}, RunError)
+
+
 def test_json_of_another_version_is_refused_in_words() -> None:
     stored = {**CONFIG.to_dict(), "epochs": 50, "strength": "auto"}
     del stored["tuning"]

@@ -187,7 +187,7 @@ def test_scales_of_other_classes_are_refused(run: Path) -> None:
     vector = {"scales": [1.0], "biases": [0.0]}
     own = {"kind": "vector", "temperature": 1.0, "vector": vector, "top_label": None}
     edit(run / "result.json", calibration=own)
-    with pytest.raises(RunError, match="its vector scaling is not of the run's classes"):
+    with pytest.raises(RunError, match="expected vector scaling of 4 classes, came 1"):
         load_run(run)
 
 
