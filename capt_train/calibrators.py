@@ -1,14 +1,6 @@
 """The ways to calibrate confidences (METHOD 8), from simple to complex."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from importlib import import_module
-
-import numpy as np
-from numpy.typing import NDArray
-
-from capt_deploy.confidence.calibration import Calibration
-from capt_deploy.metrics.probabilities import Floats, Ints
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -23,17 +15,6 @@ class Calibrator:
     needs_all_classes: bool = False  # whether it leaves classes behind that it is not fitted on
     fewest_images: int = 50  # with fewer images it is not tried
     module: str = ""  # by default `capt_train.calibrate.<name>`
-
-    def fit(self, raw: NDArray[np.floating], labels: Ints) -> Calibration:
-        """Return the calibration that explains the labels best.
-
-        Args:
-            raw: scaled logits z, (images, classes), of images that were not tuned on.
-            labels: (images,) columns.
-        """
-        module = import_module(self.module or f"capt_train.calibrate.{self.name}")
-        fit: Callable[[Floats, Ints], Calibration] = module.fit
-        return replace(fit(np.asarray(raw, np.float64), labels), calibrator=self.name)
 
 
 # By name. To add one, write `capt_train/calibrate/<name>.py` with a function `fit`, and an entry.

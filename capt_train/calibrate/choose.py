@@ -1,7 +1,8 @@
 """Choose a calibrator (METHOD 8): the simplest of those that explain other images best."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,7 +79,9 @@ def fit_calibration(name: str, raw: _Array, labels: Ints, label_noise: float = 0
     """
     if label_noise:
         return fit_temperature_to_noisy_labels(raw, labels, label_noise)
-    return CALIBRATORS[name].fit(raw, labels)
+    module = import_module(CALIBRATORS[name].module or f"capt_train.calibrate.{name}")
+    fit: Callable[[Floats, Ints], Calibration] = module.fit
+    return replace(fit(np.asarray(raw, np.float64), labels), calibrator=name)
 
 
 def cross_fitted(

@@ -11,7 +11,7 @@ _NARROWEST = 0.25  # between two knots; a steeper rise would magnify rounding er
 
 
 def fit(raw: Floats, labels: Ints) -> Calibration:
-    """Return a temperature and an isotonic map; see `Calibrator.fit`."""
+    """Return a temperature and an isotonic map; see `fit_calibration`."""
     return fit_top_label(raw, labels, fit_isotonic)
 
 

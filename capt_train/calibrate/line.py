@@ -15,7 +15,7 @@ _NEWTON_STEPS = 50
 
 
 def fit(raw: Floats, labels: Ints) -> Calibration:
-    """Return a temperature and a line; see `Calibrator.fit`."""
+    """Return a temperature and a line; see `fit_calibration`."""
     return fit_top_label(raw, labels, fit_line)
 
 

@@ -18,7 +18,7 @@ PRIOR_DEVIATION = 0.5
 
 
 def fit(raw: Floats, labels: Ints) -> Calibration:
-    """Return the calibration with the best temperature; see `Calibrator.fit`."""
+    """Return the calibration with the best temperature; see `fit_calibration`."""
     targets = torch.from_numpy(np.asarray(labels, np.int64))
     return Calibration(fit_temperature(torch.from_numpy(raw), targets))
 

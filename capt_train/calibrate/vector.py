@@ -18,7 +18,7 @@ _STEPS = 200
 
 
 def fit(raw: Floats, labels: Ints) -> Calibration:
-    """Return vector scaling, and the temperature that fits its result; see `Calibrator.fit`."""
+    """Return vector scaling, and the temperature that fits its result; see `fit_calibration`."""
     vector = fit_vector(raw, labels)
     scaled = np.asarray(Calibration(vector=vector).scale(raw), np.float64)
     return Calibration(temperature.fit(scaled, labels).temperature, vector)

@@ -21,7 +21,7 @@ _KNOTS = np.linspace(-12, 12, 97)  # log-odds at which the curve is sampled
 
 
 def fit(raw: Floats, labels: Ints) -> Calibration:
-    """Return a temperature and a beta curve; see `Calibrator.fit`."""
+    """Return a temperature and a beta curve; see `fit_calibration`."""
     return fit_top_label(raw, labels, fit_beta)
 
 
