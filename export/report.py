@@ -50,9 +50,11 @@ def score(
     else:
         from capt_train.run.evaluate import score_run
 
-        evaluation = _of_run(score_run(path, data, split, class_names), path.name)
+        scored = score_run(path, data, split, class_names)
+        evaluation = _of_run(scored, path.name)
         if exported is not None:
-            graphs = score_graphs(exported, data, split, class_names, backend)
+            file = class_names or scored.model.config.class_names  # a bundle does not know it
+            graphs = score_graphs(exported, data, split, file and Path(file), backend)
             evaluation = _beside(evaluation, graphs)
     notes = list(evaluation.notes)
     if split in _USES:

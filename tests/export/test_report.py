@@ -42,6 +42,22 @@ def test_a_run_has_its_exported_graphs_beside_it(tuned_run, full_bundle, photos,
     assert str(photos) not in (page / "report.json").read_text()  # nor any folder of this machine
 
 
+def test_the_bundle_gets_the_class_names_of_the_run(tuned_run, bundle, photos, tmp_path):
+    data, run = tmp_path / "photos", tmp_path / "run"
+    shutil.copytree(photos, data)
+    for split in data.iterdir():
+        (split / "blue_sky").rename(split / "sky_1")
+    names = tmp_path / "names.json"
+    names.write_text('{"sky_1": "blue sky"}')
+    shutil.copytree(tuned_run, run)
+    config = json.loads((run / "config.json").read_text())
+    config["config"]["class_names"] = str(names)
+    (run / "config.json").write_text(json.dumps(config))
+    options = ("--exported", bundle, "--report", tmp_path / "page")
+    result = evaluate(run, "--data", data, *options)
+    assert result.exit_code == 0, result.output
+
+
 def test_a_bundle_alone_has_a_page_too(bundle, photos, tmp_path):
     page = tmp_path / "page"
     result = evaluate(bundle, "--data", photos, "--report", page)
