@@ -42,6 +42,7 @@ from tests.configs import changed
 
 Configure = Callable[..., TrainConfig]
 RUN_FILES = {
+    runs.README,
     "config.json",
     "split.json",
     "last.safetensors",
@@ -102,8 +103,8 @@ def test_a_run_folder_holds_what_is_documented_and_nothing_else(
 ) -> None:
     assert {file.name for file in finished.iterdir()} == RUN_FILES
     assert {file.name for file in tuned_run.iterdir()} == RUN_FILES | BOTH_SIDES
-    documented = runs.__doc__ or ""
-    assert all(name in documented for name in RUN_FILES | {"sentences.json", "text-last"})
+    documented = (finished / runs.README).read_text()
+    assert all(name in documented for name in RUN_FILES - {runs.README} | {"sentences.json"})
 
 
 def test_metrics_have_zero_shot_beside_tuned_on_every_scope(finished: Path) -> None:
