@@ -54,7 +54,8 @@ def score(
         evaluation = _of_run(scored, path.name)
         if exported is not None:
             file = class_names or scored.model.config.class_names  # a bundle does not know it
-            graphs = score_graphs(exported, data, split, file and Path(file), backend)
+            names = None if file is None else Path(file)
+            graphs = score_graphs(exported, data, split, names, backend)
             evaluation = _beside(evaluation, graphs)
     notes = list(evaluation.notes)
     if split in _USES:
