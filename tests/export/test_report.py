@@ -166,5 +166,5 @@ def test_a_bundle_of_other_classes_is_refused(tuned_run, photos, tmp_path):
     other = export_run(tuned_run, tmp_path / "x.capt", class_names=names)
     result = evaluate(tuned_run, "--data", photos, "--exported", other, "--report", tmp_path / "p")
     assert result.exit_code == 2
-    assert "expected a bundle of the run's classes" in result.stderr
+    assert "expected a bundle with the classes of the run" in result.stderr
     assert not (tmp_path / "p").exists()
