@@ -42,7 +42,7 @@ class Features:
         return Features(self.embeddings[chosen], self.labels[chosen], (), 0, digests)
 
     def kept(self, items: Sequence[Item]) -> list[Item]:
-        """Return those of the embedded `items` that could be read, one per row."""
+        """Return the readable ones of the embedded `items`, one per row."""
         skipped = {file.path for file in self.skipped}
         return [item for item in items if item.path not in skipped]
 
