@@ -42,11 +42,14 @@ class Backbone:
         return self.model.logit_scale.device  # type: ignore[no-any-return]
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 over weights, preprocessing and the vocabulary that the model brings."""
+        """Return a SHA-256 over weights, QuickGELU, preprocessing and the model's vocabulary."""
         digest = hashlib.sha256(json.dumps(self.preprocess.to_dict()).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
+        for name, module in self.model.named_modules():
+            if type(module).__name__ == "QuickGELU":  # the same weights with GELU are another model
+                digest.update(f"{name} QuickGELU".encode())
         digest.update(self.tokens.signature())
         return digest.hexdigest()
 

@@ -7,6 +7,7 @@ from textwrap import shorten
 
 import torch
 
+from capt_deploy.core.console import say
 from capt_deploy.core.errors import ModelError
 from capt_deploy.core.install import install_hint
 from capt_deploy.data.preprocess import PreprocessConfig
@@ -17,7 +18,7 @@ _OPTIONAL = ("transformers", "sentencepiece", "tiktoken")
 
 
 def load_backbone(model: str, pretrained: str | None, device: torch.device) -> Backbone:
-    """Load a model of open_clip.
+    """Load a model of open_clip, with the activation that its weights were trained with.
 
     Args:
         model: an architecture (`ViT-B-16`), `hf-hub:…`, `local-dir:…`, or such a folder.
@@ -37,12 +38,22 @@ def load_backbone(model: str, pretrained: str | None, device: torch.device) -> B
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model))
         known = f"known for {model}: {tags}" if tags else "see open_clip.list_models()"
         raise ModelError(f"model {model!r}: pass --pretrained with a tag or a file; {known}")
+    quick_gelu = _lacks_quick_gelu(model, pretrained)
+    if quick_gelu:
+        say(
+            f"note: the weights {pretrained!r} were trained with QuickGELU: {model} is loaded as "
+            f"{model}-quickgelu"
+        )
     level = logging.getLogger().level
     try:
         logging.getLogger().setLevel(logging.ERROR)  # open_clip logs through the root logger
         tokenizer = open_clip.get_tokenizer(model)  # first: fetching the weights takes longer
         network = open_clip.create_model(
-            model, pretrained=pretrained, device=device, require_pretrained=True
+            model,
+            pretrained=pretrained,
+            device=device,
+            force_quick_gelu=quick_gelu,
+            require_pretrained=True,
         ).float()
     except Exception as cause:  # open_clip and its hub clients raise errors of any type
         raise ModelError(
@@ -54,6 +65,22 @@ def load_backbone(model: str, pretrained: str | None, device: torch.device) -> B
     return Backbone(
         network, tokenizer, PreprocessConfig.from_dict(get_model_preprocess_cfg(network))
     )
+
+
+def _lacks_quick_gelu(model: str, pretrained: str | None) -> bool:
+    """Tell whether a pretrained tag says QuickGELU and the architecture does not.
+
+    open_clip warns of it, but computes with GELU. A tag that says nothing proves nothing: then the
+    architecture's own activation holds.
+    """
+    import open_clip
+
+    architecture = model.replace("/", "-")  # as open_clip does
+    tag = open_clip.get_pretrained_cfg(architecture, pretrained or "")
+    if not tag.get("quick_gelu"):
+        return False
+    config = open_clip.get_model_config(architecture) or {}
+    return not config.get("quick_gelu")
 
 
 def _help(cause: str) -> str:

@@ -14,6 +14,9 @@ from safetensors.torch import load_file, save_file
 from capt_deploy.core.errors import ConfigError, ModelError
 from capt_train.clip.backbone import Backbone
 from capt_train.clip.loading import choose_device, load_backbone
+from capt_train.pipeline import train
+from capt_train.run.folder import load_run
+from tests.configs import train_config
 
 CPU = torch.device("cpu")
 WEIGHTS = "open_clip_model.safetensors"
@@ -43,6 +46,63 @@ def test_a_half_precision_checkpoint_is_computed_in_float32(
     embeddings = load_backbone(str(own_model), None, CPU).text_embeddings(TEXTS)
     assert embeddings.dtype == torch.float32
     torch.testing.assert_close(embeddings, tiny_backbone.text_embeddings(TEXTS), rtol=0, atol=5e-3)
+
+
+@pytest.fixture
+def tiny_openai(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put the tiny model, with GELU, where open_clip has ViT-B-16 and OpenAI's weights."""
+    config = json.loads((tiny_model_dir / "open_clip_config.json").read_text())["model_cfg"]
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-B-16", config)
+    quick = {**config, "quick_gelu": True}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-B-16-quickgelu", quick)
+    fetched = str(tiny_model_dir / WEIGHTS)
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: fetched)
+
+
+def activations(backbone: Backbone) -> set[str]:
+    names = {type(module).__name__ for module in backbone.model.modules()}
+    return names & {"GELU", "QuickGELU"}
+
+
+@pytest.mark.usefixtures("tiny_openai")
+def test_weights_trained_with_quick_gelu_are_computed_with_it(
+    tiny_model_dir: Path, tiny_backbone: Backbone, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = load_backbone("ViT-B-16-quickgelu", "openai", CPU)
+    assert "QuickGELU" not in capsys.readouterr().err
+    repaired = load_backbone("ViT-B-16", "openai", CPU)
+    assert "ViT-B-16-quickgelu" in capsys.readouterr().err
+    assert activations(repaired) == activations(right) == {"QuickGELU"}
+    assert torch.equal(repaired.text_embeddings(TEXTS), right.text_embeddings(TEXTS))
+    assert repaired.fingerprint() == right.fingerprint()
+    # the same weights with GELU are another model, for runs as for cached embeddings
+    assert repaired.fingerprint() != tiny_backbone.fingerprint()
+    plain = load_backbone("ViT-B-16", str(tiny_model_dir / WEIGHTS), CPU)
+    assert activations(plain) == {"GELU"} and plain.fingerprint() == tiny_backbone.fingerprint()
+    assert activations(load_backbone("ViT-B-16", "laion400m_e32", CPU)) == {"GELU"}
+
+
+@pytest.mark.usefixtures("tiny_openai")
+def test_a_run_has_the_activation_again(photos: Path, tmp_path: Path) -> None:
+    config = train_config(
+        data=str(photos), model="ViT-B-16", pretrained="openai", method="zeroshot", device="cpu"
+    )
+    train(config, tmp_path / "run")
+    assert activations(load_run(tmp_path / "run").backbone) == {"QuickGELU"}
+    content = json.loads((tmp_path / "run" / "config.json").read_text())
+    right = load_backbone("ViT-B-16-quickgelu", "openai", CPU)
+    assert content["model_sha256"] == right.fingerprint()
+
+
+def test_the_architecture_that_the_note_names_differs_in_its_activation_alone() -> None:
+    for model, tag in open_clip.list_pretrained():
+        config = open_clip.get_model_config(model)
+        quick = open_clip.get_pretrained_cfg(model, tag).get("quick_gelu")
+        if config is not None and quick and not config.get("quick_gelu"):
+            assert open_clip.get_model_config(f"{model}-quickgelu") == {
+                **config,
+                "quick_gelu": True,
+            }
 
 
 def failure(model: str, pretrained: str | None = None) -> str:
