@@ -13,8 +13,10 @@ from capt_train.setting_groups import (
     ColourSettings,
     ConfusionSettings,
     ExpertSettings,
+    MapSettings,
     MixtureSettings,
     PromptSettings,
+    RowSettings,
     TuningSettings,
     VisualSettings,
 )
@@ -54,7 +56,15 @@ class TrainConfig(SettingsGroup):
         one_of(("all", "base")),
         option="--classes",
     )
-    shots: int = setting(16, "images of each class to tune on", at_least(1), option="--shots")
+    shots: int | None = setting(
+        None, "photos of each class to tune on [default: all]", at_least(1), "all", "--shots"
+    )
+    test_share: float = setting(
+        0.0,
+        "share of each class to keep for testing, where the data has no split of its own",
+        Allowed("0 or more, below 1", lambda share: 0 <= share < 1),
+        option="--test-share",
+    )
     seed: int = setting(1, "seed of all random choices", _SEED, option="--seed")
     device: str = setting("auto", "where to tune: auto, cpu, cuda, cuda:1 …", option="--device")
     workers: int | None = setting(
@@ -62,6 +72,8 @@ class TrainConfig(SettingsGroup):
     )
     tuning: TuningSettings = field(default_factory=TuningSettings)
     prompt: PromptSettings = field(default_factory=PromptSettings)
+    map: MapSettings = field(default_factory=MapSettings)
+    rows: RowSettings = field(default_factory=RowSettings)
     confusion: ConfusionSettings = field(default_factory=ConfusionSettings)
     experts: ExpertSettings = field(default_factory=ExpertSettings)
     visual: VisualSettings = field(default_factory=VisualSettings)

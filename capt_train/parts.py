@@ -62,6 +62,11 @@ PARTS: dict[str, Part] = {
         f"{_METHOD}.semantic_experts:SemanticExperts",
         needs=("sentences",),
     ),
+    "map": Part("a linear map of class embeddings", "text", f"{_METHOD}.class_map:ClassMap"),
+    "rows": Part(
+        "a row for each class with photos, in closed form (GDA)",
+        in_force=lambda learner: learner.rows is not None,
+    ),
     "sample-experts": Part(
         "experts in the visual tower's last FFN",
         "visual",
@@ -106,6 +111,7 @@ class Method(NamedTuple):
 
     help: str
     parts: tuple[str, ...]
+    chosen: tuple[str, ...] = ()  # parts that held-out photos decide about
 
 
 METHODS: Mapping[str, Method] = {
@@ -115,10 +121,13 @@ METHODS: Mapping[str, Method] = {
     "tcpt": Method("CoOp with margin and moment terms (TCPT)", ("prompt", "margin", "moments")),
     "cocoa": Method("CoA and the mixture (CoCoA-Mix)", ("prompt", "coa", "mixture")),
     "prompt": Method("text side alone, all its losses", ("prompt", "coa", "margin", "moments")),
-    # The parts that earn their place (docs/ablation.md)
+    "map": Method("a linear map of class embeddings", ("map",)),
+    "rows": Method("Gaussian discriminant analysis in closed form", ("rows",)),
+    # The losses that earn their place (docs/ablation.md)
     "capt": Method(
-        "the recommended parts of both sides",
-        ("colours", "prompt", "infonce", "adapter", "sample-experts"),
+        "prompt, map and rows, as far as held-out photos gain",
+        ("colours", "prompt", "map", "rows", "coa", "infonce"),
+        ("prompt", "map", "rows"),
     ),
     "full": Method("every part", tuple(PARTS)),
 }

@@ -1,5 +1,6 @@
 """The groups of a run's settings, with defaults, ranges and help."""
 
+import math
 from dataclasses import dataclass
 
 from capt_train.calibrators import CALIBRATORS
@@ -20,16 +21,18 @@ _TEMPLATES = Allowed(
 _AREA = Allowed("above 0 and up to 1", lambda share: 0 < share <= 1)
 _MOMENTUM = Allowed("0 or more, below 1", lambda value: 0 <= value < 1)
 _NOISE = Allowed("0 to 0.5", lambda share: 0 <= share <= 0.5)
+_FINITE = Allowed("a finite number", math.isfinite)
+_SIDES = ("images", "classes")
 _OPTIMIZERS, _AUTOCASTS = ("adamw", "sgd"), ("auto", "off", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
 class TuningSettings(SettingsGroup, group="tuning"):
-    """Optimizer and epochs of the text side, which is tuned first; batches of both sides."""
+    """Optimizer and epochs of the text side, which is tuned first."""
 
     epochs: int = setting(50, "epochs of the text side", at_least(1), option="--epochs")
-    learning_rate: float = setting(0.002, "peak rate of the text side", ABOVE_0, option="--lr")
-    batch_size: int = setting(32, "images in a batch", at_least(1), option="--batch-size")
+    learning_rate: float = setting(0.006, "peak rate of the text side", ABOVE_0, option="--lr")
+    batch_size: int = setting(1024, "images in a batch", at_least(1), option="--batch-size")
     optimizer: str = setting("adamw", "adamw or sgd", one_of(_OPTIMIZERS))
     momentum: float = setting(0.9, "momentum of sgd", _MOMENTUM)
     weight_decay: float = setting(0.0005, "weight decay", at_least(0))
@@ -63,6 +66,31 @@ class PromptSettings(SettingsGroup, group="prompt"):
         super().__post_init__()
         if not self.words.split() and not self.random_tokens:
             raise self.declared()["words"].error("words", self.words)
+
+
+@dataclass(frozen=True)
+class MapSettings(SettingsGroup, group="map"):
+    """The linear map of class embeddings."""
+
+    side: str | None = setting(
+        None,
+        "whose norm is restored while it is fitted: images or classes; auto: as photos judge",
+        one_of(_SIDES),
+        none="auto",
+    )
+    ridge: float | None = setting(
+        None, "weight of its squared norm, in logits; auto: as photos judge", at_least(0), "auto"
+    )
+
+
+@dataclass(frozen=True)
+class RowSettings(SettingsGroup, group="rows"):
+    """Rows of the classes with photos, in closed form."""
+
+    weight: float | None = setting(
+        None, "their weight beside the class embeddings (α); auto: as photos judge", ABOVE_0, "auto"
+    )
+    offset: float = setting(0.0, "nats taken off the classes with photos (δ)", _FINITE)
 
 
 @dataclass(frozen=True)
@@ -118,6 +146,7 @@ class VisualSettings(SettingsGroup, group="visual"):
     text_rate: float = setting(
         0.25, "× tuning.learning_rate: the text side's rate beside it", SHARE
     )
+    batch_size: int = setting(32, "images in a batch of the visual side", at_least(1))
     epochs: int = setting(6, "epochs of both sides, near the frozen embeddings", at_least(1))
     consistency: float = setting(20.0, "weight of 1 − cos(f, f⁰) in these epochs", at_least(0))
     far_epochs: int = setting(8, "further epochs, kept if validation images gain", at_least(0))

@@ -1,8 +1,9 @@
 """Labelled images on disk, in the four forms that people have.
 
 1. A folder with `train/`, `val/`, `test/`, each with a folder per class.
-2. One folder per class; split by a hash of the path, so that adding or removing a photo moves
-   hardly another one, and none of another class.
+2. One folder per class, without a split: the caller says which share is for testing. A hash of the
+   path decides, so that adding or removing a photo moves hardly another one, and none of another
+   class.
 3. A CSV or JSONL file with `path,label[,split]`, paths relative to the file.
 4. A CoOp `split_zhou_*.json`, or a folder with one.
 
@@ -31,7 +32,6 @@ from capt_deploy.data.label_files import (
 )
 
 SPLITS = ("train", "val", "test")
-_SHARES = {"test": 0.2, "val": 0.2}  # of every class, where the data has no split of its own
 _READERS = {".csv": read_csv, ".jsonl": read_jsonl, ".json": read_zhou}
 
 
@@ -106,6 +106,8 @@ def read_dataset(
     path: str | Path,
     class_names: str | Path | None = None,
     known_classes: tuple[str, ...] | None = None,
+    *,
+    test_share: float = 1.0,
 ) -> Dataset:
     """Read any of the four forms.
 
@@ -115,6 +117,8 @@ def read_dataset(
             does not mention keep their label with underscores turned to spaces.
         known_classes: of a model that is to be tested on the data; labels are then in its order,
             and `class_names` may rename classes that the data does not have.
+        test_share: the share of each class that is the test split, where the data has no split of
+            its own; the rest is for training. Below 1, each class keeps a training image.
 
     Raises:
         DataError: nothing usable is there, a class has no image, two classes share a name, or a
@@ -129,7 +133,9 @@ def read_dataset(
         root, listing = path.parent, _READERS[path.suffix.lower()](path)
     else:
         raise DataError(f"{path}: expected a folder, .csv, .jsonl or .json, came a file")
-    dataset = _build(root, listing, class_names, strict_names=known_classes is None)
+    dataset = _build(
+        root, listing, class_names, strict_names=known_classes is None, test_share=test_share
+    )
     return dataset if known_classes is None else dataset._aligned_to(known_classes)
 
 
@@ -165,6 +171,7 @@ def _build(
     listing: Listing,
     names_file: str | Path | None,
     strict_names: bool,
+    test_share: float,
 ) -> Dataset:
     rows: list[Row] = []
     skipped: list[Skipped] = []
@@ -192,10 +199,12 @@ def _build(
             f"{root}: listed twice: {counted(len(repeated), 'image')}, e.g. {repeated[0]}"
         )
     index = {label: position for position, label in enumerate(listing.labels)}
-    return Dataset(root, names, _split(rows, index), tuple(skipped))
+    return Dataset(root, names, _split(rows, index, test_share), tuple(skipped))
 
 
-def _split(rows: Iterable[Row], index: Mapping[str, int]) -> dict[str, tuple[Item, ...]]:
+def _split(
+    rows: Iterable[Row], index: Mapping[str, int], test_share: float
+) -> dict[str, tuple[Item, ...]]:
     splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
     unsplit: dict[int, list[Item]] = {}
     for row in sorted(rows):
@@ -206,11 +215,9 @@ def _split(rows: Iterable[Row], index: Mapping[str, int]) -> dict[str, tuple[Ite
             splits[row.split].append(item)
     for items in unsplit.values():
         rest = sorted(items, key=lambda item: hashlib.sha256(item.path.encode()).digest())
-        for split, share in _SHARES.items():
-            count = min(round(share * len(items)), len(rest) - 1)
-            splits[split] += rest[:count]
-            rest = rest[count:]
-        splits["train"] += rest
+        count = len(rest) if test_share == 1 else min(round(test_share * len(rest)), len(rest) - 1)
+        splits["test"] += rest[:count]
+        splits["train"] += rest[count:]
     return {
         split: tuple(sorted(items, key=lambda item: (item.label, item.path)))
         for split, items in splits.items()

@@ -13,6 +13,7 @@ from capt_deploy.confidence.calibration import Calibration
 from capt_deploy.metrics.probabilities import Floats, Ints
 
 LOWEST, HIGHEST = 0.05, 20.0  # of T
+_PRECISION = 1e-6  # of log T
 # Standard deviation of the prior on log T: a factor of 1.6 either way is nothing unusual.
 PRIOR_DEVIATION = 0.5
 
@@ -77,7 +78,7 @@ def _slope(logits: Float[Tensor, "batch classes"], target: float, u: float) -> f
 def _bisect(slope: Callable[[float], float]) -> float:
     """Return e^−u at the root of a slope that rises with u."""
     low, high = -math.log(HIGHEST), -math.log(LOWEST)
-    for _ in range(60):
+    while high - low > _PRECISION:
         middle = (low + high) / 2
         low, high = (middle, high) if slope(middle) < 0 else (low, middle)
     return math.exp(-(low + high) / 2)

@@ -58,6 +58,7 @@ def _identifier(name: str) -> str:
 @_setting("Data", "data")
 @_setting("Data", "classes", type=click.Choice(["all", "base"]))
 @_setting("Data", "shots")
+@_setting("Data", "test_share")
 @_setting("Data", "class_names")
 @section_option("Data", "--split-from", type=PathInHome(), help="Run whose images to use again.")
 @_setting("Model", "model")

@@ -108,16 +108,16 @@ class FewShotSplit:
             )
 
 
-def choose(dataset: Dataset, classes: str, shots: int, seed: int) -> FewShotSplit:
+def choose(dataset: Dataset, classes: str, shots: int | None, seed: int) -> FewShotSplit:
     """Choose `shots` readable training images of each tuned class by seed.
 
     A class with fewer gives all it has. Validation images are those of the data set in the tuned
-    classes; where there are none, training images that were not chosen, up to `shots` a class.
+    classes.
 
     Args:
         dataset: all images.
         classes: `all`, or `base`: the first half (rounded up) in label order.
-        shots: images a class.
+        shots: images a class; None for all.
         seed: decides which images.
 
     Raises:
@@ -130,7 +130,6 @@ def choose(dataset: Dataset, classes: str, shots: int, seed: int) -> FewShotSpli
             f"({classes} of {len(dataset.class_names)})"
         )
     chosen: list[Item] = []
-    spare: list[Item] = []
     skipped: list[Skipped] = []
     candidates: dict[int, list[Item]] = {label: [] for label in tuned}
     for item in dataset.splits["train"]:
@@ -138,23 +137,20 @@ def choose(dataset: Dataset, classes: str, shots: int, seed: int) -> FewShotSpli
             candidates[item.label].append(item)
     for label, items in track(list(candidates.items()), "choosing shots", "classes"):
         random.Random(f"{seed}/{dataset.class_names[label]}").shuffle(items)
-        readable, rest = _first_readable(dataset, items, shots, skipped)
-        chosen += readable
-        spare += rest[:shots]
+        chosen += _first_readable(dataset, items, shots or len(items), skipped)
     counts = Counter(item.label for item in chosen)
     if missing := [dataset.class_names[label] for label in tuned if not counts[label]]:
         raise DataError(f"{dataset.root}: no readable training image of {missing}; add some")
-    val = [item for item in dataset.splits["val"] if item.label in candidates]
-    substituted = not val
+    val: list[Item] = []
     # Decoding all of these would take too long here; unreadable ones are left out later.
-    listed, val = val or spare, []
-    for item in listed:
+    for item in (item for item in dataset.splits["val"] if item.label in candidates):
         if dataset.path(item).is_file():
             val.append(item)
         else:
             skipped.append(Skipped(item.path, "no such file"))
     left_out = (*dataset.skipped, *skipped)
-    fewer = {dataset.class_names[label]: n for label, n in counts.items() if n < shots}
+    fewer = {dataset.class_names[label]: n for label, n in counts.items() if n < (shots or 0)}
+    unused = sum(map(len, candidates.values())) - len(chosen) - len(skipped)
     return FewShotSplit(
         dataset.class_names,
         tuned,
@@ -162,7 +158,7 @@ def choose(dataset: Dataset, classes: str, shots: int, seed: int) -> FewShotSpli
         tuple(val),
         {item.path: sha256_file(dataset.path(item)) for item in (*chosen, *val)},
         left_out,
-        tuple(_notices(fewer, shots, left_out, bool(val), substituted)),
+        tuple(_notices(fewer, shots or 0, left_out, unused)),
     )
 
 
@@ -176,26 +172,25 @@ def _sha256(path: Path) -> str | None:
 
 def _first_readable(
     dataset: Dataset, items: Sequence[Item], count: int, skipped: list[Skipped]
-) -> tuple[list[Item], list[Item]]:
-    """Return the first `count` images that decode, and those after them."""
+) -> list[Item]:
+    """Return the first `count` images that decode."""
     readable: list[Item] = []
-    for position, item in enumerate(items):
+    for item in items:
         if len(readable) == count:
-            return readable, list(items[position:])
+            break
         try:
             load_image(dataset.path(item))
             readable.append(item)
         except ImageError as error:
             skipped.append(Skipped(item.path, str(error)))
-    return readable, []
+    return readable
 
 
 def _notices(
     fewer: Mapping[str, int],
     shots: int,
     skipped: Sequence[Skipped],
-    validated: bool,
-    substituted: bool,
+    unused: int,
 ) -> Iterator[str]:
     if fewer:
         listed = ", ".join(f"{name} ({n})" for name, n in list(fewer.items())[:10])
@@ -207,10 +202,8 @@ def _notices(
             f"left out {counted(len(skipped), 'file')} that cannot be read as images, e.g. "
             f"{skipped[0].path}; the run's split.json lists all"
         )
-    if not validated:
+    if unused > 0:
         yield (
-            "no validation images: all epochs are trained, and confidences are calibrated by "
-            "cross-validation on the training images"
+            f"{counted(unused, 'training photo')} unused: --shots {shots} takes at most {shots} of "
+            "each class; leave it out to use all"
         )
-    elif substituted:
-        yield "no validation images: training images that were not chosen are used instead"

@@ -26,6 +26,8 @@ class BuildContext:
 class ClassTransform(nn.Module):
     """A trained map of class embeddings; a function of each embedding alone, so that it folds."""
 
+    by_epochs = True  # whether the training loop trains it; else it is fitted afterwards
+
     @classmethod
     def build(cls, context: BuildContext) -> "ClassTransform":
         """Return the transform before the first step."""

@@ -13,7 +13,9 @@ from capt_train.clip.vision_tower import Tower
 from capt_train.config import TrainConfig
 from capt_train.data.fewshot import FewShotSplit
 from capt_train.method.base import BuildContext, ClassTransform
+from capt_train.method.class_map import ClassMap
 from capt_train.method.prompt import PromptLearner, build_prompts
+from capt_train.method.rows import GaussianRows
 from capt_train.method.visual_tuner import Encoded, VisualTuner
 from capt_train.parts import PARTS, load
 
@@ -41,6 +43,7 @@ class Learner(nn.Module):
         prompts: Sequence[PromptLearner],
         transforms: Mapping[str, ClassTransform],
         visual: VisualTuner | None = None,
+        rows: GaussianRows | None = None,
     ) -> None:
         """Put the parts together.
 
@@ -50,6 +53,7 @@ class Learner(nn.Module):
             prompts: K learned prompts; may be empty.
             transforms: maps of class embeddings by the names of their parts, applied in order.
             visual: the trained parts inside the visual tower.
+            rows: of the tuned classes, added to what their embeddings give.
         """
         super().__init__()
         self.backbone = backbone
@@ -58,6 +62,7 @@ class Learner(nn.Module):
         self._learned = tuple(prompts)  # the same, with their type
         self.transforms = nn.ModuleDict(transforms)
         self.tuner = visual
+        self.rows = rows
         self.strength = 1.0  # κ
 
     @property
@@ -83,15 +88,25 @@ class Learner(nn.Module):
 
     @property
     def trainable(self) -> bool:
-        """Return whether anything in force is trained."""
-        return bool(self.text_parameters or self.visual_parameters)
+        """Return whether anything in force is trained or fitted."""
+        fitted = self.class_map is not None or self.rows is not None
+        return fitted or bool(self.text_parameters or self.visual_parameters)
+
+    @property
+    def class_map(self) -> ClassMap | None:
+        """Return the linear map of class embeddings, if it is in force."""
+        part = self.transforms["map"] if "map" in self.transforms else None
+        return part if isinstance(part, ClassMap) else None
 
     @property
     def size(self) -> int:
         """Return how many trained or fitted numbers are in force."""
         colours = self.backbone.colours
-        trained = sum(p.numel() for p in (*self.text_parameters, *self.visual_parameters))
-        return trained if colours is None else trained + colours.size
+        size = sum(p.numel() for p in (*self.text_parameters, *self.visual_parameters))
+        for fitted in (self.class_map, self.rows):
+            if fitted is not None:
+                size += sum(values.numel() for values in fitted.state_dict().values())
+        return size if colours is None else size + colours.size
 
     @property
     def recoloured(self) -> bool:
@@ -112,8 +127,9 @@ class Learner(nn.Module):
 
     @property
     def text_parameters(self) -> list[nn.Parameter]:
-        """Return the trained parameters of the text side."""
-        return [*self.prompts.parameters(), *self.transforms.parameters()]
+        """Return the parameters of the text side that are trained by epochs."""
+        trained = [t for t in self.transforms.values() if getattr(t, "by_epochs", True)]
+        return [*self.prompts.parameters(), *(p for t in trained for p in t.parameters())]
 
     @property
     def visual_parameters(self) -> list[nn.Parameter]:
@@ -228,7 +244,10 @@ def make_learner(
             if code.obstacle(tower) is None
         }
         visual = VisualTuner(tower, parts) if parts else None
-    return Learner(backbone, zero_shot, prompts, transforms, visual).to(backbone.device)
+    rows = None
+    if "rows" in config.parts:
+        rows = GaussianRows(len(split.tuned), zero_shot.shape[1])
+    return Learner(backbone, zero_shot, prompts, transforms, visual, rows).to(backbone.device)
 
 
 def left_out(backbone: Backbone, config: TrainConfig) -> list[str]:

@@ -93,7 +93,10 @@ def score_run(
         CaptError: the run or the data cannot be used.
     """
     model = load_run(run, choose_device("auto"))
-    dataset = read_dataset(data, class_names or model.config.class_names, model.class_names)
+    # photos without a split are all for testing, but for those that the run was tuned on
+    share = model.config.test_share or 1.0
+    names = class_names or model.config.class_names
+    dataset = read_dataset(data, names, model.class_names, test_share=share)
     fingerprint = str(model.provenance["model_sha256"])
     with closing(EmbeddingCache(fingerprint, model.backbone.device.type)) as cache:
         return score_model(model, cache, dataset, split)

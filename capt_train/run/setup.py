@@ -113,7 +113,7 @@ def load(config: TrainConfig, split_from: Path | None = None, *, sources: bool =
         CaptError: the data, the model or the settings cannot be used.
     """
     device = choose_device(config.device)
-    dataset = read_dataset(config.data, config.class_names)
+    dataset = read_dataset(config.data, config.class_names, test_share=config.test_share)
     if split_from is not None:
         split = FewShotSplit.load(split_from / runs.SPLIT)
         split.check(dataset)

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from capt_train.calibrate.label_noise import fit_label_noise
 from capt_train.calibrate.temperature import calibrated_nll
 from capt_train.config import TrainConfig
 from capt_train.confusion.bank import mined_classes, retrieve
@@ -17,7 +16,18 @@ from capt_train.method.learner import Learner
 from capt_train.method.loss_terms import Step, loss_terms, weighted_sum
 from capt_train.tune.checkpoint import TuningState, load_checkpoint, part_of, save_checkpoint
 from capt_train.tune.precision import Precision
-from capt_train.tune.stages import Stage, TuningTask
+from capt_train.tune.stages import Stage, TuningTask, text_stage
+
+
+def train_epochs(learner: Learner, task: TuningTask) -> None:
+    """Train the text side for all its epochs, in place, without checkpoints.
+
+    Raises:
+        FloatingPointError: a loss term or its gradient is not finite.
+    """
+    loop = Epochs(learner, task, text_stage(task))
+    for number in range(task.config.tuning.epochs):
+        loop.epoch(number)
 
 
 class Epochs:
@@ -33,8 +43,8 @@ class Epochs:
         self._optimizer = _optimizer([parameters for parameters, _ in groups if parameters], config)
         self._parameters = [parameter for parameters, _ in groups for parameter in parameters]
         self._precision = Precision(config.tuning.autocast, self._device)
-        self._labels = task.train.labels_among(task.tuned).to(self._device)
-        self._label_noise = _label_noise(task)
+        self._labels = task.labels.to(self._device)
+        self._label_noise = task.label_noise
         self.bank = task.bank
 
     def epoch(self, number: int) -> dict[str, float]:
@@ -46,7 +56,7 @@ class Epochs:
         config, samples = self._task.config, len(self._labels)
         draw = _generator(config.seed, self._stage, number)
         order = torch.randperm(samples, generator=draw)
-        batches = -(-samples // config.tuning.batch_size)
+        batches = -(-samples // self._stage.batch_size)
         mined, partners = self._mine()
         weights = {**config.loss_weights, "consistency": self._stage.consistency}
         means: dict[str, float] = {}
@@ -184,16 +194,6 @@ class Epochs:
             if not all(torch.isfinite(g).all() for g in gradients if g is not None):
                 return f"the {name} term"
         return "the weighted sum"
-
-
-def _label_noise(task: TuningTask) -> float:
-    """Return ε: as set, else estimated from the frozen model's logits of the training images."""
-    fixed = task.config.tuning.label_noise
-    if fixed is not None:
-        return fixed
-    images = task.train.embeddings.to(task.reference.device)
-    labels = task.train.labels_among(task.tuned).to(task.reference.device)
-    return fit_label_noise(task.scale * images @ task.reference.T, labels).share
 
 
 def _one_each(partners: Int[Tensor, "batch mined"], draw: torch.Generator) -> Int[Tensor, " some"]:

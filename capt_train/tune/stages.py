@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
-from jaxtyping import Bool, Float
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from capt_train.calibrate.label_noise import fit_label_noise
 from capt_train.config import TrainConfig
 from capt_train.confusion.bank import ConfusionBank
 from capt_train.data.features import Features
@@ -29,6 +32,34 @@ class TuningTask:
     views: Views | None = None  # of the training images
     val_tokens: Float[Tensor, "images tokens width"] | None = None
     alpha: Float[Tensor, " samples"] | None = None  # α = s·cᵞ of the training images
+
+    @property
+    def labels(self) -> Int[Tensor, " samples"]:
+        """Return the classes of the training images as positions among the tuned ones."""
+        return self.train.labels_among(self.tuned)
+
+    @cached_property
+    def label_noise(self) -> float:
+        """Return ε: as set, else estimated from the frozen model's logits of the training images."""
+        fixed = self.config.tuning.label_noise
+        if fixed is not None:
+            return fixed
+        device = self.reference.device
+        logits = self.scale * self.train.embeddings.to(device) @ self.reference.T
+        return fit_label_noise(logits, self.labels.to(device)).share
+
+    def among(self, inside: Bool[Tensor, " classes"]) -> "TuningTask":
+        """Return the task with some of its classes and an unchanged bank."""
+        classes = tuple(c for c, chosen in zip(self.tuned, inside.tolist(), strict=True) if chosen)
+        indices = torch.tensor(classes)
+        val = torch.isin(self.val.labels, indices)
+        return replace(
+            self.with_rows(torch.isin(self.train.labels, indices)),
+            tuned=classes,
+            val=self.val.rows(val.nonzero().squeeze(1)),
+            val_tokens=None if self.val_tokens is None else self.val_tokens[val],
+            reference=self.reference[inside.nonzero().squeeze(1).to(self.reference.device)],
+        )
 
     def with_rows(self, chosen: Bool[Tensor, " samples"]) -> "TuningTask":
         """Return the task with some of its training images and an unchanged bank."""
@@ -74,11 +105,24 @@ class Stage:
     visual_rate: float = 0.0  # of the visual side; 0 leaves it unchanged
     consistency: float = 0.0  # weight of the consistency term
     patience: int = 0
+    batch_size: int = 1024
 
     @property
     def visual(self) -> bool:
         """Tell whether the visual side is trained."""
         return self.visual_rate > 0
+
+
+def text_stage(task: TuningTask) -> Stage:
+    """Return the stage that trains what the text side has to train by epochs."""
+    tuning = task.config.tuning
+    return Stage(
+        "",
+        tuning.epochs,
+        tuning.learning_rate,
+        patience=tuning.patience,
+        batch_size=tuning.batch_size,
+    )
 
 
 def stages(task: TuningTask, learner: Learner) -> list[Stage]:
@@ -90,11 +134,18 @@ def stages(task: TuningTask, learner: Learner) -> list[Stage]:
     gain, and not tried where there are none.
     """
     tuning, visual = task.config.tuning, task.config.visual
-    text = Stage("", tuning.epochs, tuning.learning_rate, patience=tuning.patience)
+    text = text_stage(task)
     if learner.visual is None:
         return [text] if learner.text_parameters else []
     text_rate = tuning.learning_rate * visual.text_rate
-    near = Stage("", visual.epochs, text_rate, visual.learning_rate, visual.consistency)
+    near = Stage(
+        "",
+        visual.epochs,
+        text_rate,
+        visual.learning_rate,
+        visual.consistency,
+        batch_size=visual.batch_size,
+    )
     far = replace(
         near,
         epochs=visual.far_epochs,

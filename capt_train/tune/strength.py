@@ -173,7 +173,7 @@ def _halved(task: TuningTask) -> tuple[TuningTask, _HeldOut, _HeldOut]:
     draw = torch.Generator().manual_seed(config.seed)
     inside = torch.zeros(count, dtype=torch.bool)
     inside[torch.randperm(count, generator=draw)[: count // 2]] = True
-    half, rest = _among(task, inside), _among(task, ~inside)
+    half, rest = task.among(inside), task.among(~inside)
     unseen = _training_images(rest, torch.ones(len(rest.train), dtype=torch.bool))
     if len(half.val):
         seen = _validation(half)
@@ -195,20 +195,6 @@ def _joined(first: _HeldOut, second: _HeldOut) -> _HeldOut:
         frozen=torch.cat([first.frozen, second.frozen]),
         tokens=torch.cat([first.tokens, second.tokens]),
         labels=torch.cat([first.labels, second.labels]),
-    )
-
-
-def _among(task: TuningTask, inside: Bool[Tensor, " classes"]) -> TuningTask:
-    """Return the task with some of its classes and an unchanged bank."""
-    classes = tuple(c for c, chosen in zip(task.tuned, inside.tolist(), strict=True) if chosen)
-    indices = torch.tensor(classes)
-    val = torch.isin(task.val.labels, indices)
-    return replace(
-        task.with_rows(torch.isin(task.train.labels, indices)),
-        tuned=classes,
-        val=task.val.rows(val.nonzero().squeeze(1)),
-        val_tokens=None if task.val_tokens is None else task.val_tokens[val],
-        reference=task.reference[inside.nonzero().squeeze(1).to(task.reference.device)],
     )
 
 

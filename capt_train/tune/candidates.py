@@ -1,0 +1,102 @@
+"""Candidates for the text side: which of prompt, map and rows, and how strongly."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from capt_train.config import TrainConfig
+from capt_train.method.class_map import SIDES
+from capt_train.parts import METHODS, PARTS
+
+RIDGES = (0.1, 0.03, 0.01, 0.003, 0.001)  # strong ones first: each starts from the last
+WEIGHTS = (0.05, 0.1, 0.2, 0.4, 1.0)  # α of the rows
+# α where no photo can judge it: one photo a class, no validation images. Right for text that knows
+# the classes, and near the best where it does not (ours).
+_UNJUDGED_WEIGHT = 0.05
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to make the class rows."""
+
+    prompt: bool = False  # with whatever else is trained by epochs
+    side: str | None = None  # of the map; None without one
+    ridge: float = 0.0
+    weight: float = 0.0  # α of the rows; 0 without rows
+    offset: float = 0.0  # δ of the rows
+
+    @property
+    def family(self) -> tuple[str, ...]:
+        """Return the parts in force."""
+        used = {"prompt": self.prompt, "map": self.side is not None, "rows": self.weight > 0}
+        return tuple(name for name, flag in used.items() if flag)
+
+    def applied(self, config: TrainConfig) -> TrainConfig:
+        """Return the settings of a run that trains this candidate."""
+        dropped = {*choosable(config)} - {*self.family}
+        changes: dict[str, Any] = {"without": (*config.without, *sorted(dropped))}
+        if self.side is not None:
+            changes |= {"map.side": self.side, "map.ridge": self.ridge}
+        if self.weight:
+            changes |= {"rows.weight": self.weight, "rows.offset": self.offset}
+        return config.with_settings(changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Candidate":
+        """Read the JSON form.
+
+        Raises:
+            TypeError, KeyError, ValueError: values of wrong form.
+        """
+        side = values["side"]
+        if side is not None and side not in SIDES:
+            raise ValueError(f"side: expected one of {SIDES}, came {side!r}")
+        numbers = (float(values[name]) for name in ("ridge", "weight", "offset"))
+        return cls(bool(values["prompt"]), side, *numbers)
+
+
+def choosable(config: TrainConfig) -> frozenset[str]:
+    """Return the parts that held-out photos decide about: those of the method that nobody pinned."""
+    return frozenset({*METHODS[config.method].chosen} & config.parts - {*config.added})
+
+
+def candidates(config: TrainConfig, *, by_epochs: bool, judged: bool) -> list[Candidate]:
+    """Return all candidates, without offsets; families from simple to complex.
+
+    Args:
+        config: settings of the run; what they fix is no choice.
+        by_epochs: whether the settings have anything that is trained by epochs, such as a prompt.
+        judged: whether held-out photos of tuned classes can judge the weight of the rows.
+    """
+    free = choosable(config)
+    prompts = [False, True] if "prompt" in free else [by_epochs]
+    maps: list[tuple[str | None, float]] = []
+    if "map" not in config.parts or "map" in free:
+        maps.append((None, 0.0))
+    if "map" in config.parts:
+        sides = [config.map.side] if config.map.side else SIDES
+        ridges = RIDGES if config.map.ridge is None else (config.map.ridge,)
+        maps += [(side, ridge) for side in sides for ridge in ridges]
+    weights: list[float] = []
+    if "rows" not in config.parts or ("rows" in free and judged):
+        weights.append(0.0)
+    if "rows" in config.parts:
+        usual = WEIGHTS if judged else (_UNJUDGED_WEIGHT,)
+        weights += usual if config.rows.weight is None else (config.rows.weight,)
+    listed = [Candidate(p, s, r, w) for p in prompts for s, r in maps for w in weights]
+    return sorted(listed, key=lambda one: _complexity(one.family))
+
+
+def _complexity(family: tuple[str, ...]) -> tuple[int, ...]:
+    """Order families by what they need: rows cost nothing, a prompt needs the text tower."""
+    return tuple(int(name in family) for name in ("map", "prompt", "rows"))
+
+
+def parts_by_epochs(config: TrainConfig) -> bool:
+    """Tell whether the settings have a part of the text side that is trained by epochs."""
+    sides = {name for name in config.parts if PARTS[name].side == "text"} - {"map"}
+    return bool(sides or config.parts & {"prompt", "text-prompts"})

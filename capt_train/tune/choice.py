@@ -1,0 +1,299 @@
+"""Choose prompt, map and rows on held-out photos and held-out classes (METHOD 5c, ours)."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from capt_deploy.core.console import progress
+from capt_train.calibrate.temperature import calibrated_losses
+from capt_train.method.class_map import mapped
+from capt_train.method.learner import Learner
+from capt_train.method.rows import Discriminant, discriminant
+from capt_train.tune.candidates import Candidate, candidates, parts_by_epochs
+from capt_train.tune.epochs import train_epochs
+from capt_train.tune.fit_map import fit_map, map_task
+from capt_train.tune.stages import TuningTask
+
+_FOLDS = 4
+_FEWEST_CLASSES = 4  # two to tune on and two to hold out
+_OFFSETS = tuple(step / 4 for step in range(-4, 25))  # δ in nats
+_MOST_VALIDATED = 2000  # images that judge; more would hardly decide otherwise
+_PROBE_C = 100.0  # inverse ridge of the logistic regression; embeddings have unit norm
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How the best candidate of a family does on held-out images.
+
+    `tuned` are images of classes that were tuned on, `new` images of classes that were left out.
+    """
+
+    candidate: Candidate
+    accuracy_tuned: float | None
+    accuracy_new: float | None
+    nll: float  # calibrated, nats; the mean of both groups where both are judged
+    behind: float  # difference from the lowest NLL
+    error: float  # standard error of that difference
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {**vars(self), "candidate": self.candidate.to_dict()}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen candidate, the table behind it, and out-of-fold logits."""
+
+    chosen: Candidate
+    table: tuple[Judgement, ...]  # the best candidate of each family, simple families first
+    linear_probe: float | None  # accuracy of a logistic regression on tuned classes
+    images: Mapping[str, int]  # how many images judged: tuned, new
+    # Scaled logits of the chosen candidate over the tuned classes, each row by a fold that has not
+    # seen the image; NaN for an image that no fold held out
+    out_of_fold: Float[Tensor, "samples classes"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form, without the logits."""
+        return {
+            "chosen": self.chosen.to_dict(),
+            "table": [row.to_dict() for row in self.table],
+            "linear_probe": self.linear_probe,
+            "images": dict(self.images),
+        }
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """One tuning on a part of the photos, and the images that judge it."""
+
+    task: TuningTask  # remaining images of the remaining classes
+    classes: tuple[int, ...]  # all tuned classes of the run
+    reference: Float[Tensor, "classes dim"]  # their t⁰
+    inside: Bool[Tensor, " classes"]  # of the run's tuned classes: those that are tuned on here
+    images: Float[Tensor, "held dim"]  # held-out training images, then validation images
+    labels: Int[Tensor, " held"]  # positions among the run's tuned classes
+    places: Int[Tensor, " held"]  # of these images among all training and validation images
+
+    def group(self, name: str) -> Bool[Tensor, " held"]:
+        """Return which images are of tuned or of new classes."""
+        inside = self.inside[self.labels]
+        return inside if name == "tuned" else ~inside
+
+    def columns(self, name: str) -> Int[Tensor, " columns"]:
+        """Return the classes that images of a group are told apart among."""
+        return (self.inside if name == "tuned" else ~self.inside).nonzero().squeeze(1)
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """Everything that was fitted on one fold."""
+
+    fold: _Fold
+    texts: Mapping[tuple[bool, str | None, float], Float[Tensor, "classes dim"]]
+    rows: Discriminant  # of the classes inside
+
+    def logits(self, candidate: Candidate) -> Float[Tensor, "held classes"]:
+        """Return scaled logits of the judging images over all tuned classes of the run."""
+        fold = self.fold
+        texts = self.texts[candidate.prompt, candidate.side, candidate.ridge]
+        logits = fold.task.scale * fold.images @ texts.T
+        if candidate.weight:
+            rows = fold.images @ self.rows.weight.T + self.rows.bias
+            logits[:, fold.inside] += candidate.weight * rows - candidate.offset
+        return logits
+
+
+def choose(
+    task: TuningTask, make: Callable[[tuple[int, ...]], Learner], *, new_classes: bool
+) -> Choice:
+    """Tune all candidates on folds and keep the simplest that is within one standard error.
+
+    A fold leaves out some photos of each class and, with `new_classes`, some classes as well. Each
+    photo is held out once, by a fold that was tuned on its class; validation images judge every
+    fold. A class with a single photo always keeps it. Where nothing else judges (one photo a class,
+    no validation images), held-out classes judge what is known of names, and the rows get a fixed
+    small weight.
+
+    The chosen candidate is never behind zero-shot or the rows alone.
+
+    Args:
+        task: all images of the run.
+        make: returns a new learner for the given classes.
+        new_classes: whether classes without photos matter, as with `--classes base`.
+    """
+    config, labels = task.config, task.labels
+    judged = len(task.val) > 0 or bool((labels.bincount() > 1).any())
+    enough = len(task.tuned) >= _FEWEST_CLASSES
+    folds = list(_folds(task, held_classes=enough and (new_classes or not judged)))
+    listed = candidates(config, by_epochs=parts_by_epochs(config), judged=judged)
+    fitted = []
+    with progress("comparing on held-out photos", len(folds), "folds") as counter:
+        for fold in folds:
+            fitted.append(_fit(fold, listed, make))
+            counter.advance(1)
+    table, chosen = _judge(fitted, listed, len(task.train) + len(task.val))
+    if chosen.weight and any(fit.fold.group("new").any() for fit in fitted):
+        chosen = _with_offset(fitted, chosen)
+    logits = torch.full((len(labels), len(task.tuned)), torch.nan)
+    counts = dict.fromkeys(("tuned", "new"), 0)
+    for fit in fitted:
+        photos = fit.fold.group("tuned") & (fit.fold.places < len(labels))
+        logits[fit.fold.places[photos]] = fit.logits(chosen)[photos].cpu()
+    for name in counts:
+        groups = [fit.fold.places[fit.fold.group(name)] for fit in fitted]
+        counts[name] = len(torch.cat(groups).unique())
+    return Choice(chosen, table, _linear_probe([fit.fold for fit in fitted]), counts, logits)
+
+
+def _folds(task: TuningTask, *, held_classes: bool) -> Iterator[_Fold]:
+    """Yield the folds; with `held_classes`, each class is left out of one of them."""
+    labels, draw = task.labels, torch.Generator().manual_seed(task.config.seed)
+    classes = len(task.tuned)
+    count = min(_FOLDS, classes // 2) if held_classes else _FOLDS
+    class_fold = torch.full((classes,), -1)
+    if held_classes:
+        class_fold[torch.randperm(classes, generator=draw)] = torch.arange(classes) % count
+    photo_fold = _photo_folds(labels, class_fold, count)
+    validated = torch.randperm(len(task.val), generator=draw)[:_MOST_VALIDATED]
+    validation = task.val.rows(validated)
+    without_validation = replace(task, val=task.val.rows(validated[:0]))
+    for number in range(count) if held_classes else photo_fold.clamp(min=0).unique().tolist():
+        inside = class_fold != number
+        held = ~inside[labels] | (photo_fold == number)
+        yield _Fold(
+            without_validation.with_rows(~held).among(inside).with_new_bank(),
+            task.tuned,
+            task.reference,
+            inside,
+            torch.cat([task.train.embeddings[held], validation.embeddings]),
+            torch.cat([labels[held], validation.labels_among(task.tuned)]),
+            torch.cat([held.nonzero().squeeze(1), len(labels) + validated]),
+        )
+
+
+def _photo_folds(labels: Tensor, class_fold: Tensor, count: int) -> Int[Tensor, " samples"]:
+    """Return the fold that holds out each photo, one that tunes on its class; -1 for none."""
+    folds = torch.full_like(labels, -1)
+    for label, left_out in enumerate(class_fold.tolist()):
+        photos = (labels == label).nonzero().squeeze(1)
+        usable = torch.tensor([fold for fold in range(count) if fold != left_out])
+        if len(photos) > 1:
+            folds[photos] = usable[torch.arange(len(photos)) % len(usable)]
+    return folds
+
+
+def _fit(
+    fold: _Fold, listed: Sequence[Candidate], make: Callable[[tuple[int, ...]], Learner]
+) -> _Fitted:
+    """Fit everything that the candidates need on one fold."""
+    task, texts = fold.task, {}
+    for prompt in sorted({candidate.prompt for candidate in listed}):
+        before = fold.reference[None]
+        if prompt:
+            learner = make(task.tuned)
+            train_epochs(learner, task)
+            with torch.no_grad():
+                before = learner.texts(fold.classes).embeddings.float()
+        inside = map_task(task, before[:, fold.inside])
+        texts[prompt, None, 0.0] = before.mean(dim=0)
+        matrices: dict[str, Tensor] = {}
+        for side, ridge in dict.fromkeys((c.side, c.ridge) for c in listed if c.prompt == prompt):
+            if side is not None:
+                matrices[side] = fit_map(inside, side, ridge, matrices.get(side))
+                texts[prompt, side, ridge] = mapped(before, matrices[side]).mean(dim=0)
+    rows = discriminant(task.train.embeddings, task.labels, len(task.tuned))
+    return _Fitted(fold, texts, Discriminant(*(t.to(fold.reference) for t in rows)))
+
+
+def _judge(
+    fits: Sequence[_Fitted], listed: Sequence[Candidate], images: int
+) -> tuple[tuple[Judgement, ...], Candidate]:
+    """Return the table of families and the chosen candidate."""
+    groups = [name for name in ("tuned", "new") if any(f.fold.group(name).any() for f in fits)]
+    losses: dict[Candidate, list[Tensor]] = {}
+    right: dict[Candidate, dict[str, float]] = {}
+    for candidate in listed:
+        losses[candidate], right[candidate] = [], {}
+        for name in groups:
+            loss, hits = _losses(fits, candidate, name, images)
+            losses[candidate].append(loss)
+            right[candidate][name] = hits
+    score = {c: sum(float(loss.mean()) for loss in losses[c]) / len(groups) for c in listed}
+    best: dict[tuple[str, ...], Candidate] = {}
+    for candidate in listed:  # simple families first
+        family = candidate.family
+        if family not in best or score[candidate] < score[best[family]]:
+            best[family] = candidate
+    winner = min(best.values(), key=score.__getitem__)
+    table = []
+    for candidate in best.values():
+        differences = [a - b for a, b in zip(losses[candidate], losses[winner], strict=True)]
+        variance = sum(float(d.var()) / len(d) for d in differences if len(d) > 1)
+        table.append(
+            Judgement(
+                candidate,
+                right[candidate].get("tuned"),
+                right[candidate].get("new"),
+                score[candidate],
+                score[candidate] - score[winner],
+                variance**0.5 / len(groups),
+            )
+        )
+    floor = min(row.nll for row in table if set(row.candidate.family) <= {"rows"}) if any(
+        set(row.candidate.family) <= {"rows"} for row in table
+    ) else float("inf")
+    chosen = next(row for row in table if row.behind <= row.error and row.nll <= floor)
+    return tuple(table), chosen.candidate
+
+
+def _losses(
+    fits: Sequence[_Fitted], candidate: Candidate, group: str, images: int
+) -> tuple[Float[Tensor, " judging"], float]:
+    """Return each judging image's calibrated NLL, the mean over the folds, and the accuracy."""
+    sums, times, hits = (torch.zeros(images, dtype=torch.double) for _ in range(3))
+    for fit in fits:
+        chosen, columns = fit.fold.group(group), fit.fold.columns(group)
+        if not chosen.any():
+            continue
+        logits = fit.logits(candidate)[chosen][:, columns]
+        labels = torch.searchsorted(columns, fit.fold.labels[chosen])
+        places = fit.fold.places[chosen]
+        sums[places] += calibrated_losses(logits, labels).double()
+        hits[places] += (logits.argmax(dim=1) == labels).double()
+        times[places] += 1
+    seen = times > 0
+    return sums[seen] / times[seen], float((hits[seen] / times[seen]).mean())
+
+
+def _with_offset(fits: Sequence[_Fitted], candidate: Candidate) -> Candidate:
+    """Return the candidate with the δ that tells tuned and new classes apart best.
+
+    Without it, classes with a row drown those without (calibrated stacking).
+    """
+
+    def loss(offset: float) -> float:
+        shifted = replace(candidate, offset=offset)
+        losses = [calibrated_losses(fit.logits(shifted), fit.fold.labels) for fit in fits]
+        return float(torch.cat(losses).mean())
+
+    return replace(candidate, offset=min(_OFFSETS, key=loss))
+
+
+def _linear_probe(folds: Sequence[_Fold]) -> float | None:
+    """Return the accuracy of a logistic regression on the frozen embeddings, on tuned classes."""
+    from sklearn.linear_model import LogisticRegression
+
+    hits = []
+    for fold in folds:
+        judged = fold.group("tuned")
+        if judged.any():
+            probe = LogisticRegression(C=_PROBE_C, max_iter=100, tol=1e-3)
+            labels = fold.inside.nonzero().squeeze(1)[fold.task.labels]
+            probe.fit(fold.task.train.embeddings.numpy(), labels.numpy())
+            predicted = torch.from_numpy(probe.predict(fold.images[judged].cpu().numpy()))
+            hits.append((predicted == fold.labels[judged]).double())
+    return float(torch.cat(hits).mean()) if hits else None

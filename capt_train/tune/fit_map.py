@@ -1,0 +1,112 @@
+"""Fit the linear map of class embeddings by L-BFGS on cached image embeddings (METHOD 5b)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from capt_train.confusion.bank import mined_classes
+from capt_train.method.class_map import IMAGES, mapped
+from capt_train.method.loss_terms import Step, loss_terms, weighted_sum
+from capt_train.tune.stages import TuningTask
+
+_STEPS = 40  # of L-BFGS, at most
+_AT_ONCE = 1024  # images; the contrast compares each with all others
+_UNIT = 10.0  # scale at which the ridge is the plain squared norm
+
+
+@dataclass(frozen=True)
+class MapTask:
+    """What a map is fitted on."""
+
+    scale: float  # 1/τ
+    texts: Float[Tensor, "prompts classes dim"]  # t before the map, unit norm
+    images: Float[Tensor, "samples dim"]  # unit norm
+    labels: Int[Tensor, " samples"]  # positions among the classes
+    mined: Int[Tensor, "samples mined"] | None  # classes confused with each image
+    reference: Float[Tensor, "classes dim"]  # t⁰
+    weights: Mapping[str, float]  # of the loss terms
+    label_noise: float = 0.0
+
+
+def map_task(task: TuningTask, texts: Float[Tensor, "prompts classes dim"]) -> MapTask:
+    """Return what a map is fitted on behind the class embeddings `texts` of a tuning's classes."""
+    device, config = task.reference.device, task.config
+    mined = None if task.bank is None else mined_classes(task.bank, config.confusion.pairs)
+    return MapTask(
+        task.scale,
+        texts,
+        task.train.embeddings.to(device),
+        task.labels.to(device),
+        mined,
+        task.reference,
+        config.loss_weights,
+        task.label_noise,
+    )
+
+
+def fit_map(
+    task: MapTask, side: str, ridge: float, start: Float[Tensor, "dim dim"] | None = None
+) -> Float[Tensor, "dim dim"]:
+    """Return the A that minimises the weighted loss terms plus `ridge·(scale/10)²·‖A‖_F²`.
+
+    The penalty is in logits, so that a ridge means the same for every model: `scale·f·tA` is what A
+    adds to a logit. Minimised by L-BFGS over all images at once, which has no rate to choose.
+
+    Args:
+        task: classes, images and losses.
+        side: whose norm is restored behind the map while it is fitted, `images` or `classes`.
+        ridge: at least 0.
+        start: a matrix to start from; by default zeros.
+    """
+    dim = task.images.shape[1]
+    matrix = torch.zeros(dim, dim).to(task.images) if start is None else start.clone()
+    matrix.requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [matrix],
+        max_iter=_STEPS,
+        tolerance_grad=1e-5,
+        tolerance_change=1e-7,
+        history_size=10,
+        line_search_fn="strong_wolfe",
+    )
+    samples = len(task.labels)
+    count = -(-samples // _AT_ONCE)
+    parts = [torch.arange(first, samples, count) for first in range(count)]
+    penalty = ridge * (task.scale / _UNIT) ** 2
+
+    def loss() -> float:
+        optimizer.zero_grad()
+        total = 0.0
+        for rows in parts:
+            terms = loss_terms(_step(task, side, matrix, rows), task.weights)
+            share = weighted_sum(terms, task.weights) * (len(rows) / samples)
+            share.backward()  # type: ignore[no-untyped-call]
+            total += float(share.detach())
+        squared = penalty * matrix.square().sum()
+        squared.backward()  # type: ignore[no-untyped-call]
+        return total + float(squared.detach())
+
+    with torch.enable_grad():
+        optimizer.step(loss)  # type: ignore[arg-type]
+    return matrix.detach()
+
+
+def _step(task: MapTask, side: str, matrix: Tensor, rows: Tensor) -> Step:
+    images, texts = task.images[rows], mapped(task.texts, matrix)
+    if side == IMAGES:
+        moved = functional.normalize(images + images @ matrix.T, dim=-1)
+        logits = torch.einsum("bd,pcd->pbc", moved, task.texts)
+    else:
+        logits = torch.einsum("bd,pcd->pbc", images, texts)
+    return Step(
+        task.scale * logits,
+        task.labels[rows],
+        texts,
+        task.reference,
+        None if task.mined is None else task.mined[rows],
+        label_noise=task.label_noise,
+    )
