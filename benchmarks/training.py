@@ -12,7 +12,7 @@ from capt_deploy.core.console import Command, print_json
 from capt_train.config import TrainConfig
 
 # Few, of all kinds: enough to tell devices apart.
-_EPOCHS: dict[str, Any] = {"tuning.epochs": 10, "visual.epochs": 2, "visual.far_epochs": 1}
+_EPOCHS: dict[str, Any] = {"tuning.epochs": 10, "visual.epochs": 2}
 
 
 @click.command(cls=Command)

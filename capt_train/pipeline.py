@@ -1,8 +1,8 @@
 """What `capt-train` does: data, features, zero-shot, tuning, calibration, metrics."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from capt_deploy.core.files import expand_home, write_json
 from capt_deploy.data.datasets import Item
 from capt_deploy.evaluation.evaluate import Report
 from capt_train.config import TrainConfig
-from capt_train.confusion.bank import ConfusionBank, intensity
+from capt_train.confusion.bank import ConfusionBank
 from capt_train.confusion.mining import find_centres, find_sentences, mined_names, would_ask
 from capt_train.data.embedding_cache import EmbeddingCache
 from capt_train.data.features import Embedded, Features, embed
@@ -24,8 +24,8 @@ from capt_train.run.fitting import Outcome, fit
 from capt_train.run.folder import TunedModel
 from capt_train.run.recolour import recolour
 from capt_train.run.setup import Setup, absolute, load, locked, prepare
-from capt_train.tune.stages import TuningTask, stages
-from capt_train.tune.strength import Trial, run_trial, worth_tuning
+from capt_train.run.visual_side import tune_visual_side, with_tokens
+from capt_train.tune.stages import TuningTask, text_stage
 from capt_train.tune.tune import tune
 from capt_train.tune.views import Views, embed_views
 
@@ -115,29 +115,22 @@ def _tune(setup: Setup, cache: EmbeddingCache, out: Path) -> Outcome:
         bank if config.needs("bank") else None,
         views,
     )
-    trial = None
     if learner.visual is not None:
-        task = _with_visual_side(setup, learner, task)
-        strength = config.visual.strength
-        trial = _trial(task, make, out) if strength is None else None
-        learner.set_strength(float(worth_tuning(task, trial) if strength is None else strength > 0))
-    states, before = [], None
-    for stage in stages(task, learner):
-        if stage.visual and before is None:
-            before = learner.mean_texts(split.tuned)
+        val = None
+        if len(images.val):
+            val = _views(setup, learner, setup.split.val, images.val, "validation images", views=1)
+        task = with_tokens(task, val, learner)
+    states, trial = [], None
+    if stage := text_stage(config, learner):
         state, written = tune(learner, task, out, stage)
         states.append(state)
-        bank = written or bank
         task = replace(task, bank=written)
-    return Outcome(learner, task, views, frozen, tuple(states), trial, before, bank, make)
-
-
-def _trial(task: TuningTask, make: Callable[[tuple[int, ...]], Learner], out: Path) -> Trial | None:
-    """Return the trial of the run; a resumed run reads the one that it has written."""
-    if not (out / runs.TRIAL).exists():
-        trial = run_trial(task, make)
-        write_json(out / runs.TRIAL, trial and asdict(trial))
-    return runs.read_trial(out)
+    if learner.visual is not None:
+        task = replace(task, class_rows=learner.class_rows(split.tuned))
+        task, trial, further = tune_visual_side(learner, task, make, out)
+        states += further
+    bank = task.bank or bank
+    return Outcome(learner, task, views, frozen, tuple(states), trial, bank, make)
 
 
 def _mined_pairs(setup: Setup, bank: ConfusionBank) -> list[tuple[str, str]]:
@@ -195,18 +188,6 @@ def _sampled(setup: Setup, frozen: Embedded, images: Embedded) -> tuple[Setup, E
     frozen = replace(frozen, val=frozen.val.rows(chosen))
     images = replace(images, val=images.val.rows(chosen))
     return replace(setup, split=split), frozen, images
-
-
-def _with_visual_side(setup: Setup, learner: Learner, task: TuningTask) -> TuningTask:
-    """Return the task with validation tokens and α of each training image."""
-    config = setup.config
-    if len(task.val):
-        val = _views(setup, learner, setup.split.val, task.val, "validation images", views=1)
-        task = replace(task, val_tokens=None if val.tokens is None else val.tokens[0])
-    logits = task.scale * task.train.embeddings.to(task.reference.device) @ task.reference.T
-    alpha = config.visual.adapter_scale * intensity(logits) ** config.visual.adapter_exponent
-    learner.set_alpha(float(alpha.mean()))
-    return replace(task, alpha=alpha.cpu())
 
 
 def _measure(setup: Setup, model: TunedModel, cache: EmbeddingCache) -> Report:

@@ -133,7 +133,7 @@ class ExpertSettings(SettingsGroup, group="experts"):
 
 @dataclass(frozen=True)
 class VisualSettings(SettingsGroup, group="visual"):
-    """Parts of the visual tower, and how they are tuned beside the text side."""
+    """Parts of the visual tower, and how they are tuned after the text side."""
 
     adapter_depth: int = setting(3, "blocks with a Diff-Manner Adapter (n_a)", at_least(1))
     adapter_scale: float = setting(1.0, "s of the adapter's α = s·cᵞ", at_least(0))
@@ -143,15 +143,10 @@ class VisualSettings(SettingsGroup, group="visual"):
     prompt_depth: int = setting(3, "last blocks that have visual prompts", at_least(1))
     prompt_tokens: int = setting(4, "visual prompts in each of these blocks", at_least(1))
     learning_rate: float = setting(0.002, "peak rate of the visual side", ABOVE_0)
-    text_rate: float = setting(
-        0.25, "× tuning.learning_rate: the text side's rate beside it", SHARE
-    )
-    batch_size: int = setting(32, "images in a batch of the visual side", at_least(1))
-    epochs: int = setting(6, "epochs of both sides, near the frozen embeddings", at_least(1))
-    consistency: float = setting(20.0, "weight of 1 − cos(f, f⁰) in these epochs", at_least(0))
-    far_epochs: int = setting(8, "further epochs, kept if validation images gain", at_least(0))
-    far_consistency: float = setting(1.0, "weight of 1 − cos(f, f⁰) in those epochs", at_least(0))
-    far_patience: int = setting(3, "as tuning.patience, in those epochs", at_least(1))
+    batch_size: int = setting(32, "images in a batch", at_least(1))
+    epochs: int = setting(10, "epochs of the visual side", at_least(1))
+    patience: int = setting(3, "as tuning.patience, of the visual side", at_least(0))
+    consistency: float = setting(5.0, "weight of 1 − cos(f, f⁰)", at_least(0))
     strength: float | None = setting(
         None, "share of the visual tuning to keep (κ); auto: by a trial", SHARE, none="auto"
     )

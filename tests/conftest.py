@@ -175,7 +175,6 @@ def tuned_run(tiny_model_dir: Path, photos: Path, tmp_path_factory: pytest.TempP
         "shots": 4,
         "tuning_epochs": 5,
         "visual_epochs": 3,
-        "visual_far_epochs": 2,
         "prompt_depth": 2,
     }
     config = train_config(data=str(photos), model=model, method="full", classes="base", **few)

@@ -14,6 +14,7 @@ from capt_train.config import TrainConfig
 from capt_train.data.fewshot import FewShotSplit
 from capt_train.method.base import BuildContext, ClassTransform
 from capt_train.method.class_map import ClassMap
+from capt_train.method.class_rows import ClassRows
 from capt_train.method.prompt import PromptLearner, build_prompts
 from capt_train.method.rows import GaussianRows
 from capt_train.method.visual_tuner import Encoded, VisualTuner
@@ -140,6 +141,11 @@ class Learner(nn.Module):
     def mean_texts(self, classes: Sequence[int]) -> Float[Tensor, "classes dim"]:
         """Return class embeddings, the mean over the learned prompts, in float32."""
         return self.texts(classes).embeddings.float().mean(dim=0)
+
+    def class_rows(self, classes: Sequence[int]) -> ClassRows:
+        """Return rows and biases of some classes: the text side as the visual side meets it."""
+        rows = self.mean_texts(classes)
+        return ClassRows(rows, rows.new_zeros(len(rows)))
 
     def texts(self, classes: Sequence[int]) -> Texts:
         """Return embeddings of some classes, given by index."""

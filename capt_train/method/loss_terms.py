@@ -20,8 +20,8 @@ class Step:
 
     logits: Float[Tensor, "prompts batch classes"]  # scaled
     labels: Int[Tensor, " batch"]
-    texts: Float[Tensor, "prompts classes dim"]  # t̃, unit norm
-    reference: Float[Tensor, "classes dim"]  # t⁰
+    texts: Float[Tensor, "prompts classes dim"] | None = None  # t̃, unit norm, where tuned
+    reference: Float[Tensor, "classes dim"] | None = None  # t⁰, beside `texts`
     mined: Int[Tensor, "batch mined"] | None = None  # classes confused with each image
     images: Float[Tensor, "batch dim"] | None = None  # f, where the visual side is tuned
     frozen: Float[Tensor, "batch dim"] | None = None  # f⁰ of the same views
@@ -63,9 +63,12 @@ def margin(step: Step) -> Tensor:
     return step.mean_over_prompts(losses.margin)
 
 
-def moments(step: Step) -> Tensor:
-    """Return the moment term, the mean over the prompts."""
-    return torch.stack([losses.moments(texts, step.reference) for texts in step.texts]).mean()
+def moments(step: Step) -> Tensor | None:
+    """Return the moment term, the mean over the prompts; None where the text side is fixed."""
+    if step.texts is None or step.reference is None:
+        return None
+    reference = step.reference
+    return torch.stack([losses.moments(texts, reference) for texts in step.texts]).mean()
 
 
 def consistency(step: Step) -> Tensor | None:

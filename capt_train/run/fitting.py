@@ -1,4 +1,4 @@
-"""Fit strength, mixture and calibration after tuning, and write the results of a run."""
+"""Fit mixture and calibration after tuning, and write the results of a run."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -23,10 +23,10 @@ from capt_train.run import folder as runs
 from capt_train.run.fitted import Fitted
 from capt_train.run.folder import TunedModel
 from capt_train.run.setup import Setup
-from capt_train.tune.checkpoint import TuningState, load_checkpoint
+from capt_train.tune.checkpoint import TuningState
 from capt_train.tune.cross_validation import out_of_fold_logits
 from capt_train.tune.stages import TuningTask
-from capt_train.tune.strength import Trial, choose_strength
+from capt_train.tune.strength import Trial
 from capt_train.tune.views import Views
 
 _FEW_FOR_CALIBRATION = 50
@@ -42,8 +42,6 @@ class Outcome:
     frozen: Embedded  # embeddings by the frozen model
     states: tuple[TuningState, ...]  # one for each stage
     trial: Trial | None
-    # class embeddings before the visual side was tuned; None where it was not
-    before: Float[Tensor, "classes dim"] | None
     bank: ConfusionBank  # after its last update
     make: Callable[[tuple[int, ...]], Learner]  # returns a new learner for the given classes
 
@@ -54,20 +52,8 @@ class Outcome:
 
 
 def fit(setup: Setup, outcome: Outcome, out: Path) -> TunedModel:
-    """Fit strength, mixture and calibration; write the confusions and `result.json`."""
+    """Fit mixture and calibration; write the confusions and `result.json`."""
     learner, task, split = outcome.learner, outcome.task, setup.split
-    if outcome.before is not None:
-        fixed = setup.config.visual.strength
-        if fixed is None:
-            choose_strength(learner, task, outcome.trial, outcome.before)
-            if learner.trainable:
-                load_checkpoint(runs.best_checkpoint(out, learner.strength), learner)
-        else:
-            learner.set_strength(fixed)
-    if learner.tuner is not None:
-        say(
-            f"{learner.strength:.0%} of the visual side's tuning is kept (κ = {learner.strength:g})"
-        )
     before = setup.zero_shot_bank(outcome.frozen.train)
     tuned = split.tuned  # the bank counts among these
     pairs = {(tuned[a], tuned[b]): round(count) for (a, b), count in before.confusions().items()}

@@ -40,11 +40,11 @@ FILES = {
     SPLIT: "the chosen images with their hashes",
     RESULT: "what was fitted after tuning: strength, mixture, calibration; history of the epochs",
     "best.safetensors, last.safetensors": "parameters of the best epoch; state after the last one",
-    "text-*.safetensors, near-*.safetensors": "the same of earlier stages",
+    "text-*.safetensors": "the same of the text side, where a visual side follows",
     "validation.safetensors": "embeddings and labels of the validation images, for the export",
     BANK: "the confusion bank after its last update",
     COLOURS: "the map of the input's colours, and how much other images gain",
-    TRIAL: "the short trial of the visual side on half of the classes",
+    TRIAL: "the short trial of the visual side on half of the images, if there was one",
     "sentences.json, llm_answers.json": "sentences about confused pairs; answers of an LLM",
 }
 _Parsed = TypeVar("_Parsed")
@@ -189,7 +189,7 @@ def load_run(folder: str | Path, device: torch.device | None = None) -> TunedMod
         )
     learner.set_strength(fitted.strength)
     if learner.trainable:
-        load_checkpoint(best_checkpoint(folder, fitted.strength), learner)
+        load_checkpoint(best_checkpoint(folder), learner)
     provenance = {
         **config.to_dict(),
         "data_fingerprint": split.fingerprint(),
@@ -205,13 +205,10 @@ def load_run(folder: str | Path, device: torch.device | None = None) -> TunedMod
     )
 
 
-def best_checkpoint(folder: Path, strength: float) -> Path:
-    """Return the checkpoint of the best epoch; with κ = 0, that of the text stage.
-
-    The prompt of the text stage was tuned on frozen image embeddings, which κ = 0 leaves.
-    """
+def best_checkpoint(folder: Path) -> Path:
+    """Return the checkpoint of the best epoch of the last stage."""
     text = folder / f"{TEXT}{BEST}"
-    return text if strength == 0 and text.exists() else folder / BEST
+    return folder / BEST if (folder / BEST).exists() else text
 
 
 def read_colours(folder: Path) -> ColourFit:

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from capt_deploy.core.console import say
 from capt_train.method.learner import Learner
-from capt_train.tune.stages import TuningTask, stages
+from capt_train.tune.stages import TuningTask, text_stage, visual_stage
 from capt_train.tune.tune import DivergenceError, tune
 
 _FOLDS, _FOLDS_WITH_VISUAL = 4, 2  # each fold costs a tuning; with the visual side that is minutes
@@ -57,8 +58,11 @@ def out_of_fold_logits(
         try:
             with tempfile.TemporaryDirectory() as folder:
                 label = f"cross-validation {fold + 1}/{count}:"
-                for stage in stages(rest, learner):
-                    tune(learner, rest, Path(folder), stage, label)
+                if text := text_stage(task.config, learner):
+                    tune(learner, rest, Path(folder), text, label)
+                if learner.visual is not None:
+                    rest = replace(rest, class_rows=learner.class_rows(task.tuned))
+                    tune(learner, rest, Path(folder), visual_stage(task.config), label)
         except DivergenceError as error:  # the run itself is tuned already
             say(
                 "note: confidences are not calibrated: cross-validation diverged "

@@ -12,6 +12,7 @@ from torch import Tensor
 from capt_train.calibrate.temperature import calibrated_nll
 from capt_train.config import TrainConfig
 from capt_train.confusion.bank import mined_classes, retrieve
+from capt_train.method.class_rows import ClassRows
 from capt_train.method.learner import Learner
 from capt_train.method.loss_terms import Step, loss_terms, weighted_sum
 from capt_train.tune.checkpoint import TuningState, load_checkpoint, part_of, save_checkpoint
@@ -37,11 +38,8 @@ class Epochs:
         config = task.config
         self._learner, self._task, self._stage = learner, task, stage
         self._device = task.reference.device
-        groups = [(learner.text_parameters, stage.text_rate)]
-        groups += [(learner.visual_parameters, stage.visual_rate)] if stage.visual else []
-        self._rates = [rate for parameters, rate in groups if parameters]
-        self._optimizer = _optimizer([parameters for parameters, _ in groups if parameters], config)
-        self._parameters = [parameter for parameters, _ in groups for parameter in parameters]
+        self._parameters = learner.visual_parameters if stage.visual else learner.text_parameters
+        self._optimizer = _optimizer(self._parameters, config)
         self._precision = Precision(config.tuning.autocast, self._device)
         self._labels = task.labels.to(self._device)
         self._label_noise = task.label_noise
@@ -61,7 +59,7 @@ class Epochs:
         weights = {**config.loss_weights, "consistency": self._stage.consistency}
         means: dict[str, float] = {}
         for batch in range(batches):
-            self._set_rates(number * batches + batch, batches)
+            self._set_rate(number * batches + batch, batches)
             rows = order[batch::batches]
             if partners is not None:
                 rows = torch.cat([rows, _one_each(partners[rows], draw).to(rows)])
@@ -83,37 +81,46 @@ class Epochs:
         return means
 
     def _step(self, rows: Tensor, views: Tensor, mined: Tensor | None) -> Step:
-        """Run both sides for some images, each in one of its views."""
-        task, device = self._task, self._device
-        with self._precision.towers():
-            texts = self._learner.texts(task.tuned)
-            images, gates = self._images(rows, views)
-        embeddings = texts.embeddings.float()
-        frozen = None
-        if self._stage.visual and task.views is not None:
-            frozen = task.views.embeddings[views, rows].to(device)
-        return Step(
-            task.scale * torch.einsum("bd,pcd->pbc", images, embeddings),
-            self._labels[rows],
-            embeddings,
-            task.reference,
-            mined,
-            images,
-            frozen,
-            (*gates, *texts.gates),
-            self._label_noise,
-        )
-
-    def _images(self, rows: Tensor, views: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Run the trained side for some images, each in one of its views."""
         task, device = self._task, self._device
         if not self._stage.visual:
-            return task.train.embeddings[rows].to(device), ()
+            images = task.train.embeddings[rows].to(device)
+            with self._precision.towers():
+                texts = self._learner.texts(task.tuned)
+            embeddings = texts.embeddings.float()
+            return Step(
+                task.scale * torch.einsum("bd,pcd->pbc", images, embeddings),
+                self._labels[rows],
+                embeddings,
+                task.reference,
+                mined,
+                images,
+                gates=texts.gates,
+                label_noise=self._label_noise,
+            )
         if task.views is None or task.views.tokens is None:
             raise ValueError("the visual side is trained on tokens, and the task has none")
         tokens = task.views.tokens[views, rows].to(device).float()
         alpha = None if task.alpha is None else task.alpha[rows].to(device)
-        encoded = self._learner.images(tokens, alpha, shortcut=True)
-        return encoded.embeddings, encoded.gates
+        with self._precision.towers():
+            encoded = self._learner.images(tokens, alpha, shortcut=True)
+        return Step(
+            self._class_rows().logits(encoded.embeddings, task.scale)[None],
+            self._labels[rows],
+            mined=mined,
+            images=encoded.embeddings,
+            frozen=task.views.embeddings[views, rows].to(device),
+            gates=encoded.gates,
+            label_noise=self._label_noise,
+        )
+
+    def _class_rows(self) -> ClassRows:
+        """Return the class rows in force: those of the task in a visual stage."""
+        if not self._stage.visual:
+            return self._learner.class_rows(self._task.tuned)
+        if self._task.class_rows is None:
+            raise ValueError("the visual side is trained against class rows, the task has none")
+        return self._task.class_rows
 
     def _mine(self) -> tuple[Tensor | None, Tensor | None]:
         """Return the mined classes of each image, and the confused samples retrieved for it."""
@@ -130,9 +137,8 @@ class Epochs:
         views = self._task.views
         if self.bank is None or views is None or not views.held:
             return
-        texts = self._learner.mean_texts(self._task.tuned)
         images = views.held_embeddings(self._learner if self._stage.visual else None)
-        logits = self._task.scale * images.to(self._device) @ texts.T
+        logits = self._class_rows().logits(images.to(self._device), self._task.scale)
         self.bank = self.bank.updated(logits, self._task.config.confusion.momentum)
 
     @torch.no_grad()
@@ -145,19 +151,19 @@ class Epochs:
             FloatingPointError: embeddings are not finite after the epoch's last step.
         """
         task = self._task
-        texts = self._learner.mean_texts(task.tuned)
+        class_rows = self._class_rows()
         images = task.val.embeddings.to(self._device)
         if self._stage.visual and len(task.val) and task.val_tokens is not None:
             images = self._learner.embed_tokens(task.val_tokens)
         elif self._stage.visual and task.views is not None and task.views.tokens is not None:
             # one image is enough to see nan
             images = self._learner.embed_tokens(task.views.tokens[0, :1])
-        for name, embeddings in (("class", texts), ("image", images)):
+        for name, embeddings in (("class", class_rows.rows), ("image", images)):
             if not torch.isfinite(embeddings).all():
                 raise FloatingPointError(f"the {name} embeddings became nan")
         if not len(task.val):
             return None
-        logits = task.scale * images @ texts.T
+        logits = class_rows.logits(images, task.scale)
         labels = task.val.labels_among(task.tuned).to(self._device)
         return calibrated_nll(logits, labels)
 
@@ -176,12 +182,13 @@ class Epochs:
             self.bank = replace(self.bank, **part_of(extra, "bank")).to(self._device)
         return state
 
-    def _set_rates(self, step: int, batches: int) -> None:
+    def _set_rate(self, step: int, batches: int) -> None:
         epochs, warmup = self._stage.epochs, self._task.config.tuning.warmup_epochs
-        for group, peak in zip(self._optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = learning_rate(
-                step, epochs * batches, min(warmup, epochs - 1) * batches, peak
-            )
+        rate = learning_rate(
+            step, epochs * batches, min(warmup, epochs - 1) * batches, self._stage.rate
+        )
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
 
     def _culprit(self, terms: dict[str, Tensor]) -> str:
         """Return the name of the first term whose gradient is not finite."""
@@ -204,15 +211,12 @@ def _one_each(partners: Int[Tensor, "batch mined"], draw: torch.Generator) -> In
     return chosen[retrieved.any(dim=1)].squeeze(1)
 
 
-def _optimizer(
-    groups: list[list[torch.nn.Parameter]], config: TrainConfig
-) -> torch.optim.Optimizer:
-    param_groups = [{"params": parameters} for parameters in groups]
+def _optimizer(parameters: list[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     tuning = config.tuning
     rate, decay = tuning.learning_rate, tuning.weight_decay
     if tuning.optimizer == "sgd":
-        return torch.optim.SGD(param_groups, rate, tuning.momentum, weight_decay=decay)
-    return torch.optim.AdamW(param_groups, rate, weight_decay=decay)
+        return torch.optim.SGD(parameters, rate, tuning.momentum, weight_decay=decay)
+    return torch.optim.AdamW(parameters, rate, weight_decay=decay)
 
 
 def _generator(seed: int, stage: Stage, epoch: int) -> torch.Generator:

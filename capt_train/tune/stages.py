@@ -1,4 +1,4 @@
-"""What is tuned on, and the stages of a tuning."""
+"""The task of a tuning and its two stages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +12,7 @@ from capt_train.calibrate.label_noise import fit_label_noise
 from capt_train.config import TrainConfig
 from capt_train.confusion.bank import ConfusionBank
 from capt_train.data.features import Features
+from capt_train.method.class_rows import ClassRows
 from capt_train.method.learner import Learner
 from capt_train.tune.views import Views
 
@@ -32,6 +33,7 @@ class TuningTask:
     views: Views | None = None  # of the training images
     val_tokens: Float[Tensor, "images tokens width"] | None = None
     alpha: Float[Tensor, " samples"] | None = None  # α = s·cᵞ of the training images
+    class_rows: ClassRows | None = None  # of the tuned classes; the visual stage needs them
 
     @property
     def labels(self) -> Int[Tensor, " samples"]:
@@ -50,7 +52,8 @@ class TuningTask:
 
     def among(self, inside: Bool[Tensor, " classes"]) -> "TuningTask":
         """Return the task with some of its classes and an unchanged bank."""
-        classes = tuple(c for c, chosen in zip(self.tuned, inside.tolist(), strict=True) if chosen)
+        places = inside.nonzero().squeeze(1).tolist()
+        classes = tuple(self.tuned[place] for place in places)
         indices = torch.tensor(classes)
         val = torch.isin(self.val.labels, indices)
         return replace(
@@ -58,7 +61,8 @@ class TuningTask:
             tuned=classes,
             val=self.val.rows(val.nonzero().squeeze(1)),
             val_tokens=None if self.val_tokens is None else self.val_tokens[val],
-            reference=self.reference[inside.nonzero().squeeze(1).to(self.reference.device)],
+            reference=self.reference[places],
+            class_rows=None if self.class_rows is None else self.class_rows.subset(places),
         )
 
     def with_rows(self, chosen: Bool[Tensor, " samples"]) -> "TuningTask":
@@ -97,62 +101,38 @@ def zero_shot_bank(
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of the training loop: the text side alone, or both sides together."""
+    """One run of the training loop, which trains one side of the learner."""
 
-    name: str  # prefix of its checkpoints' names; "" for the last stage
+    name: str  # prefix of its checkpoints' names
+    visual: bool  # whether it trains the visual side, against fixed class rows
     epochs: int
-    text_rate: float  # peak learning rate of the text side
-    visual_rate: float = 0.0  # of the visual side; 0 leaves it unchanged
-    consistency: float = 0.0  # weight of the consistency term
+    rate: float  # peak learning rate
+    batch_size: int
     patience: int = 0
-    batch_size: int = 1024
-
-    @property
-    def visual(self) -> bool:
-        """Tell whether the visual side is trained."""
-        return self.visual_rate > 0
+    consistency: float = 0.0  # weight of the consistency term
 
 
-def text_stage(task: TuningTask) -> Stage:
-    """Return the stage that trains what the text side has to train by epochs."""
-    tuning = task.config.tuning
+def text_stage(config: TrainConfig, learner: Learner) -> Stage | None:
+    """Return the stage of the text side; None where nothing is trained there."""
+    if not learner.text_parameters:
+        return None
+    name, tuning = "" if learner.tuner is None else TEXT, config.tuning
+    return Stage(name, False, tuning.epochs, tuning.learning_rate, tuning.batch_size, tuning.patience)
+
+
+def visual_stage(config: TrainConfig) -> Stage:
+    """Return the stage of the visual side, which follows that of the text side (ours).
+
+    The class rows no longer change, as with CAPT's authors: they are computed once, no step runs
+    the text tower, and a visual side of any strength is compared with the same text side.
+    """
+    visual = config.visual
     return Stage(
         "",
-        tuning.epochs,
-        tuning.learning_rate,
-        patience=tuning.patience,
-        batch_size=tuning.batch_size,
-    )
-
-
-def stages(task: TuningTask, learner: Learner) -> list[Stage]:
-    """Return the stages of a tuning in order (ours).
-
-    The text side comes first, because its steps are cheap on cached embeddings; the visual side
-    then learns beside prompts that fit. It first stays near the frozen tower (a strong consistency
-    term), then may move further. That second visual stage is kept only where validation images
-    gain, and not tried where there are none.
-    """
-    tuning, visual = task.config.tuning, task.config.visual
-    text = text_stage(task)
-    if learner.visual is None:
-        return [text] if learner.text_parameters else []
-    text_rate = tuning.learning_rate * visual.text_rate
-    near = Stage(
-        "",
+        True,
         visual.epochs,
-        text_rate,
         visual.learning_rate,
+        visual.batch_size,
+        visual.patience,
         visual.consistency,
-        batch_size=visual.batch_size,
     )
-    far = replace(
-        near,
-        epochs=visual.far_epochs,
-        consistency=visual.far_consistency,
-        patience=visual.far_patience,
-    )
-    first = [replace(text, name=TEXT)] if learner.text_parameters else []
-    if not len(task.val) or not visual.far_epochs:
-        return [*first, near]
-    return [*first, replace(near, name="near-"), far]

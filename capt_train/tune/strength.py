@@ -1,7 +1,8 @@
-"""Choose κ, how much of the visual side's tuning to keep (METHOD 5), by a trial (ours).
+"""Choose κ, how much of the visual side's tuning to keep (METHOD 5), on held-out images (ours).
 
 Where the frozen vision tower is right already, adapters and experts can only overfit, and no loss
-on training images shows it. Images of classes that were not tuned on do.
+on training images shows it. Validation images do; where there are none, or where classes without
+images count as well (`--classes base`), a trial on some of the training images does.
 """
 
 import tempfile
@@ -17,8 +18,9 @@ from torch import Tensor
 from capt_deploy.core.console import say
 from capt_train.calibrate.temperature import calibrated_losses
 from capt_train.data.features import every_second
+from capt_train.method.class_rows import ClassRows
 from capt_train.method.learner import Learner
-from capt_train.tune.stages import TuningTask, stages
+from capt_train.tune.stages import TuningTask, visual_stage
 from capt_train.tune.tune import DivergenceError, tune
 
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0)  # candidates for κ
@@ -31,7 +33,7 @@ _FEWEST_CLASSES = 4  # two problems of two classes each
 class Gains:
     """For each κ of GRID, how much it lowers the calibrated NLL of held-out images, in nats.
 
-    The baseline is the model before its visual side was tuned.
+    The baseline is the frozen visual side with the same class rows.
     """
 
     mean: tuple[float, ...]
@@ -40,13 +42,13 @@ class Gains:
 
 @dataclass(frozen=True)
 class Trial:
-    """The result of a short tuning on half of the classes.
+    """The gains of a tuning on part of the training images.
 
     A value is None where too few images could be held out; both are after a diverged tuning.
     """
 
-    seen: Gains | None  # on held-out images of the tuned half
-    unseen: Gains | None  # on images of the other half
+    seen: Gains | None  # on held-out images of its classes
+    unseen: Gains | None  # on those of the classes it was not tuned on, with `--classes base`
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Trial":
@@ -70,56 +72,75 @@ class Trial:
 
 @dataclass(frozen=True)
 class _HeldOut:
-    """Images that the tuning has not seen."""
+    """Images that neither the class rows nor the visual side were tuned on."""
 
-    classes: tuple[int, ...]
+    class_rows: ClassRows
     frozen: Float[Tensor, "samples dim"]  # f⁰
     tokens: Float[Tensor, "samples tokens width"]
-    labels: Int[Tensor, " samples"]  # positions in `classes`
+    labels: Int[Tensor, " samples"]  # positions in `class_rows`
+
+    def among(self, inside: Bool[Tensor, " classes"]) -> "_HeldOut":
+        """Return the images and rows of some of the classes."""
+        rows = inside[self.labels].nonzero().squeeze(1)
+        labels = (inside.cumsum(0) - 1)[self.labels[rows]]
+        class_rows = self.class_rows.subset(inside.nonzero().squeeze(1).tolist())
+        return _HeldOut(class_rows, self.frozen[rows], self.tokens[rows], labels)
 
 
-def run_trial(task: TuningTask, make: Callable[[tuple[int, ...]], Learner]) -> Trial | None:
-    """Tune on half of the classes for half as long and measure κ on held-out images.
+def run_trial(
+    task: TuningTask,
+    make: Callable[[tuple[int, ...]], Learner],
+    fit_class_rows: Callable[[TuningTask], ClassRows],
+) -> Trial | None:
+    """Tune the visual side on half of the images and measure the gain of each κ on others.
 
-    Without validation images, every second training image is held out.
+    With validation images, these judge; with `--classes base`, the tuning has half of the classes,
+    and the images of the other half judge as well. Without validation images, every second shot is
+    held out and the class rows are fitted to the rest.
 
     Args:
-        task: the run's task, with views and tokens.
+        task: the run's task, with views, tokens and class rows.
         make: returns a new learner for the given classes.
+        fit_class_rows: fits the text side to a task and returns its class rows.
 
     Returns:
-        The trial; None with fewer than four classes or without a visual stage.
+        The trial; None where the tuning itself will show as much, or with too few classes.
     """
-    if len(task.tuned) < _FEWEST_CLASSES:
+    halves = task.config.classes == "base" and len(task.tuned) >= _FEWEST_CLASSES
+    if len(task.val) and not halves:
         return None
-    say("trying on half of the classes how much of the visual tuning to keep")
-    half, seen, unseen = _halved(task)
-    learner = make(half.tuned)
-    if half.alpha is not None:
-        learner.set_alpha(float(half.alpha.mean()))
-    before = None
+    say("trying on half of the images how much of the visual tuning to keep")
     try:
+        if len(task.val):
+            held_out = _validation(task)
+        else:
+            odd = every_second(task.train.labels)
+            part = task.with_rows(~odd).with_new_bank()
+            class_rows = fit_class_rows(part)
+            held_out = _training_images(replace(task, class_rows=class_rows), odd)
+            task = replace(part, class_rows=class_rows)
+        inside = torch.ones(len(task.tuned), dtype=torch.bool)
+        if halves:
+            draw = torch.Generator().manual_seed(task.config.seed)
+            inside[torch.randperm(len(inside), generator=draw)[: len(inside) // 2]] = False
+            task = task.among(inside).with_new_bank()
+        learner = make(task.tuned)
+        if task.alpha is not None:
+            learner.set_alpha(float(task.alpha.mean()))
         with tempfile.TemporaryDirectory() as folder:
-            for stage in stages(half, learner):
-                if stage.visual and before is None:
-                    before = [learner.mean_texts(images.classes) for images in (seen, unseen)]
-                tune(learner, half, Path(folder), stage, "trial on half of the classes:")
+            tune(learner, task, Path(folder), visual_stage(task.config), "trial:")
     except DivergenceError as error:
         say(
             f"note: the visual side stays as it was, because its trial diverged ({error.reason}); "
             f"lower {error.setting} to tune it"
         )
         return Trial(None, None)
-    if before is None:
-        return None
-    return Trial(
-        _gains(learner, before[0], task.scale, seen),
-        _gains(learner, before[1], task.scale, unseen),
-    )
+    unseen = _gains(learner, held_out.among(~inside), task.scale) if halves else None
+    return Trial(_gains(learner, held_out.among(inside), task.scale), unseen)
 
 
 def worth_tuning(task: TuningTask, trial: Trial | None) -> bool:
-    """Tell whether tuning the visual side may help seen and unseen classes.
+    """Tell whether tuning the visual side may help.
 
     Without a trial, validation images can still judge afterwards; without these, nothing could.
     """
@@ -128,24 +149,18 @@ def worth_tuning(task: TuningTask, trial: Trial | None) -> bool:
     return best_strength(trial.seen, trial.unseen) > 0
 
 
-def choose_strength(
-    learner: Learner,
-    task: TuningTask,
-    trial: Trial | None,
-    before: Float[Tensor, "classes dim"],
-) -> None:
+def choose_strength(learner: Learner, task: TuningTask, trial: Trial | None) -> None:
     """Set the κ of a tuned learner.
 
-    The gain on seen classes is measured on the tuned model itself where there are validation
-    images; only the trial knows the gain on unseen classes.
+    The gain on tuned classes is measured on the tuned model itself where there are validation
+    images; only the trial knows the gain on classes that were not tuned on.
 
     Args:
         learner: as tuned.
         task: the task it was tuned on.
         trial: the trial of this task, if there was one.
-        before: embeddings of the tuned classes before the visual side was tuned.
     """
-    seen = _gains(learner, before, task.scale, _validation(task)) if len(task.val) else None
+    seen = _gains(learner, _validation(task), task.scale) if len(task.val) else None
     if seen is None and trial is not None:
         seen = trial.seen
     learner.set_strength(best_strength(seen, trial.unseen if trial else None))
@@ -167,42 +182,17 @@ def best_strength(*gains: Gains | None) -> float:
     return strength
 
 
-def _halved(task: TuningTask) -> tuple[TuningTask, _HeldOut, _HeldOut]:
-    """Return the trial's task, held-out images of its classes, and images of the other classes."""
-    config, count = task.config, len(task.tuned)
-    draw = torch.Generator().manual_seed(config.seed)
-    inside = torch.zeros(count, dtype=torch.bool)
-    inside[torch.randperm(count, generator=draw)[: count // 2]] = True
-    half, rest = task.among(inside), task.among(~inside)
-    unseen = _training_images(rest, torch.ones(len(rest.train), dtype=torch.bool))
-    if len(half.val):
-        seen = _validation(half)
-        unseen = _joined(unseen, _validation(rest))
-    else:
-        odd = every_second(half.train.labels)
-        seen = _training_images(half, odd)
-        half = half.with_rows(~odd)
-    values = config.values()
-    names = ("tuning.epochs", "visual.epochs", "visual.far_epochs")
-    shorter = config.with_settings({name: -(-values[name] // 2) for name in names})
-    return replace(half, config=shorter).with_new_bank(), seen, unseen
-
-
-def _joined(first: _HeldOut, second: _HeldOut) -> _HeldOut:
-    """Return the images of both, which are of the same classes."""
-    return replace(
-        first,
-        frozen=torch.cat([first.frozen, second.frozen]),
-        tokens=torch.cat([first.tokens, second.tokens]),
-        labels=torch.cat([first.labels, second.labels]),
-    )
+def _class_rows(task: TuningTask) -> ClassRows:
+    if task.class_rows is None:
+        raise ValueError("expected a task with class rows")
+    return task.class_rows
 
 
 def _validation(task: TuningTask) -> _HeldOut:
     if task.val_tokens is None:
         raise ValueError("expected validation images with tokens")
     labels = task.val.labels_among(task.tuned)
-    return _HeldOut(task.tuned, task.val.embeddings, task.val_tokens, labels)
+    return _HeldOut(_class_rows(task), task.val.embeddings, task.val_tokens, labels)
 
 
 def _training_images(task: TuningTask, chosen: Bool[Tensor, " samples"]) -> _HeldOut:
@@ -210,21 +200,22 @@ def _training_images(task: TuningTask, chosen: Bool[Tensor, " samples"]) -> _Hel
         raise ValueError("expected training images with tokens")
     labels = task.train.labels_among(task.tuned)
     frozen, tokens = task.views.embeddings[0][chosen], task.views.tokens[0][chosen]
-    return _HeldOut(task.tuned, frozen, tokens, labels[chosen])
+    return _HeldOut(_class_rows(task), frozen, tokens, labels[chosen])
 
 
 @torch.no_grad()
-def _gains(learner: Learner, before: Tensor, scale: float, images: _HeldOut) -> Gains | None:
+def _gains(learner: Learner, images: _HeldOut, scale: float) -> Gains | None:
     """Return the gain of each κ; the learner's κ is restored afterwards."""
     if len(images.labels) < 2:  # one image has no standard error
         return None
-    texts, labels = learner.mean_texts(images.classes), images.labels.to(before.device)
-    losses = [calibrated_losses(scale * images.frozen.to(before) @ before.T, labels)]
+    class_rows = images.class_rows
+    labels = images.labels.to(class_rows.rows.device)
+    losses = [calibrated_losses(class_rows.logits(images.frozen, scale), labels)]
     strength = learner.strength
     for candidate in GRID[1:]:
         learner.set_strength(candidate)
         embeddings = learner.embed_tokens(images.tokens)
-        losses.append(calibrated_losses(scale * embeddings @ texts.T, labels))
+        losses.append(calibrated_losses(class_rows.logits(embeddings, scale), labels))
     learner.set_strength(strength)
     gains = torch.stack([losses[0] - loss for loss in losses]).double()
     error = gains.std(dim=1) / len(labels) ** 0.5

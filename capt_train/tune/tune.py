@@ -45,7 +45,7 @@ def tune(
         learner: the trained parts.
         task: images, classes and settings.
         folder: where checkpoints are written.
-        stage: which side is trained, for how long and at which rates.
+        stage: which side is trained, for how long and at which rate.
         label: first words of the progress line.
 
     Returns:
@@ -60,7 +60,7 @@ def tune(
     last, best = (folder / f"{stage.name}{name}" for name in (LAST, BEST))
     if last.exists():
         state = loop.load(last)
-    label += " both sides" if stage.visual else " the text side"
+    label += " the visual side" if stage.visual else " the text side"
     with progress(label, stage.epochs, "epochs") as counter:
         counter.advance(state.epoch)
         while state.epoch < stage.epochs and not _stopped_early(state, task, stage):

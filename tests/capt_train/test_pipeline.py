@@ -31,6 +31,7 @@ from capt_train.method.learner import Learner
 from capt_train.parts import PARTS
 from capt_train.pipeline import dry_run, train
 from capt_train.run import folder as runs
+from capt_train.run import visual_side
 from capt_train.run.fitting import Outcome, fit
 from capt_train.run.folder import TunedModel, load_run
 from capt_train.run.setup import Setup
@@ -56,7 +57,7 @@ RUN_FILES = {
 }
 BOTH_SIDES = {
     *("text-last.safetensors", "text-best.safetensors"),
-    *("near-last.safetensors", "near-best.safetensors", "sentences.json", "colours.json"),
+    *("sentences.json", "colours.json"),
 }
 
 
@@ -74,7 +75,6 @@ def staged(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> St
     few = {
         "tuning_epochs": 1,
         "visual_epochs": 1,
-        "visual_far_epochs": 1,
         "visual_views": 2,
         "visual_strength": "1",
     }
@@ -146,11 +146,11 @@ def test_a_run_of_both_sides_has_its_stages_and_what_was_chosen_for_the_visual_o
     tuned_run: Path,
 ) -> None:
     result, report = read(tuned_run / "result.json"), read(tuned_run / "metrics.json")
-    text, near, far = ({*stage["history"][0]} for stage in result["stages"])
-    assert [stage["epochs"] for stage in result["stages"][:2]] == [5, 3]
+    text, visual = ({*stage["history"][0]} for stage in result["stages"])
+    assert [stage["epochs"] for stage in result["stages"]] == [5, 3]
     terms = {"cross_entropy", "coa", "infonce", "margin", "moments", "balance", "val_nll"}
     assert text == terms
-    assert near == far == terms | {"consistency"}
+    assert visual == terms - {"moments"} | {"consistency"}
     assert report["parts"] == sorted({*PARTS} - {"visual-prompts"})
     assert report["trained_parameters"] == result["trained_parameters"] > 4 * 32
     assert result["strength"] == report["strength"] == 0.75  # as it was asked for
@@ -305,13 +305,13 @@ def test_a_visual_side_that_promises_nothing_is_not_tuned(
         asked.append(trial)
         return promising
 
-    monkeypatch.setattr(pipeline, "worth_tuning", worth_tuning)
-    config = configure(method="capt", classes="all", visual_views=2, visual_far_epochs=1)
+    monkeypatch.setattr(visual_side, "worth_tuning", worth_tuning)
+    config = configure(method="capt", classes="all", visual_views=2)
     report = train(config, tmp_path / "run")
     (trial,) = asked
     assert trial is not None and trial.unseen is not None
     result = read(tmp_path / "run" / "result.json")
-    assert len(result["stages"]) == (3 if promising else 1)
+    assert len(result["stages"]) == (2 if promising else 1)
     assert result["trial"]["unseen"]["mean"] == list(trial.unseen.mean)
     if promising:
         return
@@ -324,9 +324,7 @@ def test_a_visual_side_that_promises_nothing_is_not_tuned(
 
 
 def test_a_given_strength_is_taken_without_a_trial(configure: Configure, tmp_path: Path) -> None:
-    config = configure(
-        method="capt", classes="all", visual_views=2, visual_far_epochs=1, visual_strength="0.25"
-    )
+    config = configure(method="capt", classes="all", visual_views=2, visual_strength="0.25")
     report = train(config, tmp_path / "run")
     result = read(tmp_path / "run" / "result.json")
     assert result["trial"] is None
@@ -361,10 +359,10 @@ def test_images_adapt_the_more_the_more_confused_the_frozen_model_is_about_them(
 def test_each_stage_goes_on_with_the_bank_of_the_one_before(staged: Staged) -> None:
     run, tasks, banks = staged
     first, *later = (task.bank for task in tasks)
-    assert len(later) == 2
+    assert len(later) == 1
     assert all(own is written for own, written in zip(later, banks, strict=False))
     counts = [own.counts for own in (first, *banks) if own is not None]
-    assert len(counts) == 4
+    assert len(counts) == 3
     assert not any(torch.equal(old, new) for old, new in pairwise(counts))
     assert torch.equal(load_file(run / "bank.safetensors")["counts"], counts[-1])
 
@@ -382,11 +380,8 @@ def test_without_strength_or_text_side_a_run_is_the_zero_shot_model(
 def test_a_strength_of_zero_ends_with_the_prompt_of_the_text_side_alone(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(pipeline, "worth_tuning", lambda *_: True)
     monkeypatch.setattr(strength, "best_strength", lambda *_: 0.0)
-    config = configure(
-        method="capt", classes="all", visual_views=2, visual_far_epochs=1, without=("colours",)
-    )
+    config = configure(method="capt", classes="all", visual_views=2, without=("colours",))
     fitted: list[TunedModel] = []
     measure = pipeline._measure
     monkeypatch.setattr(
@@ -396,10 +391,10 @@ def test_a_strength_of_zero_ends_with_the_prompt_of_the_text_side_alone(
     )
     run = tmp_path / "run"
     report = train(config, run)
-    assert len(read(run / "result.json")["stages"]) == 3
+    assert len(read(run / "result.json")["stages"]) == 2
     files = (load_file(run / f"{name}best.safetensors") for name in ("text-", ""))
     alone, beside = (own["module.prompts.0.context"] for own in files)
-    assert not torch.equal(alone, beside)
+    assert torch.equal(alone, beside)
     for model in (*fitted, load_run(run)):
         assert model.visual is None
         assert torch.equal(model.learner.state_dict()["prompts.0.context"], alone)
@@ -411,7 +406,7 @@ def test_a_strength_of_zero_ends_with_the_prompt_of_the_text_side_alone(
 def test_a_resumed_run_decides_by_the_trial_that_it_has_written(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    config = configure(method="capt", classes="all", visual_views=2, visual_far_epochs=1)
+    config = configure(method="capt", classes="all", visual_views=2)
     train(config, tmp_path / "run")
     trial = (tmp_path / "run" / "trial.json").read_bytes()
     report = read(tmp_path / "run" / "metrics.json")
@@ -420,7 +415,7 @@ def test_a_resumed_run_decides_by_the_trial_that_it_has_written(
     def never(*_: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(pipeline, "run_trial", never)
+    monkeypatch.setattr(visual_side, "run_trial", never)
     assert train(config, tmp_path / "run", resume=True) == report
     assert (tmp_path / "run" / "trial.json").read_bytes() == trial
 
@@ -428,14 +423,14 @@ def test_a_resumed_run_decides_by_the_trial_that_it_has_written(
 def test_a_run_whose_trial_diverges_keeps_to_the_text_side_also_when_resumed(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    own = {"method": "capt", "classes": "all", "visual_views": 2, "visual_far_epochs": 1}
+    own = {"method": "capt", "classes": "all", "visual_views": 2}
     config, run = configure(visual_learning_rate=1e30, **own), tmp_path / "run"
     report = train(config, run)
     result = (run / "result.json").read_bytes()
     assert report["strength"] == 0
     assert len(json.loads(result)["stages"]) == 1
     (run / "result.json").unlink()
-    monkeypatch.delattr(pipeline, "run_trial")
+    monkeypatch.delattr(visual_side, "run_trial")
     assert train(config, run, resume=True) == report
     assert (run / "result.json").read_bytes() == result
 
@@ -499,9 +494,7 @@ def test_all_that_is_known_of_sampled_validation_images_belongs_together(
     monkeypatch.setattr(pipeline, "fit", noting)
     monkeypatch.setattr(pipeline, "_MOST_VALIDATED", 7)
     run = tmp_path / "run"
-    config = configure(
-        method="capt", visual_views=2, visual_far_epochs=1, visual_strength="0.5", data=str(data)
-    )
+    config = configure(method="capt", visual_views=2, visual_strength="0.5", data=str(data))
     report = train(config, run)
     [outcome] = outcomes
     val, frozen, learner = outcome.task.val, outcome.frozen.val, outcome.learner

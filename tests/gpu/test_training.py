@@ -13,7 +13,6 @@ FEW = {
     "shots": 4,
     "tuning_epochs": 1,
     "visual_epochs": 1,
-    "visual_far_epochs": 0,
     "tuning_warmup_epochs": 0,
 }
 Train = Callable[[str, str], dict[str, Any]]

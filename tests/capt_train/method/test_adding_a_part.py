@@ -44,7 +44,6 @@ SETTINGS = {
     "visual.learning_rate": 0.02,
     "visual.strength": 1.0,
     "visual.views": 2,
-    "visual.far_epochs": 0,
     "calibration.calibrator": "temperature",
 }
 Trained = Callable[..., TunedModel]

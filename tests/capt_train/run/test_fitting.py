@@ -27,7 +27,6 @@ def tuned(configure: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPa
     run = tmp_path_factory.mktemp("runs") / "run"
     few = {
         "visual_views": 2,
-        "visual_far_epochs": 0,
         "visual_strength": "1",
         "tuning_learning_rate": 0.02,
         "shots": 6,

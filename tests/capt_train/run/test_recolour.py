@@ -161,7 +161,7 @@ def test_a_map_that_is_not_kept_changes_nothing_and_is_written(setup, tmp_path, 
 
 # Whole runs of a second. The random model takes colours for classes, so a map is kept.
 
-TINY: dict[str, Any] = {"shots": 6, "tuning_epochs": 2, "visual_far_epochs": 1, "visual_views": 2}
+TINY: dict[str, Any] = {"shots": 6, "tuning_epochs": 2, "visual_views": 2}
 
 
 @pytest.fixture(scope="module")

@@ -225,7 +225,7 @@ def test_a_run_whose_cross_validation_diverges_ends_uncalibrated(
 ) -> None:
     def too_far(*arguments: Any) -> Any:
         *others, stage, label = arguments
-        return tune(*others, replace(stage, text_rate=1e30), label)
+        return tune(*others, replace(stage, rate=1e30), label)
 
     monkeypatch.setattr(cross_validation, "tune", too_far)
     shutil.copytree(photos / "train", tmp_path / "data" / "train")

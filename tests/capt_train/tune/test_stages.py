@@ -1,4 +1,4 @@
-"""Both sides tuned after one another: what moves, what the bank sees, where it stops, resuming."""
+"""Both sides tuned one after the other: what moves, what the bank sees, where it stops."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from torch.nn.functional import normalize
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from capt_deploy.core.errors import RunError
+from capt_train.calibrate.temperature import calibrated_nll
 from capt_train.clip.backbone import Backbone
 from capt_train.config import TrainConfig
 from capt_train.confusion.bank import ConfusionBank, mined_classes
 from capt_train.data.features import Features
 from capt_train.data.fewshot import FewShotSplit
 from capt_train.method import loss_terms
+from capt_train.method.class_rows import ClassRows
 from capt_train.method.learner import Learner, make_learner
 from capt_train.method.loss_terms import Step
 from capt_train.tune import epochs
 from capt_train.tune.checkpoint import TuningState
-from capt_train.tune.stages import Stage, TuningTask, stages
+from capt_train.tune.stages import Stage, TuningTask, text_stage, visual_stage
 from capt_train.tune.tune import BEST, LAST, tune
 from capt_train.tune.views import Views
 from tests.configs import train_config
@@ -34,7 +36,8 @@ NAMES = ("cat", "dog", "boat", "tree", "car")
 TUNED = (0, 1, 2, 4)
 SHOTS, VIEWS = 3, 3  # the last view is never tuned on
 PARTS = ("prompt", "semantic-experts", "adapter", "sample-experts", "visual-prompts")
-TEXT, BOTH = Stage("text-", 2, 0.01), Stage("", 3, 0.01, 0.01, 1.0)
+TEXT = Stage("text-", False, 2, 0.01)
+VISUAL = Stage("", True, 3, 0.01, consistency=1.0)
 
 
 def config(*without: str, **settings: Any) -> TrainConfig:
@@ -92,6 +95,7 @@ def make(
         Views(rows, rows[-1], tokens),
         made.prefix(val).half() if tokens is not None and validated else None,
         torch.linspace(0.1, 1, len(labels)),
+        made.class_rows(TUNED),
     )
     return made, task
 
@@ -124,70 +128,58 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     return found
 
 
-def test_the_text_side_comes_first_and_both_sides_last(tiny_backbone: Backbone) -> None:
-    made, task = make(tiny_backbone)
-    first, *others = stages(task, made)
-    assert (first.visual, first.text_rate) == (False, task.config.tuning.learning_rate)
-    slower = task.config.tuning.learning_rate * task.config.visual.text_rate
-    assert others
-    for stage in others:
-        assert (stage.visual, stage.text_rate) == (True, slower)
-        assert stage.visual_rate == task.config.visual.learning_rate
-    names = [first.name, *(stage.name for stage in others)]
-    assert names[-1] == ""
-    assert len({*names}) == len(names)
-
-
-SETTINGS = {
-    "visual_epochs": 2,
-    "visual_consistency": 7.0,
-    "visual_far_consistency": 0.5,
-    "visual_far_patience": 4,
-}
-
-
-def near_or_far(stage: Stage) -> tuple[str, int, float, int]:
-    return stage.name, stage.epochs, stage.consistency, stage.patience
-
-
-def test_the_far_stage_has_length_consistency_and_patience_of_its_own(
-    tiny_backbone: Backbone,
-) -> None:
-    made, task = make(tiny_backbone, config(**SETTINGS, visual_far_epochs=5))
-    _, near, far = stages(task, made)
-    assert near_or_far(near) == ("near-", 2, 7.0, 0)
-    assert near_or_far(far) == ("", 5, 0.5, 4)
-
-
-@pytest.mark.parametrize(("far_epochs", "validated"), [(0, True), (5, False)])
-def test_far_is_not_tried_where_that_is_off_or_nothing_could_judge_it(
-    far_epochs: int, validated: bool, tiny_backbone: Backbone
-) -> None:
-    made, task = make(tiny_backbone, config(**SETTINGS, visual_far_epochs=far_epochs), validated)
-    _, near = stages(task, made)
-    assert near_or_far(near) == ("", 2, 7.0, 0)
+def test_the_settings_of_each_side_are_those_of_its_stage(tiny_backbone: Backbone) -> None:
+    settings = {
+        "tuning_epochs": 7,
+        "tuning_learning_rate": 0.3,
+        "tuning_patience": 5,
+        "visual_epochs": 2,
+        "visual_learning_rate": 0.1,
+        "visual_consistency": 7.0,
+        "visual_patience": 4,
+    }
+    made, task = make(tiny_backbone, config(**settings))
+    assert text_stage(task.config, made) == Stage("text-", False, 7, 0.3, 5)
+    assert visual_stage(task.config) == Stage("", True, 2, 0.1, 4, 7.0)
 
 
 @pytest.mark.parametrize(
-    ("without", "expected"),
-    [
-        (("visual",), {False}),
-        (("prompt", "semantic-experts"), {True}),
-        (("visual", "prompt", "semantic-experts"), set()),
-    ],
+    ("without", "name"),
+    [(("visual",), ""), (("prompt", "semantic-experts"), None), ((), "text-")],
 )
-def test_a_side_that_is_not_there_has_no_stage(
-    without: tuple[str, ...], expected: set[bool], tiny_backbone: Backbone
+def test_a_text_side_that_is_not_there_has_no_stage(
+    without: tuple[str, ...], name: str | None, tiny_backbone: Backbone
 ) -> None:
     made, task = make(tiny_backbone, config(*without))
-    own = stages(task, made)
-    assert {stage.visual for stage in own} == expected
-    assert [stage.name for stage in own][-1:] == [""] * bool(own)
+    stage = text_stage(task.config, made)
+    assert (None if stage is None else stage.name) == name
+
+
+def test_a_visual_stage_reads_the_class_rows_of_the_task_and_runs_no_text_tower(
+    tiny_backbone: Backbone, tmp_path: Path, steps: list[Step], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, task = make(tiny_backbone)
+    generator = torch.Generator().manual_seed(0)
+    rows = ClassRows(torch.randn(4, 32, generator=generator), torch.randn(4, generator=generator))
+
+    def never(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(made, "texts", never)
+    state, _ = tune(made, replace(task, class_rows=rows), tmp_path, VISUAL)
+    for step in steps:
+        assert step.images is not None
+        expected = task.scale * step.images @ rows.rows.T + rows.biases
+        torch.testing.assert_close(step.logits, expected[None])
+    assert task.val_tokens is not None
+    logits = task.scale * made.embed_tokens(task.val_tokens) @ rows.rows.T + rows.biases
+    nll = calibrated_nll(logits, task.val.labels_among(TUNED))
+    assert nll == pytest.approx(state.history[-1]["val_nll"], abs=1e-4)
 
 
 @pytest.mark.parametrize(
     ("stage", "sides"),
-    [(TEXT, {"text"}), (BOTH, {"text", "visual"}), (replace(BOTH, text_rate=0.0), {"visual"})],
+    [(TEXT, {"text"}), (VISUAL, {"visual"})],
 )
 def test_a_stage_moves_what_it_should_and_nothing_else(
     stage: Stage, sides: set[str], tiny_backbone: Backbone, tmp_path: Path
@@ -212,7 +204,7 @@ def test_a_visual_stage_that_only_harms_leaves_the_parameters_as_they_were(
     taken = (made.embed_tokens(task.val_tokens) @ made.mean_texts(TUNED).T).argmax(dim=1)
     right = Features(task.val.embeddings, torch.tensor(TUNED)[taken])  # so nothing is to be gained
     sure = replace(task, scale=100 * task.scale, val=right)
-    state, _ = tune(made, sure, tmp_path, replace(BOTH, text_rate=0.1, visual_rate=0.1, patience=3))
+    state, _ = tune(made, sure, tmp_path, replace(VISUAL, rate=0.1, patience=3))
     assert state.epoch == 3
     assert state.best_nll is not None
     assert min(entry["val_nll"] for entry in state.history) > state.best_nll
@@ -240,7 +232,7 @@ def killed_in_step(number: int) -> Iterator[None]:
 
 def whole_run(made: Learner, task: TuningTask, folder: Path) -> list[TuningState]:
     found = []
-    for stage in (TEXT, BOTH):
+    for stage in (TEXT, VISUAL):
         state, bank = tune(made, task, folder, stage)
         task = replace(task, bank=bank)
         found.append(state)
@@ -265,7 +257,7 @@ def test_a_run_cut_in_either_stage_ends_with_the_bits_of_an_uninterrupted_one(
     assert all(torch.equal(value, after[name]) for name, value in state_of(whole).items())
 
 
-@pytest.mark.parametrize("stage", [TEXT, BOTH])
+@pytest.mark.parametrize("stage", [TEXT, VISUAL])
 def test_the_bank_learns_from_the_held_view_alone(
     stage: Stage, tiny_backbone: Backbone, tmp_path: Path
 ) -> None:
@@ -297,7 +289,7 @@ def test_with_one_view_there_is_nothing_to_write_back(
     assert task.views.tokens is not None
     only = task.views.embeddings[:1]
     single = Views(only, only[0], task.views.tokens[:1])
-    _, bank = tune(made, replace(task, views=single), tmp_path, replace(BOTH, epochs=1))
+    _, bank = tune(made, replace(task, views=single), tmp_path, replace(VISUAL, epochs=1))
     assert bank is task.bank
 
 
@@ -309,7 +301,7 @@ def test_the_held_view_is_never_tuned_on_the_others_are(
     assert task.views.tokens is not None
     for held in (task.views.embeddings[-1], task.views.tokens[-1]):
         held.fill_(float("nan"))  # would stop the tuning
-    tune(made, replace(task, bank=None), tmp_path, replace(BOTH, epochs=6))
+    tune(made, replace(task, bank=None), tmp_path, replace(VISUAL, epochs=6))
     shown = torch.cat([step.frozen for step in steps if step.frozen is not None])
     for view in task.views.embeddings[:-1]:
         assert (shown[:, None] == view).all(dim=2).any()
@@ -372,7 +364,7 @@ def test_images_adapt_by_their_own_strength_and_validation_by_the_mean(
         return images(tokens, alpha, **options)
 
     monkeypatch.setattr(made, "images", noting)
-    tune(made, task, tmp_path, replace(BOTH, epochs=1))
+    tune(made, task, tmp_path, replace(VISUAL, epochs=1))
     own = torch.cat([alpha for alpha in given if alpha is not None])
     assert task.alpha is not None
     assert torch.equal(own.sort().values, task.alpha)
@@ -384,7 +376,7 @@ def test_validation_of_both_sides_reads_tuned_embeddings(
 ) -> None:
     made, task = make(tiny_backbone)
     nothing = replace(task.val, embeddings=torch.full_like(task.val.embeddings, float("nan")))
-    state, _ = tune(made, replace(task, val=nothing), tmp_path, replace(BOTH, epochs=1))
+    state, _ = tune(made, replace(task, val=nothing), tmp_path, replace(VISUAL, epochs=1))
     assert state.best_nll is not None
     assert 0 < state.best_nll < 100
 
@@ -400,7 +392,8 @@ def test_the_routers_of_both_sides_are_balanced(tiny_backbone: Backbone, tmp_pat
     for router in routers:
         router.bias.data = torch.tensor([1.0, -1.0])
     # In the first step all experts still are without effect: no other term reaches a router.
-    tune(made, task, tmp_path, replace(BOTH, epochs=1))
+    for stage in (TEXT, VISUAL):
+        tune(made, task, tmp_path, replace(stage, epochs=1))
     for router in routers:
         assert router.bias[0] < 1
         assert router.bias[1] > -1
@@ -428,7 +421,7 @@ def test_the_whole_gradient_is_clipped_and_keeps_its_direction(
     for norm in (0.0, 0.01):
         made, task = make(tiny_backbone, config(tuning_clip_norm=norm))
         with noted_gradients(made) as gradients:
-            tune(made, task, tmp_path / str(norm), replace(BOTH, epochs=1))
+            tune(made, task, tmp_path / str(norm), replace(VISUAL, epochs=1))
         first[norm] = gradients[0]
         assert norm == 0 or all(g.norm() <= norm * 1.001 for g in gradients)
     raw, clipped = first[0.0], first[0.01]
@@ -438,7 +431,7 @@ def test_the_whole_gradient_is_clipped_and_keeps_its_direction(
 
 def broken(step: Step) -> Tensor:
     """A term that is 0 while its slope is not finite."""
-    return (0 * step.texts.sum()).sqrt()
+    return (0 * step.logits.sum()).sqrt()
 
 
 @pytest.mark.parametrize("epoch", [1, 2])
@@ -449,14 +442,14 @@ def test_a_gradient_that_is_not_finite_is_named_and_the_last_checkpoint_stays(
     kept = {}
     if epoch == 2:
         with killed_in_step(5):
-            tune(made, task, tmp_path, BOTH)
+            tune(made, task, tmp_path, VISUAL)
         kept = files(tmp_path)
         assert LAST in kept
     monkeypatch.setattr(loss_terms, "margin", broken)
     where = rf"; the state before that epoch is in {LAST}" if epoch == 2 else "tune again$"
     message = rf"epoch {epoch} the gradient of the margin term became nan; lower visual.*{where}"
     with pytest.raises(RunError, match=message):
-        tune(learner(tiny_backbone, task.config), task, tmp_path, BOTH)
+        tune(learner(tiny_backbone, task.config), task, tmp_path, VISUAL)
     assert (tmp_path / LAST).exists() == (epoch == 2)
     assert {name: files(tmp_path)[name] for name in kept} == kept
 
@@ -481,7 +474,7 @@ def test_a_term_that_is_not_finite_is_named(
     own = getattr(loss_terms, term)
     monkeypatch.setattr(loss_terms, term, lambda step: own(step) * float("inf"))
     with pytest.raises(RunError, match=f"epoch 1 the {term} term became inf; lower visual"):
-        tune(made, task, tmp_path, BOTH)
+        tune(made, task, tmp_path, VISUAL)
 
 
 @pytest.mark.parametrize("validated", [True, False])
@@ -491,7 +484,7 @@ def test_a_last_step_that_breaks_only_the_visual_side_is_noticed(
     made, task = make(
         tiny_backbone, config(tuning_batch_size=100, tuning_warmup_epochs=0), validated
     )
-    stage = replace(BOTH, text_rate=0.0, visual_rate=1e30)
+    stage = replace(VISUAL, rate=1e30)
     with pytest.raises(RunError, match="in epoch 1 the image embeddings became nan; lower visual"):
         tune(made, task, tmp_path, stage)
     assert not (tmp_path / LAST).exists()

@@ -19,6 +19,7 @@ from capt_train.config import TrainConfig
 from capt_train.confusion.bank import ConfusionBank
 from capt_train.data.features import Features
 from capt_train.data.fewshot import FewShotSplit
+from capt_train.method.class_rows import ClassRows
 from capt_train.method.learner import Learner, make_learner
 from capt_train.tune import strength
 from capt_train.tune.checkpoint import TuningState
@@ -88,6 +89,7 @@ def make(
         Views(rows, rows[-1], torch.stack([made.prefix(view).half() for view in views])),
         made.prefix(val).half(),
         torch.linspace(0.1, 0.5, len(labels)),
+        made.class_rows(tuned),
     )
     return made, task
 
@@ -130,7 +132,7 @@ def test_a_strength_must_surely_help_seen_and_unseen_classes(
     assert best_strength(seen, unseen) == expected
     made, task = make(tiny_backbone)
     trial = Trial(seen, unseen)
-    choose_strength(made, without_val(task), trial, made.mean_texts(task.tuned))
+    choose_strength(made, without_val(task), trial)
     assert made.strength == expected
     assert (made.visual is None) == (expected == 0)
     assert worth_tuning(task, trial) == (expected > 0)
@@ -140,7 +142,7 @@ def test_without_a_trial_validation_images_decide_afterwards(tiny_backbone: Back
     made, task = make(tiny_backbone)
     assert worth_tuning(task, None)
     assert not worth_tuning(without_val(task), None)
-    choose_strength(made, without_val(task), None, made.mean_texts(task.tuned))
+    choose_strength(made, without_val(task), None)
     assert made.strength == 0
 
 
@@ -162,7 +164,7 @@ def test_a_tuned_model_is_asked_on_validation_images(
     # Whoever says so is always right: the frozen side, or the tuned one.
     val = replace(task.val, labels=torch.tensor(task.tuned)[right])
     trial = None if seen is None else Trial(seen, gains(0, 1, 2, 3, 4))
-    choose_strength(made, replace(task, val=val), trial, texts)
+    choose_strength(made, replace(task, val=val), trial)
     assert made.strength == expected
 
 
@@ -173,10 +175,10 @@ def test_gains_are_those_of_each_image_at_its_own_temperature(tiny_backbone: Bac
     for parameter in made.visual.parameters():
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
     made.set_strength(0.25)
-    before = made.mean_texts(task.tuned)
-    with torch.no_grad():
-        made.prompts[0].context += 0.1  # type: ignore[operator]
-    found = strength._gains(made, before, task.scale, strength._validation(task))
+    generator.manual_seed(1)
+    biases = torch.randn(5, generator=generator)
+    task = replace(task, class_rows=ClassRows(1.5 * made.mean_texts(task.tuned), biases))
+    found = strength._gains(made, strength._validation(task), task.scale)
     assert found is not None
     assert made.strength == 0.25
     labels = task.val.labels_among(task.tuned)
@@ -185,8 +187,7 @@ def test_gains_are_those_of_each_image_at_its_own_temperature(tiny_backbone: Bac
         made.set_strength(value or 1.0)
         assert task.val_tokens is not None
         images = made.embed_tokens(task.val_tokens) if value else task.val.embeddings
-        texts = made.mean_texts(task.tuned) if value else before
-        logits = task.scale * images @ texts.T
+        logits = task.scale * images @ (1.5 * made.mean_texts(task.tuned)).T + biases
         scaled = (logits / fit_temperature(logits, labels)).double()
         losses.append(-scaled.log_softmax(1)[torch.arange(len(labels)), labels])
     for place, own in enumerate(losses):
@@ -197,14 +198,22 @@ def test_gains_are_those_of_each_image_at_its_own_temperature(tiny_backbone: Bac
     assert len({*found.mean}) == len(GRID)
 
 
-@pytest.mark.parametrize("classes", [2, 3])
-def test_fewer_than_four_classes_are_not_tried_out(classes: int, tiny_backbone: Backbone) -> None:
-    _, task = make(tiny_backbone, tuple(range(classes)))
+def never(*_: Any) -> Any:
+    raise AssertionError
 
-    def never(_: tuple[int, ...]) -> Learner:
-        raise AssertionError
 
-    assert run_trial(task, never) is None
+def rows_of(task: TuningTask) -> ClassRows:
+    assert task.class_rows is not None
+    return task.class_rows
+
+
+@pytest.mark.parametrize(("classes", "tuned"), [("base", 2), ("base", 3), ("all", 5)])
+def test_there_is_no_trial_where_the_tuning_itself_shows_as_much(
+    classes: str, tuned: int, tiny_backbone: Backbone
+) -> None:
+    _, task = make(tiny_backbone, tuple(range(tuned)))
+    task = replace(task, config=config(classes=classes))
+    assert run_trial(task, never, never) is None
 
 
 @pytest.fixture
@@ -215,16 +224,16 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def noting(
         made: Learner, task: TuningTask, folder: Path, stage: Stage, label: str = ""
     ) -> tuple[TuningState, ConfusionBank | None]:
+        assert stage.visual
         found["tasks"].append(task)
         return TuningState(), task.bank
 
-    def asked(made: Learner, before: Tensor, scale: float, question: Any) -> Gains:
+    def gains_of(made: Learner, question: Any, scale: float) -> Gains:
         found["questions"].append(question)
-        found["learner"] = made
         return FLAT
 
     monkeypatch.setattr(strength, "tune", noting)
-    monkeypatch.setattr(strength, "_gains", asked)
+    monkeypatch.setattr(strength, "_gains", gains_of)
     return found
 
 
@@ -246,95 +255,121 @@ def labels_of(task: TuningTask) -> dict[int, int]:
     return {start + i: own for start, f in both for i, own in enumerate(f.labels.tolist())}
 
 
-@pytest.mark.parametrize("validated", [True, False])
+def class_numbers(task: TuningTask) -> ClassRows:
+    """Return class rows that begin with the index of their class."""
+    rows = rows_of(task)
+    return replace(rows, biases=torch.tensor(task.tuned, dtype=torch.float))
+
+
+@pytest.mark.parametrize(
+    ("classes", "validated"), [("base", True), ("base", False), ("all", False)]
+)
 @pytest.mark.parametrize("seed", [1, 2])
-def test_the_trial_never_sees_the_held_out_classes(
-    validated: bool, seed: int, tiny_backbone: Backbone, tried: dict[str, Any]
+def test_the_trial_never_sees_what_is_held_out(
+    classes: str, validated: bool, seed: int, tiny_backbone: Backbone, tried: dict[str, Any]
 ) -> None:
     _, task = make(tiny_backbone)
-    task = numbered(replace(task, config=config(seed=seed, tuning_epochs=5, visual_epochs=3)))
+    task = numbered(replace(task, config=config(classes=classes, seed=seed)))
+    task = replace(task, class_rows=class_numbers(task))
     label = labels_of(task)
     task = task if validated else without_val(task)
     made = learner(tiny_backbone, task.config, task.tuned)
-    assert run_trial(task, lambda _: made) == Trial(FLAT, FLAT)
-    seen, unseen = tried["questions"]
-    assert len(seen.classes) == 2
-    assert {*seen.classes} | {*unseen.classes} == {*task.tuned}
-    assert not {*seen.classes} & {*unseen.classes}
-    for question in (seen, unseen):
+    fitted_on: list[TuningTask] = []
+
+    def fit_class_rows(part: TuningTask) -> ClassRows:
+        fitted_on.append(part)
+        return class_numbers(part)
+
+    trial = run_trial(task, lambda _: made, fit_class_rows)
+    (half,) = tried["tasks"]
+    held: dict[str, list[float]] = {}
+    names = ("unseen", "seen") if classes == "base" else ("seen",)
+    for name, question in zip(names, tried["questions"], strict=True):
+        indices = question.class_rows.biases.tolist()  # the rows are those of the classes
         assert question.frozen[:, 0].tolist() == question.tokens[:, 0, 0].tolist()
-    numbers = {"seen": seen.tokens[:, 0, 0].tolist(), "unseen": unseen.tokens[:, 0, 0].tolist()}
-    for question, own in ((seen, numbers["seen"]), (unseen, numbers["unseen"])):
-        assert [question.classes[at] for at in question.labels.tolist()] == [label[n] for n in own]
-    for half in tried["tasks"]:
-        assert half.tuned == seen.classes
-        rows = half.train.embeddings[:, 0].tolist()
-        assert rows
-        assert {label[n] for n in rows} == {*seen.classes}
-        assert half.train.labels.tolist() == [label[n] for n in rows]
-        for other in (half.views.embeddings[1, :, 0], half.views.tokens[1, :, 0, 0], half.alpha):
-            assert other.tolist() == rows
-        assert half.bank.embeddings[:, 0].tolist() == rows
-        assert half.bank.counts.shape == (2, 2)
-        assert {label[n] for n in half.val.embeddings[:, 0].tolist()} <= {*seen.classes}
-        assert not {*rows} & {*numbers["seen"], *numbers["unseen"]}  # nothing it was tuned on
-        assert (half.config.tuning.epochs, half.config.visual.epochs) == (3, 2)
-        expected = [task.reference[task.tuned.index(c)] for c in seen.classes]
-        assert torch.equal(half.reference, torch.stack(expected))
-        assert float(made.visual.alpha) == pytest.approx(sum(rows) / len(rows))  # type: ignore
-    everything = [n for n in label if label[n] in unseen.classes and (validated or n < 101)]
-    assert sorted(numbers["unseen"]) == everything
+        held[name] = question.tokens[:, 0, 0].tolist()
+        assert [indices[at] for at in question.labels.tolist()] == [label[n] for n in held[name]]
+    shown = half.train.embeddings[:, 0].tolist()
+    assert half.train.labels.tolist() == [label[n] for n in shown]
+    assert {label[n] for n in shown} == {*half.tuned} == {label[n] for n in held["seen"]}
+    assert half.class_rows.biases.tolist() == [*half.tuned]
+    for rows in (half.views.embeddings[1, :, 0], half.views.tokens[1, :, 0, 0], half.alpha):
+        assert rows.tolist() == shown
+    assert half.bank.embeddings[:, 0].tolist() == shown
+    assert half.bank.counts.shape == (len(half.tuned), len(half.tuned))
+    expected = [task.reference[task.tuned.index(c)] for c in half.tuned]
+    assert torch.equal(half.reference, torch.stack(expected))
+    assert float(made.visual.alpha) == pytest.approx(sum(shown) / len(shown))  # type: ignore
+    if classes == "base":
+        assert trial == Trial(FLAT, FLAT)
+        assert len(half.tuned) == 3
+        assert {label[n] for n in held["unseen"]} == {*task.tuned} - {*half.tuned}
+    else:
+        assert trial == Trial(FLAT, None)
+        assert half.tuned == task.tuned
+    judges = sorted(number for numbers in held.values() for number in numbers)
     if validated:
-        assert sorted(numbers["seen"]) == [n for n in label if label[n] in seen.classes and n > 100]
-    else:  # every second training image instead
-        own = [n for n in label if label[n] in seen.classes and n < 101]
-        assert sorted([*numbers["seen"], *rows]) == own
-        assert len(numbers["seen"]) == len(own) // 2
+        assert judges == [n for n in label if n > 100]
+        assert fitted_on == []
+        return
+    (part,) = fitted_on  # class rows are fitted to the other shots of all classes
+    rest = part.train.embeddings[:, 0].tolist()
+    assert {*shown} <= {*rest}
+    assert sorted([*judges, *rest]) == [n for n in label if n < 100]
+    assert len(judges) == len(rest)
 
 
 @pytest.mark.parametrize("val_classes", [0, 1, 2, 9])
+@pytest.mark.parametrize("classes", ["base", "all"])
 def test_a_trial_ends_in_numbers_whichever_classes_have_validation_images(
-    val_classes: int, tiny_backbone: Backbone
+    classes: str, val_classes: int, tiny_backbone: Backbone
 ) -> None:
     _, task = make(tiny_backbone, (0, 1, 2, 3), val_classes=val_classes or 1)
     task = task if val_classes else without_val(task)
-    trials = []
-    for seed in (1, 2):
-        own = replace(task, config=config(seed=seed, tuning_epochs=2, tuning_learning_rate=0.01))
-        trial = run_trial(own, lambda tuned: learner(tiny_backbone, task.config, tuned))
-        assert trial is not None
-        trials.append(trial)
-        for found in (trial.seen, trial.unseen):
-            if found is None:  # there are too few images to ask about
-                assert 0 < val_classes < 4
-                continue
-            assert len(found.mean) == len(found.error) == len(GRID)
-            assert all(-100 < gain < 100 for gain in found.mean)
-            assert all(0 <= error < 100 for error in found.error)
-        assert trial.unseen is not None
-    assert trials[0] != trials[1]
+    own = replace(task, config=config(classes=classes, visual_learning_rate=0.01))
+    trial = run_trial(own, lambda tuned: learner(tiny_backbone, own.config, tuned), rows_of)
+    if trial is None:
+        assert classes == "all" and val_classes
+        return
+    for found in (trial.seen, trial.unseen):
+        if found is None:  # too few images are held out, or no classes
+            assert 0 < val_classes < 4 or classes == "all"
+            continue
+        assert len(found.mean) == len(found.error) == len(GRID)
+        assert all(-100 < gain < 100 for gain in found.mean)
+        assert all(0 <= error < 100 for error in found.error)
+
+
+def base_task(task: TuningTask, **settings: Any) -> TuningTask:
+    return replace(task, config=config(classes="base", **settings))
 
 
 def test_a_trial_is_the_same_again(tiny_backbone: Backbone) -> None:
     _, task = make(tiny_backbone)
-    trials = [run_trial(task, lambda own: learner(tiny_backbone, task.config, own)) for _ in "ab"]
-    assert trials[0] == trials[1]
+    trials = [
+        run_trial(
+            base_task(task, seed=seed),
+            lambda tuned: learner(tiny_backbone, task.config, tuned),
+            rows_of,
+        )
+        for seed in (1, 1, 2)
+    ]
+    assert trials[0] == trials[1] != trials[2]
 
 
-@pytest.mark.parametrize("setting", ["tuning.learning_rate", "visual.learning_rate"])
 def test_a_trial_that_diverges_promises_nothing_and_names_the_setting(
-    setting: str, tiny_backbone: Backbone, capsys: pytest.CaptureFixture[str]
+    tiny_backbone: Backbone, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, task = make(tiny_backbone)
-    own = replace(task, config=config(**{setting.replace(".", "_"): 1e30}))
-    trial = run_trial(own, lambda tuned: learner(tiny_backbone, own.config, tuned))
-    told = capsys.readouterr().err
+    own = base_task(task, visual_learning_rate=1e30)
+    trial = run_trial(own, lambda tuned: learner(tiny_backbone, own.config, tuned), rows_of)
+    message = capsys.readouterr().err
     assert re.search(
-        rf"^note: the visual side stays as it was, .* \(in epoch 1 .*\); lower {setting} ",
-        told,
+        r"^note: the visual side stays as it was, .* \(in epoch 1 .*\); lower visual\.",
+        message,
         re.M,
     )
-    assert tempfile.gettempdir() not in told
+    assert tempfile.gettempdir() not in message
     assert trial is not None
     assert not worth_tuning(own, Trial.from_dict(json.loads(json.dumps(asdict(trial)))))
 
@@ -343,9 +378,8 @@ def test_one_image_is_too_few_to_be_sure(tiny_backbone: Backbone) -> None:
     made, task = make(tiny_backbone)
     whole = strength._validation(task)
     one = replace(whole, frozen=whole.frozen[:1], tokens=whole.tokens[:1], labels=whole.labels[:1])
-    before = made.mean_texts(task.tuned)
-    assert strength._gains(made, before, task.scale, one) is None
-    assert strength._gains(made, before, task.scale, whole) is not None
+    assert strength._gains(made, one, task.scale) is None
+    assert strength._gains(made, whole, task.scale) is not None
 
 
 def test_a_trial_comes_back_from_json_and_bad_forms_are_refused() -> None:

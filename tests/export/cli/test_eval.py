@@ -134,7 +134,6 @@ def test_on_real_photos_the_bundle_says_what_the_run_says(shared, tmp_path):
         "tuning_epochs": 3,
         "visual_epochs": 3,
         "visual_views": 3,
-        "visual_far_epochs": 2,
     }
     few["visual_strength"] = "0.75"
     train(train_config(str(data), model, method="full", classes="base", **few), tmp_path / "run")
