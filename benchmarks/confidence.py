@@ -218,7 +218,7 @@ def _familiarity(scored: RunScores, place: World) -> dict[str, dict[str, float]]
 
 
 def _familiar(model: TunedModel, embeddings: Floats, means: Floats) -> dict[str, Floats]:
-    rows = model.text_embeddings[list(model.split.tuned)].numpy()
+    rows = model.class_rows.rows[list(model.split.tuned)].numpy()
     logits = model.backbone.scale * embeddings @ rows.T / model.fitted.temperature
     return {
         "confidence": softmax(logits).max(axis=1),

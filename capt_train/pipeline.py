@@ -1,17 +1,20 @@
 """What `capt-train` does: data, features, zero-shot, tuning, calibration, metrics."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from capt_deploy.core.console import say
 from capt_deploy.core.errors import ConfigError
 from capt_deploy.core.files import expand_home, write_json
 from capt_deploy.data.datasets import Item
-from capt_deploy.evaluation.evaluate import Report
+from capt_deploy.evaluation.evaluate import Report, Scores
+from capt_train.calibrate.label_noise import fit_label_noise
 from capt_train.config import TrainConfig
 from capt_train.confusion.bank import ConfusionBank
 from capt_train.confusion.mining import find_centres, find_sentences, mined_names, would_ask
@@ -19,17 +22,18 @@ from capt_train.data.embedding_cache import EmbeddingCache
 from capt_train.data.features import Embedded, Features, embed
 from capt_train.method.learner import Learner, make_learner
 from capt_train.run import folder as runs
-from capt_train.run.evaluate import score_model
+from capt_train.run.evaluate import RunScores, score_model
 from capt_train.run.fitting import Outcome, fit
 from capt_train.run.folder import TunedModel
 from capt_train.run.recolour import recolour
 from capt_train.run.setup import Setup, absolute, load, locked, prepare
 from capt_train.run.visual_side import tune_visual_side, with_tokens
-from capt_train.tune.stages import TuningTask, text_stage
-from capt_train.tune.tune import tune
+from capt_train.tune.candidates import candidates, parts_by_epochs
+from capt_train.tune.choice import Choice, choose
+from capt_train.tune.stages import TuningTask
+from capt_train.tune.text_side import tune_text_side
 from capt_train.tune.views import Views, embed_views
 
-_TEXT_SIDE_VIEWS = 2  # the image itself, and one that only the bank sees
 _MOST_VALIDATED = 5000  # images whose tokens are kept; more would hardly decide otherwise (ours)
 
 
@@ -55,10 +59,10 @@ def train(
     with locked(out):
         setup = prepare(config, out, resume, split_from)
         with closing(EmbeddingCache(setup.model_sha256, setup.backbone.device.type)) as cache:
-            outcome = _tune(setup, cache, out)
+            setup, outcome = _tune(setup, cache, out)
             model = fit(setup, outcome, out)
             images = {"train": len(outcome.task.train), "val": len(outcome.task.val)}
-            report = {**_measure(setup, model, cache), "images": images}
+            report = {**_measure(setup, model, outcome, cache), "images": images}
         write_json(out / runs.METRICS, report)
     return report
 
@@ -82,8 +86,8 @@ def dry_run(config: TrainConfig, out: Path, split_from: Path | None = None) -> s
     return would_ask(pairs, setup.tuned_names, config, out)
 
 
-def _tune(setup: Setup, cache: EmbeddingCache, out: Path) -> Outcome:
-    """Mine pairs, embed views, try how much visual tuning helps, and tune."""
+def _tune(setup: Setup, cache: EmbeddingCache, out: Path) -> tuple[Setup, Outcome]:
+    """Mine pairs, choose on held-out photos, and tune; the setup has the chosen settings."""
     backbone, split, config = setup.backbone, setup.split, setup.config
     frozen = Embedded(
         _embed(setup, cache, split.train, "training images"),
@@ -96,15 +100,11 @@ def _tune(setup: Setup, cache: EmbeddingCache, out: Path) -> Outcome:
         sentences = find_sentences(pairs, setup.tuned_names, config, out)
         centres = find_centres(backbone, sentences, config)
 
-    def make(tuned: tuple[int, ...]) -> Learner:
+    def make_from(config: TrainConfig, tuned: tuple[int, ...]) -> Learner:
         classes = replace(split, tuned=tuned)
         return make_learner(recoloured, config, classes, setup.zero_shot, centres)
 
-    learner = make(split.tuned)
-    if learner.visual is not None:
-        setup, frozen, images = _sampled(setup, frozen, images)
     bank = setup.zero_shot_bank(images.train)
-    views = _views(setup, learner, split.train, images.train, "training images")
     task = TuningTask(
         backbone.scale,
         split.tuned,
@@ -113,24 +113,71 @@ def _tune(setup: Setup, cache: EmbeddingCache, out: Path) -> Outcome:
         setup.zero_shot[list(split.tuned)],
         config,
         bank if config.needs("bank") else None,
-        views,
+        label_noise=config.tuning.label_noise or 0.0,
     )
+    choice = _choice(task, partial(make_from, config), out)
+    if choice is not None:
+        setup = replace(setup, config=choice.chosen.applied(config))
+        bank = bank.updated(_filled(choice.out_of_fold, bank), config.confusion.momentum)
+        task = replace(task, config=setup.config, bank=task.bank and bank)
+        if config.tuning.label_noise is None:
+            task = replace(task, label_noise=_label_noise(choice, task))
+    make = partial(make_from, setup.config)
+    learner = make(split.tuned)
     if learner.visual is not None:
-        val = None
-        if len(images.val):
-            val = _views(setup, learner, setup.split.val, images.val, "validation images", views=1)
-        task = with_tokens(task, val, learner)
-    states, trial = [], None
-    if stage := text_stage(config, learner):
-        state, written = tune(learner, task, out, stage)
-        states.append(state)
-        task = replace(task, bank=written)
+        setup, frozen, images = _sampled(setup, frozen, images)
+        task = _with_tokens(setup, replace(task, val=images.val), learner)
+    state, written = tune_text_side(learner, task, out)
+    states, trial = [state] if state else [], None
+    task = replace(task, bank=written)
     if learner.visual is not None:
         task = replace(task, class_rows=learner.class_rows(split.tuned))
         task, trial, further = tune_visual_side(learner, task, make, out)
         states += further
-    bank = task.bank or bank
-    return Outcome(learner, task, views, frozen, tuple(states), trial, bank, make)
+    return setup, Outcome(
+        learner, task, frozen, tuple(states), choice, trial, task.bank or bank, make
+    )
+
+
+def _choice(
+    task: TuningTask, make: Callable[[tuple[int, ...]], Learner], out: Path
+) -> Choice | None:
+    """Return what held-out photos decide; a resumed run reads what it has written.
+
+    None where the settings leave nothing to decide and validation images calibrate.
+    """
+    if not (out / runs.CHOICE).exists():
+        config = task.config
+        listed = candidates(config, by_epochs=parts_by_epochs(config), judged=True)
+        if len(listed) == 1 and len(task.val):
+            return None
+        choice = choose(task, make, new_classes=config.classes == "base")
+        runs.write_choice(out, choice)
+        say(choice.describe())
+    return runs.read_choice(out)
+
+
+def _filled(logits: Tensor, bank: ConfusionBank) -> Tensor:
+    """Return out-of-fold logits, with the bank's confidences for photos that no fold held out."""
+    known = bank.confidences.clamp(min=torch.finfo(torch.float32).tiny).log()
+    return torch.where(logits.to(known).isnan(), known, logits.to(known))
+
+
+def _label_noise(choice: Choice, task: TuningTask) -> float:
+    """Return ε as held-out photos show it; the frozen model may know too little to tell."""
+    known = ~choice.out_of_fold.isnan().any(dim=1)
+    if not known.any():
+        return 0.0
+    return fit_label_noise(choice.out_of_fold[known], task.labels[known]).share
+
+
+def _with_tokens(setup: Setup, task: TuningTask, learner: Learner) -> TuningTask:
+    """Return the task with views and tokens, for the visual side."""
+    views = _views(setup, learner, setup.split.train, task.train, "training images")
+    val = None
+    if len(task.val):
+        val = _views(setup, learner, setup.split.val, task.val, "validation images", views=1)
+    return with_tokens(replace(task, views=views), val, learner)
 
 
 def _mined_pairs(setup: Setup, bank: ConfusionBank) -> list[tuple[str, str]]:
@@ -147,13 +194,12 @@ def _views(
 ) -> Views:
     """Embed views of the images behind `features`, which may be fewer than `items`."""
     config = setup.config
-    usual = config.visual.views if learner.visual is not None else _TEXT_SIDE_VIEWS
     return embed_views(
         setup.backbone,
         learner,
         setup.dataset,
         features.kept(items),
-        views=views or usual,
+        views=views or config.visual.views,
         area=config.visual.view_area,
         seed=config.seed,
         label=label,
@@ -190,14 +236,19 @@ def _sampled(setup: Setup, frozen: Embedded, images: Embedded) -> tuple[Setup, E
     return replace(setup, split=split), frozen, images
 
 
-def _measure(setup: Setup, model: TunedModel, cache: EmbeddingCache) -> Report:
-    """Evaluate on test images; without any, on validation or training images, with a note."""
-    dataset = setup.dataset
-    dataset = dataset.with_split("val", dataset.splits["val"] or setup.split.val)
+def _measure(setup: Setup, model: TunedModel, outcome: Outcome, cache: EmbeddingCache) -> Report:
+    """Evaluate on test images; without any, on held-out ones, with a note."""
+    dataset, config, choice = setup.dataset, setup.config, outcome.choice
     measured_on = next(name for name in ("test", "val", "train") if dataset.splits[name])
-    if measured_on != "test":
-        say(f"note: no test images: measured on {measured_on} images, which the run has used")
-    config = setup.config
+    folds = choice is not None and model.visual is None and all(model.tuned)
+    if measured_on != "test" and choice is not None and folds:
+        measured_on = "cross-validation"
+        say("note: no test images: measured on photos that a fold of the run has held out")
+        figures = _cross_validated(model, outcome, choice).report()
+    else:
+        if measured_on != "test":
+            say(f"note: no test images: measured on {measured_on} images, which the run has used")
+        figures = score_model(model, cache, dataset, measured_on).report()
     return {
         "split": measured_on,
         "method": config.method,
@@ -209,5 +260,21 @@ def _measure(setup: Setup, model: TunedModel, cache: EmbeddingCache) -> Report:
         "strength": model.fitted.strength,
         "mixture": model.fitted.mixture.to_dict(),
         "trained_parameters": model.learner.size,
-        **score_model(model, cache, dataset, measured_on).report(),
+        "choice": choice and choice.to_dict(),
+        **figures,
     }
+
+
+def _cross_validated(model: TunedModel, outcome: Outcome, choice: Choice) -> RunScores:
+    """Return the scores of the training photos by models that have not seen them."""
+    known = ~choice.out_of_fold.isnan().any(dim=1)
+    train, calibration = outcome.frozen.train, model.fitted.calibration
+    raw = (choice.out_of_fold[known] + model.backbone.logit_bias).numpy()
+    scores = Scores(
+        train.labels[known].numpy(),
+        calibration.scale(raw),
+        model.zero_shot_logits(train.embeddings[known]).cpu().numpy(),
+        calibration,
+        model.fitted.zero_shot_temperature,
+    )
+    return RunScores(model, scores, (), train.skipped)

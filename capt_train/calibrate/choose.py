@@ -17,7 +17,7 @@ _Array = NDArray[np.floating]
 
 
 @dataclass(frozen=True)
-class Choice:
+class CalibrationChoice:
     """The chosen calibration, and how all candidates did."""
 
     calibration: Calibration
@@ -38,7 +38,9 @@ def candidates(setting: str | None, *, all_classes: bool) -> list[str]:
     return [c.name for c in CALIBRATORS.values() if all_classes or not c.needs_all_classes]
 
 
-def choose_calibration(raw: _Array, labels: Ints, names: Sequence[str] | None = None) -> Choice:
+def choose_calibration(
+    raw: _Array, labels: Ints, names: Sequence[str] | None = None
+) -> CalibrationChoice:
     """Fit the simplest calibrator with a cross-validated NLL within one standard error of the best.
 
     The error is that of the difference, image by image (ours): what makes images hard for all
@@ -52,7 +54,7 @@ def choose_calibration(raw: _Array, labels: Ints, names: Sequence[str] | None = 
     names = names or [*CALIBRATORS]
     compared = [n for n in names if CALIBRATORS[n].fewest_images <= len(labels)] or names[:1]
     if len(compared) == 1:
-        return Choice(fit_calibration(compared[0], raw, labels), {})
+        return CalibrationChoice(fit_calibration(compared[0], raw, labels), {})
     losses = {name: _held_out_losses(name, raw, labels) for name in compared}
     best = min(losses.values(), key=lambda loss: float(loss.mean()))
     figures = {}
@@ -64,7 +66,7 @@ def choose_calibration(raw: _Array, labels: Ints, names: Sequence[str] | None = 
             "error": float(behind.std(ddof=1) / len(loss) ** 0.5),
         }
     chosen = next(name for name, f in figures.items() if f["behind"] <= f["error"])
-    return Choice(fit_calibration(chosen, raw, labels), figures)
+    return CalibrationChoice(fit_calibration(chosen, raw, labels), figures)
 
 
 def fit_calibration(name: str, raw: _Array, labels: Ints, label_noise: float = 0.0) -> Calibration:

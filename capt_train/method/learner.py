@@ -16,7 +16,7 @@ from capt_train.method.base import BuildContext, ClassTransform
 from capt_train.method.class_map import ClassMap
 from capt_train.method.class_rows import ClassRows
 from capt_train.method.prompt import PromptLearner, build_prompts
-from capt_train.method.rows import GaussianRows
+from capt_train.method.rows import UNJUDGED_WEIGHT, GaussianRows
 from capt_train.method.visual_tuner import Encoded, VisualTuner
 from capt_train.parts import PARTS, load
 
@@ -96,7 +96,7 @@ class Learner(nn.Module):
     @property
     def class_map(self) -> ClassMap | None:
         """Return the linear map of class embeddings, if it is in force."""
-        part = self.transforms["map"] if "map" in self.transforms else None
+        part = dict(self.transforms.items()).get("map")
         return part if isinstance(part, ClassMap) else None
 
     @property
@@ -143,9 +143,13 @@ class Learner(nn.Module):
         return self.texts(classes).embeddings.float().mean(dim=0)
 
     def class_rows(self, classes: Sequence[int]) -> ClassRows:
-        """Return rows and biases of some classes: the text side as the visual side meets it."""
-        rows = self.mean_texts(classes)
-        return ClassRows(rows, rows.new_zeros(len(rows)))
+        """Return rows and biases of some classes, by the mean over the learned prompts."""
+        return self.with_rows(self.mean_texts(classes), classes)
+
+    def with_rows(self, texts: Float[Tensor, "classes dim"], classes: Sequence[int]) -> ClassRows:
+        """Return class embeddings as class rows, with the closed-form rows where there are any."""
+        rows = ClassRows.from_texts(texts)
+        return rows if self.rows is None else self.rows.added_to(rows, classes, self.backbone.scale)
 
     def texts(self, classes: Sequence[int]) -> Texts:
         """Return embeddings of some classes, given by index."""
@@ -252,7 +256,10 @@ def make_learner(
         visual = VisualTuner(tower, parts) if parts else None
     rows = None
     if "rows" in config.parts:
-        rows = GaussianRows(len(split.tuned), zero_shot.shape[1])
+        share = config.rows.weight
+        if share is None:
+            share = UNJUDGED_WEIGHT
+        rows = GaussianRows(split.tuned, zero_shot.shape[1], share, config.rows.offset)
     return Learner(backbone, zero_shot, prompts, transforms, visual, rows).to(backbone.device)
 
 

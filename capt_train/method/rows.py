@@ -1,31 +1,61 @@
 """A row for each class with photos, in closed form: Gaussian discriminant analysis (METHOD 5b)."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from capt_train.method.class_rows import ClassRows
+
+# α where no photo can judge it: one photo a class, no validation images. Right for text that knows
+# the classes, and near the best where it does not (ours).
+UNJUDGED_WEIGHT = 0.1
 _LEAST_SPREAD = 0.05  # of class means that differ no more than chance lets them, as a share
 
 
 class GaussianRows(nn.Module):
-    """`z_c += α(f·w_c + b_c) − δ` for the tuned classes; α and δ are settings of the run."""
+    """`z_c += α(f·w_c + b_c) − δ` for the tuned classes, METHOD 5b."""
 
     weight: Tensor  # w, (tuned, dim)
     bias: Tensor  # b, (tuned,)
 
-    def __init__(self, tuned: int, dim: int) -> None:
-        """Make room for the rows of `tuned` classes, all zero."""
+    def __init__(self, classes: Sequence[int], dim: int, share: float, offset: float) -> None:
+        """Make rows of zeros.
+
+        Args:
+            classes: indices of the tuned classes.
+            dim: of the embeddings.
+            share: α.
+            offset: δ in nats, so that classes without a row are not drowned.
+        """
         super().__init__()
-        self.register_buffer("weight", torch.zeros(tuned, dim))
-        self.register_buffer("bias", torch.zeros(tuned))
+        self.classes, self.share, self.offset = tuple(classes), share, offset
+        self.register_buffer("weight", torch.zeros(len(self.classes), dim))
+        self.register_buffer("bias", torch.zeros(len(self.classes)))
 
     def fit(self, images: Float[Tensor, "samples dim"], labels: Int[Tensor, " samples"]) -> None:
         """Replace the rows by those of `discriminant`; labels are positions among the classes."""
-        weight, bias = discriminant(images, labels, len(self.bias))
-        self.weight.copy_(weight)
-        self.bias.copy_(bias)
+        fitted = discriminant(images, labels, len(self.classes))
+        self.weight.copy_(fitted.weight)
+        self.bias.copy_(fitted.bias)
+
+    def added_to(self, rows: ClassRows, classes: Sequence[int], scale: float) -> ClassRows:
+        """Return the class rows of some classes with these rows added where a class has one.
+
+        Args:
+            rows: Ŵ and b of the logits z = scale·f·Ŵᵀ + b.
+            classes: their indices.
+            scale: 1/τ.
+        """
+        known = {index: place for place, index in enumerate(self.classes)}
+        targets = [place for place, index in enumerate(classes) if index in known]
+        sources = [known[classes[place]] for place in targets]
+        weights, biases = rows.rows.clone(), rows.biases.clone()
+        weights[targets] += self.share / scale * self.weight[sources].to(weights)
+        biases[targets] += self.share * self.bias[sources].to(biases) - self.offset
+        return ClassRows(weights, biases)
 
 
 class Discriminant(NamedTuple):

@@ -1,22 +1,24 @@
 """Fit mixture and calibration after tuning, and write the results of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from capt_deploy.core.console import counted, say
 from capt_deploy.core.files import write_json
-from capt_train.calibrate.choose import Choice, candidates, choose_calibration
+from capt_deploy.data.datasets import Item
+from capt_train.calibrate.choose import CalibrationChoice, candidates, choose_calibration
 from capt_train.calibrate.label_noise import fit_label_noise, fit_temperature_to_noisy_labels
 from capt_train.confusion.bank import ConfusionBank
 from capt_train.confusion.confusions import CONFUSIONS, write_confusions
 from capt_train.confusion.plot import plot_confusions
-from capt_train.data.features import Embedded
+from capt_train.data.features import Embedded, Features
 from capt_train.data.validation import VALIDATION, Validation
+from capt_train.method.class_rows import ClassRows
 from capt_train.method.learner import Learner
 from capt_train.method.mixture import Mixture, fit_inside, fit_outside
 from capt_train.run import folder as runs
@@ -24,10 +26,10 @@ from capt_train.run.fitted import Fitted
 from capt_train.run.folder import TunedModel
 from capt_train.run.setup import Setup
 from capt_train.tune.checkpoint import TuningState
+from capt_train.tune.choice import Choice
 from capt_train.tune.cross_validation import out_of_fold_logits
 from capt_train.tune.stages import TuningTask
 from capt_train.tune.strength import Trial
-from capt_train.tune.views import Views
 
 _FEW_FOR_CALIBRATION = 50
 
@@ -38,17 +40,28 @@ class Outcome:
 
     learner: Learner
     task: TuningTask
-    views: Views  # of the training images
     frozen: Embedded  # embeddings by the frozen model
     states: tuple[TuningState, ...]  # one for each stage
+    choice: Choice | None
     trial: Trial | None
     bank: ConfusionBank  # after its last update
     make: Callable[[tuple[int, ...]], Learner]  # returns a new learner for the given classes
 
-    @property
-    def held_view(self) -> Float[Tensor, "samples dim"]:
-        """Return tuned embeddings of the views that were not trained on."""
-        return self.views.held_embeddings(self.learner).to(self.task.reference.device)
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Logits of images that the model was not tuned on, over the tuned classes, uncalibrated.
+
+    Validation images where there are any, otherwise training images by models tuned without them.
+    """
+
+    items: tuple[Item, ...]
+    labels: Int[Tensor, " images"]  # positions among the tuned classes
+    frozen: Float[Tensor, "images tuned"]  # of the frozen model
+    tuned: Float[Tensor, "images tuned"]
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
 def fit(setup: Setup, outcome: Outcome, out: Path) -> TunedModel:
@@ -57,16 +70,19 @@ def fit(setup: Setup, outcome: Outcome, out: Path) -> TunedModel:
     before = setup.zero_shot_bank(outcome.frozen.train)
     tuned = split.tuned  # the bank counts among these
     pairs = {(tuned[a], tuned[b]): round(count) for (a, b), count in before.confusions().items()}
-    mixture = _mixture(setup, outcome)
+    images = _tuned_images(outcome)
+    mixture = _mixture(setup, outcome, images)
     fitted = Fitted(pairs, mixture, learner.strength)
     rows = runs.mixed_rows(learner, setup.zero_shot, split, mixture)
     model = TunedModel(
         setup.backbone, setup.config, split, learner, rows, setup.zero_shot, fitted, {}
     )
-    images = _tuned_images(model, outcome)
-    choice = _calibration(setup, model, outcome, images)
-    model = replace(model, fitted=_calibrated(setup, model, outcome, choice))
-    _write_banks(setup, model, outcome, before, out)
+    held_out = _held_out(setup, model, outcome, images)
+    calibrators: Mapping[str, Mapping[str, float]] = {}
+    if len(held_out):
+        fitted, calibrators = _calibrated(setup, fitted, held_out)
+        model = replace(model, fitted=fitted)
+    _write_confusions(setup, model, outcome, held_out, out)
     if len(task.val):
         Validation(images, task.val.labels).save(out / VALIDATION)
     write_json(
@@ -75,7 +91,7 @@ def fit(setup: Setup, outcome: Outcome, out: Path) -> TunedModel:
             **model.fitted.to_dict(),
             "images": {"train": len(task.train), "val": len(task.val)},
             "trained_parameters": learner.size,
-            "calibrators": choice and choice.candidates,
+            "calibrators": calibrators,
             "trial": outcome.trial and asdict(outcome.trial),
             "stages": [
                 {
@@ -91,13 +107,24 @@ def fit(setup: Setup, outcome: Outcome, out: Path) -> TunedModel:
 
 
 @torch.no_grad()
-def _mixture(setup: Setup, outcome: Outcome) -> Mixture:
-    """Fit π on views that were not trained on (ours); trained views favour the learned prompts."""
+def _tuned_images(outcome: Outcome) -> Float[Tensor, "samples dim"]:
+    """Return tuned embeddings of the validation images."""
+    task = outcome.task
+    if task.val_tokens is None or outcome.learner.visual is None:
+        return task.val.embeddings
+    return outcome.learner.embed_tokens(task.val_tokens)
+
+
+@torch.no_grad()
+def _mixture(setup: Setup, outcome: Outcome, validation: Float[Tensor, "samples dim"]) -> Mixture:
+    """Fit π on validation images; without any on training images, which favour what was learned."""
     learner, split, config = outcome.learner, setup.split, setup.config
     if "mixture" not in config.parts:
         return Mixture.learned_only(learner.learned)
-    images, scale = outcome.held_view, setup.backbone.scale
-    labels = outcome.task.train.labels_among(split.tuned).to(images.device)
+    task, scale = outcome.task, setup.backbone.scale
+    images, shown = (validation, task.val) if len(task.val) else (task.train.embeddings, task.train)
+    images = images.to(task.reference.device)
+    labels = shown.labels_among(split.tuned).to(images.device)
     texts = runs.all_texts(learner, setup.zero_shot)[:, list(split.tuned)]
     names = setup.pseudo_class_names()
     hand_written = setup.backbone.class_embeddings(names, config.prompt.templates)
@@ -110,77 +137,81 @@ def _mixture(setup: Setup, outcome: Outcome) -> Mixture:
 
 
 @torch.no_grad()
-def _tuned_images(model: TunedModel, outcome: Outcome) -> Float[Tensor, "samples dim"]:
-    """Return tuned embeddings of the validation images."""
-    task = outcome.task
-    if task.val_tokens is None or model.visual is None:
-        return task.val.embeddings
-    return model.learner.embed_tokens(task.val_tokens)
+def _held_out(
+    setup: Setup, model: TunedModel, outcome: Outcome, validation: Float[Tensor, "samples dim"]
+) -> HeldOut:
+    """Return the images that calibrate; none with one photo a class and no validation images."""
+    task, split, choice = outcome.task, setup.split, outcome.choice
+    tuned = list(split.tuned)
 
+    def frozen(images: Features) -> Float[Tensor, "images tuned"]:
+        return model.zero_shot_logits(images.embeddings)[:, tuned].cpu()
 
-def _calibration(
-    setup: Setup, model: TunedModel, outcome: Outcome, images: Float[Tensor, "samples dim"]
-) -> Choice | None:
-    """Choose a calibration on images that were not trained on; None if there are too few."""
-    task, tuned = outcome.task, list(outcome.task.tuned)
     if len(task.val):
-        raw = model.raw_logits(images)[:, tuned].cpu()
+        images = outcome.frozen.val
+        logits = model.raw_logits(validation)[:, tuned].cpu()
         labels = task.val.labels_among(tuned)
+        return HeldOut(tuple(task.val.kept(split.val)), labels, frozen(images), logits)
+    images = outcome.frozen.train
+    if model.visual is None and choice is not None:
+        logits = choice.out_of_fold + setup.backbone.logit_bias
     else:
 
-        def rows_of(learner: Learner) -> Tensor:
-            rows = runs.mixed_rows(learner, setup.zero_shot, setup.split, model.fitted.mixture)
-            return rows[tuned]
+        def rows_of(learner: Learner) -> ClassRows:
+            rows = runs.mixed_rows(learner, setup.zero_shot, split, model.fitted.mixture)
+            return rows.subset(tuned)
 
-        strength = model.fitted.strength
-        raw, labels = out_of_fold_logits(task, outcome.make, strength, rows_of)
-    if not len(labels):
-        return None
-    if len(labels) < _FEW_FOR_CALIBRATION:
-        say(f"note: confidences are calibrated on only {counted(len(labels), 'image')}")
-    noise = fit_label_noise(raw.cpu(), labels, setup.config.tuning.label_noise)
-    if noise.share:
+        logits = out_of_fold_logits(task, outcome.make, model.fitted.strength, rows_of)
+    known = ~logits.isnan().any(dim=1)
+    rows = known.nonzero().squeeze(1)
+    kept = images.kept(split.train)
+    items = tuple(kept[row] for row in rows.tolist())
+    return HeldOut(items, task.labels[rows], frozen(images)[rows], logits[rows])
+
+
+def _calibrated(
+    setup: Setup, fitted: Fitted, images: HeldOut
+) -> tuple[Fitted, Mapping[str, Mapping[str, float]]]:
+    """Return the fitted values with calibrations of both models, and how the calibrators did."""
+    if len(images) < _FEW_FOR_CALIBRATION:
+        say(f"note: confidences are calibrated on only {counted(len(images), 'image')}")
+    labels = images.labels
+    noise = fit_label_noise(images.tuned, labels, setup.config.tuning.label_noise).share
+    if noise:
         say(
-            f"note: about {noise.share:.0%} of the labels seem to be wrong; "
+            f"note: about {noise:.0%} of the labels seem to be wrong; "
             "confidences are calibrated for right labels"
         )
-        calibration = fit_temperature_to_noisy_labels(raw.numpy(), labels.numpy(), noise.share)
-        return Choice(calibration, {})
-    all_classes = len(tuned) == len(setup.split.class_names)
-    names = candidates(setup.config.calibration.calibrator, all_classes=all_classes)
-    return choose_calibration(raw.double().numpy(), labels.numpy(), names)
+        raw = images.tuned.numpy()
+        choice = CalibrationChoice(fit_temperature_to_noisy_labels(raw, labels.numpy(), noise), {})
+    else:
+        all_classes = len(setup.split.tuned) == len(setup.split.class_names)
+        names = candidates(setup.config.calibration.calibrator, all_classes=all_classes)
+        choice = choose_calibration(images.tuned.double().numpy(), labels.numpy(), names)
+    temperature = fit_label_noise(images.frozen, labels, noise).temperature
+    calibrated = replace(fitted, calibration=choice.calibration, zero_shot_temperature=temperature)
+    return calibrated, choice.candidates
 
 
-@torch.no_grad()
-def _calibrated(setup: Setup, model: TunedModel, outcome: Outcome, choice: Choice | None) -> Fitted:
-    """Return the fitted values with calibrations of the tuned and the frozen model."""
-    if choice is None:
-        return model.fitted
-    # the frozen model has seen none of the images
-    images = outcome.frozen.val if len(outcome.task.val) else outcome.frozen.train
-    tuned = list(outcome.task.tuned)
-    before = model.zero_shot_logits(images.embeddings)[:, tuned].cpu()
-    return replace(
-        model.fitted,
-        calibration=choice.calibration,
-        zero_shot_temperature=fit_label_noise(
-            before, images.labels_among(tuned), setup.config.tuning.label_noise
-        ).temperature,
-    )
-
-
-def _write_banks(
-    setup: Setup, model: TunedModel, outcome: Outcome, before: ConfusionBank, out: Path
+def _write_confusions(
+    setup: Setup, model: TunedModel, outcome: Outcome, images: HeldOut, out: Path
 ) -> None:
-    """Write the bank, and the confusions on views that were not trained on."""
-    tuned = list(setup.split.tuned)
-    # the same views for both, so that only the model differs
-    frozen = model.zero_shot_logits(outcome.views.untouched)[:, tuned]
-    as_tuned = model.logits(outcome.held_view)[:, tuned]
-    before, after = (before.updated(z.to(before.counts), momentum=0.0) for z in (frozen, as_tuned))
-    outcome.bank.save(out / runs.BANK)
+    """Write the bank, and the confusions among held-out images, else among the training images."""
     names = setup.tuned_names
-    paths = [item.path for item in outcome.task.train.kept(setup.split.train)]
+    if not len(images):
+        say("note: too few photos to hold any out: confusions are of the photos tuned on")
+        train, task = outcome.frozen.train, outcome.task
+        tuned = list(setup.split.tuned)
+        items = tuple(train.kept(setup.split.train))
+        frozen = model.zero_shot_logits(train.embeddings)[:, tuned].cpu()
+        logits = model.raw_logits(task.train.embeddings)[:, tuned].cpu()
+        images = HeldOut(items, task.labels, frozen, logits)
+    before, after = (
+        ConfusionBank.fill(logits, images.labels, logits[:, :0])
+        for logits in (images.frozen, images.tuned)
+    )
+    outcome.bank.save(out / runs.BANK)
+    paths = [item.path for item in images.items]
     write_confusions(out / CONFUSIONS, names, before, after, paths)
     counts = torch.stack([before.counts, after.counts]).cpu().numpy()
     plot_confusions(out / runs.MATRIX, counts, names)

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from capt_deploy.core.errors import RunError
@@ -19,16 +21,19 @@ from capt_train.clip.loading import load_backbone
 from capt_train.config import TrainConfig
 from capt_train.data.fewshot import FewShotSplit
 from capt_train.data.validation import VALIDATION, Validation
+from capt_train.method.class_rows import ClassRows
 from capt_train.method.learner import Learner, make_learner
 from capt_train.method.mixture import Mixture
 from capt_train.method.visual_tuner import VisualTuner
 from capt_train.run.fitted import Fitted
 from capt_train.tune.checkpoint import load_checkpoint
+from capt_train.tune.choice import Choice
 from capt_train.tune.colours import ColourFit
 from capt_train.tune.stages import TEXT
 from capt_train.tune.strength import Trial
 from capt_train.tune.tune import BEST
 
+CHOICE, OUT_OF_FOLD = "choice.json", "out_of_fold.safetensors"
 CONFIG, SPLIT, RESULT, METRICS = "config.json", "split.json", "result.json", "metrics.json"
 BANK, MATRIX = "bank.safetensors", "confusions.png"
 COLOURS, TRIAL, README = "colours.json", "trial.json", "README.txt"
@@ -38,6 +43,8 @@ FILES = {
     "confusions.json, confusions.png": "which classes are confused, before and after tuning",
     CONFIG: "all settings, versions, the model's fingerprint",
     SPLIT: "the chosen images with their hashes",
+    CHOICE: "what was kept of prompt, map and rows, and how each did on held-out photos",
+    OUT_OF_FOLD: "logits of the training images, each by a model that has not seen it",
     RESULT: "what was fitted after tuning: strength, mixture, calibration; history of the epochs",
     "best.safetensors, last.safetensors": "parameters of the best epoch; state after the last one",
     "text-*.safetensors": "the same of the text side, where a visual side follows",
@@ -59,8 +66,9 @@ class TunedModel:
     config: TrainConfig
     split: FewShotSplit
     learner: Learner  # its strength set
-    # rows Ŵ_c = Σ_i π_i(c)·t̃_{i,c} of all class names of the data set, never renormalised
-    text_embeddings: Float[Tensor, "classes dim"]
+    # Ŵ_c = Σ_i π_i(c)·t̃_{i,c} of all class names of the data set, never renormalised; with α/scale
+    # of the closed-form row, whose bias is beside it
+    class_rows: ClassRows
     zero_shot: Float[Tensor, "classes dim"]  # hand-written t⁰, unit norm
     fitted: Fitted
     provenance: Mapping[str, Any]
@@ -87,7 +95,7 @@ class TunedModel:
         return self.visual is not None or self.learner.recoloured
 
     def logits(self, embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch classes"]:
-        """Return calibrated logits z/T of tuned image embeddings, z = scale·f·Ŵ_c + bias.
+        """Return calibrated logits z/T of tuned image embeddings, z = scale·f·Ŵ_c + b_c + bias.
 
         With vector scaling they are (a·z + b)/T. The top-label map is not applied.
         """
@@ -99,17 +107,17 @@ class TunedModel:
 
     def raw_logits(self, embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch classes"]:
         """Return uncalibrated logits z of tuned image embeddings."""
-        return self._logits(embeddings, self.text_embeddings)
+        return self._logits(embeddings, self.class_rows)
 
     def zero_shot_logits(
         self, embeddings: Float[Tensor, "batch dim"]
     ) -> Float[Tensor, "batch classes"]:
         """Return the frozen model's logits (scale·f⁰·t⁰_c + bias)/T⁰ of its image embeddings."""
-        return self._logits(embeddings, self.zero_shot) / self.fitted.zero_shot_temperature
+        frozen = ClassRows.from_texts(self.zero_shot)
+        return self._logits(embeddings, frozen) / self.fitted.zero_shot_temperature
 
-    def _logits(self, embeddings: Tensor, texts: Tensor) -> Tensor:
-        cosines = embeddings.to(texts) @ texts.T
-        return self.backbone.scale * cosines + self.backbone.logit_bias
+    def _logits(self, embeddings: Tensor, rows: ClassRows) -> Tensor:
+        return rows.logits(embeddings, self.backbone.scale) + self.backbone.logit_bias
 
 
 def begin(folder: Path, config: TrainConfig, model_fingerprint: str) -> None:
@@ -178,6 +186,9 @@ def load_run(folder: str | Path, device: torch.device | None = None) -> TunedMod
             f"{config.model} now has {fingerprint[:12]}…; restore that model or tune again"
         )
     zero_shot = backbone.class_embeddings(split.class_names, config.prompt.templates)
+    choice = read_choice(folder)
+    if choice is not None:
+        config = choice.chosen.applied(config)
     colours = read_colours(folder).colours if "colours" in config.parts else None
     learner = make_learner(backbone.recoloured(colours), config, split, zero_shot)
     fitted = _read(folder / RESULT, lambda values: Fitted.from_dict(values, learner.learned))
@@ -195,10 +206,11 @@ def load_run(folder: str | Path, device: torch.device | None = None) -> TunedMod
         "data_fingerprint": split.fingerprint(),
         "model_sha256": fingerprint,
         "versions": written.get("versions", {}),
+        "choice": choice and choice.to_dict(),
     }
     rows = mixed_rows(learner, zero_shot, split, fitted.mixture)
     validation = Validation.load(folder / VALIDATION)
-    if validation is not None and not validation.fits(rows.shape[1], split.tuned):
+    if validation is not None and not validation.fits(zero_shot.shape[1], split.tuned):
         raise RunError(f"{folder / VALIDATION}: of another run; restore it, or delete it")
     return TunedModel(
         backbone, config, split, learner, rows, zero_shot, fitted, provenance, validation
@@ -220,6 +232,27 @@ def read_colours(folder: Path) -> ColourFit:
     if not (folder / COLOURS).is_file():
         raise RunError(f"{folder / COLOURS}: missing; restore it or tune again")
     return _read(folder / COLOURS, ColourFit.from_dict)
+
+
+def write_choice(folder: Path, choice: Choice) -> None:
+    """Write `out_of_fold.safetensors` and, last, `choice.json`."""
+    write_bytes(folder / OUT_OF_FOLD, save({"logits": choice.out_of_fold.contiguous()}))
+    write_json(folder / CHOICE, choice.to_dict())
+
+
+def read_choice(folder: Path) -> Choice | None:
+    """Return what held-out photos decided; None where the settings left nothing to decide.
+
+    Raises:
+        RunError: a file is missing or malformed.
+    """
+    if not (folder / CHOICE).exists():
+        return None
+    try:
+        logits = load((folder / OUT_OF_FOLD).read_bytes())["logits"]
+    except (OSError, SafetensorError, KeyError) as cause:
+        raise RunError(f"{folder / OUT_OF_FOLD}: damaged ({cause!r}); tune again") from cause
+    return _read(folder / CHOICE, lambda values: Choice.from_dict(values, logits))
 
 
 def read_trial(folder: Path) -> Trial | None:
@@ -253,6 +286,7 @@ def mixed_rows(
     zero_shot: Float[Tensor, "classes dim"],
     split: FewShotSplit,
     mixture: Mixture,
-) -> Float[Tensor, "classes dim"]:
-    """Return the mixed rows Ŵ_c of all classes (METHOD 9)."""
-    return mixture.rows(all_texts(learner, zero_shot), split.tuned_flags)
+) -> ClassRows:
+    """Return the mixed rows Ŵ_c of all classes, closed-form rows included (METHOD 9)."""
+    mixed = mixture.rows(all_texts(learner, zero_shot), split.tuned_flags)
+    return learner.with_rows(mixed, range(len(mixed)))

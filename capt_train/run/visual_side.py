@@ -12,8 +12,9 @@ from capt_train.method.class_rows import ClassRows
 from capt_train.method.learner import Learner
 from capt_train.run import folder as runs
 from capt_train.tune.checkpoint import TuningState
-from capt_train.tune.stages import TuningTask, text_stage, visual_stage
+from capt_train.tune.stages import TuningTask, visual_stage
 from capt_train.tune.strength import Trial, choose_strength, run_trial, worth_tuning
+from capt_train.tune.text_side import tune_text_side
 from capt_train.tune.tune import tune
 from capt_train.tune.views import Views
 
@@ -71,9 +72,8 @@ def _trial(task: TuningTask, make: _Make, out: Path) -> Trial | None:
 
     def fit_class_rows(part: TuningTask) -> ClassRows:
         learner = make(part.tuned)
-        if stage := text_stage(part.config, learner):
-            with tempfile.TemporaryDirectory() as folder:
-                tune(learner, part, Path(folder), stage, "trial:")
+        with tempfile.TemporaryDirectory() as folder:
+            tune_text_side(learner, part, Path(folder), "trial:")
         return learner.class_rows(part.tuned)
 
     if not (out / runs.TRIAL).exists():

@@ -6,13 +6,11 @@ from typing import Any
 
 from capt_train.config import TrainConfig
 from capt_train.method.class_map import SIDES
+from capt_train.method.rows import UNJUDGED_WEIGHT
 from capt_train.parts import METHODS, PARTS
 
 RIDGES = (0.1, 0.03, 0.01, 0.003, 0.001)  # strong ones first: each starts from the last
 WEIGHTS = (0.05, 0.1, 0.2, 0.4, 1.0)  # α of the rows
-# α where no photo can judge it: one photo a class, no validation images. Right for text that knows
-# the classes, and near the best where it does not (ours).
-_UNJUDGED_WEIGHT = 0.05
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Candidate:
 
 
 def choosable(config: TrainConfig) -> frozenset[str]:
-    """Return the parts that held-out photos decide about: those of the method that nobody pinned."""
+    """Return the parts that held-out photos decide about: the method's, if not pinned."""
     return frozenset({*METHODS[config.method].chosen} & config.parts - {*config.added})
 
 
@@ -85,7 +83,7 @@ def candidates(config: TrainConfig, *, by_epochs: bool, judged: bool) -> list[Ca
     if "rows" not in config.parts or ("rows" in free and judged):
         weights.append(0.0)
     if "rows" in config.parts:
-        usual = WEIGHTS if judged else (_UNJUDGED_WEIGHT,)
+        usual = WEIGHTS if judged else (UNJUDGED_WEIGHT,)
         weights += usual if config.rows.weight is None else (config.rows.weight,)
     listed = [Candidate(p, s, r, w) for p in prompts for s, r in maps for w in weights]
     return sorted(listed, key=lambda one: _complexity(one.family))

@@ -1,5 +1,6 @@
 """Choose prompt, map and rows on held-out photos and held-out classes (METHOD 5c, ours)."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from capt_deploy.core.console import progress
+from capt_deploy.core.console import counted, progress
+from capt_deploy.core.errors import RunError
 from capt_train.calibrate.temperature import calibrated_losses
 from capt_train.method.class_map import mapped
 from capt_train.method.learner import Learner
@@ -43,6 +45,15 @@ class Judgement:
         """Return the JSON form."""
         return {**vars(self), "candidate": self.candidate.to_dict()}
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Judgement":
+        """Read the JSON form.
+
+        Raises:
+            TypeError, KeyError, ValueError: values of wrong form.
+        """
+        return cls(**{**values, "candidate": Candidate.from_dict(values["candidate"])})
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -53,7 +64,8 @@ class Choice:
     linear_probe: float | None  # accuracy of a logistic regression on tuned classes
     images: Mapping[str, int]  # how many images judged: tuned, new
     # Scaled logits of the chosen candidate over the tuned classes, each row by a fold that has not
-    # seen the image; NaN for an image that no fold held out
+    # seen the image; NaN for an image that no fold held out. Where photos are too few to judge
+    # tuned classes, by a fold that has not even seen the class.
     out_of_fold: Float[Tensor, "samples classes"]
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,6 +76,43 @@ class Choice:
             "linear_probe": self.linear_probe,
             "images": dict(self.images),
         }
+
+    def describe(self) -> str:
+        """Return the table as text, the chosen family marked."""
+        lines = [
+            f"on {counted(self.images['tuned'], 'held-out photo')}"
+            + (f" and {self.images['new']} of held-out classes" if self.images["new"] else "")
+            + ":",
+            f"  {'':<18} {'right':>6} {'new':>6} {'NLL':>7}  behind the best",
+        ]
+        for row in self.table:
+            mark = "→" if row.candidate.family == self.chosen.family else " "
+            lines.append(
+                f"{mark} {_title(row.candidate):<18} {_percent(row.accuracy_tuned):>6} "
+                f"{_percent(row.accuracy_new):>6} {row.nll:>7.3f}  "
+                f"{row.behind:.3f} ± {row.error:.3f}"
+            )
+        if self.linear_probe is not None:
+            lines.append(f"  {'linear probe':<18} {_percent(self.linear_probe):>6}")
+        lines.append("kept: the simplest within one standard error of the best")
+        return "\n".join(lines)
+
+    @classmethod
+    def from_dict(
+        cls, values: Mapping[str, Any], out_of_fold: Float[Tensor, "samples classes"]
+    ) -> "Choice":
+        """Read the JSON form.
+
+        Raises:
+            TypeError, KeyError, ValueError: values of wrong form.
+        """
+        return cls(
+            Candidate.from_dict(values["chosen"]),
+            tuple(map(Judgement.from_dict, values["table"])),
+            values["linear_probe"],
+            dict(values["images"]),
+            out_of_fold,
+        )
 
 
 @dataclass(frozen=True)
@@ -133,15 +182,21 @@ def choose(
     fitted = []
     with progress("comparing on held-out photos", len(folds), "folds") as counter:
         for fold in folds:
-            fitted.append(_fit(fold, listed, make))
+            try:
+                fitted.append(_fit(fold, listed, make))
+            except FloatingPointError as cause:
+                raise RunError(
+                    f"comparing on held-out photos: {cause}; lower tuning.learning_rate"
+                ) from cause
             counter.advance(1)
     table, chosen = _judge(fitted, listed, len(task.train) + len(task.val))
-    if chosen.weight and any(fit.fold.group("new").any() for fit in fitted):
+    if chosen.weight and judged and new_classes:
         chosen = _with_offset(fitted, chosen)
     logits = torch.full((len(labels), len(task.tuned)), torch.nan)
     counts = dict.fromkeys(("tuned", "new"), 0)
     for fit in fitted:
-        photos = fit.fold.group("tuned") & (fit.fold.places < len(labels))
+        group = fit.fold.group("tuned") if judged else fit.fold.group("new")
+        photos = group & (fit.fold.places < len(labels))
         logits[fit.fold.places[photos]] = fit.logits(chosen)[photos].cpu()
     for name in counts:
         groups = [fit.fold.places[fit.fold.group(name)] for fit in fitted]
@@ -190,7 +245,8 @@ def _fit(
     fold: _Fold, listed: Sequence[Candidate], make: Callable[[tuple[int, ...]], Learner]
 ) -> _Fitted:
     """Fit everything that the candidates need on one fold."""
-    task, texts = fold.task, {}
+    task = fold.task
+    texts: dict[tuple[bool, str | None, float], Tensor] = {}
     for prompt in sorted({candidate.prompt for candidate in listed}):
         before = fold.reference[None]
         if prompt:
@@ -243,9 +299,8 @@ def _judge(
                 variance**0.5 / len(groups),
             )
         )
-    floor = min(row.nll for row in table if set(row.candidate.family) <= {"rows"}) if any(
-        set(row.candidate.family) <= {"rows"} for row in table
-    ) else float("inf")
+    closed_form = [row.nll for row in table if {*row.candidate.family} <= {"rows"}]
+    floor = min(closed_form, default=math.inf)
     chosen = next(row for row in table if row.behind <= row.error and row.nll <= floor)
     return tuple(table), chosen.candidate
 
@@ -297,3 +352,11 @@ def _linear_probe(folds: Sequence[_Fold]) -> float | None:
             predicted = torch.from_numpy(probe.predict(fold.images[judged].cpu().numpy()))
             hits.append((predicted == fold.labels[judged]).double())
     return float(torch.cat(hits).mean()) if hits else None
+
+
+def _title(candidate: Candidate) -> str:
+    return " + ".join(candidate.family) or "zero-shot"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}%"

@@ -6,24 +6,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from capt_deploy.core.console import say
+from capt_train.method.class_rows import ClassRows
 from capt_train.method.learner import Learner
-from capt_train.tune.stages import TuningTask, text_stage, visual_stage
+from capt_train.tune.stages import TuningTask, visual_stage
+from capt_train.tune.text_side import tune_text_side
 from capt_train.tune.tune import DivergenceError, tune
 
 _FOLDS, _FOLDS_WITH_VISUAL = 4, 2  # each fold costs a tuning; with the visual side that is minutes
-_FEWEST = 8  # training images
 
 
 def out_of_fold_logits(
     task: TuningTask,
     make: Callable[[tuple[int, ...]], Learner],
     strength: float,
-    rows_of: Callable[[Learner], Float[Tensor, "classes dim"]],
-) -> tuple[Float[Tensor, "samples classes"], Int[Tensor, " samples"]]:
+    rows_of: Callable[[Learner], ClassRows],
+) -> Float[Tensor, "samples classes"]:
     """Return each training image's logits by a model that was tuned without it.
 
     The images of a class are spread over the folds. With one image a class, a fold leaves whole
@@ -34,17 +35,13 @@ def out_of_fold_logits(
         task: the task that the model was tuned on, with embedded views.
         make: returns a new learner for the given classes.
         strength: κ of the model.
-        rows_of: returns the class rows Ŵ_c of a tuned learner.
+        rows_of: returns the class rows of a tuned learner.
 
     Returns:
-        z = scale·f·Ŵ_c + bias, and the labels as positions among the tuned classes. Both are empty
-        with fewer than eight images or where a tuning diverged; a note says so.
+        z = scale·f·Ŵ_c + b_c + bias; NaN where a tuning diverged, which a note says.
     """
-    labels = task.train.labels_among(task.tuned)
-    logits = torch.zeros((len(labels), len(task.tuned)))
-    if len(labels) < _FEWEST:
-        say("note: confidences are not calibrated: too few images")
-        return logits[:0], labels[:0]
+    labels = task.labels
+    logits = torch.full((len(labels), len(task.tuned)), torch.nan)
     count = _FOLDS_WITH_VISUAL if strength and task.alpha is not None else _FOLDS
     folds = torch.empty_like(labels)
     folds[labels.argsort(stable=True)] = torch.arange(len(labels)) % count
@@ -58,8 +55,7 @@ def out_of_fold_logits(
         try:
             with tempfile.TemporaryDirectory() as folder:
                 label = f"cross-validation {fold + 1}/{count}:"
-                if text := text_stage(task.config, learner):
-                    tune(learner, rest, Path(folder), text, label)
+                tune_text_side(learner, rest, Path(folder), label)
                 if learner.visual is not None:
                     rest = replace(rest, class_rows=learner.class_rows(task.tuned))
                     tune(learner, rest, Path(folder), visual_stage(task.config), label)
@@ -68,11 +64,11 @@ def out_of_fold_logits(
                 "note: confidences are not calibrated: cross-validation diverged "
                 f"({error.reason}); lower {error.setting} and tune again"
             )
-            return logits[:0], labels[:0]
+            return torch.full_like(logits, torch.nan)
         learner.set_strength(strength)
-        cosines = _images(learner, task, held) @ rows_of(learner).cpu().T
-        logits[held] = task.scale * cosines + learner.backbone.logit_bias
-    return logits, labels
+        logits[held] = rows_of(learner).logits(_images(learner, task, held), task.scale).cpu()
+    logits += learner.backbone.logit_bias
+    return logits
 
 
 @torch.no_grad()

@@ -26,9 +26,10 @@ def train_epochs(learner: Learner, task: TuningTask) -> None:
     Raises:
         FloatingPointError: a loss term or its gradient is not finite.
     """
-    loop = Epochs(learner, task, text_stage(task))
-    for number in range(task.config.tuning.epochs):
-        loop.epoch(number)
+    if stage := text_stage(task.config, learner):
+        loop = Epochs(learner, task, stage)
+        for number in range(stage.epochs):
+            loop.epoch(number)
 
 
 class Epochs:

@@ -84,14 +84,14 @@ def fit_map(
         for rows in parts:
             terms = loss_terms(_step(task, side, matrix, rows), task.weights)
             share = weighted_sum(terms, task.weights) * (len(rows) / samples)
-            share.backward()  # type: ignore[no-untyped-call]
+            share.backward()
             total += float(share.detach())
         squared = penalty * matrix.square().sum()
-        squared.backward()  # type: ignore[no-untyped-call]
+        squared.backward()
         return total + float(squared.detach())
 
     with torch.enable_grad():
-        optimizer.step(loss)  # type: ignore[arg-type]
+        optimizer.step(loss)
     return matrix.detach()
 
 

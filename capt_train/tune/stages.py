@@ -2,13 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from capt_train.calibrate.label_noise import fit_label_noise
 from capt_train.config import TrainConfig
 from capt_train.confusion.bank import ConfusionBank
 from capt_train.data.features import Features
@@ -34,21 +32,12 @@ class TuningTask:
     val_tokens: Float[Tensor, "images tokens width"] | None = None
     alpha: Float[Tensor, " samples"] | None = None  # α = s·cᵞ of the training images
     class_rows: ClassRows | None = None  # of the tuned classes; the visual stage needs them
+    label_noise: float = 0.0  # ε, the share of wrong labels
 
     @property
     def labels(self) -> Int[Tensor, " samples"]:
         """Return the classes of the training images as positions among the tuned ones."""
         return self.train.labels_among(self.tuned)
-
-    @cached_property
-    def label_noise(self) -> float:
-        """Return ε: as set, else estimated from the frozen model's logits of the training images."""
-        fixed = self.config.tuning.label_noise
-        if fixed is not None:
-            return fixed
-        device = self.reference.device
-        logits = self.scale * self.train.embeddings.to(device) @ self.reference.T
-        return fit_label_noise(logits, self.labels.to(device)).share
 
     def among(self, inside: Bool[Tensor, " classes"]) -> "TuningTask":
         """Return the task with some of its classes and an unchanged bank."""
@@ -117,7 +106,8 @@ def text_stage(config: TrainConfig, learner: Learner) -> Stage | None:
     if not learner.text_parameters:
         return None
     name, tuning = "" if learner.tuner is None else TEXT, config.tuning
-    return Stage(name, False, tuning.epochs, tuning.learning_rate, tuning.batch_size, tuning.patience)
+    rate, batch_size = tuning.learning_rate, tuning.batch_size
+    return Stage(name, False, tuning.epochs, rate, batch_size, tuning.patience)
 
 
 def visual_stage(config: TrainConfig) -> Stage:

@@ -11,6 +11,7 @@ from torch import Tensor
 from capt_deploy.core.errors import ConfigError, DataError
 from capt_deploy.core.files import expand_home, read_json
 from capt_deploy.data.class_names import distinct_names, plain_spelling
+from capt_train.method.class_rows import ClassRows, joined
 from capt_train.run.folder import TunedModel
 from export.source.model import Source, distance_aware
 from export.source.photos import Photo
@@ -72,7 +73,7 @@ def with_classes(source: Source, models: Sequence[TunedModel], names: Sequence[s
         calibration=source.calibration.select(chosen),
         class_names=names,
         tuned=tuple(tuned[row] for row in chosen),
-        rows=torch.cat([source.rows, untuned_rows(models, new)])[chosen],
+        rows=joined(source.rows, ClassRows.from_texts(untuned_rows(models, new))).subset(chosen),
         hand_written=torch.cat([source.hand_written, hand_written_rows(models, new)])[chosen],
         pairs=tuple(p for p in source.pairs if {p["true"], p["predicted"]} <= {*names}),
         photos=replace(
@@ -96,7 +97,7 @@ def untuned_rows(
         for start in range(0, len(names), _BATCH)
     ]
     if not rows:
-        return models[0].text_embeddings[:0]
+        return models[0].zero_shot[:0]
     return torch.cat(rows).view(len(models), len(names), -1).mean(dim=0)
 
 

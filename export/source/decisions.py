@@ -30,7 +30,8 @@ def decisions_from_validation(source: Source) -> Decisions | None:
         say(f"note: no prediction sets and no rejection: {why}")
         return None
     backbone = source.learner.backbone
-    raw = (backbone.scale * known.embeddings @ source.rows.cpu().T + backbone.logit_bias).numpy()
+    logits = source.rows.cpu().logits(known.embeddings, backbone.scale) + backbone.logit_bias
+    raw = logits.numpy()
     probabilities = np.zeros(raw.shape)
     tuned = known.tuned_logits.numpy(), known.tuned_labels.numpy()
     calibration = source.calibration
@@ -38,7 +39,7 @@ def decisions_from_validation(source: Source) -> Decisions | None:
         selected = replace(fitted.select(known.places), factors=calibration.factors)
         _, probabilities[rows] = selected.apply(raw[rows])
     # Energies need no labels, and are compared without any temperature.
-    logits, _ = calibration.apply(raw)
-    energies = calibration.temperature * logits
+    scaled, _ = calibration.apply(raw)
+    energies = calibration.temperature * scaled
     labels = known.labels.numpy()
     return Decisions.from_validation(probabilities[listed], energies[listed], labels[listed])

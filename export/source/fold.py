@@ -7,6 +7,7 @@ from torch import Tensor
 
 from capt_deploy.confidence.calibration import Calibration
 from capt_train.clip.backbone import Backbone
+from capt_train.method.class_rows import ClassRows
 
 
 @dataclass(frozen=True)
@@ -21,19 +22,17 @@ class FoldedHead:
         return FoldedHead(self.weight / factor, self.bias / factor)
 
 
-def fold(
-    backbone: Backbone, rows: Float[Tensor, "classes dim"], calibration: Calibration
-) -> FoldedHead:
+def fold(backbone: Backbone, rows: ClassRows, calibration: Calibration) -> FoldedHead:
     """Return the head whose logits equal the model's, scaled as `Calibration.scale` does it.
 
     Args:
         backbone: has the scale and, if it was trained with a sigmoid, the bias of the logits.
-        rows: Ŵ_c, or t⁰_c.
+        rows: Ŵ_c and b_c, or t⁰_c and zeros.
         calibration: its temperature and vector scaling are folded.
     """
     temperature, vector = calibration.temperature, calibration.vector
-    weight = backbone.scale / temperature * rows.cpu()
-    bias = weight.new_full((len(weight),), backbone.logit_bias / temperature)
+    weight = backbone.scale / temperature * rows.rows.cpu()
+    bias = (rows.biases.cpu() + backbone.logit_bias) / temperature
     if vector is None:
         return FoldedHead(weight, bias)
     scales, biases = map(bias.new_tensor, (vector.scales, vector.biases))

@@ -27,6 +27,7 @@ from capt_deploy.data.datasets import Dataset, Item
 from capt_train.calibrate.temperature import fit_temperature
 from capt_train.data.embedding_cache import EmbeddingCache
 from capt_train.data.features import embed
+from capt_train.method.class_rows import ClassRows
 from capt_train.run.folder import TunedModel
 from export.source.classes import hand_written_rows, untuned_rows
 from export.source.model import Source, confusion_pairs, provenance
@@ -58,7 +59,7 @@ def source_from_runs(models: Sequence[TunedModel], gate_data: str | Path | None 
     rows, hand_written = _rows(models, names), _hand_written(models, names)
     photos = choose_photos(models, names, gate_data)
     temperature, zero_shot_temperature = _temperatures(
-        models, photos.validation, names, tuned, (rows, hand_written)
+        models, photos.validation, names, tuned, (rows, ClassRows.from_texts(hand_written))
     )
     return Source(
         learner=models[0].learner,
@@ -90,20 +91,22 @@ def _refuse_misfits(models: Sequence[TunedModel]) -> None:
             )
     for (a, first), (b, second) in combinations(enumerate(models, start=1), 2):
         if first.class_names == second.class_names and torch.equal(
-            first.text_embeddings, second.text_embeddings
+            first.class_rows.rows, second.class_rows.rows
         ):
             raise ConfigError(f"merging: runs {a} and {b} are the same; give each once")
 
 
-def _rows(models: Sequence[TunedModel], names: Sequence[str]) -> Float[Tensor, "classes dim"]:
-    tuned: dict[str, list[Tensor]] = {}
+def _rows(models: Sequence[TunedModel], names: Sequence[str]) -> ClassRows:
+    parts: dict[str, list[ClassRows]] = {}
     for model in models:
         for row in model.split.tuned:
-            tuned.setdefault(model.class_names[row], []).append(model.text_embeddings[row])
-    rows = {name: torch.stack(tuned_rows).mean(dim=0) for name, tuned_rows in tuned.items()}
-    untuned = [name for name in names if name not in rows]
-    rows |= dict(zip(untuned, untuned_rows(models, untuned), strict=True))
-    return torch.stack([rows[name] for name in names])
+            parts.setdefault(model.class_names[row], []).append(model.class_rows.subset([row]))
+    untuned = [name for name in names if name not in parts]
+    new = ClassRows.from_texts(untuned_rows(models, untuned))
+    parts |= {name: [new.subset([place])] for place, name in enumerate(untuned)}
+    weights = [torch.cat([part.rows for part in parts[name]]).mean(dim=0) for name in names]
+    biases = [torch.cat([part.biases for part in parts[name]]).mean() for name in names]
+    return ClassRows(torch.stack(weights), torch.stack(biases))
 
 
 def _hand_written(
@@ -120,7 +123,7 @@ def _temperatures(
     photos: Sequence[Photo],
     names: tuple[str, ...],
     tuned: Sequence[bool],
-    texts: Sequence[Float[Tensor, "classes dim"]],
+    sets: Sequence[ClassRows],
 ) -> list[float]:
     """Return a temperature for each set of rows, fitted on images of the tuned classes.
 
@@ -143,7 +146,9 @@ def _temperatures(
     columns = [column for column, flag in enumerate(tuned) if flag]
     labels = features.labels_among(columns)
     # Softmax does not change with the bias of a sigmoid model, which is the same for all classes.
-    logits = [backbone.scale * features.embeddings @ rows[columns].cpu().T for rows in texts]
+    logits = [
+        rows.cpu().subset(columns).logits(features.embeddings, backbone.scale) for rows in sets
+    ]
     return [fit_temperature(part, labels) for part in logits]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from capt_deploy.confidence.calibration import Calibration
 from capt_deploy.confidence.distance_aware import TunedTexts
 from capt_deploy.core.version import __version__
+from capt_train.method.class_rows import ClassRows
 from capt_train.method.learner import Learner
 from capt_train.run.folder import TunedModel
 from export.source.fold import FoldedHead, fold
@@ -43,7 +44,7 @@ class Source:
     learner: Learner  # its visual side and its backbone, colours and strength set
     class_names: tuple[str, ...]
     tuned: tuple[bool, ...]
-    rows: Float[Tensor, "classes dim"]  # Ŵ_c, never renormalised
+    rows: ClassRows  # Ŵ_c, never renormalised, and b_c
     calibration: Calibration
     hand_written: Float[Tensor, "classes dim"]  # t⁰, unit norm
     zero_shot_temperature: float  # of the frozen model
@@ -71,7 +72,7 @@ class Source:
         if self.moves_images:
             return None
         calibration = Calibration(self.zero_shot_temperature)
-        return fold(self.learner.backbone, self.hand_written, calibration)
+        return fold(self.learner.backbone, ClassRows.from_texts(self.hand_written), calibration)
 
 
 def source_from_run(model: TunedModel, gate_data: str | Path | None = None) -> Source:
@@ -89,7 +90,7 @@ def source_from_run(model: TunedModel, gate_data: str | Path | None = None) -> S
         learner=model.learner,
         class_names=model.class_names,
         tuned=model.tuned,
-        rows=model.text_embeddings,
+        rows=model.class_rows,
         calibration=model.fitted.calibration,
         hand_written=model.zero_shot,
         zero_shot_temperature=model.fitted.zero_shot_temperature,
@@ -123,7 +124,7 @@ def distance_aware(source: Source) -> Source:
     once other classes are chosen.
     """
     tuned = torch.tensor(source.tuned)
-    rows, hand_written = (t.detach().cpu() for t in (source.rows, source.hand_written))
+    rows, hand_written = source.rows.cpu().rows, source.hand_written.detach().cpu()
     texts = source.tuned_texts
     if texts is None:
         texts = TunedTexts(rows[tuned].numpy(), hand_written[tuned].numpy())
@@ -158,4 +159,5 @@ def provenance(model: TunedModel) -> dict[str, Any]:
         "context_init": model.config.prompt.words,
         "parts": sorted(model.learner.parts(model.config)),
         "strength": model.fitted.strength,
+        "choice": model.provenance["choice"],
     }

@@ -1,0 +1,55 @@
+"""Tune the text side of a learner: what epochs train, then the map and the rows."""
+
+from pathlib import Path
+
+import torch
+
+from capt_train.confusion.bank import ConfusionBank
+from capt_train.method.learner import Learner
+from capt_train.tune.checkpoint import TuningState, save_checkpoint
+from capt_train.tune.fit_map import fit_map, map_task
+from capt_train.tune.stages import TEXT, TuningTask, text_stage
+from capt_train.tune.tune import BEST, tune
+
+
+def tune_text_side(
+    learner: Learner, task: TuningTask, folder: Path, label: str = "tuning"
+) -> tuple[TuningState | None, ConfusionBank | None]:
+    """Tune the text side in place and write its checkpoint.
+
+    Args:
+        learner: the trained parts.
+        task: images, classes and settings; the settings fix the map's side and ridge.
+        folder: where checkpoints are written.
+        label: first words of the progress line.
+
+    Returns:
+        The state of the training loop, None where nothing is trained by epochs; and the bank.
+
+    Raises:
+        DivergenceError: a loss term is not finite.
+        RunError: a checkpoint in `folder` belongs to another run.
+    """
+    state, bank = None, task.bank
+    if stage := text_stage(task.config, learner):
+        state, bank = tune(learner, task, folder, stage, label)
+    if learner.class_map is None and learner.rows is None:
+        return state, bank
+    fit_closed_form(learner, task)
+    prefix = "" if learner.tuner is None else TEXT
+    save_checkpoint(folder / f"{prefix}{BEST}", learner, state or TuningState())
+    return state, bank
+
+
+@torch.no_grad()
+def fit_closed_form(learner: Learner, task: TuningTask) -> None:
+    """Fit the map behind the prompts as they are, and the rows."""
+    class_map, settings = learner.class_map, task.config.map
+    if class_map is not None:
+        class_map.matrix.zero_()
+        texts = learner.texts(task.tuned).embeddings.float()
+        if settings.side is None or settings.ridge is None:
+            raise ValueError("expected settings with the side and the ridge of the map")
+        class_map.matrix.copy_(fit_map(map_task(task, texts), settings.side, settings.ridge))
+    if learner.rows is not None:
+        learner.rows.fit(task.train.embeddings, task.labels)
