@@ -1,6 +1,5 @@
 """The groups of a run's settings, with defaults, ranges and help."""
 
-import math
 from dataclasses import dataclass
 
 from capt_train.calibrators import CALIBRATORS
@@ -21,7 +20,6 @@ _TEMPLATES = Allowed(
 _AREA = Allowed("above 0 and up to 1", lambda share: 0 < share <= 1)
 _MOMENTUM = Allowed("0 or more, below 1", lambda value: 0 <= value < 1)
 _NOISE = Allowed("0 to 0.5", lambda share: 0 <= share <= 0.5)
-_FINITE = Allowed("a finite number", math.isfinite)
 _SIDES = ("images", "classes")
 _OPTIMIZERS, _AUTOCASTS = ("adamw", "sgd"), ("auto", "off", "bf16", "fp16")
 
@@ -90,7 +88,6 @@ class RowSettings(SettingsGroup, group="rows"):
     weight: float | None = setting(
         None, "their weight beside the class embeddings (α); auto: as photos judge", ABOVE_0, "auto"
     )
-    offset: float = setting(0.0, "nats taken off the classes with photos (δ)", _FINITE)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,36 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Outside:
+    """How classes without photos stand beside those with photos (ours).
+
+    Logits of tuned classes spread more widely than those of classes known by name alone. One
+    temperature for both would leave the latter unsure, and rows would drown them (calibrated
+    stacking, arXiv 1605.04253). So `Ŵ_c ← m + γ(Ŵ_c − m)` for a class without photos, m being the
+    mean of the tuned classes, and δ is taken off the biases of the tuned ones.
+    """
+
+    scale: float = 1.0  # γ
+    offset: float = 0.0  # δ, nats
+
+    def texts(
+        self, texts: Float[Tensor, "classes dim"], centre: Float[Tensor, " dim"]
+    ) -> Float[Tensor, "classes dim"]:
+        """Return the rows of classes without photos; `centre` is m."""
+        return centre + self.scale * (texts - centre)
+
+    def applied(self, rows: "ClassRows", tuned: Sequence[bool]) -> "ClassRows":
+        """Return rows of all classes, as trained, with γ and δ."""
+        known = torch.tensor(tuned, device=rows.rows.device)
+        centre = rows.rows[known].mean(dim=0)
+        texts = torch.where(known[:, None], rows.rows, self.texts(rows.rows, centre))
+        return ClassRows(texts, rows.biases - self.offset * known.to(rows.biases))
+
+
+UNCHANGED = Outside()
+
+
+@dataclass(frozen=True)
 class ClassRows:
     """Rows Ŵ and biases b of the logits z = scale·f·Ŵᵀ + b."""
 

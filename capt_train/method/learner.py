@@ -144,11 +144,10 @@ class Learner(nn.Module):
 
     def class_rows(self, classes: Sequence[int]) -> ClassRows:
         """Return rows and biases of some classes, by the mean over the learned prompts."""
-        return self.with_rows(self.mean_texts(classes), classes)
+        return self.with_rows(ClassRows.from_texts(self.mean_texts(classes)), classes)
 
-    def with_rows(self, texts: Float[Tensor, "classes dim"], classes: Sequence[int]) -> ClassRows:
-        """Return class embeddings as class rows, with the closed-form rows where there are any."""
-        rows = ClassRows.from_texts(texts)
+    def with_rows(self, rows: ClassRows, classes: Sequence[int]) -> ClassRows:
+        """Return class rows with the closed-form rows added where there are any."""
         return rows if self.rows is None else self.rows.added_to(rows, classes, self.backbone.scale)
 
     def texts(self, classes: Sequence[int]) -> Texts:
@@ -259,7 +258,7 @@ def make_learner(
         share = config.rows.weight
         if share is None:
             share = UNJUDGED_WEIGHT
-        rows = GaussianRows(split.tuned, zero_shot.shape[1], share, config.rows.offset)
+        rows = GaussianRows(split.tuned, zero_shot.shape[1], share)
     return Learner(backbone, zero_shot, prompts, transforms, visual, rows).to(backbone.device)
 
 

@@ -16,22 +16,21 @@ _LEAST_SPREAD = 0.05  # of class means that differ no more than chance lets them
 
 
 class GaussianRows(nn.Module):
-    """`z_c += α(f·w_c + b_c) − δ` for the tuned classes, METHOD 5b."""
+    """`z_c += α(f·w_c + b_c)` for the tuned classes, METHOD 5b."""
 
     weight: Tensor  # w, (tuned, dim)
     bias: Tensor  # b, (tuned,)
 
-    def __init__(self, classes: Sequence[int], dim: int, share: float, offset: float) -> None:
+    def __init__(self, classes: Sequence[int], dim: int, share: float) -> None:
         """Make rows of zeros.
 
         Args:
             classes: indices of the tuned classes.
             dim: of the embeddings.
             share: α.
-            offset: δ in nats, so that classes without a row are not drowned.
         """
         super().__init__()
-        self.classes, self.share, self.offset = tuple(classes), share, offset
+        self.classes, self.share = tuple(classes), share
         self.register_buffer("weight", torch.zeros(len(self.classes), dim))
         self.register_buffer("bias", torch.zeros(len(self.classes)))
 
@@ -54,7 +53,7 @@ class GaussianRows(nn.Module):
         sources = [known[classes[place]] for place in targets]
         weights, biases = rows.rows.clone(), rows.biases.clone()
         weights[targets] += self.share / scale * self.weight[sources].to(weights)
-        biases[targets] += self.share * self.bias[sources].to(biases) - self.offset
+        biases[targets] += self.share * self.bias[sources].to(biases)
         return ClassRows(weights, biases)
 
 

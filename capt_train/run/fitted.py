@@ -1,5 +1,6 @@
 """The values fitted after tuning, as `result.json` stores them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from capt_deploy.confidence.calibration import NONE, UNCALIBRATED, Calibration
 from capt_deploy.evaluation.evaluate import ClassPair
 from capt_train.calibrators import CALIBRATORS
+from capt_train.method.class_rows import UNCHANGED, Outside
 from capt_train.method.mixture import Mixture
 
 
@@ -17,6 +19,7 @@ class Fitted:
     pairs: Mapping[ClassPair, int]  # zero-shot confusions among the training images
     mixture: Mixture
     strength: float = 1.0  # κ of the visual side
+    outside: Outside = UNCHANGED  # of classes without photos
     calibration: Calibration = UNCALIBRATED
     zero_shot_temperature: float = 1.0  # of the frozen model, for a fair comparison
 
@@ -31,6 +34,7 @@ class Fitted:
             **{entry.name: getattr(self, entry.name) for entry in fields(self)},
             "pairs": [[true, taken, count] for (true, taken), count in self.pairs.items()],
             "mixture": self.mixture.to_dict(),
+            "outside": vars(self.outside),
             "calibration": self.calibration.to_dict(),
         }
 
@@ -49,6 +53,7 @@ class Fitted:
             {(int(true), int(taken)): int(count) for true, taken, count in values["pairs"]},
             Mixture.from_dict(values["mixture"], learned),
             _strength(values["strength"]),
+            Outside(*(_finite(values["outside"][name]) for name in ("scale", "offset"))),
             _calibration(values),
             float(values["zero_shot_temperature"]),
         )
@@ -59,6 +64,12 @@ def _calibration(values: Mapping[str, Any]) -> Calibration:
     if calibration.calibrator not in (NONE, *CALIBRATORS):
         raise ValueError(f"calibration: unknown kind {calibration.calibrator!r}")
     return calibration
+
+
+def _finite(value: Any) -> float:
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"outside: expected a finite number, came {value!r}")
+    return number
 
 
 def _strength(value: Any) -> float:

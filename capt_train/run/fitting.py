@@ -18,7 +18,7 @@ from capt_train.confusion.confusions import CONFUSIONS, write_confusions
 from capt_train.confusion.plot import plot_confusions
 from capt_train.data.features import Embedded, Features
 from capt_train.data.validation import VALIDATION, Validation
-from capt_train.method.class_rows import ClassRows
+from capt_train.method.class_rows import UNCHANGED, ClassRows
 from capt_train.method.learner import Learner
 from capt_train.method.mixture import Mixture, fit_inside, fit_outside
 from capt_train.run import folder as runs
@@ -72,8 +72,9 @@ def fit(setup: Setup, outcome: Outcome, out: Path) -> TunedModel:
     pairs = {(tuned[a], tuned[b]): round(count) for (a, b), count in before.confusions().items()}
     images = _tuned_images(outcome)
     mixture = _mixture(setup, outcome, images)
-    fitted = Fitted(pairs, mixture, learner.strength)
-    rows = runs.mixed_rows(learner, setup.zero_shot, split, mixture)
+    outside = UNCHANGED if outcome.choice is None else outcome.choice.outside
+    fitted = Fitted(pairs, mixture, learner.strength, outside)
+    rows = runs.mixed_rows(learner, setup.zero_shot, split, fitted)
     model = TunedModel(
         setup.backbone, setup.config, split, learner, rows, setup.zero_shot, fitted, {}
     )
@@ -158,7 +159,7 @@ def _held_out(
     else:
 
         def rows_of(learner: Learner) -> ClassRows:
-            rows = runs.mixed_rows(learner, setup.zero_shot, split, model.fitted.mixture)
+            rows = runs.mixed_rows(learner, setup.zero_shot, split, model.fitted)
             return rows.subset(tuned)
 
         logits = out_of_fold_logits(task, outcome.make, model.fitted.strength, rows_of)

@@ -23,7 +23,6 @@ from capt_train.data.fewshot import FewShotSplit
 from capt_train.data.validation import VALIDATION, Validation
 from capt_train.method.class_rows import ClassRows
 from capt_train.method.learner import Learner, make_learner
-from capt_train.method.mixture import Mixture
 from capt_train.method.visual_tuner import VisualTuner
 from capt_train.run.fitted import Fitted
 from capt_train.tune.checkpoint import load_checkpoint
@@ -83,6 +82,19 @@ class TunedModel:
     def tuned(self) -> tuple[bool, ...]:
         """Tell for each class whether it was tuned on."""
         return self.split.tuned_flags
+
+    def outside_rows(self, texts: Float[Tensor, "classes dim"]) -> Float[Tensor, "classes dim"]:
+        """Return the rows of classes without photos from their mixed embeddings Ŵ_c."""
+        return self.fitted.outside.texts(texts, self.centre)
+
+    @property
+    def centre(self) -> Float[Tensor, " dim"]:
+        """Return the mean Ŵ_c of the tuned classes, closed-form rows not included."""
+        tuned = list(self.split.tuned)
+        mixed = self.fitted.mixture.rows(
+            all_texts(self.learner, self.zero_shot)[:, tuned], [True] * len(tuned)
+        )
+        return mixed.mean(dim=0)
 
     @property
     def visual(self) -> VisualTuner | None:
@@ -208,7 +220,7 @@ def load_run(folder: str | Path, device: torch.device | None = None) -> TunedMod
         "versions": written.get("versions", {}),
         "choice": choice and choice.to_dict(),
     }
-    rows = mixed_rows(learner, zero_shot, split, fitted.mixture)
+    rows = mixed_rows(learner, zero_shot, split, fitted)
     validation = Validation.load(folder / VALIDATION)
     if validation is not None and not validation.fits(zero_shot.shape[1], split.tuned):
         raise RunError(f"{folder / VALIDATION}: of another run; restore it, or delete it")
@@ -285,8 +297,9 @@ def mixed_rows(
     learner: Learner,
     zero_shot: Float[Tensor, "classes dim"],
     split: FewShotSplit,
-    mixture: Mixture,
+    fitted: Fitted,
 ) -> ClassRows:
     """Return the mixed rows Ŵ_c of all classes, closed-form rows included (METHOD 9)."""
-    mixed = mixture.rows(all_texts(learner, zero_shot), split.tuned_flags)
-    return learner.with_rows(mixed, range(len(mixed)))
+    mixed = fitted.mixture.rows(all_texts(learner, zero_shot), split.tuned_flags)
+    rows = fitted.outside.applied(ClassRows.from_texts(mixed), split.tuned_flags)
+    return learner.with_rows(rows, range(len(mixed)))

@@ -21,7 +21,6 @@ class Candidate:
     side: str | None = None  # of the map; None without one
     ridge: float = 0.0
     weight: float = 0.0  # α of the rows; 0 without rows
-    offset: float = 0.0  # δ of the rows
 
     @property
     def family(self) -> tuple[str, ...]:
@@ -36,7 +35,7 @@ class Candidate:
         if self.side is not None:
             changes |= {"map.side": self.side, "map.ridge": self.ridge}
         if self.weight:
-            changes |= {"rows.weight": self.weight, "rows.offset": self.offset}
+            changes["rows.weight"] = self.weight
         return config.with_settings(changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -53,8 +52,7 @@ class Candidate:
         side = values["side"]
         if side is not None and side not in SIDES:
             raise ValueError(f"side: expected one of {SIDES}, came {side!r}")
-        numbers = (float(values[name]) for name in ("ridge", "weight", "offset"))
-        return cls(bool(values["prompt"]), side, *numbers)
+        return cls(bool(values["prompt"]), side, float(values["ridge"]), float(values["weight"]))
 
 
 def choosable(config: TrainConfig) -> frozenset[str]:
@@ -63,7 +61,7 @@ def choosable(config: TrainConfig) -> frozenset[str]:
 
 
 def candidates(config: TrainConfig, *, by_epochs: bool, judged: bool) -> list[Candidate]:
-    """Return all candidates, without offsets; families from simple to complex.
+    """Return all candidates; families from simple to complex.
 
     Args:
         config: settings of the run; what they fix is no choice.

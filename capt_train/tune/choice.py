@@ -3,16 +3,19 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from capt_deploy.core.console import counted, progress
 from capt_deploy.core.errors import RunError
-from capt_train.calibrate.temperature import calibrated_losses
+from capt_train.calibrate.temperature import calibrated_losses, fit_temperature
 from capt_train.method.class_map import mapped
+from capt_train.method.class_rows import UNCHANGED, ClassRows, Outside
 from capt_train.method.learner import Learner
 from capt_train.method.rows import Discriminant, discriminant
 from capt_train.tune.candidates import Candidate, candidates, parts_by_epochs
@@ -22,7 +25,7 @@ from capt_train.tune.stages import TuningTask
 
 _FOLDS = 4
 _FEWEST_CLASSES = 4  # two to tune on and two to hold out
-_OFFSETS = tuple(step / 4 for step in range(-4, 25))  # δ in nats
+_OFFSETS = tuple(step / 4 for step in range(-32, 33))  # δ in nats
 _MOST_VALIDATED = 2000  # images that judge; more would hardly decide otherwise
 _PROBE_C = 100.0  # inverse ridge of the logistic regression; embeddings have unit norm
 
@@ -60,6 +63,7 @@ class Choice:
     """The chosen candidate, the table behind it, and out-of-fold logits."""
 
     chosen: Candidate
+    outside: Outside  # fitted on classes that were left out
     table: tuple[Judgement, ...]  # the best candidate of each family, simple families first
     linear_probe: float | None  # accuracy of a logistic regression on tuned classes
     images: Mapping[str, int]  # how many images judged: tuned, new
@@ -72,6 +76,7 @@ class Choice:
         """Return the JSON form, without the logits."""
         return {
             "chosen": self.chosen.to_dict(),
+            "outside": vars(self.outside),
             "table": [row.to_dict() for row in self.table],
             "linear_probe": self.linear_probe,
             "images": dict(self.images),
@@ -108,6 +113,7 @@ class Choice:
         """
         return cls(
             Candidate.from_dict(values["chosen"]),
+            Outside(**values["outside"]),
             tuple(map(Judgement.from_dict, values["table"])),
             values["linear_probe"],
             dict(values["images"]),
@@ -145,6 +151,15 @@ class _Fitted:
     texts: Mapping[tuple[bool, str | None, float], Float[Tensor, "classes dim"]]
     rows: Discriminant  # of the classes inside
 
+    def beside(self, candidate: Candidate, outside: Outside) -> Float[Tensor, "held classes"]:
+        """Return the logits with tuned and new classes set beside each other."""
+        fold = self.fold
+        texts = self.texts[candidate.prompt, candidate.side, candidate.ridge]
+        shift = outside.applied(ClassRows.from_texts(texts), fold.inside.tolist())
+        moved = shift.logits(fold.images, fold.task.scale)
+        moved -= fold.task.scale * fold.images @ texts.T
+        return self.logits(candidate) + moved
+
     def logits(self, candidate: Candidate) -> Float[Tensor, "held classes"]:
         """Return scaled logits of the judging images over all tuned classes of the run."""
         fold = self.fold
@@ -152,7 +167,7 @@ class _Fitted:
         logits = fold.task.scale * fold.images @ texts.T
         if candidate.weight:
             rows = fold.images @ self.rows.weight.T + self.rows.bias
-            logits[:, fold.inside] += candidate.weight * rows - candidate.offset
+            logits[:, fold.inside] += candidate.weight * rows
         return logits
 
 
@@ -190,8 +205,6 @@ def choose(
                 ) from cause
             counter.advance(1)
     table, chosen = _judge(fitted, listed, len(task.train) + len(task.val))
-    if chosen.weight and judged and new_classes:
-        chosen = _with_offset(fitted, chosen)
     logits = torch.full((len(labels), len(task.tuned)), torch.nan)
     counts = dict.fromkeys(("tuned", "new"), 0)
     for fit in fitted:
@@ -201,7 +214,12 @@ def choose(
     for name in counts:
         groups = [fit.fold.places[fit.fold.group(name)] for fit in fitted]
         counts[name] = len(torch.cat(groups).unique())
-    return Choice(chosen, table, _linear_probe([fit.fold for fit in fitted]), counts, logits)
+    probe = _linear_probe([fit.fold for fit in fitted])
+    if judged and enough and not new_classes:
+        folds = list(_folds(task, held_classes=True))
+        fitted = [_fit(fold, [chosen], make) for fold in folds]
+    outside = _outside(fitted, chosen) if judged and enough else UNCHANGED
+    return Choice(chosen, outside, table, probe, counts, logits)
 
 
 def _folds(task: TuningTask, *, held_classes: bool) -> Iterator[_Fold]:
@@ -324,18 +342,37 @@ def _losses(
     return sums[seen] / times[seen], float((hits[seen] / times[seen]).mean())
 
 
-def _with_offset(fits: Sequence[_Fitted], candidate: Candidate) -> Candidate:
-    """Return the candidate with the δ that tells tuned and new classes apart best.
+def _outside(fits: Sequence[_Fitted], candidate: Candidate) -> Outside:
+    """Return γ, which gives both groups one temperature, and the δ that then tells them apart best.
 
-    Without it, classes with a row drown those without (calibrated stacking).
+    Each is fitted on images of tuned and of left-out classes.
     """
+    temperatures = {}
+    for name in ("tuned", "new"):
+        logs = []
+        for fit in fits:
+            chosen, columns = fit.fold.group(name), fit.fold.columns(name)
+            if chosen.any() and len(columns) > 1:
+                labels = torch.searchsorted(columns, fit.fold.labels[chosen])
+                logits = fit.logits(candidate)[chosen][:, columns]
+                logs.append(math.log(fit_temperature(logits, labels)))
+        if not logs:
+            return UNCHANGED
+        temperatures[name] = math.exp(fmean(logs))
+    scale = temperatures["tuned"] / temperatures["new"]
 
     def loss(offset: float) -> float:
-        shifted = replace(candidate, offset=offset)
-        losses = [calibrated_losses(fit.logits(shifted), fit.fold.labels) for fit in fits]
-        return float(torch.cat(losses).mean())
+        outside = Outside(scale, offset)
+        return fmean(
+            float(
+                functional.cross_entropy(
+                    fit.beside(candidate, outside) / temperatures["tuned"], fit.fold.labels
+                )
+            )
+            for fit in fits
+        )
 
-    return replace(candidate, offset=min(_OFFSETS, key=loss))
+    return Outside(scale, min(_OFFSETS, key=loss))
 
 
 def _linear_probe(folds: Sequence[_Fold]) -> float | None:

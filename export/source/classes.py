@@ -105,7 +105,7 @@ def _untuned_rows(model: TunedModel, names: Sequence[str]) -> Float[Tensor, "cla
     hand_written = model.backbone.class_embeddings(names, model.config.prompt.templates)
     learned = model.learner.texts_of(names, hand_written).embeddings
     embeddings = torch.cat([hand_written[None], learned])
-    return model.fitted.mixture.rows(embeddings, [False] * len(names))
+    return model.outside_rows(model.fitted.mixture.rows(embeddings, [False] * len(names)))
 
 
 def hand_written_rows(

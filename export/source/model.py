@@ -12,8 +12,9 @@ from torch import Tensor
 
 from capt_deploy.confidence.calibration import Calibration
 from capt_deploy.confidence.distance_aware import TunedTexts
+from capt_deploy.core.errors import ConfigError
 from capt_deploy.core.version import __version__
-from capt_train.method.class_rows import ClassRows
+from capt_train.method.class_rows import UNCHANGED, ClassRows
 from capt_train.method.learner import Learner
 from capt_train.run.folder import TunedModel
 from export.source.fold import FoldedHead, fold
@@ -55,6 +56,7 @@ class Source:
     # With DAC: the tuned classes, also those that are not exported
     tuned_texts: TunedTexts | None = None
     validation: ValidationImages | None = None
+    outside_fitted: bool = False  # whether confidences of untuned classes are fitted already
 
     @property
     def temperature(self) -> float:
@@ -99,6 +101,7 @@ def source_from_run(model: TunedModel, gate_data: str | Path | None = None) -> S
         training=provenance(model),
         photos=choose_photos([model], model.class_names, gate_data),
         validation=_validation_images(model),
+        outside_fitted=model.fitted.outside != UNCHANGED,
     )
 
 
@@ -122,7 +125,15 @@ def distance_aware(source: Source) -> Source:
 
     Distances are measured to the tuned classes of the first call, so that it can be called again
     once other classes are chosen.
+
+    Raises:
+        ConfigError: the run has a calibration of its own for classes without photos.
     """
+    if source.learner.rows is not None or source.outside_fitted:
+        raise ConfigError(
+            "--dac: the run's confidences for classes without photos are fitted on held-out "
+            "classes already; leave --dac out"
+        )
     tuned = torch.tensor(source.tuned)
     rows, hand_written = source.rows.cpu().rows, source.hand_written.detach().cpu()
     texts = source.tuned_texts

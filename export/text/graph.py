@@ -17,6 +17,7 @@ from capt_deploy.core.errors import GateError
 from capt_deploy.core.files import write_bytes
 from capt_deploy.serving.open_vocabulary import ROW_OUTPUTS, TextEncoder
 from capt_train.clip.backbone import Backbone
+from capt_train.method.class_rows import Outside
 from capt_train.method.learner import Learner
 from capt_train.method.prompt import PromptLearner
 from capt_train.run.folder import TunedModel
@@ -37,6 +38,8 @@ class _RunPrompts:
     templates: list[int]  # places; empty if the hand-written prompt has no weight
     prompts: dict[int, PromptLearner]  # the learned ones, by place
     learner: Learner  # whose transforms the learned embeddings go through
+    outside: Outside
+    centre: Float[Tensor, " dim"]  # of the tuned classes
 
 
 class TextRows(nn.Module):
@@ -70,6 +73,8 @@ class TextRows(nn.Module):
                 [self._templates.index(template) for template in templates],
                 {next(places): prompt for prompt in _learned_prompts(model)},
                 model.learner,
+                model.fitted.outside,
+                model.centre.detach(),
             )
             for model, templates in zip(models, written, strict=True)
         ]
@@ -116,7 +121,8 @@ class TextRows(nn.Module):
         learned = [run.learner.transform(texts)[0] for texts in learned]
         weights = run.weights if hand_written else run.weights[1:]
         weighted = zip(weights, [*hand_written, *learned], strict=True)
-        return torch.stack([weight * texts for weight, texts in weighted]).sum(dim=0)
+        mixed = torch.stack([weight * texts for weight, texts in weighted]).sum(dim=0)
+        return run.outside.texts(mixed, run.centre)
 
 
 def _learned_prompts(model: TunedModel) -> list[PromptLearner]:

@@ -36,8 +36,8 @@ NAMES = ("cat", "dog", "boat", "tree", "car")
 TUNED = (0, 1, 2, 4)
 SHOTS, VIEWS = 3, 3  # the last view is never tuned on
 PARTS = ("prompt", "semantic-experts", "adapter", "sample-experts", "visual-prompts")
-TEXT = Stage("text-", False, 2, 0.01)
-VISUAL = Stage("", True, 3, 0.01, consistency=1.0)
+TEXT = Stage("text-", False, 2, 0.01, 4)
+VISUAL = Stage("", True, 3, 0.01, 4, consistency=1.0)
 
 
 def config(*without: str, **settings: Any) -> TrainConfig:
@@ -139,8 +139,8 @@ def test_the_settings_of_each_side_are_those_of_its_stage(tiny_backbone: Backbon
         "visual_patience": 4,
     }
     made, task = make(tiny_backbone, config(**settings))
-    assert text_stage(task.config, made) == Stage("text-", False, 7, 0.3, 5)
-    assert visual_stage(task.config) == Stage("", True, 2, 0.1, 4, 7.0)
+    assert text_stage(task.config, made) == Stage("text-", False, 7, 0.3, 1024, 5)
+    assert visual_stage(task.config) == Stage("", True, 2, 0.1, 32, 4, 7.0)
 
 
 @pytest.mark.parametrize(

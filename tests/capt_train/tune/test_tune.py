@@ -23,7 +23,7 @@ from capt_train.method.prompt import PromptLearner
 from capt_train.setting_groups import PromptSettings
 from capt_train.tune import epochs
 from capt_train.tune.checkpoint import TuningState
-from capt_train.tune.stages import TuningTask, stages
+from capt_train.tune.stages import TuningTask, text_stage
 from capt_train.tune.tune import BEST, LAST, DivergenceError, tune
 from tests.configs import changed, train_config
 
@@ -69,7 +69,8 @@ def context(own: Learner) -> Tensor:
 
 def run(own: Learner, task: TuningTask, folder: Path) -> TuningState:
     """Tune in the one stage that there is without a visual side."""
-    [stage] = stages(task, own)
+    stage = text_stage(task.config, own)
+    assert stage is not None
     state, bank = tune(own, task, folder, stage)
     assert bank is task.bank
     return state
