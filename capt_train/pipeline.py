@@ -1,5 +1,6 @@
 """What `capt-train` does: data, features, zero-shot, tuning, calibration, metrics."""
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -55,16 +56,37 @@ def train(
     Raises:
         CaptError: the data, the model, the settings or the folder cannot be used.
     """
-    out = expand_home(out)
+    out, watch = expand_home(out), _Stopwatch()
     with locked(out):
         setup = prepare(config, out, resume, split_from)
+        watch.lap("loading")
         with closing(EmbeddingCache(setup.model_sha256, setup.backbone.device.type)) as cache:
-            setup, outcome = _tune(setup, cache, out)
+            setup, outcome = _tune(setup, cache, out, watch)
             model = fit(setup, outcome, out)
+            watch.lap("calibrating")
             images = {"train": len(outcome.task.train), "val": len(outcome.task.val)}
             report = {**_measure(setup, model, outcome, cache), "images": images}
+            watch.lap("measuring")
         write_json(out / runs.METRICS, report)
+    say(f"time: {watch}")
     return report
+
+
+class _Stopwatch:
+    """The seconds that each stage of a run takes, for its last line."""
+
+    def __init__(self) -> None:
+        self._laps: list[str] = []
+        self._started = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """End a stage."""
+        now = time.perf_counter()
+        self._laps.append(f"{stage} {now - self._started:.0f} s")
+        self._started = now
+
+    def __str__(self) -> str:
+        return ", ".join(self._laps)
 
 
 def dry_run(config: TrainConfig, out: Path, split_from: Path | None = None) -> str:
@@ -86,14 +108,19 @@ def dry_run(config: TrainConfig, out: Path, split_from: Path | None = None) -> s
     return would_ask(pairs, setup.tuned_names, config, out)
 
 
-def _tune(setup: Setup, cache: EmbeddingCache, out: Path) -> tuple[Setup, Outcome]:
+def _tune(
+    setup: Setup, cache: EmbeddingCache, out: Path, watch: _Stopwatch
+) -> tuple[Setup, Outcome]:
     """Mine pairs, choose on held-out photos, and tune; the setup has the chosen settings."""
     backbone, split, config = setup.backbone, setup.split, setup.config
     frozen = Embedded(
         _embed(setup, cache, split.train, "training images"),
         _embed(setup, cache, split.val, "validation images"),
     )
+    watch.lap("embedding")
     recoloured, images = recolour(setup, frozen, out)
+    if "colours" in config.parts:
+        watch.lap("colours")
     centres = None
     if config.needs("sentences"):
         pairs = _mined_pairs(setup, setup.zero_shot_bank(frozen.train))
@@ -116,6 +143,7 @@ def _tune(setup: Setup, cache: EmbeddingCache, out: Path) -> tuple[Setup, Outcom
         label_noise=config.tuning.label_noise or 0.0,
     )
     choice = _choice(task, partial(make_from, config), out)
+    watch.lap("choosing")
     if choice is not None:
         setup = replace(setup, config=choice.chosen.applied(config))
         bank = bank.updated(_filled(choice.out_of_fold, bank), config.confusion.momentum)
@@ -134,6 +162,7 @@ def _tune(setup: Setup, cache: EmbeddingCache, out: Path) -> tuple[Setup, Outcom
         task = replace(task, class_rows=learner.class_rows(split.tuned))
         task, trial, further = tune_visual_side(learner, task, make, out)
         states += further
+    watch.lap("tuning")
     return setup, Outcome(
         learner, task, frozen, tuple(states), choice, trial, task.bank or bank, make
     )

@@ -27,6 +27,7 @@ _FOLDS = 4
 _FEWEST_CLASSES = 4  # two to tune on and two to hold out
 _OFFSETS = tuple(step / 4 for step in range(-32, 33))  # δ in nats
 _MOST_VALIDATED = 2000  # images that judge; more would hardly decide otherwise
+_STANDARD_ERRORS = 2.0  # a gain must exceed 0 by this many to be called one
 _PROBE_C = 100.0  # inverse ridge of the logistic regression; embeddings have unit norm
 
 
@@ -100,6 +101,12 @@ class Choice:
         if self.linear_probe is not None:
             lines.append(f"  {'linear probe':<18} {_percent(self.linear_probe):>6}")
         lines.append("kept: the simplest within one standard error of the best")
+        frozen = next((row for row in self.table if not row.candidate.family), None)
+        if frozen is not None and frozen.behind <= _STANDARD_ERRORS * frozen.error:
+            lines.append(
+                f"no gain measured over zero-shot (NLL lower by {frozen.behind:.3f} ± "
+                f"{frozen.error:.3f}); more photos would help, first of the classes with fewest"
+            )
         return "\n".join(lines)
 
     @classmethod
