@@ -260,9 +260,11 @@ def _photo_folds(labels: Tensor, class_fold: Tensor, count: int) -> Int[Tensor, 
     folds = torch.full_like(labels, -1)
     for label, left_out in enumerate(class_fold.tolist()):
         photos = (labels == label).nonzero().squeeze(1)
-        usable = torch.tensor([fold for fold in range(count) if fold != left_out])
+        usable = [fold for fold in range(count) if fold != left_out]
+        if len(usable) == 1:  # every second photo is never held out, so that some are tuned on
+            usable.append(-1)
         if len(photos) > 1:
-            folds[photos] = usable[torch.arange(len(photos)) % len(usable)]
+            folds[photos] = torch.tensor(usable)[torch.arange(len(photos)) % len(usable)]
     return folds
 
 

