@@ -1,7 +1,7 @@
-"""The CoCoA mixture of hand-written and learned prompts (METHOD 7), fitted after the tuning.
+"""The CoCoA mixture of the hand-written prompt and learned components (METHOD 7), fitted last.
 
-Confidence-aware weights of CoCoA-Mix (arXiv 2506.07484): trust in the learned prompts is fitted
-once for the classes they were tuned on and once for all others.
+Confidence-aware weights of CoCoA-Mix (arXiv 2506.07484): the weight of each learned component,
+a prompt for example, is fitted once for the classes it was tuned on and once for all others.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch import Tensor
 from capt_deploy.core.errors import ModelError, RunError
 from capt_train.method.losses import cross_entropy, wide
 
-_START = 0.5  # the first share of each learned prompt
+_START = 0.5  # the first share of each learned component
 _STEPS = 1000  # at most
 _LEARNING_RATE = 0.5
 _SLOPE_AT_REST = 1e-5
@@ -26,7 +26,7 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class Mixture:
-    """π over K+1 prompts, the hand-written one first; each of the two sums to 1."""
+    """π over K+1 components, the hand-written prompt first; each of the two sums to 1."""
 
     inside: tuple[float, ...]  # for classes that were tuned on
     outside: tuple[float, ...]  # for all others
@@ -44,7 +44,7 @@ class Mixture:
 
     @classmethod
     def learned_only(cls, learned: int) -> "Mixture":
-        """Return equal parts of the learned prompts and nothing of the hand-written one."""
+        """Return equal parts of the learned components and nothing of the hand-written prompt."""
         weights = (0.0, *[1 / learned] * learned)
         return cls(weights, weights)
 
@@ -72,7 +72,7 @@ class Mixture:
         return {name: list(values) for name, values in asdict(self).items()}
 
     def rows(
-        self, embeddings: Float[Tensor, "prompts classes dim"], tuned: Sequence[bool]
+        self, embeddings: Float[Tensor, "components classes dim"], tuned: Sequence[bool]
     ) -> Float[Tensor, "classes dim"]:
         """Return Ŵ_c = Σ_i π_i(c)·t_{i,c}, in float32 or wider.
 
@@ -87,7 +87,7 @@ class Mixture:
         """
         if embeddings.shape[:2] != (len(self.inside), len(tuned)):
             raise ValueError(
-                f"{len(self.inside)} prompts and {len(tuned)} classes expected, "
+                f"{len(self.inside)} components and {len(tuned)} classes expected, "
                 f"came embeddings of shape {tuple(embeddings.shape)}"
             )
         rows = wide(embeddings)
@@ -106,14 +106,14 @@ def weights(shares: Float[Tensor, " learned"]) -> Float[Tensor, " learned+1"]:
 
 def inside_loss(
     shares: Float[Tensor, " learned"],
-    logits: Float[Tensor, "batch learned+1 classes"],
+    logits: Float[Tensor, "batch components classes"],
     labels: Int[Tensor, " batch"],
 ) -> Float[Tensor, ""]:
     """Return the mean of −log p(y) of the mixed logits z = Σ_i π_i z_i, in float32 or wider.
 
     Args:
-        shares: σ(a_i) of the learned prompts.
-        logits: z_i = scale·f·t_i of every prompt, the hand-written one first.
+        shares: σ(a_i) of the learned components.
+        logits: z_i of every component, the hand-written prompt first.
         labels: y.
     """
     return cross_entropy((weights(shares)[:, None] * wide(logits)).sum(dim=1), labels)
@@ -121,64 +121,64 @@ def inside_loss(
 
 def outside_loss(
     shares: Float[Tensor, " learned"],
-    logits: Float[Tensor, "batch learned+1 pseudo"],
+    logits: Float[Tensor, "batch components pseudo"],
     d: float = 0.1,
 ) -> Float[Tensor, ""]:
     """Return Σ_i mean max(0, H(p_t0) − H(p_ti) + d), in float32 or wider.
 
-    On classes that it was not tuned on, a learned prompt should be less sure than the hand-written
-    one, by `d`. The weight acts as an inverse temperature: p_ti = softmax(s_i·z_i), while
-    p_t0 = softmax(z_0) (ours: the paper leaves open how the weight enters H). Each term depends on
-    one share alone.
+    On classes that it was not tuned on, a learned component should be less sure than the
+    hand-written prompt, by `d`. Both are scaled by their weights in the mixture of the two alone:
+    p_ti = softmax(s_i·z_i) and p_t0 = softmax((1−s_i)·z_0). (Ours: the paper leaves open how the
+    weights enter H.) So a component that equals the hand-written prompt has no loss at s_i = 0.5
+    and d = 0; a larger d lowers its share until the two entropies differ by d. Each term depends
+    on one share alone and never falls as that share grows.
 
     Args:
-        shares: s_i = σ(a_i) of the learned prompts, before they are divided by K.
-        logits: z_i = scale·f·t_i over the pseudo-classes, the hand-written prompt first.
+        shares: s_i = σ(a_i) of the learned components, before they are divided by K.
+        logits: z_i over the pseudo-classes of every component, the hand-written prompt first.
         d: nats.
     """
     scores = wide(logits)
-    hand_written = _entropy(scores[:, :1])
+    hand_written = _entropy((1 - shares)[:, None] * scores[:, :1])
     learned = _entropy(shares[:, None] * scores[:, 1:])
     return (hand_written - learned + d).clamp(min=0).mean(dim=0).sum()
 
 
 def fit_inside(
-    features: Float[Tensor, "batch dim"],
-    labels: Int[Tensor, " batch"],
-    embeddings: Float[Tensor, "prompts classes dim"],
-    scale: float,
+    logits: Float[Tensor, "batch components classes"], labels: Int[Tensor, " batch"]
 ) -> tuple[float, ...]:
     """Return π_in, one weight vector for all classes tuned on; minimises `inside_loss`.
 
     Args:
-        features: f(x) of the training samples, unit norm.
-        labels: their classes, as indices into `embeddings`.
-        embeddings: t_{i,c} of the classes tuned on, the hand-written prompt first.
-        scale: 1/τ.
+        logits: z_i of the training samples over these classes, the hand-written prompt first.
+        labels: their classes, as positions among these.
     """
-    logits = _logits(features, embeddings, scale)
     return _descend(lambda shares: inside_loss(shares, logits, labels), logits)
 
 
 def fit_outside(
-    features: Float[Tensor, "batch dim"],
-    pseudo: Float[Tensor, "prompts pseudo dim"],
-    scale: float,
-    d: float = 0.1,
+    logits: Float[Tensor, "batch components pseudo"], d: float = 0.1
 ) -> tuple[float, ...]:
     """Return π_out, one weight vector for all classes not tuned on; minimises `outside_loss`.
 
-    The loss never falls as a share grows, and is 0 where every sample is unsure enough, so the fit
-    only lowers shares, from 0.5 down to where the loss becomes 0.
+    The fit only lowers shares, from 0.5 down to where the loss becomes 0.
 
     Args:
-        features: f(x) of the training samples, unit norm.
-        pseudo: t_{i,c} of the pseudo-classes, the hand-written prompt first.
-        scale: 1/τ.
-        d: nats by which a learned prompt should be less sure.
+        logits: z_i of the training samples over the pseudo-classes, the hand-written prompt first.
+        d: nats by which a learned component should be less sure.
     """
-    logits = _logits(features, pseudo, scale)
     return _descend(lambda shares: outside_loss(shares, logits, d), logits)
+
+
+@torch.no_grad()
+def component_logits(
+    features: Float[Tensor, "batch dim"],
+    embeddings: Float[Tensor, "components classes dim"],
+    scale: float,
+) -> Float[Tensor, "batch components classes"]:
+    """Return z_i = scale·f·t_i of every component, in float32 or wider also under autocast."""
+    with torch.autocast(features.device.type, enabled=False):
+        return scale * torch.einsum("bd,pcd->bpc", wide(features), wide(embeddings))
 
 
 def pseudo_class_names(
@@ -210,25 +210,15 @@ def _entropy(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch"]
     return -(log_p.exp() * log_p).sum(dim=-1)
 
 
-@torch.no_grad()
-def _logits(
-    features: Float[Tensor, "batch dim"],
-    embeddings: Float[Tensor, "prompts classes dim"],
-    scale: float,
-) -> Float[Tensor, "batch prompts classes"]:
-    with torch.autocast(features.device.type, enabled=False):  # else in half precision
-        return scale * torch.einsum("bd,pcd->bpc", wide(features), wide(embeddings))
-
-
 def _descend(
-    loss: Callable[[Tensor], Tensor], logits: Float[Tensor, "batch prompts classes"]
+    loss: Callable[[Tensor], Tensor], logits: Float[Tensor, "batch components classes"]
 ) -> tuple[float, ...]:
     """Minimise a loss of the shares σ(a) by gradient descent on a; return π.
 
     There is no momentum, which would carry a share past the point where the hinge of
     `outside_loss` reaches 0.
     """
-    raw = logits.new_full((logits.shape[1] - 1,), math.log(_START / (1 - _START)))
+    raw = wide(logits).new_full((logits.shape[1] - 1,), math.log(_START / (1 - _START)))
     with torch.enable_grad():
         for _ in range(_STEPS):
             raw.requires_grad_()

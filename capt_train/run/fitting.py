@@ -20,7 +20,7 @@ from capt_train.data.features import Embedded, Features
 from capt_train.data.validation import VALIDATION, Validation
 from capt_train.method.class_rows import UNCHANGED, ClassRows
 from capt_train.method.learner import Learner
-from capt_train.method.mixture import Mixture, fit_inside, fit_outside
+from capt_train.method.mixture import Mixture, component_logits, fit_inside, fit_outside
 from capt_train.run import folder as runs
 from capt_train.run.fitted import Fitted
 from capt_train.run.folder import TunedModel
@@ -132,8 +132,8 @@ def _mixture(setup: Setup, outcome: Outcome, validation: Float[Tensor, "samples 
     learned = learner.texts_of(names, hand_written).embeddings
     pseudo = torch.cat([hand_written[None], learned])
     return Mixture(
-        fit_inside(images, labels, texts, scale),
-        fit_outside(images, pseudo, scale, config.mixture.margin),
+        fit_inside(component_logits(images, texts, scale), labels),
+        fit_outside(component_logits(images, pseudo, scale), config.mixture.margin),
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from capt_train import pipeline
 from capt_train.config import TrainConfig
 from capt_train.data.embedding_cache import EmbeddingCache
-from capt_train.method.mixture import Mixture, fit_inside, fit_outside
+from capt_train.method.mixture import Mixture, component_logits, fit_inside, fit_outside
 from capt_train.run.fitting import Outcome, fit
 from capt_train.run.setup import Setup, prepare
 
@@ -60,7 +60,8 @@ def test_inside_the_mixture_is_fitted_on_the_view_that_was_not_tuned_on(tuned: T
     labels, texts = outcome.task.train.labels, classes(setup, outcome, setup.tuned_names)
 
     def fitted(images: Tensor) -> Any:
-        return pytest.approx(fit_inside(images, labels, texts, setup.backbone.scale), abs=1e-4)
+        logits = component_logits(images, texts, setup.backbone.scale)
+        return pytest.approx(fit_inside(logits, labels), abs=1e-4)
 
     assert mixture.inside == fitted(held_view(outcome))
     assert mixture.inside != fitted(outcome.task.train.embeddings)
@@ -72,7 +73,8 @@ def test_outside_the_mixture_is_fitted_on_that_view_with_the_margin_asked_for(tu
     pseudo, held = classes(setup, outcome, setup.pseudo_class_names()), held_view(outcome)
 
     def fitted(images: Tensor, *margin: float) -> Any:
-        return pytest.approx(fit_outside(images, pseudo, setup.backbone.scale, *margin), abs=1e-4)
+        logits = component_logits(images, pseudo, setup.backbone.scale)
+        return pytest.approx(fit_outside(logits, *margin), abs=1e-4)
 
     assert mixture.outside == fitted(held, MARGIN)
     assert mixture.outside != fitted(outcome.task.train.embeddings, MARGIN)
