@@ -152,7 +152,8 @@ def _learner(backbone: Backbone, config: TrainConfig) -> Learner:
     split = FewShotSplit(_NAMES, (0, 1), (), (), {})
     zero_shot = backbone.class_embeddings(_NAMES, config.prompt.templates)
     draw = torch.Generator().manual_seed(0)
-    shape = (len(SENTENCE_KINDS), config.experts.centres, zero_shot.shape[1])
+    classes, dim = zero_shot.shape
+    shape = (len(SENTENCE_KINDS), classes, config.experts.centres, dim)
     centres = functional.normalize(torch.randn(shape, generator=draw), dim=-1)
     return make_learner(backbone, config, split, zero_shot, centres)
 

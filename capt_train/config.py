@@ -35,7 +35,10 @@ _SEED = Allowed("0 to 2**32 - 1", lambda seed: 0 <= seed < 2**32)
 
 @dataclass(frozen=True)
 class TrainConfig(SettingsGroup):
-    """Everything that decides a run. `capt_train.pipeline` makes the paths absolute."""
+    """Everything that decides a run. `capt_train.pipeline` makes the paths absolute.
+
+    A method with settings of its own, such as `coop-paper`, is chosen by `with_settings`.
+    """
 
     data: str = setting(MISSING, "folder, .csv, .jsonl, or split_zhou_*.json", option="--data")
     model: str = setting(
@@ -170,16 +173,23 @@ class TrainConfig(SettingsGroup):
         """Return a copy with other values, given by names such as `tuning.epochs`.
 
         Text is read as the command line does it: `auto` or `none` for None, `true`, `0.001`.
+        Another method brings the settings of its own, unless `values` has others.
 
         Raises:
             ConfigError: unknown name, or a value that cannot be used.
         """
-        known, changes = settings(), defaultdict[str, dict[str, Any]](dict)
+        known, parsed = settings(), dict(values)
         for name, value in values.items():
             declared = _known(name, known)
+            parsed[name] = declared.parse(value) if isinstance(value, str) else value
+            declared.check(parsed[name])
+        method = parsed.get("method", self.method)
+        if method != self.method:
+            parsed = {**METHODS[method].settings(parsed.get("shots", self.shots)), **parsed}
+        changes = defaultdict[str, dict[str, Any]](dict)
+        for name, value in parsed.items():
             group, _, leaf = name.rpartition(".")
-            changes[group][leaf] = declared.parse(value) if isinstance(value, str) else value
-            declared.check(changes[group][leaf])
+            changes[group][leaf] = value
         top = changes.pop("", {})
         for group, new in changes.items():
             old = getattr(self, group)

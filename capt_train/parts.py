@@ -27,7 +27,7 @@ class Part:
 
     The code of side `text` is a `ClassTransform`, that of side `visual` a `VisualPart`; see
     capt_train/method/base.py. A part without code acts at one place of the run: before tuning
-    (colours), in the prompts, in the minibatches (retrieval), or after tuning (mixture).
+    (colours), in the prompts, in the contrast (retrieval), or after tuning (mixture).
     """
 
     help: str
@@ -52,7 +52,7 @@ PARTS: dict[str, Part] = {
         "new context vectors in deeper blocks of the text tower",
         in_force=lambda learner: len(learner.prompts) > 0,
     ),
-    "retrieval": Part("confused samples of the bank join the minibatch (SAM)", needs=("bank",)),
+    "retrieval": Part("confused samples of the bank join infonce (SAM)", needs=("bank",)),
     "adapter": Part(
         "Diff-Manner Adapter in the visual tower", "visual", f"{_METHOD}.adapter:Adapters"
     ),
@@ -94,7 +94,7 @@ PARTS: dict[str, Part] = {
         "moment term of TCPT",
         losses={"moments": LossTerm(f"{_TERMS}:moments", "moment term of TCPT", 5.0)},
     ),
-    "mixture": Part("weights of hand-written and learned prompts"),
+    "mixture": Part("weights of the hand-written prompt and learned components"),
 }
 # Short names for parts that belong together.
 GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -107,16 +107,43 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 
 
 class Method(NamedTuple):
-    """A named choice of parts."""
+    """A named choice of parts, and of other settings where a paper says so."""
 
     help: str
     parts: tuple[str, ...]
     chosen: tuple[str, ...] = ()  # parts that held-out photos decide about
+    # Returns, for a number of shots, the settings that choosing the method changes
+    settings: Callable[[Any], Mapping[str, Any]] = lambda shots: {}
+
+
+def _coop_settings(shots: Any) -> Mapping[str, Any]:
+    """Return the settings of CoOp's authors (arXiv 2109.01134, configs of their code).
+
+    The context starts from four words, as where CoOp is measured on new classes (arXiv
+    2203.05557). Unlike theirs, images are embedded once, without random crops and flips, and the
+    rate falls with each step, not each epoch.
+    """
+    few, fewest = shots in range(2, 8), shots == 1
+    return {
+        "tuning.epochs": 50 if fewest else 100 if few else 200,
+        "tuning.learning_rate": 0.002,
+        "tuning.batch_size": 32,
+        "tuning.optimizer": "sgd",
+        "tuning.momentum": 0.9,
+        "tuning.weight_decay": 0.0005,
+        "tuning.clip_norm": 0.0,
+        "tuning.warmup_epochs": 1,
+        "tuning.warmup_rate": 1e-5,
+        "tuning.patience": 0,
+        "tuning.label_noise": 0.0,
+        "prompt.words": "a photo of a",
+    }
 
 
 METHODS: Mapping[str, Method] = {
     "zeroshot": Method("the frozen model with a hand-written prompt", ()),
-    "coop": Method("learned context vectors (CoOp)", ("prompt",)),
+    "coop": Method("learned context vectors (CoOp), by this package's optimizer", ("prompt",)),
+    "coop-paper": Method("CoOp as its authors train it", ("prompt",), settings=_coop_settings),
     "coa": Method("CoOp with the confusion-aware loss", ("prompt", "coa")),
     "tcpt": Method("CoOp with margin and moment terms (TCPT)", ("prompt", "margin", "moments")),
     "cocoa": Method("CoA and the mixture (CoCoA-Mix)", ("prompt", "coa", "mixture")),

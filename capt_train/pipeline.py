@@ -125,7 +125,7 @@ def _tune(
     if config.needs("sentences"):
         pairs = _mined_pairs(setup, setup.zero_shot_bank(frozen.train))
         sentences = find_sentences(pairs, setup.tuned_names, config, out)
-        centres = find_centres(backbone, sentences, config)
+        centres = find_centres(backbone, sentences, split.class_names, setup.zero_shot, config)
 
     def make_from(config: TrainConfig, tuned: tuple[int, ...]) -> Learner:
         classes = replace(split, tuned=tuned)

@@ -36,6 +36,9 @@ class TuningSettings(SettingsGroup, group="tuning"):
     weight_decay: float = setting(0.0005, "weight decay", at_least(0))
     clip_norm: float = setting(1.0, "largest norm of the gradient; 0 for any", at_least(0))
     warmup_epochs: int = setting(1, "epochs of warm-up, at most all but one", at_least(0))
+    warmup_rate: float | None = setting(
+        None, "rate of the warm-up; auto: rises to the peak", ABOVE_0, none="auto"
+    )
     patience: int = setting(
         10, "epochs without a better validation loss; 0 trains all", at_least(0)
     )
@@ -122,10 +125,10 @@ class ConfusionSettings(SettingsGroup, group="confusion"):
 class ExpertSettings(SettingsGroup, group="experts"):
     """Semantic experts of the text side and sample experts of the visual tower."""
 
-    centres: int = setting(5, "K-means centres for each kind of sentences (Q)", at_least(1))
+    centres: int = setting(5, "centres of a class's sentences of each kind (Q)", at_least(1))
     temperature: float = setting(0.1, "temperature of the attention over centres (τ_e)", ABOVE_0)
     count: int = setting(2, "sample experts", at_least(1))
-    rank: int = setting(8, "rank of a sample expert's update", at_least(1))
+    rank: int = setting(8, "rank of an expert's update", at_least(1))
 
 
 @dataclass(frozen=True)

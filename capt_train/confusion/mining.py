@@ -1,9 +1,10 @@
-"""From confused pairs to the semantic experts' centres: sentences, their embeddings, K-means."""
+"""From confused pairs to centres for semantic experts: sentences, their embeddings, K-means."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -84,11 +85,41 @@ def would_ask(
 
 
 def find_centres(
-    backbone: Backbone, gathered: Gathered, config: TrainConfig
-) -> Float[Tensor, "kinds centres dim"]:
-    """Return the centres M_e of both kinds of sentences (METHOD 5)."""
-    embedded = [backbone.sentence_embeddings(gathered.of_kind(kind)) for kind in SENTENCE_KINDS]
-    return cluster(embedded, config.experts.centres, config.seed)
+    backbone: Backbone,
+    gathered: Gathered,
+    names: Sequence[str],
+    zero_shot: Float[Tensor, "classes dim"],
+    config: TrainConfig,
+) -> Float[Tensor, "kinds classes centres dim"]:
+    """Return the centres M_{e,c} of the sentences about each class's own pairs (METHOD 5).
+
+    Of the sentences that tell two classes apart, each describes one of the two: the one whose
+    hand-written embedding is nearer *(ours)*. A class that is in no mined pair has zeros.
+
+    Args:
+        backbone: embeds the sentences.
+        gathered: sentences of the mined pairs.
+        names: all classes.
+        zero_shot: their hand-written embeddings.
+        config: number of centres, and seed.
+    """
+    settings = config.experts
+    found = zero_shot.new_zeros(len(SENTENCE_KINDS), len(names), settings.centres, len(zero_shot.T))
+    place = {name: index for index, name in enumerate(names)}
+    for kind, centres in zip(SENTENCE_KINDS, found, strict=True):
+        texts = gathered.of_kind(kind)
+        embedded = dict(zip(texts, backbone.sentence_embeddings(texts).to(zero_shot), strict=True))
+        by_class: dict[int, list[Tensor]] = {}
+        for pair, sentences in gathered.sentences.items():
+            about = torch.stack([embedded[text] for text in getattr(sentences, kind)])
+            classes = [place[name] for name in pair]
+            nearer = (about @ zero_shot[classes].T).argmax(dim=1)
+            for number, index in enumerate(classes):
+                chosen = about[nearer == number] if kind == "difference" else about
+                by_class.setdefault(index, []).extend(chosen if len(chosen) else about)
+        for index, rows in by_class.items():
+            centres[index] = cluster(torch.stack(rows), settings.centres, config.seed)
+    return found
 
 
 def _files(config: TrainConfig, names: Sequence[str]) -> dict[str, Any]:

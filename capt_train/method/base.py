@@ -18,13 +18,15 @@ class BuildContext:
 
     config: TrainConfig
     zero_shot: Float[Tensor, "classes dim"]  # hand-written t⁰ of every class
-    centres: Float[Tensor, "kinds centres dim"] | None  # of sentences; None where none were found
+    # of each class's sentences, zeros where it has none; None where none were found
+    centres: Float[Tensor, "kinds classes centres dim"] | None
+    tuned: tuple[int, ...]  # indices of the tuned classes, ascending
     prompts: Sequence[PromptLearner]
     generator: torch.Generator  # for random starts
 
 
 class ClassTransform(nn.Module):
-    """A trained map of class embeddings; a function of each embedding alone, so that it folds."""
+    """A trained map of class embeddings; a function of each class alone, so that it folds."""
 
     by_epochs = True  # whether the training loop trains it; else it is fitted afterwards
 
@@ -34,9 +36,14 @@ class ClassTransform(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, embeddings: Float[Tensor, "classes dim"]
+        self, embeddings: Float[Tensor, "classes dim"], classes: Sequence[int] | None
     ) -> tuple[Float[Tensor, "classes dim"], Float[Tensor, "classes experts"] | None]:
-        """Return the embeddings, unit norm as they came, and the gates of a router if any."""
+        """Return the embeddings, unit norm as they came, and the gates of a router if any.
+
+        Args:
+            embeddings: of the classes, after the transforms before this one.
+            classes: their indices; None for classes that are known by name alone.
+        """
         raise NotImplementedError
 
 

@@ -1,5 +1,7 @@
 """A linear map of class embeddings (METHOD 5b), fitted in one go on cached image embeddings."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -35,7 +37,7 @@ class ClassMap(ClassTransform):
         return cls(context.zero_shot.shape[1])
 
     def forward(
-        self, embeddings: Float[Tensor, "*classes dim"]
+        self, embeddings: Float[Tensor, "*classes dim"], classes: Sequence[int] | None = None
     ) -> tuple[Float[Tensor, "*classes dim"], None]:
         """Return t̃, unit norm like the embeddings."""
         return mapped(embeddings, self.matrix), None

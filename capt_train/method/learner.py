@@ -154,26 +154,34 @@ class Learner(nn.Module):
         """Return embeddings of some classes, given by index."""
         rows = list(classes)
         prompted = [prompt(rows) for prompt in self._learned] or [self._zero_shot[rows]]
-        return self._transformed(torch.stack(prompted))
+        return self._transformed(torch.stack(prompted), rows)
 
     @torch.no_grad()
     def texts_of(self, class_names: Sequence[str], zero_shot: Tensor) -> Texts:
         """Return embeddings of classes by name; `zero_shot` are their hand-written ones."""
         prompted = [prompt.of_names(class_names) for prompt in self._learned] or [zero_shot]
-        return self._transformed(torch.stack(prompted))
+        return self._transformed(torch.stack(prompted), None)
 
     def transform(
-        self, embeddings: Float[Tensor, "classes dim"]
+        self, embeddings: Float[Tensor, "classes dim"], classes: Sequence[int] | None = None
     ) -> tuple[Float[Tensor, "classes dim"], tuple[Tensor, ...]]:
-        """Return class embeddings after all transforms, and the gates of their routers."""
+        """Return class embeddings after all transforms, and the gates of their routers.
+
+        Args:
+            embeddings: of the classes.
+            classes: their indices; None for classes that are known by name alone.
+        """
         routed: list[Tensor] = []
         for transform in self.transforms.values():
-            embeddings, gates = transform(embeddings)
+            embeddings, gates = transform(embeddings, classes)
             routed += [] if gates is None else [gates]
         return embeddings, tuple(routed)
 
-    def _transformed(self, prompted: Float[Tensor, "prompts classes dim"]) -> Texts:
-        transformed, gates = self.transform(prompted.flatten(0, 1))
+    def _transformed(
+        self, prompted: Float[Tensor, "prompts classes dim"], classes: list[int] | None
+    ) -> Texts:
+        repeated = None if classes is None else classes * len(prompted)
+        transformed, gates = self.transform(prompted.flatten(0, 1), repeated)
         return Texts(transformed.unflatten(0, prompted.shape[:2]), gates)
 
     def images(
@@ -230,7 +238,7 @@ def make_learner(
     config: TrainConfig,
     split: FewShotSplit,
     zero_shot: Float[Tensor, "classes dim"],
-    centres: Float[Tensor, "kinds centres dim"] | None = None,
+    centres: Float[Tensor, "kinds classes centres dim"] | None = None,
 ) -> Learner:
     """Return the trained parts of a run, as they are before the first step.
 
@@ -239,11 +247,11 @@ def make_learner(
         config: which parts, and their sizes.
         split: names the classes.
         zero_shot: hand-written t⁰ of every class.
-        centres: of the semantic experts' sentences; by default zeros, to be loaded over.
+        centres: of each class's sentences; by default zeros, to be loaded over.
     """
     generator = torch.Generator().manual_seed(config.seed)
     prompts = build_prompts(backbone, config, split, generator)
-    context = BuildContext(config, zero_shot, centres, prompts, generator)
+    context = BuildContext(config, zero_shot, centres, split.tuned, prompts, generator)
     transforms = {name: code.build(context) for name, code in _code(config, "text").items()}
     tower, visual = backbone.tower, None
     if tower is not None:

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -15,18 +15,44 @@ from capt_train.method import losses
 
 
 @dataclass(frozen=True)
+class Retrieved:
+    """Confused samples of the bank that join a minibatch in its contrast alone (METHOD 4, 6)."""
+
+    logits: Float[Tensor, "prompts samples classes"]  # scaled
+    labels: Int[Tensor, " samples"]
+    mined: Int[Tensor, "samples mined"]
+
+
+@dataclass(frozen=True)
 class Step:
     """The tensors of a minibatch."""
 
     logits: Float[Tensor, "prompts batch classes"]  # scaled
     labels: Int[Tensor, " batch"]
+    scale: float  # 1/τ of the logits
     texts: Float[Tensor, "prompts classes dim"] | None = None  # t̃, unit norm, where tuned
     reference: Float[Tensor, "classes dim"] | None = None  # t⁰, beside `texts`
     mined: Int[Tensor, "batch mined"] | None = None  # classes confused with each image
+    retrieved: Retrieved | None = None
     images: Float[Tensor, "batch dim"] | None = None  # f, where the visual side is tuned
     frozen: Float[Tensor, "batch dim"] | None = None  # f⁰ of the same views
     gates: tuple[Tensor, ...] = ()  # (rows, experts) of each router
     label_noise: float = 0.0  # ε, the share of wrong labels
+
+    def with_retrieved(self, size: int) -> "Step":
+        """Return the step of the first `size` images; those after them join the contrast alone."""
+        if self.mined is None or size == len(self.labels):
+            return self
+        retrieved = Retrieved(self.logits[:, size:], self.labels[size:], self.mined[size:])
+        return replace(
+            self,
+            logits=self.logits[:, :size],
+            labels=self.labels[:size],
+            mined=self.mined[:size],
+            retrieved=retrieved,
+            images=None if self.images is None else self.images[:size],
+            frozen=None if self.frozen is None else self.frozen[:size],
+        )
 
     def mean_over_prompts(self, term: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Return the mean over the prompts of a term of logits and labels."""
@@ -48,19 +74,23 @@ def infonce(step: Step) -> Tensor | None:
     """Return the confusion-restricted InfoNCE; None where nothing is mined."""
     if step.mined is None:
         return None
-    mined, share = step.mined, step.label_noise
+    logits, labels, mined, share = step.logits, step.labels, step.mined, step.label_noise
+    if (retrieved := step.retrieved) is not None:
+        logits = torch.cat([logits, retrieved.logits], dim=1)
+        labels = torch.cat([labels, retrieved.labels])
+        mined = torch.cat([mined, retrieved.mined])
 
-    def term(logits: Tensor, labels: Tensor) -> Tensor:
+    def term(scores: Tensor) -> Tensor:
         # the gradient of the noisy cross-entropy has the same weights
-        right = losses.right_probabilities(logits.detach(), labels, share) if share else None
-        return losses.confusion_infonce(logits, labels, mined, right)
+        right = losses.right_probabilities(scores.detach(), labels, share) if share else None
+        return losses.confusion_infonce(scores, labels, mined, right)
 
-    return step.mean_over_prompts(term)
+    return torch.stack([term(scores) for scores in logits]).mean()
 
 
 def margin(step: Step) -> Tensor:
     """Return the margin term."""
-    return step.mean_over_prompts(losses.margin)
+    return step.mean_over_prompts(lambda z, y: losses.margin(z, y, step.scale))
 
 
 def moments(step: Step) -> Tensor | None:

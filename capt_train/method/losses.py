@@ -5,6 +5,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+_CLIP_SCALE = 100.0  # 1/τ of the models that TCPT was measured on
+
 
 def wide(values: Tensor) -> Tensor:
     """Return values in float32 or wider: sums of exponentials and squares need it."""
@@ -69,13 +71,22 @@ def confusion_aware(
 def margin(
     logits: Float[Tensor, "batch classes"],
     labels: Int[Tensor, " batch"],
+    scale: float,
 ) -> Float[Tensor, ""]:
     """Return −0.1·mean(m) + 0.01·var(m), the margin term of TCPT (arXiv 2602.19024).
 
-    `m = z_y − max_{j≠y} z_j` on scaled logits; the variance is that of the population. Margins
-    grow on average, yet evenly, so that confidence is not driven by a few samples.
+    `m = z_y − max_{j≠y} z_j`; the variance is that of the population. Margins grow on average, yet
+    evenly, so that confidence is not driven by a few samples. The two constants were chosen for
+    CLIP, whose logits are 100·cosine. So m is measured in that unit on every model *(ours)*: on
+    one of scale 20, margins in its own logits would have a 5th of the mean and a 25th of the
+    variance.
+
+    Args:
+        logits: scaled by `scale`.
+        labels: y.
+        scale: 1/τ.
     """
-    scores = wide(logits)
+    scores = wide(logits) * (_CLIP_SCALE / scale)
     rivals = scores.scatter(1, labels[:, None], float("-inf"))
     margins = scores.gather(1, labels[:, None]) - rivals.max(dim=1, keepdim=True).values
     margins = margins.squeeze(1)
@@ -146,6 +157,7 @@ def moments(
 
     `Σ = XcᵀXc/C` is D×D; ‖Σ−Σ⁰‖² = ‖Σ‖² − 2⟨Σ,Σ⁰⟩ + ‖Σ⁰‖², and each of the three is a squared
     norm of a C×C product of centred embeddings, so D×D matrices are formed only where C ≥ D.
+    Embeddings have unit norm, so the term does not depend on the model's logit scale.
     """
     with torch.autocast(embeddings.device.type, enabled=False):  # else in half precision
         return _moment_distance(wide(embeddings), wide(reference))

@@ -62,13 +62,14 @@ class Epochs:
         for batch in range(batches):
             self._set_rate(number * batches + batch, batches)
             rows = order[batch::batches]
+            size = len(rows)
             if partners is not None:
                 rows = torch.cat([rows, _one_each(partners[rows], draw).to(rows)])
             views = torch.zeros_like(rows)
             if self._stage.visual and self._task.views is not None:
                 views = torch.randint(self._task.views.trained, rows.shape, generator=draw)
-            step = self._step(rows, views, None if mined is None else mined[rows])
-            terms = loss_terms(step, weights)
+            chosen = None if mined is None else mined[rows]
+            terms = loss_terms(self._step(rows, size, views, chosen), weights)
             for name, value in terms.items():
                 if not torch.isfinite(value):
                     raise FloatingPointError(f"the {name} term became {value.item()}")
@@ -77,12 +78,19 @@ class Epochs:
             clip_norm = config.tuning.clip_norm
             if not self._precision.step(loss, self._optimizer, self._parameters, clip_norm):
                 # backward freed the graph of the terms
-                again = loss_terms(self._step(rows, views, step.mined), weights)
+                again = loss_terms(self._step(rows, size, views, chosen), weights)
                 raise FloatingPointError(f"the gradient of {self._culprit(again)} became nan")
         return means
 
-    def _step(self, rows: Tensor, views: Tensor, mined: Tensor | None) -> Step:
-        """Run the trained side for some images, each in one of its views."""
+    def _step(self, rows: Tensor, size: int, views: Tensor, mined: Tensor | None) -> Step:
+        """Run the trained side for some images, each in one of its views.
+
+        Args:
+            rows: the minibatch, followed by the samples that were retrieved for it.
+            size: of the minibatch.
+            views: of all rows.
+            mined: classes confused with all rows.
+        """
         task, device = self._task, self._device
         if not self._stage.visual:
             images = task.train.embeddings[rows].to(device)
@@ -92,13 +100,14 @@ class Epochs:
             return Step(
                 task.scale * torch.einsum("bd,pcd->pbc", images, embeddings),
                 self._labels[rows],
+                task.scale,
                 embeddings,
                 task.reference,
                 mined,
-                images,
+                images=images,
                 gates=texts.gates,
                 label_noise=self._label_noise,
-            )
+            ).with_retrieved(size)
         if task.views is None or task.views.tokens is None:
             raise ValueError("the visual side is trained on tokens, and the task has none")
         tokens = task.views.tokens[views, rows].to(device).float()
@@ -108,12 +117,13 @@ class Epochs:
         return Step(
             self._class_rows().logits(encoded.embeddings, task.scale)[None],
             self._labels[rows],
+            task.scale,
             mined=mined,
             images=encoded.embeddings,
             frozen=task.views.embeddings[views, rows].to(device),
-            gates=encoded.gates,
+            gates=tuple(gates[:size] for gates in encoded.gates),
             label_noise=self._label_noise,
-        )
+        ).with_retrieved(size)
 
     def _class_rows(self) -> ClassRows:
         """Return the class rows in force: those of the task in a visual stage."""
@@ -128,7 +138,8 @@ class Epochs:
         if self.bank is None:
             return None, None
         mined = mined_classes(self.bank, self._task.config.confusion.pairs)
-        if "retrieval" not in self._task.config.parts:
+        config = self._task.config
+        if "retrieval" not in config.parts or not config.loss_weights["infonce"]:
             return mined, None
         return mined, retrieve(self.bank, torch.arange(len(mined), device=mined.device), mined)
 
@@ -184,10 +195,10 @@ class Epochs:
         return state
 
     def _set_rate(self, step: int, batches: int) -> None:
-        epochs, warmup = self._stage.epochs, self._task.config.tuning.warmup_epochs
-        rate = learning_rate(
-            step, epochs * batches, min(warmup, epochs - 1) * batches, self._stage.rate
-        )
+        tuning, stage = self._task.config.tuning, self._stage
+        warmup = min(tuning.warmup_epochs, stage.epochs - 1) * batches
+        total = stage.epochs * batches
+        rate = learning_rate(step, total, warmup, stage.rate, tuning.warmup_rate)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
 
@@ -226,11 +237,14 @@ def _generator(seed: int, stage: Stage, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + offset + epoch)
 
 
-def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
-    """Return the rate of a 0-based step: linear warm-up to `peak`, then a half cosine to 0.
+def learning_rate(
+    step: int, total: int, warmup: int, peak: float, warmup_rate: float | None = None
+) -> float:
+    """Return the rate of a 0-based step: a warm-up, then a half cosine from `peak` to 0.
 
-    A pure function of the step, so that a resumed run needs no state for it.
+    The warm-up has `warmup_rate`, or rises linearly to `peak`. A pure function of the step, so
+    that a resumed run needs no state for it.
     """
     if step < warmup:
-        return peak * (step + 1) / warmup
+        return peak * (step + 1) / warmup if warmup_rate is None else warmup_rate
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))

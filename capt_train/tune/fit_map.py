@@ -105,6 +105,7 @@ def _step(task: MapTask, side: str, matrix: Tensor, rows: Tensor) -> Step:
     return Step(
         task.scale * logits,
         task.labels[rows],
+        task.scale,
         texts,
         task.reference,
         None if task.mined is None else task.mined[rows],

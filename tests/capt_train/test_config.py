@@ -178,6 +178,28 @@ def test_every_method_makes_a_configuration() -> None:
     assert METHODS["full"].parts == tuple(PARTS)
 
 
+@pytest.mark.parametrize(
+    ("shots", "epochs"), [(1, 50), (2, 100), (4, 100), (8, 200), (16, 200), (64, 200)]
+)
+def test_coop_trains_as_its_authors_do_unless_told_otherwise(shots: int, epochs: int) -> None:
+    config = CONFIG.with_settings({"method": "coop-paper", "shots": shots})
+    assert config.parts == {"prompt"}
+    assert config.loss_weights.items() >= {"cross_entropy": 1.0, "coa": 0.0, "infonce": 0.0}.items()
+    tuning = {"optimizer": "sgd", "learning_rate": 0.002, "momentum": 0.9, "weight_decay": 5e-4}
+    tuning |= {"epochs": epochs, "batch_size": 32, "warmup_epochs": 1, "warmup_rate": 1e-5}
+    assert vars(config.tuning).items() >= {**tuning, "patience": 0, "clip_norm": 0.0}.items()
+    assert config.tuning.label_noise == 0
+    other = CONFIG.with_settings(
+        {"tuning.epochs": 3, "method": "coop-paper", "prompt.random_tokens": 16}
+    )
+    assert (other.tuning.epochs, other.tuning.optimizer) == (3, "sgd")
+    assert other.prompt.random_tokens == 16
+    # a run that is read again, or resumed, keeps what it was begun with
+    assert TrainConfig.from_dict(other.to_dict(), RunError) == other
+    assert other.with_settings({"method": "coop-paper"}) == other
+    assert CONFIG.with_settings({"method": "coop"}).tuning == CONFIG.tuning
+
+
 def test_every_part_and_group_can_be_switched_alone() -> None:
     for name in (*PARTS, *GROUPS):
         members = {*GROUPS.get(name, (name,))}

@@ -79,19 +79,31 @@ def test_mined_pairs_come_by_name_the_most_frequent_first() -> None:
     assert len({*found}) == len(found)
 
 
-def test_centres_are_clustered_by_kind(tiny_backbone: Backbone, tmp_path: Path) -> None:
-    config = train_config(data="", model="", experts_centres=2)
+def test_each_class_has_the_centres_of_its_own_sentences(
+    tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    config = train_config(data="", model="", experts_centres=3)
+    names = ("zebra", "cow", "cat", "lynx")
+    zero_shot = tiny_backbone.class_embeddings(names, ["a photo of a {}."])
     found = find_sentences([("cat", "lynx"), ("cat", "zebra")], NAMES, config, tmp_path)
-    centres = find_centres(tiny_backbone, found, config)
-    assert centres.shape == (2, 2, 32)
-    torch.testing.assert_close(centres.norm(dim=-1), torch.ones(2, 2))
-    assert not torch.allclose(centres[0], centres[1], atol=1e-3)
+    centres = find_centres(tiny_backbone, found, names, zero_shot, config)
+    assert centres.shape == (2, 4, 3, 32)
+    assert not centres[:, 1].any()  # no mined pair has a cow
+    torch.testing.assert_close(centres[:, [0, 2, 3]].norm(dim=-1), torch.ones(2, 3, 3))
+    shared = tiny_backbone.sentence_embeddings(found.sentences["cat", "zebra"].commonality)
+    torch.testing.assert_close(centres[0, 0].sort(0).values, shared.sort(0).values)
+    about = tiny_backbone.sentence_embeddings(found.sentences["cat", "zebra"].difference)
+    nearer = (about @ zero_shot[[2, 0]].T).argmax(dim=1)
+    zebras = about[nearer == 1] if (nearer == 1).any() else about
+    distances = torch.cdist(centres[1, 0], zebras)
+    assert distances.amin(dim=0).max() < 1e-3  # each of its sentences, and no other
+    assert distances.amin(dim=1).max() < 1e-3
     own = json.loads((tmp_path / SENTENCES).read_text())
     assert list(own) == ["cat|lynx", "cat|zebra"]
     again = changed(config, added=SEMANTIC, confusion_sentences=str(tmp_path / SENTENCES))
     (tmp_path / "again").mkdir()
     second = find_sentences(list(found.sentences), NAMES, again, tmp_path / "again")
-    assert torch.equal(find_centres(tiny_backbone, second, again), centres)
+    assert torch.equal(find_centres(tiny_backbone, second, names, zero_shot, again), centres)
 
 
 def test_what_a_file_says_is_not_asked(

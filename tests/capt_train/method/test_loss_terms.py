@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from capt_train import parts
 from capt_train.method import loss_terms, losses
-from capt_train.method.loss_terms import Step, weighted_sum
+from capt_train.method.loss_terms import Retrieved, Step, weighted_sum
 
 ALL = dict.fromkeys(parts.loss_terms(), 1.0)
 
@@ -26,6 +26,7 @@ def whole(prompts: int = 3) -> Step:
         labels=torch.tensor([0, 1, 2, 3, 0, 1]),
         texts=normalize(random(prompts, 4, 8, seed=1), dim=-1),
         reference=normalize(random(4, 8, seed=2), dim=-1),
+        scale=25.0,
         mined=torch.tensor([[1, 2]] * 6),
         images=normalize(random(6, 8, seed=3), dim=-1),
         frozen=normalize(random(6, 8, seed=4), dim=-1),
@@ -47,7 +48,7 @@ def test_terms_are_unweighted_means_over_the_prompts(prompts: int) -> None:
     for name, term in (
         ("cross_entropy", losses.cross_entropy),
         ("coa", losses.confusion_aware),
-        ("margin", losses.margin),
+        ("margin", lambda z, y: losses.margin(z, y, 25.0)),
     ):
         own = [float(term(logits, step.labels)) for logits in step.logits]
         assert float(found[name]) == pytest.approx(sum(own) / prompts, rel=1e-5)
@@ -85,6 +86,27 @@ def test_a_term_of_weight_0_or_none_is_not_computed(
     monkeypatch.setattr(loss_terms, name, never)
     for weights in ({**ALL, name: 0.0}, {key: 1.0 for key in ALL if key != name}):
         assert {*loss_terms.loss_terms(whole(), weights)} == {*ALL} - {name}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_retrieved_samples_are_in_the_contrast_and_in_no_other_term(share: float) -> None:
+    step = replace(whole(), label_noise=share)
+    assert step.mined is not None
+    retrieved = Retrieved(random(3, 2, 4, seed=7), torch.tensor([3, 1]), torch.tensor([[0, 2]] * 2))
+    alone = loss_terms.loss_terms(step, ALL)
+    together = loss_terms.loss_terms(replace(step, retrieved=retrieved), ALL)
+    for name in ALL:
+        assert torch.equal(alone[name], together[name]) == (name != "infonce")
+    labels, mined = (
+        torch.tensor([0, 1, 2, 3, 0, 1, 3, 1]),
+        torch.tensor([[1, 2]] * 6 + [[0, 2]] * 2),
+    )
+    values = []
+    for few, more in zip(step.logits, retrieved.logits, strict=True):
+        z = torch.cat([few, more])
+        weights = losses.right_probabilities(z, labels, share)
+        values.append(losses.confusion_infonce(z, labels, mined, weights))
+    torch.testing.assert_close(together["infonce"], torch.stack(values).mean())
 
 
 def test_the_sum_is_weighted_by_name() -> None:

@@ -16,6 +16,7 @@ from torch.autograd import gradcheck
 from capt_train.method import losses
 
 Floats = NDArray[np.float64]
+SCALE = 40.0  # of the logits
 
 
 def noisy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -23,7 +24,11 @@ def noisy(logits: Tensor, labels: Tensor) -> Tensor:
     return losses.noisy_cross_entropy(logits, labels, 0.3)
 
 
-BATCH_TERMS = [losses.cross_entropy, noisy, losses.confusion_aware, losses.margin]
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    return losses.margin(logits, labels, SCALE)
+
+
+BATCH_TERMS = [losses.cross_entropy, noisy, losses.confusion_aware, margin]
 
 
 def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -63,7 +68,7 @@ def confusion_aware_by_hand(logits: Floats, labels: list[int]) -> float:
 
 def margin_by_hand(logits: Floats, labels: list[int]) -> float:
     margins = [
-        row[own] - max(value for index, value in enumerate(row) if index != own)
+        100 / SCALE * (row[own] - max(value for index, value in enumerate(row) if index != own))
         for row, own in zip(logits, labels, strict=True)
     ]
     mean = sum(margins) / len(margins)
@@ -86,7 +91,7 @@ def moments_by_hand(embeddings: Floats, reference: Floats) -> float:
         (losses.cross_entropy, cross_entropy_by_hand),
         (noisy, noisy_by_hand),
         (losses.confusion_aware, confusion_aware_by_hand),
-        (losses.margin, margin_by_hand),
+        (margin, margin_by_hand),
     ],
 )
 @pytest.mark.parametrize(("batch", "classes"), [(1, 2), (5, 2), (9, 6)])
@@ -137,6 +142,13 @@ def test_confusion_aware_gradient_is_largest_at_undecided_samples() -> None:
     hopeless, confused, certain = logits.grad[:, 0].abs().tolist()
     assert confused > 100 * hopeless
     assert confused > 100 * certain
+
+
+@pytest.mark.parametrize("scale", [1.0, 19.0, 28.0])
+def test_the_margin_term_depends_on_cosines_not_on_the_scale_of_the_logits(scale: float) -> None:
+    cosines, labels = 0.1 * random(9, 6), labels_for(9, 6)
+    expected = losses.margin(100 * cosines, labels, 100.0)  # on CLIP, as its authors wrote it
+    torch.testing.assert_close(losses.margin(scale * cosines, labels, scale), expected)
 
 
 def test_labels_that_are_never_wrong_give_the_cross_entropy() -> None:

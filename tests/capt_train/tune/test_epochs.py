@@ -29,6 +29,11 @@ def test_without_warm_up_the_first_step_has_the_peak() -> None:
     assert learning_rate(0, total=10, warmup=0, peak=0.3) == 0.3
 
 
+def test_a_warm_up_may_have_a_constant_rate() -> None:
+    rates = [learning_rate(step, 20, 4, 0.8, warmup_rate=1e-5) for step in range(5)]
+    assert rates == [1e-5] * 4 + [0.8]
+
+
 @given(total=counts, warmup=st.integers(0, 20), peak=st.floats(1e-6, 10))
 def test_rate_stays_positive_and_below_the_peak_and_falls_after_warm_up(
     total: int, warmup: int, peak: float

@@ -26,7 +26,7 @@ def learner(tiny_backbone: Backbone) -> Learner:
     config = train_config(data="", model="", method="full", prompt_depth=2)
     split = FewShotSplit(("red ball", "blue sky", "grey stone"), (0, 1, 2), (), (), {})
     zero_shot = tiny_backbone.class_embeddings(split.class_names, config.prompt.templates)
-    centres = functional.normalize(torch.randn(2, 5, 32, generator=generator()), dim=-1)
+    centres = functional.normalize(torch.randn(2, 3, 5, 32, generator=generator()), dim=-1)
     return make_learner(tiny_backbone, config, split, zero_shot, centres)
 
 
@@ -47,12 +47,13 @@ def a_step(learner: Learner, backbone: Backbone, precision: Precision) -> Step:
     return Step(
         backbone.scale * torch.einsum("bd,pcd->pbc", images.embeddings, own),
         torch.tensor([0, 1, 2, 0]),
+        backbone.scale,
         own,
         learner._zero_shot,
         torch.tensor([[1], [2], [0], [2]]),
-        images.embeddings,
-        frozen,
-        (*images.gates, *texts.gates),
+        images=images.embeddings,
+        frozen=frozen,
+        gates=(*images.gates, *texts.gates),
     )
 
 

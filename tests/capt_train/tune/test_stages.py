@@ -57,7 +57,8 @@ def config(*without: str, **settings: Any) -> TrainConfig:
 
 def learner(backbone: Backbone, own: TrainConfig) -> Learner:
     zero_shot = backbone.class_embeddings(NAMES, own.prompt.templates)
-    centres = torch.randn(2, own.experts.centres, 32, generator=torch.Generator().manual_seed(5))
+    shape = (2, len(NAMES), own.experts.centres, 32)
+    centres = torch.randn(shape, generator=torch.Generator().manual_seed(5))
     split = FewShotSplit(NAMES, TUNED, (), (), {})
     return make_learner(backbone, own, split, zero_shot, normalize(centres, dim=-1))
 
@@ -307,7 +308,11 @@ def test_the_held_view_is_never_tuned_on_the_others_are(
         assert (shown[:, None] == view).all(dim=2).any()
 
 
-def test_retrieved_samples_join_the_minibatch_with_their_own_labels(
+def rows_of(images: Tensor, task: TuningTask) -> Tensor:
+    return (images[:, None] == task.train.embeddings).all(dim=2).int().argmax(dim=1)
+
+
+def test_retrieved_samples_join_the_contrast_alone_with_their_own_labels(
     tiny_backbone: Backbone, tmp_path: Path, steps: list[Step]
 ) -> None:
     made, task = make(tiny_backbone)
@@ -315,15 +320,27 @@ def test_retrieved_samples_join_the_minibatch_with_their_own_labels(
     wrong = task.bank.labels != task.bank.predicted
     assert wrong.sum() > 0
     tune(made, task, tmp_path, replace(TEXT, epochs=1))
+    mined = mined_classes(task.bank, task.config.confusion.pairs)
     seen = []
     for step in steps:
         assert step.images is not None
         assert step.mined is not None
-        rows = (step.images[:, None] == task.train.embeddings).all(dim=2).int().argmax(dim=1)
+        rows = rows_of(step.images, task)
         assert torch.equal(step.labels, task.bank.labels[rows])
-        assert len(step.mined) == len(rows) > 4  # 12 images in three batches of four
-        assert wrong[rows[4:]].all()
-        seen += rows[:4].tolist()
+        assert torch.equal(step.mined, mined[rows])
+        assert len(rows) == step.logits.shape[1] == 4  # 12 images in three batches
+        seen += rows.tolist()
+        assert step.retrieved is not None
+        assert step.texts is not None
+        for z, label, classes in zip(
+            step.retrieved.logits[0], step.retrieved.labels, step.retrieved.mined, strict=True
+        ):
+            images = task.train.embeddings[wrong]
+            expected = task.scale * images @ step.texts[0].T
+            nearest = (expected - z).abs().amax(dim=1).argmin()
+            torch.testing.assert_close(expected[nearest], z)
+            assert task.bank.labels[wrong][nearest] == label
+            assert torch.equal(mined[wrong][nearest], classes)
     assert sorted(seen) == list(range(12))
 
 
@@ -339,7 +356,7 @@ def test_each_image_is_contrasted_with_the_classes_mined_for_it(
     for step in steps:
         assert step.images is not None
         assert step.mined is not None
-        rows = (step.images[:, None] == task.train.embeddings).all(dim=2).int().argmax(dim=1)
+        rows = rows_of(step.images, task)
         assert torch.equal(step.mined, mined[rows])
 
 
@@ -390,13 +407,13 @@ def test_the_routers_of_both_sides_are_balanced(tiny_backbone: Backbone, tmp_pat
         made.visual.parts["sample-experts"].router,
     )
     for router in routers:
-        router.bias.data = torch.tensor([1.0, -1.0])
+        router.bias.data = torch.linspace(1.0, -1.0, len(router.bias))
     # In the first step all experts still are without effect: no other term reaches a router.
     for stage in (TEXT, VISUAL):
         tune(made, task, tmp_path, replace(stage, epochs=1))
     for router in routers:
         assert router.bias[0] < 1
-        assert router.bias[1] > -1
+        assert router.bias[1] > float(torch.linspace(1.0, -1.0, len(router.bias))[1])
 
 
 @contextmanager

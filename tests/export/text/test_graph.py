@@ -102,7 +102,7 @@ def random_model(spec: str, data: Path, **settings: Any) -> TunedModel:
     backbone = load_backbone(spec, None, torch.device("cpu"))
     zero_shot = backbone.class_embeddings(names, TEMPLATES)
     draw = torch.Generator().manual_seed(0)
-    centres = normalize(torch.randn(2, 5, zero_shot.shape[1], generator=draw), dim=-1)
+    centres = normalize(torch.randn(2, len(names), 5, zero_shot.shape[1], generator=draw), dim=-1)
     learner = make_learner(backbone, config, split, zero_shot, centres)
     provenance = {"model_sha256": "0" * 64, "data_fingerprint": "", "versions": {}}
     provenance |= config.to_dict()

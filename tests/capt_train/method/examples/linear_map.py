@@ -1,5 +1,7 @@
 """A linear map of class embeddings, `t̃ = norm(t + tA)`; it starts as the identity."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -19,6 +21,6 @@ class LinearMap(ClassTransform):
         """Return the map before the first step."""
         return cls(context.zero_shot.shape[1])
 
-    def forward(self, embeddings: Tensor) -> tuple[Tensor, None]:
+    def forward(self, embeddings: Tensor, classes: Sequence[int] | None) -> tuple[Tensor, None]:
         """Return the mapped embeddings."""
         return normalize(embeddings + embeddings @ self.update, dim=-1), None
