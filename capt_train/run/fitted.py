@@ -19,9 +19,9 @@ class Fitted:
     pairs: Mapping[ClassPair, int]  # zero-shot confusions among the training images
     mixture: Mixture
     strength: float = 1.0  # κ of the visual side
-    outside: Outside = UNCHANGED  # of classes without photos
     calibration: Calibration = UNCALIBRATED
     zero_shot_temperature: float = 1.0  # of the frozen model, for a fair comparison
+    outside: Outside = UNCHANGED  # of classes without photos
 
     @property
     def temperature(self) -> float:
@@ -53,9 +53,9 @@ class Fitted:
             {(int(true), int(taken)): int(count) for true, taken, count in values["pairs"]},
             Mixture.from_dict(values["mixture"], learned),
             _strength(values["strength"]),
-            Outside(*(_finite(values["outside"][name]) for name in ("scale", "offset"))),
             _calibration(values),
             float(values["zero_shot_temperature"]),
+            Outside(*(_finite(values["outside"][name]) for name in ("scale", "offset"))),
         )
 
 

@@ -73,7 +73,7 @@ def fit(setup: Setup, outcome: Outcome, out: Path) -> TunedModel:
     images = _tuned_images(outcome)
     mixture = _mixture(setup, outcome, images)
     outside = UNCHANGED if outcome.choice is None else outcome.choice.outside
-    fitted = Fitted(pairs, mixture, learner.strength, outside)
+    fitted = Fitted(pairs, mixture, learner.strength, outside=outside)
     rows = runs.mixed_rows(learner, setup.zero_shot, split, fitted)
     model = TunedModel(
         setup.backbone, setup.config, split, learner, rows, setup.zero_shot, fitted, {}

@@ -180,7 +180,7 @@ def test_each_model_has_the_best_temperature_for_validation_images_of_the_tuned_
     images = model.backbone.image_embeddings(torch.from_numpy(pixels)).double()
     labels = torch.tensor([item.label for item in items])
     sides = [
-        (model.text_embeddings, model.fitted.temperature),
+        (model.class_rows.rows, model.fitted.temperature),
         (model.zero_shot, model.fitted.zero_shot_temperature),
     ]
     for text, temperature in sides:
@@ -374,7 +374,7 @@ def test_without_strength_or_text_side_a_run_is_the_zero_shot_model(
     train(config, tmp_path / "run")
     model = load_run(tmp_path / "run")
     assert model.visual is None
-    assert torch.equal(model.text_embeddings, model.zero_shot)
+    assert torch.equal(model.class_rows.rows, model.zero_shot)
 
 
 def test_a_strength_of_zero_ends_with_the_prompt_of_the_text_side_alone(
@@ -399,7 +399,7 @@ def test_a_strength_of_zero_ends_with_the_prompt_of_the_text_side_alone(
         assert model.visual is None
         assert torch.equal(model.learner.state_dict()["prompts.0.context"], alone)
         texts = model.learner.mean_texts(range(4))
-        assert torch.equal(model.text_embeddings, texts)
+        assert torch.equal(model.class_rows.rows, texts)
     assert not {"adapter", "sample-experts"} & {*report["parts"]}
 
 

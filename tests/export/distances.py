@@ -24,8 +24,8 @@ def factor_by_hand(row: Tensor, hand_written: Tensor, rows: Tensor, hand_rows: T
 
 def factors_by_hand(model: TunedModel) -> list[float]:
     tuned = torch.tensor(model.tuned)
-    known = model.text_embeddings[tuned], model.zero_shot[tuned]
-    texts = zip(model.tuned, model.text_embeddings, model.zero_shot, strict=True)
+    known = model.class_rows.rows[tuned], model.zero_shot[tuned]
+    texts = zip(model.tuned, model.class_rows.rows, model.zero_shot, strict=True)
     return [1.0 if flag else factor_by_hand(*own, *known) for flag, *own in texts]
 
 

@@ -174,7 +174,7 @@ def test_a_graph_that_is_too_sure_gets_another_temperature_into_its_head(
     temperature = bundle.manifest.calibration["fp16"]["temperature"]
     assert temperature == pytest.approx(1.3 * model.fitted.temperature, rel=0.01)
     rows = bundle.text_embeddings()["text_embeddings"]
-    expected = model.backbone.scale / temperature * model.text_embeddings.numpy()
+    expected = model.backbone.scale / temperature * model.class_rows.rows.numpy()
     np.testing.assert_allclose(rows, expected, rtol=1e-5)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
     logits, _, embedding = Classifier.load(out).backend.run(pixels)

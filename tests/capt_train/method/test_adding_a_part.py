@@ -109,7 +109,7 @@ def test_a_map_of_class_embeddings(trained: Trained, photos: Path, tmp_path: Pat
         assert not torch.allclose(new, plain, atol=1e-4)
     names = ("blue sky", "old tractor")
     bundle = export_run(tmp_path / "run", tmp_path / "new.capt", class_names=names)
-    known = model.text_embeddings[model.class_names.index("blue sky")]
+    known = model.class_rows.rows[model.class_names.index("blue sky")]
     logits = model.backbone.scale * images_of(model, photos) @ torch.stack([known, new[0]]).T
     expected = (logits / model.fitted.temperature).softmax(dim=1).numpy()
     predictions = Classifier.load(bundle).predict(files(photos))

@@ -55,7 +55,7 @@ def test_both_models_are_measured_with_and_without_their_own_temperature(
     images = model.backbone.image_embeddings(torch.from_numpy(pixels))
     labels = torch.tensor([item.label for item in items])
     sides = [
-        (model.text_embeddings, model.fitted.temperature, report, report["uncalibrated"]),
+        (model.class_rows.rows, model.fitted.temperature, report, report["uncalibrated"]),
         (
             model.zero_shot,
             model.fitted.zero_shot_temperature,

@@ -48,9 +48,9 @@ def test_a_loaded_run_holds_the_best_context_for_every_class_name(
         start = prompt(range(4))
         best = load_file(finished / "best.safetensors")
         prompt.context.copy_(best["module.prompts.0.context"])
-        torch.testing.assert_close(model.text_embeddings, prompt(range(4)))
+        torch.testing.assert_close(model.class_rows.rows, prompt(range(4)))
     torch.testing.assert_close(model.zero_shot, start)
-    assert not torch.allclose(model.text_embeddings, start, atol=1e-4)
+    assert not torch.allclose(model.class_rows.rows, start, atol=1e-4)
 
 
 def test_a_loaded_run_of_both_sides_says_what_it_said_when_it_was_tuned(
@@ -68,7 +68,7 @@ def test_a_loaded_run_of_both_sides_says_what_it_said_when_it_was_tuned(
     assert float(state["module.tuner.alpha"]) != 1.0  # a constant from the training images
     texts = torch.cat([model.zero_shot[None], model.learner.texts(range(4)).embeddings])
     mixed = model.fitted.mixture.rows(texts, model.tuned)
-    assert torch.equal(model.text_embeddings, mixed)
+    assert torch.equal(model.class_rows.rows, mixed)
     pixels = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8)
     moved = model.learner.image_embeddings(pixels)
     frozen = model.learner.backbone.image_embeddings(pixels)  # colours mapped
@@ -97,7 +97,7 @@ def test_logits_are_the_scaled_cosines_over_the_temperature_of_each_model(finish
     for row in range(3):
         for column in range(4):
             scale = model.backbone.scale
-            cosine = float(sum(images[row] * model.text_embeddings[column]))
+            cosine = float(sum(images[row] * model.class_rows.rows[column]))
             own = model.logits(images)[row, column].item()
             assert own == pytest.approx(scale * cosine / fitted.temperature, abs=1e-4)
             zero_shot = float(sum(images[row] * model.zero_shot[column]))
@@ -121,7 +121,7 @@ def test_a_bias_of_the_model_is_in_its_logits(
     embeddings = model.backbone.image_embeddings(pixels)
     zero_shot = model.zero_shot_logits(embeddings) * model.fitted.zero_shot_temperature
     torch.testing.assert_close(zero_shot, expected, rtol=0, atol=1e-4)
-    bare = model.backbone.scale * embeddings @ model.text_embeddings.T
+    bare = model.backbone.scale * embeddings @ model.class_rows.rows.T
     tuned = model.logits(embeddings) * model.fitted.temperature
     torch.testing.assert_close(tuned, bare - 7.5, rtol=0, atol=1e-4)
 
@@ -141,7 +141,7 @@ def test_a_zeroshot_run_is_the_hand_written_prompt(
 ) -> None:
     train(configure(method="zeroshot", prompt_templates=("a {}.", "one {}.")), tmp_path / "run")
     model = load_run(tmp_path / "run")
-    assert torch.equal(model.text_embeddings, model.zero_shot)
+    assert torch.equal(model.class_rows.rows, model.zero_shot)
     expected = model.backbone.class_embeddings(model.class_names, ["a {}.", "one {}."])
     assert torch.equal(model.zero_shot, expected)
 

@@ -257,7 +257,7 @@ def test_a_run_with_a_map_evaluates_loads_and_exports(name, request, photos, tmp
 def test_a_map_alone_is_the_hand_written_prompt_on_other_colours(alone, photos):
     model = load_run(alone)
     assert model.visual is None and not model.learner.trainable
-    assert torch.equal(model.text_embeddings, model.zero_shot)
+    assert torch.equal(model.class_rows.rows, model.zero_shot)
     items = read_dataset(photos).splits["test"]
     pixels = read_pixels(model.backbone, read_dataset(photos), items)
     own = ColourMap.from_dict(read(alone / COLOURS)["colours"])

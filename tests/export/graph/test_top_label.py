@@ -71,7 +71,7 @@ def by_hand(
     """Return logits and probabilities of embeddings: a·z + b, T, γ, and then the map."""
     own = model.fitted.calibration
     logits = (
-        model.backbone.scale * embedding.astype(float) @ model.text_embeddings.double().numpy().T
+        model.backbone.scale * embedding.astype(float) @ model.class_rows.rows.double().numpy().T
     )
     if own.vector is not None:
         logits = logits * np.array(own.vector.scales) + np.array(own.vector.biases)

@@ -29,7 +29,7 @@ def test_new_classes_get_the_learned_prompts_and_the_weights_outside(
     other = with_classes(source, [text_model], names)
     assert other.class_names == names
     assert other.tuned == (False, False, True, False)
-    of = {name: text_model.text_embeddings[row] for row, name in enumerate(text_model.class_names)}
+    of = {name: text_model.class_rows.rows[row] for row, name in enumerate(text_model.class_names)}
     of |= {name: by_hand(text_model, name) for name in NEW}
     for name, row in zip(names, other.rows, strict=True):
         torch.testing.assert_close(row, of[name], atol=1e-6, rtol=0)

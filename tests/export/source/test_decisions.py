@@ -52,7 +52,7 @@ def out_of_fold(
     images, labels = model.validation.embeddings.numpy(), model.validation.labels.numpy()
     kind, tuned = model.fitted.calibration.calibrator, [*model.split.tuned]
     z = model.backbone.scale * images.astype(float) @ rows.T.astype(float)
-    own_rows = model.text_embeddings.detach().numpy()[tuned].astype(float)
+    own_rows = model.class_rows.rows.detach().numpy()[tuned].astype(float)
     own_z = model.backbone.scale * images.astype(float) @ own_rows.T
     own_labels = np.array([tuned.index(label) for label in labels])
     folds = np.zeros(len(labels), int)

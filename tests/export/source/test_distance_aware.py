@@ -63,7 +63,7 @@ def test_each_graph_multiplies_by_the_factor_of_the_most_probable_class(
         loaded = Classifier.load(dac_bundle, "onnxruntime", precision)
         logits, probabilities, embedding = loaded.backend.run(coloured_noise())
         temperature = loaded.manifest.calibration[precision]["temperature"]
-        rows = text_model.backbone.scale / temperature * text_model.text_embeddings.numpy()
+        rows = text_model.backbone.scale / temperature * text_model.class_rows.rows.numpy()
         wanted = adjusted(embedding @ rows.T, factors)
         assert len({*wanted.argmax(axis=1)}) >= 3
         np.testing.assert_allclose(logits, wanted, atol=1e-4)

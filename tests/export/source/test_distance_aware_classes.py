@@ -41,7 +41,7 @@ def test_a_list_of_new_classes_is_measured_to_those_tuned_on(
     other = with_classes(source, [text_model], names)
     hand_written = text_model.backbone.class_embeddings(names, text_model.config.prompt.templates)
     tuned = torch.tensor(text_model.tuned)
-    known = text_model.text_embeddings[tuned], text_model.zero_shot[tuned]
+    known = text_model.class_rows.rows[tuned], text_model.zero_shot[tuned]
     rows = [by_hand(text_model, name) for name in names]
     wanted = [factor_by_hand(*own, *known) for own in zip(rows, hand_written, strict=True)]
     assert other.calibration.factors is not None
@@ -70,7 +70,7 @@ def test_merged_runs_are_measured_to_the_classes_of_all(
     # both tuned on the same two classes, with other weights and prompts
     models = [text_model, shaken(load_run(text_run(seed=5)), seed=1)]
     source = distance_aware(source_from_runs(models))
-    rows = torch.stack([model.text_embeddings for model in models]).mean(dim=0)
+    rows = torch.stack([model.class_rows.rows for model in models]).mean(dim=0)
     both = replace(text_model, text_embeddings=rows)
     assert source.tuned == text_model.tuned
     assert source.calibration.factors is not None

@@ -13,13 +13,13 @@ def model(tuned_run):
 
 
 def head_of(model):
-    return fold(model.backbone, model.text_embeddings, model.fitted.calibration)
+    return fold(model.backbone, model.class_rows, model.fitted.calibration)
 
 
 def test_each_row_is_the_scaled_embedding_over_the_temperature(model):
     head = head_of(model)
     scale = float(model.backbone.model.logit_scale.exp())
-    for row, embedding in zip(head.weight, model.text_embeddings, strict=True):
+    for row, embedding in zip(head.weight, model.class_rows.rows, strict=True):
         expected = [scale * value / model.fitted.temperature for value in embedding.tolist()]
         np.testing.assert_allclose(row.numpy(), expected, rtol=1e-5)
         # never renormalised: the norm carries scale, temperature, and what the mixture left of it

@@ -56,7 +56,7 @@ def models(runs: tuple[Path, Path]) -> list[TunedModel]:
 
 
 def row(model: TunedModel, name: str) -> Tensor:
-    return model.text_embeddings[model.class_names.index(name)]
+    return model.class_rows.rows[model.class_names.index(name)]
 
 
 def test_each_run_rules_its_own_classes(models: list[TunedModel]) -> None:
