@@ -14,7 +14,7 @@ from capt_train.method.loss_terms import Step, loss_terms, weighted_sum
 from capt_train.tune.stages import TuningTask
 
 _STEPS = 40  # of L-BFGS, at most
-_AT_ONCE = 1024  # images; the contrast compares each with all others
+_AT_ONCE = 256  # images; the contrast compares each with all others
 _UNIT = 10.0  # scale at which the ridge is the plain squared norm
 
 
