@@ -73,6 +73,7 @@ GOALS: Mapping[str, Mapping[str, Sequence[float | None]]] = {
 }
 _SEEDS, _SHOTS = 3, (16, 4, 1)
 DOCS = Path(__file__).parents[1] / "docs" / "ablation.md"
+README = Path(__file__).parents[1] / "README.md"
 
 
 @click.command(cls=Command)
@@ -111,7 +112,10 @@ def main(
     if docs:
         write_docs(DOCS, world, markdown(load(world)))
         write_docs(DOCS, "goals", goals({name: load(name) for name in GOALS}))
-        write_docs(DOCS, "overview", overview({name: load(name) for name in WORLDS}))
+        worlds = {name: load(name) for name in WORLDS}
+        write_docs(DOCS, "overview", overview(worlds))
+        write_docs(README, "overview", overview(worlds))
+        write_docs(README, "ece", errors(worlds))
 
 
 def _cells(
@@ -176,6 +180,20 @@ def overview(worlds: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
             texts = [_short(cells_of(cells, row, count)) for cells in worlds.values()]
             if any(texts):
                 lines.append(f"| {count} | {row} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def errors(worlds: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Return one table of the ECE with 16 shots: all classes, or tuned / new / all."""
+    lines = ["| 16 shots, ECE-15 | " + " | ".join(worlds) + " |", "|---" * (len(worlds) + 1) + "|"]
+    for row in ("zero-shot", "CoOp", DEFAULT):
+        texts = []
+        for cells in worlds.values():
+            measured = cells_of(cells, row, 16)
+            scopes = ("base", "new", "all") if measured and measured[0]["new"] else ("all",)
+            values = [f"{percent(measured, f'ece_15_{s}'):.1f}" for s in scopes if measured]
+            texts.append(" / ".join(values))
+        lines.append(f"| {row} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
 

@@ -14,17 +14,20 @@ from capt_deploy.core.errors import ConfigError
 from capt_train.config import TrainConfig
 
 DOCS = (Path(__file__).parents[2] / "docs" / "ablation.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
 FIGURES = {key: 0.5 for _, key, share in ablation.COLUMNS if share}
 
 
-@pytest.mark.parametrize("world", ["cifar100", "cifar100-camera", "pictograms"])
+@pytest.mark.parametrize("world", [*ablation.WORLDS, "pictograms"])
 def test_the_docs_show_the_table_of_the_cells(world: str) -> None:
-    assert ablation.markdown(ablation.load(world), shots=(16,)) in DOCS
+    assert ablation.markdown(ablation.load(world)) in DOCS
 
 
-def test_the_docs_show_the_goals() -> None:
-    cells = {world: ablation.load(world) for world in ablation.GOALS}
-    assert ablation.goals(cells) in DOCS
+def test_docs_and_readme_show_the_goals_and_the_overview() -> None:
+    assert ablation.goals({world: ablation.load(world) for world in ablation.GOALS}) in DOCS
+    worlds = {world: ablation.load(world) for world in ablation.WORLDS}
+    assert ablation.overview(worlds) in DOCS
+    assert ablation.overview(worlds) in README and ablation.errors(worlds) in README
 
 
 def test_a_cell_is_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -37,16 +40,16 @@ def test_a_cell_is_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     def measure(config: TrainConfig, split: str) -> dict[str, Any]:
         assert split == "test"
         configs.append(config)
-        return {**FIGURES, "trained_parameters": 1234, "seconds": 5.0, "strength": 1.0}
+        return {**FIGURES, "trained_parameters": 1234, "seconds": 5.0}
 
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setattr(ablation, "open_world", open_nothing)
     monkeypatch.setattr(ablation, "measure", measure)
-    arguments = ["--world", "w", "--rows", "CoOp|+ CoA", "--shots", "4", "--seeds", "1,2"]
+    arguments = ["--world", "w", "--rows", "CoOp|GDA", "--shots", "4", "--seeds", "1,2"]
     for extra in ([], [], ["--only-table"], ["--again"]):
         done = CliRunner().invoke(ablation.main, [*arguments, *extra])
         assert done.exit_code == 0, done.output
-    once = [{"prompt"}, {"prompt", "coa"}] * 2
+    once = [{"prompt"}, {"rows"}] * 2
     assert [set(config.parts) for config in configs] == once * 2
     cells = ablation.load("w")
     assert "| CoOp | 50.0 ± 0.0 (2) |" in ablation.markdown(cells) and "1,234" in done.output
