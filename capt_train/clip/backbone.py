@@ -14,9 +14,10 @@ from torch.nn import functional
 
 from capt_deploy.data.preprocess import PreprocessConfig
 from capt_train.clip.colour_map import ColourMap
+from capt_train.clip.open_tower import open_tower
 from capt_train.clip.text_tokens import TextTokens
 from capt_train.clip.text_tower import TextTower
-from capt_train.clip.vision_tower import Tower, open_tower
+from capt_train.clip.vision_tower import Tower
 
 
 class Backbone:

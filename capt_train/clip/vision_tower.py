@@ -1,18 +1,23 @@
-"""A frozen ViT in pieces, so that adapters go between attention and FFN and experts into the FFN.
+"""A frozen tower in pieces, so that adapters go between attention and FFN and experts into the FFN.
 
-open_clip's own ViTs and timm's have these pieces under different names. Other towers (ResNets,
-rotary ViTs, convolutional hybrids) keep their visual side frozen.
+open_clip's own ViTs and timm's have these pieces under different names; see `conv_tower` for towers
+of feature maps. Towers of no known kind keep their visual side frozen.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-_TOLERANCE = 1e-4  # of features that are of the order of one
+
+@dataclass(frozen=True)
+class MapShape:
+    """The size of a feature map."""
+
+    width: int  # channels
+    grid: tuple[int, int]  # rows and columns
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class FeedForward:
 class Tower:
     """A ViT in pieces. Tokens are the class token and registers, then patches."""
 
+    has_tokens = True  # whether further tokens may join those of the image
     leading: int  # tokens in front of the patches
     pools_class_token: bool  # features depend on nothing but the first token of the last block
     _norm: str  # a block's layers by name: the normalisation before the FFN,
@@ -43,6 +49,19 @@ class Tower:
     ) -> Float[Tensor, "batch tokens width"]:
         """Return the tokens that enter the first block."""
         raise NotImplementedError
+
+    def shape(self, block: int) -> MapShape:
+        """Return the size of the map of patches behind the attention of a block."""
+        return MapShape(self.width, self.grid)
+
+    def prefix(
+        self, images: Float[Tensor, "batch 3 rows columns"], block: int
+    ) -> Float[Tensor, "batch tokens width"]:
+        """Return the tokens behind the attention of a block; of -1, those that enter the first."""
+        tokens = self.embed(images)
+        for earlier in range(block):
+            tokens = self.feed(earlier, self.attend(earlier, tokens))
+        return tokens if block < 0 else self.attend(block, tokens)
 
     def attend(
         self, block: int, tokens: Float[Tensor, "batch tokens width"], first_only: bool = False
@@ -140,31 +159,3 @@ class TimmTower(Tower):
     def pool(self, tokens: Tensor) -> Tensor:  # noqa: D102
         trunk = self._trunk
         return self._visual.head(trunk.forward_head(trunk.norm(tokens)))  # type: ignore[no-any-return]
-
-
-@torch.no_grad()
-def open_tower(visual: nn.Module, size: tuple[int, int]) -> Tower | None:
-    """Return the tower in pieces, or None where its tokens cannot be reached.
-
-    The pieces are tested: on random pixels they must give the same features as the tower itself.
-
-    Args:
-        visual: `model.visual` of an open_clip model.
-        size: height and width of its images, in pixels.
-    """
-    parameter = next(visual.parameters())
-    pixels = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)).to(parameter)
-    expected = visual(pixels)
-    expected = expected[0] if isinstance(expected, tuple) else expected  # CoCa: tokens as well
-    for kind in (OpenClipTower, TimmTower):
-        try:
-            tower: Tower = kind(visual)
-            tokens = tower.embed(pixels)
-            for block in range(tower.depth):
-                tokens = tower.feed(block, tower.attend(block, tokens))
-            whole = tokens.shape[1] == tower.leading + tower.grid[0] * tower.grid[1]
-            if whole and torch.allclose(tower.pool(tokens), expected, atol=_TOLERANCE):
-                return tower
-        except (AttributeError, TypeError, ValueError, RuntimeError):
-            continue  # another architecture
-    return None

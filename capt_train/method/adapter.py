@@ -1,4 +1,4 @@
-"""The Diff-Manner Adapter of CAPT in the last blocks of the ViT (METHOD 4)."""
+"""The Diff-Manner Adapter of CAPT in the last blocks of the visual tower (METHOD 4)."""
 
 import torch
 from jaxtyping import Float
@@ -9,7 +9,10 @@ from capt_train.method.base import BuildContext, VisualPart, times
 
 
 class DiffMannerAdapter(nn.Module):
-    """`X ← X + α·DWConv3×3(LN(X))` on the patch grid, CAPT (arXiv 2603.02557); starts at 0."""
+    """`X ← X + α·DWConv3×3(LN(X))` on the patch grid, CAPT (arXiv 2603.02557); starts at 0.
+
+    In a convolutional tower the patches are the positions of a feature map (ours).
+    """
 
     def __init__(self, width: int, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -47,7 +50,8 @@ class Adapters(VisualPart):
         # Only a later attention, or a pooling over patches, reads the patches.
         behind = tower.depth - 1 if tower.pools_class_token else tower.depth
         blocks = range(max(0, behind - depth), behind)
-        adapters = {block: DiffMannerAdapter(tower.width, tower.grid) for block in blocks}
+        shapes = {block: tower.shape(block) for block in blocks}
+        adapters = {b: DiffMannerAdapter(shape.width, shape.grid) for b, shape in shapes.items()}
         self._adapters = adapters
         self.blocks = nn.ModuleDict({str(block): adapters[block] for block in blocks})
         self.keeps_up_to = blocks[0]

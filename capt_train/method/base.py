@@ -48,7 +48,7 @@ class ClassTransform(nn.Module):
 
 
 class VisualPart(nn.Module):
-    """Something trained in the blocks of the frozen ViT; the hooks change nothing by default."""
+    """Something trained in the blocks of the frozen tower; the hooks change nothing by default."""
 
     # The block after whose attention tokens may still be kept: nothing before that is changed.
     keeps_up_to: int

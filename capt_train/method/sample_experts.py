@@ -1,4 +1,4 @@
-"""Sample experts in the last FFN of the ViT (METHOD 5)."""
+"""Sample experts in the last FFN of a ViT, or in the projection of a convolutional tower."""
 
 import torch
 from jaxtyping import Float
@@ -10,7 +10,7 @@ from capt_train.method.base import BuildContext, VisualPart, times
 
 
 class SampleExperts(VisualPart):
-    """`FFN(x) ← Σ_e g_e(x)·FFN_e(x)` for the class token of the last block.
+    """`FFN(x) ← Σ_e g_e(x)·FFN_e(x)` for the class token of the last block (METHOD 5).
 
     Each expert is the frozen FFN plus a low-rank update of its two layers that starts at 0. All
     experts are computed for every image, so the graph has no data-dependent control flow.
@@ -36,9 +36,12 @@ class SampleExperts(VisualPart):
         nn.init.zeros_(self.router.bias)
 
     @classmethod
-    def build(cls, tower: Tower, context: BuildContext) -> "SampleExperts":
+    def build(cls, tower: Tower, context: BuildContext) -> VisualPart:
         """Return `experts.count` experts of rank `experts.rank`."""
         experts, last = context.config.experts, tower.depth - 1
+        if not tower.has_tokens:
+            sizes = (tower.width, context.zero_shot.shape[1])
+            return ProjectionExperts(sizes, experts.count, experts.rank, context.generator, last)
         ffn = tower.ffn(last)
         if ffn is None:
             raise ValueError("the tower has no FFN of two linear layers; see `obstacle`")
@@ -47,6 +50,8 @@ class SampleExperts(VisualPart):
     @classmethod
     def obstacle(cls, tower: Tower) -> str | None:
         """Return why this tower cannot have sample experts; None where it can."""
+        if not tower.has_tokens:
+            return None
         if not tower.pools_class_token:
             return "the visual tower does not end in a class token"
         if tower.ffn(tower.depth - 1) is None:
@@ -107,3 +112,58 @@ class SampleExperts(VisualPart):
         """Return the two layers of the frozen FFN."""
         ffn = tower.ffn(self.keeps_up_to)
         return () if ffn is None else (ffn.up, ffn.down)
+
+
+class ProjectionExperts(VisualPart):
+    """`f ← f + Σ_e g_e(x)·U_e·D_e·LN(x)` on the pooled features x of a convolutional tower (ours).
+
+    The counterpart of `SampleExperts` where there is no class token: each expert is a low-rank
+    update of the projection behind the pooling that starts at 0.
+    """
+
+    def __init__(
+        self,
+        sizes: tuple[int, int],
+        experts: int,
+        rank: int,
+        generator: torch.Generator,
+        block: int = 0,
+    ) -> None:
+        """Build the experts of a projection.
+
+        Args:
+            sizes: number of pooled features, and of features behind the projection.
+            experts: number of experts.
+            rank: of their updates.
+            generator: draws D.
+            block: number of the tower's last block.
+        """
+        super().__init__()
+        self.keeps_up_to = block
+        width, dim = sizes
+        start = torch.randn(experts, width, rank, generator=generator) / width**0.5
+        self.down = nn.Parameter(start)
+        self.up = nn.Parameter(torch.zeros(experts, rank, dim))
+        self.router = nn.Linear(width, experts)
+        nn.init.zeros_(self.router.weight)
+        nn.init.zeros_(self.router.bias)
+
+    def feed_forward(
+        self,
+        tower: Tower,
+        block: int,
+        tokens: Float[Tensor, "batch tokens width"],
+        strength: Tensor | None,
+    ) -> tuple[Float[Tensor, "batch tokens dim"] | None, Float[Tensor, "batch experts"] | None]:
+        """Return the experts' update of the projected features, and their gates."""
+        if block != self.keeps_up_to:
+            return None, None
+        pooled = tower.before_ffn(block, tokens[:, 0])
+        gates = self.router(pooled).softmax(dim=-1)
+        low = torch.einsum("bw,ewr->ber", pooled, self.down)
+        update = times(strength, torch.einsum("ber,erd->bed", low, self.up))
+        return (gates[:, :, None] * update).sum(dim=1, keepdim=True), gates
+
+    def fold(self, alpha: Tensor, strength: Tensor) -> None:
+        """Multiply κ into the updates."""
+        self.up.data *= strength

@@ -32,6 +32,11 @@ class VisualPrompts(VisualPart):
         visual = context.config.visual
         return cls(tower, visual.prompt_depth, visual.prompt_tokens, context.generator)
 
+    @classmethod
+    def obstacle(cls, tower: Tower) -> str | None:
+        """Return why this tower cannot have visual prompts; None where it can."""
+        return None if tower.has_tokens else "the visual tower has feature maps, not tokens"
+
     def before_attention(
         self, block: int, tokens: Float[Tensor, "batch tokens width"]
     ) -> Float[Tensor, "batch more width"]:

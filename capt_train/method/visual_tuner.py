@@ -57,10 +57,7 @@ class VisualTuner(nn.Module):
         self, tower: Tower, images: Float[Tensor, "batch 3 rows columns"]
     ) -> Float[Tensor, "batch tokens width"]:
         """Return the tokens after the attention of block `start`, before anything is changed."""
-        tokens = tower.embed(images)
-        for block in range(self.start):
-            tokens = tower.feed(block, tower.attend(block, tokens))
-        return tokens if self.start < 0 else tower.attend(self.start, tokens)
+        return tower.prefix(images, self.start)
 
     def forward(
         self,

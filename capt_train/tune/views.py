@@ -82,7 +82,7 @@ def embed_views(
     generator = torch.Generator().manual_seed(seed)
     embeddings: list[Tensor] = []
     untouched: list[Tensor] = []
-    tokens = _room(learner, views, len(items), label)
+    tokens: Tensor | None = None
     with progress(f"embedding views of {label}", len(items), "images") as counter:
         for start in range(0, len(items), _BATCH):
             batch = items[start : start + _BATCH]
@@ -91,8 +91,11 @@ def embed_views(
             encoded = [learner.start(view) for view in rows]
             embeddings.append(torch.stack([features.cpu() for features, _ in encoded]))
             for view, (_, kept) in enumerate(encoded):
-                if tokens is not None and kept is not None:
-                    tokens[view, start : start + len(batch)] = kept.half()
+                if kept is None:
+                    continue
+                if tokens is None:
+                    tokens = _room((views, len(items), *kept.shape[1:]), label)
+                tokens[view, start : start + len(batch)] = kept.half()
             held = embeddings[-1][-1]
             if learner.recoloured and views > 1:
                 held = backbone.image_embeddings(rows[-1]).cpu()
@@ -101,17 +104,11 @@ def embed_views(
     return Views(torch.cat(embeddings, dim=1), torch.cat(untouched), tokens)
 
 
-def _room(
-    learner: Learner, views: int, samples: int, label: str
-) -> Float[Tensor, "{views} {samples} tokens width"] | None:
+def _room(shape: tuple[int, ...], label: str) -> Tensor:
     """Return the memory for all tokens at once; joining parts would need twice as much.
 
     More than a gigabyte is announced before it is used.
     """
-    tower = learner.backbone.tower
-    if learner.visual is None or tower is None:
-        return None
-    shape = (views, samples, tower.leading + math.prod(tower.grid), tower.width)
     size = math.prod(shape) * torch.float16.itemsize
     if size > _MUCH_MEMORY:
         say(f"note: tokens of {label} need {size / 2**30:.1f} GiB of memory")

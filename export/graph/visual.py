@@ -17,7 +17,7 @@ from capt_deploy.confidence.calibration import (
 )
 from capt_deploy.core.errors import ModelError
 from capt_train.clip.backbone import Backbone
-from capt_train.clip.vision_tower import open_tower
+from capt_train.clip.open_tower import open_tower
 from capt_train.method.visual_tuner import VisualTuner
 from export.graph.attention import simplify_attention
 from export.graph.convolutions import simplified_convolutions

@@ -27,12 +27,12 @@ NAMES = ["cat", "small grey dog", "x"]
 BOTH = frozenset({"adapter", "sample-experts"})
 VISUAL_PARTS = {
     "ViT-B-16": BOTH,
-    "RN50": frozenset(),
+    "RN50": BOTH,
     "EVA02-B-16": frozenset(),
     "vit_medium_patch16_gap_256": frozenset({"adapter"}),
-    "MobileCLIP-S1": frozenset(),
+    "MobileCLIP-S1": BOTH,
     "MobileCLIP-B": BOTH,
-    "MobileCLIP2-S0": frozenset(),
+    "MobileCLIP2-S0": BOTH,
     "ViT-B-16-SigLIP": frozenset({"adapter"}),
 }
 

@@ -18,7 +18,8 @@ from torch.nn import functional
 from capt_deploy.data.preprocess import preprocess
 from capt_train.clip.backbone import Backbone
 from capt_train.clip.loading import load_backbone
-from capt_train.clip.vision_tower import FeedForward, open_tower
+from capt_train.clip.open_tower import open_tower
+from capt_train.clip.vision_tower import FeedForward
 from capt_train.data.fewshot import FewShotSplit
 from capt_train.method.adapter import Adapters, DiffMannerAdapter
 from capt_train.method.learner import Learner, make_learner

@@ -36,7 +36,16 @@ TOWERS: dict[str, dict[str, Any]] = {
         "timm_proj": "linear",
         "image_size": 160,
     },
+    "resnet": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32},
+    "efficientnet": {
+        "timm_model_name": "tf_efficientnet_lite0",
+        "timm_model_pretrained": False,
+        "timm_pool": "avg",
+        "timm_proj": "linear",
+        "image_size": 64,
+    },
 }
+CONVOLUTIONAL = ("resnet", "efficientnet")
 
 
 def tuned(backbone: Backbone, noise: float, **settings: Any) -> Learner:
@@ -101,9 +110,18 @@ def exported(make_model: Any) -> tuple[Backbone, Learner, VisualClassifier, Onnx
 @pytest.mark.parametrize("name", TOWERS)
 def test_the_network_says_what_the_tuned_model_says(make_model, name):
     backbone, learner = make_model(name)
-    assert not VisualClassifier(backbone, head(32), learner.visual).normalises
     network = VisualClassifier(backbone, head(32), learner.visual).eval()
+    assert network.normalises == (name in CONVOLUTIONAL)
     check(network(some_pixels(backbone, 3)), backbone, learner, 3)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
+@torch.no_grad()
+def test_the_graph_of_a_convolutional_tower_says_so_too(make_model, name):
+    backbone, learner = make_model(name)
+    assert {*learner.visual.parts} == {"adapter", "sample-experts"}
+    _, graph = export(backbone, learner, head(32))
+    check(run(graph, some_pixels(backbone, 3)), backbone, learner, 3)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])

@@ -1,0 +1,146 @@
+"""A convolutional or hybrid tower in pieces, whose tokens are the positions of a feature map."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from capt_train.clip.vision_tower import FeedForward, MapShape, Tower
+
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+_TOLERANCE = 1e-4  # of feature maps that are of the order of one
+
+
+class ConvTower(Tower):
+    """A tower that runs its layers one after the other: EfficientNet, ResNet, ConvNeXt, FastViT.
+
+    Its last block is the pooling, which gives a single token, and the linear projection behind it;
+    every other block ends in a module with layers of its own. `attend` runs a block, and `feed`
+    adds what parts add.
+    """
+
+    leading = 0
+    pools_class_token = True
+    has_tokens = False
+
+    def __init__(self, visual: Any, pixels: Tensor) -> None:
+        """Find the blocks by running the layers.
+
+        Args:
+            visual: `model.visual` of an open_clip model.
+            pixels: two images, to see what the layers return.
+
+        Raises:
+            ValueError: the tower does not run its layers one after the other.
+        """
+        self._visual = visual
+        trunk = getattr(visual, "trunk", None)
+        feature_map = None if trunk is None else trunk.forward_features(pixels)
+        values, block = pixels, list[str]()
+        self._pieces: list[list[str]] = []  # names of the layers of each block but the last
+        shapes: list[MapShape] = []
+        for name in _layers(visual):
+            layer = visual.get_submodule(name)
+            after = layer(values)
+            if after.dim() != 4:
+                break
+            values = after
+            block.append(name)
+            if any(True for _ in layer.children()) and not isinstance(layer, _NORMS):
+                self._pieces.append(block)
+                shapes.append(_shape(values))
+                block = []
+            if feature_map is not None and _same(values, feature_map):
+                break
+        if values is pixels:
+            raise ValueError("the tower does not begin with a convolution")
+        self._tail = block  # layers between the last block and the pooling
+        self._pooling = "" if trunk is not None else name
+        pooled = self._pooled(values)
+        self._splits = trunk is not None and pooled.dim() == 2
+        if not self._splits:
+            pooled = self._features(values)
+        shapes.append(MapShape(pooled.shape[-1], (1, 1)))
+        self._shapes = shapes
+        super().__init__(visual, range(len(shapes)), pooled.shape[-1], (1, 1))
+
+    def shape(self, block: int) -> MapShape:  # noqa: D102
+        return self._shapes[block]
+
+    def embed(self, images: Tensor) -> Tensor:  # noqa: D102
+        raise NotImplementedError("images enter through `prefix`")
+
+    def prefix(self, images: Tensor, block: int) -> Tensor:  # noqa: D102
+        values = images
+        for names in self._pieces[: block + 1]:
+            values = self._run(names, values)
+        return self._last(values) if block == self.depth - 1 else _tokens(values)
+
+    def attend(self, block: int, tokens: Tensor, first_only: bool = False) -> Tensor:  # noqa: D102
+        rows, columns = self._shapes[block - 1].grid
+        # contiguous, so that convolutions round as in the tower itself
+        values = tokens.transpose(1, 2).unflatten(2, (rows, columns)).contiguous()
+        if block == self.depth - 1:
+            return self._last(values)
+        return _tokens(self._run(self._pieces[block], values))
+
+    def before_ffn(self, block: int, tokens: Tensor) -> Tensor:  # noqa: D102
+        # in float32: half precision overflows in the sum of squares
+        return nn.functional.layer_norm(tokens.float(), tokens.shape[-1:]).to(tokens.dtype)
+
+    def ffn(self, block: int) -> FeedForward | None:  # noqa: D102
+        return None
+
+    def feed(self, block: int, tokens: Tensor, update: Tensor | None = None) -> Tensor:  # noqa: D102
+        if block == self.depth - 1 and self._splits:
+            tokens = self._project(tokens)
+        return tokens if update is None else tokens + update
+
+    def pool(self, tokens: Tensor) -> Tensor:  # noqa: D102
+        return tokens[:, 0]
+
+    def _run(self, names: Sequence[str], values: Tensor) -> Tensor:
+        # by name, for lowering the precision of a tower replaces its layers
+        for name in names:
+            values = self._visual.get_submodule(name)(values)
+        return values
+
+    def _last(self, values: Tensor) -> Tensor:
+        values = self._run(self._tail, values)
+        pooled = self._pooled(values) if self._splits else self._features(values)
+        return pooled[:, None]
+
+    def _pooled(self, values: Tensor) -> Tensor:
+        """Return what enters the linear projection, where that can be told."""
+        if self._pooling:
+            return values
+        return self._visual.trunk.forward_head(values, pre_logits=True)  # type: ignore[no-any-return]
+
+    def _project(self, pooled: Tensor) -> Tensor:
+        classifier = self._visual.trunk.get_classifier()
+        return self._visual.head(classifier(pooled))  # type: ignore[no-any-return]
+
+    def _features(self, values: Tensor) -> Tensor:
+        if self._pooling:
+            return self._visual.get_submodule(self._pooling)(values)  # type: ignore[no-any-return]
+        return self._visual.head(self._visual.trunk.forward_head(values))  # type: ignore[no-any-return]
+
+
+def _layers(visual: nn.Module) -> Iterator[str]:
+    """Yield the names of the tower's layers; those of stages one by one."""
+    for name, child in visual.named_children():
+        stage = isinstance(child, (nn.Sequential, nn.ModuleList)) or hasattr(child, "blocks")
+        yield from (f"{name}.{layer}" for layer in _layers(child)) if stage else (name,)
+
+
+def _shape(values: Tensor) -> MapShape:
+    return MapShape(values.shape[1], (values.shape[2], values.shape[3]))
+
+
+def _tokens(values: Tensor) -> Tensor:
+    return values.flatten(2).transpose(1, 2)
+
+
+def _same(values: Tensor, others: Tensor) -> bool:
+    return values.shape == others.shape and torch.allclose(values, others, atol=_TOLERANCE)
