@@ -77,6 +77,16 @@ PARTS: dict[str, Part] = {
         "visual",
         f"{_METHOD}.visual_prompts:VisualPrompts",
     ),
+    "lora": Part(
+        "low-rank updates of the ViT's attention and FFN (LoRA)",
+        "visual",
+        f"{_METHOD}.lora:LoRA",
+    ),
+    "layer-norm": Part(
+        "tuned LayerNorms of the visual tower (2SFS)",
+        "visual",
+        f"{_METHOD}.layer_norm:LayerNorms",
+    ),
     "coa": Part(
         "confusion-aware loss of CoCoA-Mix",
         losses={"coa": LossTerm(f"{_TERMS}:coa", "1 − p(y), CoCoA-Mix (arXiv 2506.07484)")},
@@ -101,7 +111,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "tcpt": ("margin", "moments"),
     "bank": ("infonce", "retrieval"),
     "experts": ("semantic-experts", "sample-experts"),
-    "visual": ("adapter", "sample-experts", "visual-prompts"),
+    "visual": ("adapter", "sample-experts", "visual-prompts", "lora", "layer-norm"),
     "deep-prompts": ("text-prompts", "visual-prompts"),
 }
 

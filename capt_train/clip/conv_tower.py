@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from capt_train.clip.vision_tower import FeedForward, MapShape, Tower
+from capt_train.clip.vision_tower import FeedForward, MapShape, Tower, named_layers
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 _TOLERANCE = 1e-4  # of feature maps that are of the order of one
@@ -63,6 +63,7 @@ class ConvTower(Tower):
             pooled = self._features(values)
         shapes.append(MapShape(pooled.shape[-1], (1, 1)))
         self._shapes = shapes
+        self._grids = [_shape(pixels).grid, *(shape.grid for shape in shapes)]  # before each block
         super().__init__(visual, range(len(shapes)), pooled.shape[-1], (1, 1))
 
     def shape(self, block: int) -> MapShape:  # noqa: D102
@@ -78,9 +79,8 @@ class ConvTower(Tower):
         return self._last(values) if block == self.depth - 1 else _tokens(values)
 
     def attend(self, block: int, tokens: Tensor, first_only: bool = False) -> Tensor:  # noqa: D102
-        rows, columns = self._shapes[block - 1].grid
         # contiguous, so that convolutions round as in the tower itself
-        values = tokens.transpose(1, 2).unflatten(2, (rows, columns)).contiguous()
+        values = tokens.transpose(1, 2).unflatten(2, self._grids[block]).contiguous()
         if block == self.depth - 1:
             return self._last(values)
         return _tokens(self._run(self._pieces[block], values))
@@ -99,6 +99,13 @@ class ConvTower(Tower):
 
     def pool(self, tokens: Tensor) -> Tensor:  # noqa: D102
         return tokens[:, 0]
+
+    def layers(self, block: int) -> dict[str, nn.Module]:  # noqa: D102
+        last = block == self.depth - 1
+        return named_layers(self._visual, self._tail if last else self._pieces[block])
+
+    def linear_weights(self, block: int) -> dict[str, int]:  # noqa: D102
+        return {}
 
     def _run(self, names: Sequence[str], values: Tensor) -> Tensor:
         # by name, for lowering the precision of a tower replaces its layers

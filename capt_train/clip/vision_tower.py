@@ -4,12 +4,15 @@ open_clip's own ViTs and timm's have these pieces under different names; see `co
 of feature maps. Towers of no known kind keep their visual side frozen.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Tower:
     _norm: str  # a block's layers by name: the normalisation before the FFN,
     _scale: str  # the scale of its output,
     _ffn: tuple[str, str, str]  # and its three steps
+    _path: str  # name of the blocks in the tower,
+    _attention: str  # and of the stacked weights of query, key and value in a block
 
     def __init__(self, visual: Any, blocks: Any, width: int, grid: Sequence[int]) -> None:
         self._visual, self._blocks = visual, blocks
@@ -103,12 +108,61 @@ class Tower:
         """Return features, not normalised."""
         raise NotImplementedError
 
+    def layers(self, block: int) -> dict[str, nn.Module]:
+        """Return the layers of a block by their names in the tower."""
+        return named_layers(self._visual, (f"{self._path}.{block}",))
+
+    def linear_weights(self, block: int) -> dict[str, int]:
+        """Return the names of the weights of a block's attention and FFN.
+
+        Each has the number of matrices that are stacked in it: query, key and value are one weight.
+        """
+        start = f"{self._path}.{block}"
+        names = {f"{start}.{self._attention}": 3}
+        if self.ffn(block) is not None:
+            up, _, down = self._ffn
+            names |= {f"{start}.mlp.{layer}.weight": 1 for layer in (up, down)}
+        return names
+
+    def weight(self, name: str) -> nn.Parameter:
+        """Return a weight of the tower."""
+        return self._visual.get_parameter(name)  # type: ignore[no-any-return]
+
+    def with_updates(self, updates: Mapping[str, Tensor], run: Callable[[], _Result]) -> _Result:
+        """Run a function of the tower while updates are added to weights, given by name."""
+        if not updates:
+            return run()
+        weights = {f"visual.{name}": self.weight(name) + values for name, values in updates.items()}
+        return functional_call(_Running(self._visual, run), weights, ())  # type: ignore[no-any-return]
+
+
+class _Running(nn.Module):
+    """A function of a tower as a module."""
+
+    def __init__(self, visual: nn.Module, run: Callable[[], Any]) -> None:
+        super().__init__()
+        self.visual = visual
+        self._run = run
+
+    def forward(self) -> Any:
+        return self._run()
+
+
+def named_layers(visual: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """Return layers and those inside of them, by name."""
+    return {
+        f"{name}.{inner}" if inner else name: module
+        for name in names
+        for inner, module in visual.get_submodule(name).named_modules()
+    }
+
 
 class OpenClipTower(Tower):
     """open_clip's `VisionTransformer`."""
 
     leading = 1
     _norm, _scale, _ffn = "ln_2", "ls_2", ("c_fc", "gelu", "c_proj")
+    _path, _attention = "transformer.resblocks", "attn.in_proj_weight"
 
     def __init__(self, visual: Any) -> None:
         blocks, width = visual.transformer.resblocks, visual.conv1.out_channels
@@ -135,6 +189,7 @@ class TimmTower(Tower):
     """timm's `VisionTransformer` inside open_clip's `TimmModel`; it never drops paths in eval."""
 
     _norm, _scale, _ffn = "norm2", "ls2", ("fc1", "act", "fc2")
+    _path, _attention = "trunk.blocks", "attn.qkv.weight"
 
     def __init__(self, visual: Any) -> None:
         trunk = self._trunk = visual.trunk

@@ -1,6 +1,6 @@
 """Base classes of parts: a transform of class embeddings, or hooks in the ViT."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +53,7 @@ class VisualPart(nn.Module):
     # The block after whose attention tokens may still be kept: nothing before that is changed.
     keeps_up_to: int
     starts_frozen = True  # whether a new part leaves the tower's output as it is, to the bit
+    only_weights = False  # whether it does nothing but update weights, so that it can be merged
 
     @classmethod
     def build(cls, tower: Tower, context: BuildContext) -> "VisualPart":
@@ -63,6 +64,13 @@ class VisualPart(nn.Module):
     def obstacle(cls, tower: Tower) -> str | None:
         """Return why this tower cannot have the part; None where it can."""
         return None
+
+    def weight_updates(self) -> Mapping[str, Tensor]:
+        """Return what is added to weights of the tower at κ = 1, by their names in it.
+
+        Only a part of `only_weights` may have any: they are merged at export.
+        """
+        return {}
 
     def before_attention(
         self, block: int, tokens: Float[Tensor, "batch tokens width"]

@@ -76,6 +76,14 @@ class VisualTuner(nn.Module):
             shortcut: compute only the class token in the last block, where nothing else is read:
                 faster, and equal but for rounding.
         """
+        updates = {
+            name: times(self.strength, update)
+            for part in self._parts
+            for name, update in part.weight_updates().items()
+        }
+        return tower.with_updates(updates, lambda: self._rest(tower, tokens, alpha, shortcut))
+
+    def _rest(self, tower: Tower, tokens: Tensor, alpha: Tensor | None, shortcut: bool) -> Encoded:
         scaled = self.alpha if alpha is None else alpha[:, None, None]
         scaled = None if scaled is None else times(self.strength, scaled)
         routed: list[Tensor] = []
@@ -105,6 +113,21 @@ class VisualTuner(nn.Module):
             part.fold(folded.alpha * folded.strength, folded.strength)
         folded.alpha = folded.strength = None
         return folded
+
+    @torch.no_grad()
+    def merge(self, visual: nn.Module) -> "VisualTuner | None":
+        """Add folded updates of weights to a tower in place; return what remains, None if nothing.
+
+        Args:
+            visual: a copy of the tower that the parts were built for.
+        """
+        for part in self._parts:
+            for name, update in part.weight_updates().items():
+                visual.get_parameter(name).add_(update)
+        remaining = {name: part for name, part in self.parts.items() if not part.only_weights}
+        self.parts = nn.ModuleDict(remaining)
+        self._parts = tuple(part for part in self._parts if not part.only_weights)
+        return self if self._parts else None
 
     def layers_read(self, tower: Tower) -> tuple[nn.Module, ...]:
         """Return the tower's layers whose weights the parts read, so that they must stay."""

@@ -47,7 +47,8 @@ class VisualClassifier(nn.Module):
     ) -> None:
         """Copy the visual tower; fold normalisation and colour map into its first convolution.
 
-        `tuner` goes into the graph with its constant α and κ. Where the first convolution pads its
+        `tuner` goes into the graph with its constant α and κ, or into the weights where it only
+        updates these. Where the first convolution pads its
         input (CLIP's ResNets), folding would not be exact, for a padded zero means the mean colour
         there; such towers get an explicit normalisation.
 
@@ -61,9 +62,9 @@ class VisualClassifier(nn.Module):
         """
         super().__init__()
         copied = copy.deepcopy(backbone.model.visual)
+        self.tuner = None if tuner is None else tuner.folded().merge(copied)
         self.visual: Any = simplified_convolutions(copied, backbone.preprocess.size)
         simplify_attention(self.visual, fused_attention)
-        self.tuner = None if tuner is None else tuner.folded()
         self._tower = None
         if self.tuner is not None:
             self._tower = open_tower(self.visual, backbone.preprocess.size)

@@ -20,6 +20,7 @@ from tests.capt_train.clip.test_vision_tower import in_timm_model
 from tests.configs import train_config
 from tests.export.graph.test_convolutions import settled
 
+BOTH = ("adapter", "sample-experts")
 TRUNKS = ("tf_efficientnet_lite0", "resnet10t", "convnext_atto", "fastvit_t8", "repvgg_a0")
 SIZE = (64, 64)
 
@@ -76,8 +77,18 @@ def test_open_clips_resnet_is_taken_apart_to_its_attention_pooling(write_model):
     tower = backbone.tower
     assert isinstance(tower, ConvTower)
     assert tower.depth == 6
-    assert left_out(backbone, train_config(data="", model="")) == []
-    (said,) = left_out(backbone, train_config(data="", model="", added=("visual-prompts",)))
+    assert left_out(backbone, train_config(data="", model="", added=BOTH)) == []
+    (said,) = left_out(
+        backbone,
+        train_config(
+            data="",
+            model="",
+            added=(
+                *BOTH,
+                "visual-prompts",
+            ),
+        ),
+    )
     assert said.endswith("left out: visual-prompts")
 
 

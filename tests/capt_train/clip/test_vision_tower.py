@@ -22,6 +22,7 @@ from capt_train.data.fewshot import FewShotSplit
 from capt_train.method.learner import left_out, make_learner
 from tests.configs import train_config
 
+BOTH = ("adapter", "sample-experts")
 OPEN_CLIP: dict[str, dict[str, Any]] = {
     "token": {},
     "oblong": {"image_size": [16, 32], "layers": 3},
@@ -264,7 +265,7 @@ def test_another_open_clip_tower_is_left_alone_and_said(write_model, vision):
     assert kind in said
     assert "left out: adapter, sample-experts, visual-prompts" in said
     assert left_out(backbone, train_config(data="", model="", method="coop")) == []
-    (said,) = left_out(backbone, train_config(data="", model="", without=("adapter",)))
+    (said,) = left_out(backbone, train_config(data="", model="", without=("adapter",), added=BOTH))
     assert said.endswith("left out: sample-experts")
     learner = learner_of(backbone, config)
     assert learner.visual is None
@@ -278,8 +279,8 @@ def learner_of(backbone: Backbone, config: TrainConfig) -> Any:
 
 
 def test_what_a_tower_cannot_have_is_said(make_visual, tiny_model_dir):
-    config = train_config(data="", model="")
-    no_experts = train_config(data="", model="", without=("sample-experts",))
+    config = train_config(data="", model="", added=BOTH)
+    no_experts = train_config(data="", model="", without=("sample-experts",), added=BOTH)
     for visual, reason in (
         (make_visual("mean")[0], "does not end in a class token"),
         (small_timm(mlp_layer=GluMlp), "FFN is not two linear layers"),
@@ -296,13 +297,16 @@ def test_what_a_tower_cannot_have_is_said(make_visual, tiny_model_dir):
 def test_what_a_single_block_cannot_have_is_said(write_model):
     folder = write_model(vision_cfg={"layers": 1})
     backbone = load_backbone(f"local-dir:{folder}", None, torch.device("cpu"))
-    config = train_config(data="", model="")
+    config = train_config(data="", model="", added=BOTH)
     (said,) = left_out(backbone, config)
     assert said.endswith("left out: adapter")
     learner = learner_of(backbone, config)
     assert [*learner.visual.parts] == ["sample-experts"]
     assert (
-        learner_of(backbone, train_config(data="", model="", without=("experts",))).visual is None
+        learner_of(
+            backbone, train_config(data="", model="", without=("experts",), added=BOTH)
+        ).visual
+        is None
     )
 
 
@@ -344,4 +348,4 @@ def test_open_clips_own_timm_model_can_be_reached(write_model):
     tower = backbone.tower
     assert isinstance(tower, TimmTower) and backbone.tower is tower  # opened once
     assert (tower.depth, tower.width, tower.grid) == (6, 64, (10, 10))
-    assert left_out(backbone, train_config(data="", model="")) == []
+    assert left_out(backbone, train_config(data="", model="", added=BOTH)) == []

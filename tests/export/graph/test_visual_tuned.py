@@ -25,6 +25,7 @@ from export.graph.visual import VisualClassifier
 from export.source.fold import FoldedHead
 from tests.configs import train_config
 
+BOTH = ("adapter", "sample-experts")
 VOCABULARY = 49408
 TOWERS: dict[str, dict[str, Any]] = {
     "token": {"image_size": [16, 24], "layers": 4},
@@ -50,7 +51,15 @@ CONVOLUTIONAL = ("resnet", "efficientnet")
 
 def tuned(backbone: Backbone, noise: float, **settings: Any) -> Learner:
     """Return random parts, far from their start, at α 0.7 and κ 0.5."""
-    config = train_config(data="", model="", added=("visual-prompts",), **settings)
+    config = train_config(
+        data="",
+        model="",
+        added=(
+            *BOTH,
+            "visual-prompts",
+        ),
+        **settings,
+    )
     split = FewShotSplit(("red ball", "blue sky"), (0, 1), (), (), {})
     zero_shot = backbone.class_embeddings(split.class_names, config.prompt.templates)
     learner = make_learner(backbone, config, split, zero_shot)
