@@ -44,7 +44,7 @@ MODELS = (
 # Keys of a row that say whether a part is possible, in the order of the columns.
 PARTS = (
     *("prompt", "text-prompts", "mixture", "semantic-experts", "colours"),
-    *("adapter", "sample-experts", "visual-prompts"),
+    *("adapter", "sample-experts", "visual-prompts", "lora", "layer-norm"),
 )
 _TITLES = {"text-prompts": "deep text prompts, blocks", "normalisation": "normalisation, exported"}
 DOCS = Path(__file__).parents[1] / "docs" / "families.md"

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from capt_train.clip.conv_tower import ConvTower
-from capt_train.clip.vision_tower import OpenClipTower, TimmTower, Tower
+from capt_train.clip.vision_tower import EvaTower, OpenClipTower, TimmTower, Tower
 
 _TOLERANCE = 1e-4  # of features that are of the order of one
 
@@ -25,7 +25,7 @@ def open_tower(visual: nn.Module, size: tuple[int, int]) -> Tower | None:
     pixels = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)).to(parameter)
     expected = visual(pixels)
     expected = expected[0] if isinstance(expected, tuple) else expected  # CoCa: tokens as well
-    for kind in (OpenClipTower, TimmTower, partial(ConvTower, pixels=pixels)):
+    for kind in (OpenClipTower, TimmTower, EvaTower, partial(ConvTower, pixels=pixels)):
         try:
             tower: Tower = kind(visual)
             tokens = tower.prefix(pixels, 0)

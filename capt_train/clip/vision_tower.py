@@ -214,3 +214,42 @@ class TimmTower(Tower):
     def pool(self, tokens: Tensor) -> Tensor:  # noqa: D102
         trunk = self._trunk
         return self._visual.head(trunk.forward_head(trunk.norm(tokens)))  # type: ignore[no-any-return]
+
+
+class EvaTower(TimmTower):
+    """timm's `Eva` inside open_clip's `TimmModel`: a ViT with rotary embeddings."""
+
+    def __init__(self, visual: Any) -> None:
+        trunk = self._trunk = visual.trunk
+        Tower.__init__(self, visual, trunk.blocks, trunk.embed_dim, trunk.patch_embed.grid_size)
+        self.leading = int(trunk.num_prefix_tokens)
+        self.pools_class_token = trunk.attn_pool is None and trunk.global_pool == "token"
+
+    def embed(self, images: Tensor) -> Tensor:  # noqa: D102
+        tokens, _ = self._trunk._pos_embed(self._trunk.patch_embed(images))
+        return self._trunk.norm_pre(tokens)  # type: ignore[no-any-return]
+
+    def attend(self, block: int, tokens: Tensor, first_only: bool = False) -> Tensor:  # noqa: D102
+        layers, rope = self._blocks[block], self._trunk.rope
+        rotation = None if rope is None else rope.get_embed()
+        attended = layers.attn(layers.norm1(tokens), rope=rotation)
+        attended = tokens + _scaled(attended, layers.gamma_1)
+        return attended[:, :1] if first_only else attended
+
+    def feed(self, block: int, tokens: Tensor, update: Tensor | None = None) -> Tensor:  # noqa: D102
+        layers = self._blocks[block]
+        output = layers.mlp(self.before_ffn(block, tokens))
+        output = output if update is None else output + update
+        return tokens + _scaled(output, layers.gamma_2)
+
+    def linear_weights(self, block: int) -> dict[str, int]:  # noqa: D102
+        weights = super().linear_weights(block)
+        name = f"{self._path}.{block}.{self._attention}"
+        if self._blocks[block].attn.qkv is None:  # three layers in place of one
+            del weights[name]
+            weights |= {name.replace("qkv", f"{x}_proj"): 1 for x in "qkv"}
+        return weights
+
+
+def _scaled(values: Tensor, gamma: Tensor | None) -> Tensor:
+    return values if gamma is None else gamma * values

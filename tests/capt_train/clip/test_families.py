@@ -28,7 +28,7 @@ BOTH = frozenset({"adapter", "sample-experts"})
 VISUAL_PARTS = {
     "ViT-B-16": BOTH,
     "RN50": BOTH,
-    "EVA02-B-16": frozenset(),
+    "EVA02-B-16": frozenset({"adapter"}),
     "vit_medium_patch16_gap_256": frozenset({"adapter"}),
     "MobileCLIP-S1": BOTH,
     "MobileCLIP-B": BOTH,

@@ -16,7 +16,7 @@ from torch.nn import functional
 from capt_train.clip.backbone import Backbone
 from capt_train.clip.loading import load_backbone
 from capt_train.clip.open_tower import open_tower
-from capt_train.clip.vision_tower import OpenClipTower, TimmTower
+from capt_train.clip.vision_tower import EvaTower, OpenClipTower, TimmTower
 from capt_train.config import TrainConfig
 from capt_train.data.fewshot import FewShotSplit
 from capt_train.method.learner import left_out, make_learner
@@ -215,6 +215,23 @@ def test_a_distilled_vit_reads_two_tokens():
     assert not tower.pools_class_token
 
 
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@torch.no_grad()
+def test_a_rotary_vit_is_taken_apart(pool):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        trunk = create_model(
+            "eva02_tiny_patch14_224", num_classes=0, depth=2, img_size=28, global_pool=pool
+        )
+    visual = in_timm_model(trunk)
+    tower = open_tower(visual, (28, 28))
+    assert isinstance(tower, EvaTower)
+    assert (tower.depth, tower.grid) == (2, (2, 2))
+    assert tower.pools_class_token == (pool == "token")
+    for name, stack in tower.linear_weights(1).items():
+        assert tower.weight(name).shape[0] % stack == 0
+
+
 @pytest.mark.parametrize("mlp", [GluMlp, SwiGLU], ids=["one gated layer", "two layers in"])
 @torch.no_grad()
 def test_a_gated_ffn_is_no_two_linear_layers(mlp):
@@ -237,14 +254,12 @@ def test_an_ffn_with_a_norm_inside_is_no_two_linear_layers():
 @pytest.mark.parametrize(
     ("trunk", "size"),
     [
-        ("eva02_tiny_patch14_224", 224),  # rotary
         ("vit_pwee_patch16_reg1_gap_256", 256),  # attention and FFN side by side
         ("xcit_nano_12_p16_224", 224),  # its attention needs the grid
     ],
 )
 def test_another_timm_model_is_left_alone(trunk, size):
-    options = {"depth": 1} if "eva" in trunk else {}
-    visual = in_timm_model(create_model(trunk, num_classes=0, **options))
+    visual = in_timm_model(create_model(trunk, num_classes=0))
     assert open_tower(visual, (size, size)) is None
 
 
