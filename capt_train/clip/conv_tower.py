@@ -37,30 +37,32 @@ class ConvTower(Tower):
         self._visual = visual
         trunk = getattr(visual, "trunk", None)
         feature_map = None if trunk is None else trunk.forward_features(pixels)
-        values, block = pixels, list[str]()
-        self._pieces: list[list[str]] = []  # names of the layers of each block but the last
+        values = pixels
+        maps: dict[str, Tensor] = {}  # behind each layer
+        for name in _layers(visual, "" if trunk is None else "trunk."):
+            values = visual.get_submodule(name)(values)
+            if values.dim() != 4:
+                break
+            maps[name] = values
+        names = [*maps]
+        if feature_map is not None:
+            ends = [place for place, m in enumerate(maps.values()) if _same(m, feature_map)]
+            names = names[: ends[-1] + 1] if ends else []
+        if not names:
+            raise ValueError("the tower does not run its layers one after the other")
+        self._pieces: list[list[str]] = [[]]  # names of the layers of each block
         shapes: list[MapShape] = []
-        for name in _layers(visual):
-            layer = visual.get_submodule(name)
-            after = layer(values)
-            if after.dim() != 4:
-                break
-            values = after
-            block.append(name)
-            if any(True for _ in layer.children()) and not isinstance(layer, _NORMS):
-                self._pieces.append(block)
-                shapes.append(_shape(values))
-                block = []
-            if feature_map is not None and _same(values, feature_map):
-                break
-        if values is pixels:
-            raise ValueError("the tower does not begin with a convolution")
-        self._tail = block  # layers between the last block and the pooling
+        for layer in names:
+            self._pieces[-1].append(layer)
+            if _is_block(visual.get_submodule(layer)):
+                shapes.append(_shape(maps[layer]))
+                self._pieces.append([])
+        self._tail = self._pieces.pop()  # layers between the last block and the pooling
         self._pooling = "" if trunk is not None else name
-        pooled = self._pooled(values)
+        pooled = self._pooled(maps[names[-1]])
         self._splits = trunk is not None and pooled.dim() == 2
         if not self._splits:
-            pooled = self._features(values)
+            pooled = self._features(maps[names[-1]])
         shapes.append(MapShape(pooled.shape[-1], (1, 1)))
         self._shapes = shapes
         self._grids = [_shape(pixels).grid, *(shape.grid for shape in shapes)]  # before each block
@@ -134,11 +136,15 @@ class ConvTower(Tower):
         return self._visual.head(self._visual.trunk.forward_head(values))  # type: ignore[no-any-return]
 
 
-def _layers(visual: nn.Module) -> Iterator[str]:
+def _layers(visual: nn.Module, start: str = "") -> Iterator[str]:
     """Yield the names of the tower's layers; those of stages one by one."""
-    for name, child in visual.named_children():
+    for name, child in visual.get_submodule(start.removesuffix(".")).named_children():
         stage = isinstance(child, (nn.Sequential, nn.ModuleList)) or hasattr(child, "blocks")
-        yield from (f"{name}.{layer}" for layer in _layers(child)) if stage else (name,)
+        yield from _layers(visual, f"{start}{name}.") if stage else (f"{start}{name}",)
+
+
+def _is_block(layer: nn.Module) -> bool:
+    return any(True for _ in layer.children()) and not isinstance(layer, _NORMS)
 
 
 def _shape(values: Tensor) -> MapShape:

@@ -21,7 +21,7 @@ from tests.configs import train_config
 from tests.export.graph.test_convolutions import settled
 
 BOTH = ("adapter", "sample-experts")
-TRUNKS = ("tf_efficientnet_lite0", "resnet10t", "convnext_atto", "fastvit_t8", "repvgg_a0")
+TRUNKS = ("tf_efficientnet_lite0", "resnet10t", "convnext_atto", "fastvit_t8")
 SIZE = (64, 64)
 
 

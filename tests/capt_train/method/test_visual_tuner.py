@@ -26,6 +26,7 @@ from capt_train.method.learner import Learner, make_learner
 from capt_train.method.sample_experts import SampleExperts
 from capt_train.method.visual_prompts import VisualPrompts
 from capt_train.method.visual_tuner import VisualTuner
+from capt_train.parts import members
 from tests.configs import train_config
 
 CHANGED = {"adapter_depth": 2, "experts": 2, "rank": 3}  # equal to the frozen at first
@@ -388,8 +389,16 @@ def test_a_timm_vit_is_changed_in_the_same_places(options):
 # Identity.
 
 
-def learner_of(backbone: Backbone, **settings: Any) -> Learner:
-    config = train_config(data="", model="", **settings)
+def learner_of(
+    backbone: Backbone,
+    added: tuple[str, ...] = (),
+    without: tuple[str, ...] = (),
+    **settings: Any,
+) -> Learner:
+    """Return a new learner with adapter and sample experts, as far as not taken out."""
+    both = (part for part in ("adapter", "sample-experts") if part not in members(without))
+    parts = {"added": (*both, *added), "without": without}
+    config = train_config(data="", model="", **parts, **settings)
     split = FewShotSplit(("red ball", "blue sky"), (0, 1), (), (), {})
     zero_shot = backbone.class_embeddings(split.class_names, config.prompt.templates)
     return make_learner(backbone, config, split, zero_shot)
