@@ -94,7 +94,7 @@ def test_both_sides_say_what_open_clip_says(family_dir: Callable[[str], Path], n
 def test_a_tuned_text_side_says_what_open_clip_says_with_its_vectors(
     run_of: Callable[..., TunedModel], family_dir: Callable[[str], Path], name: str
 ) -> None:
-    tuned = run_of(name, without=("colours", "visual"))
+    tuned = run_of(name, method="coop")
     model, _, tokenizer = opened(family_dir(name))
     (context,) = (own.context for own in tuned.learner.prompts)
     first = 0 if name == "ViT-B-16-SigLIP" else 1

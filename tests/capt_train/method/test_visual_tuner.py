@@ -398,7 +398,7 @@ def learner_of(
     """Return a new learner with adapter and sample experts, as far as not taken out."""
     both = (part for part in ("adapter", "sample-experts") if part not in members(without))
     parts = {"added": (*both, *added), "without": without}
-    config = train_config(data="", model="", **parts, **settings)
+    config = train_config(data="", model="", method="coop", **parts, **settings)
     split = FewShotSplit(("red ball", "blue sky"), (0, 1), (), (), {})
     zero_shot = backbone.class_embeddings(split.class_names, config.prompt.templates)
     return make_learner(backbone, config, split, zero_shot)

@@ -28,7 +28,8 @@ def dataset(photos: Path) -> Dataset:
 
 
 def make(backbone: Backbone, method: str = "capt") -> Learner:
-    config = TrainConfig(data="", model="", method=method)
+    added = ("adapter", "sample-experts") if method == "capt" else ()
+    config = TrainConfig(data="", model="", method=method, added=added)
     split = FewShotSplit(("red ball", "blue sky"), (0, 1), (), (), {})
     zero_shot = backbone.class_embeddings(split.class_names, config.prompt.templates)
     return make_learner(backbone, config, split, zero_shot)
