@@ -58,11 +58,11 @@ class ConvTower(Tower):
                 shapes.append(_shape(maps[layer]))
                 self._pieces.append([])
         self._tail = self._pieces.pop()  # layers between the last block and the pooling
-        self._pooling = "" if trunk is not None else name
-        pooled = self._pooled(maps[names[-1]])
-        self._splits = trunk is not None and pooled.dim() == 2
-        if not self._splits:
-            pooled = self._features(maps[names[-1]])
+        self._pooling = name if trunk is None else None
+        last = maps[names[-1]]
+        # whether the linear projection behind the pooling can be reached
+        self._splits = trunk is not None and self._pooled(last).dim() == 2
+        pooled = self._pooled(last) if self._splits else self._features(last)
         shapes.append(MapShape(pooled.shape[-1], (1, 1)))
         self._shapes = shapes
         self._grids = [_shape(pixels).grid, *(shape.grid for shape in shapes)]  # before each block
@@ -121,9 +121,7 @@ class ConvTower(Tower):
         return pooled[:, None]
 
     def _pooled(self, values: Tensor) -> Tensor:
-        """Return what enters the linear projection, where that can be told."""
-        if self._pooling:
-            return values
+        """Return the pooled features in front of the linear projection."""
         return self._visual.trunk.forward_head(values, pre_logits=True)  # type: ignore[no-any-return]
 
     def _project(self, pooled: Tensor) -> Tensor:
