@@ -48,9 +48,9 @@ class VisualClassifier(nn.Module):
         """Copy the visual tower; fold normalisation and colour map into its first convolution.
 
         `tuner` goes into the graph with its constant α and κ, or into the weights where it only
-        updates these. Where the first convolution pads its
-        input (CLIP's ResNets), folding would not be exact, for a padded zero means the mean colour
-        there; such towers get an explicit normalisation.
+        updates these. Where the first convolution pads its input (CLIP's ResNets), folding would
+        not be exact, for a padded zero means the mean colour there; such towers get an explicit
+        normalisation.
 
         Args:
             backbone: the model with the tower.
