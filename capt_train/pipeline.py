@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from capt_deploy.core.console import say
+from capt_deploy.core.console import say, table
 from capt_deploy.core.errors import ConfigError
 from capt_deploy.core.files import expand_home, write_json
 from capt_deploy.data.datasets import Item
 from capt_deploy.evaluation.evaluate import Report, Scores
+from capt_deploy.evaluation.summary import choice_notes, choice_rows
 from capt_train.calibrate.label_noise import fit_label_noise
 from capt_train.config import TrainConfig
 from capt_train.confusion.bank import ConfusionBank
@@ -182,7 +183,8 @@ def _choice(
             return None
         choice = choose(task, make, new_classes=config.classes == "base")
         runs.write_choice(out, choice)
-        say(choice.describe())
+        values = choice.to_dict()
+        say("\n".join([table(*choice_rows(values)), *choice_notes(values)]))
     return runs.read_choice(out)
 
 

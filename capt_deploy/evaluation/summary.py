@@ -11,6 +11,7 @@ NO_ZERO_SHOT = (
     "model; to compare with it, evaluate the run"
 )
 _MOST_NAMES = 3
+_STANDARD_ERRORS = 2.0  # a gain must exceed 0 by this many to be called one
 
 
 def summary(report: Report) -> str:
@@ -45,6 +46,57 @@ def summary(report: Report) -> str:
         more = ", …" if len(skipped) > _MOST_NAMES else ""
         lines.append(f"{counted(len(skipped), 'image')} could not be read: {names}{more}")
     return "\n".join(lines)
+
+
+def choice_rows(choice: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of what a run kept of prompt, map and rows, the kept one marked.
+
+    Args:
+        choice: the content of the run's `choice.json`.
+    """
+    kept = _family(choice["chosen"])
+    rows = [
+        [
+            ("→ " if _family(row["candidate"]) == kept else "") + _family(row["candidate"]),
+            percent(row["accuracy_tuned"], "-"),
+            percent(row["accuracy_new"], "-"),
+            f"{row['nll']:.3f}",
+            f"{row['behind']:.3f} ± {row['error']:.3f}",
+        ]
+        for row in choice["table"]
+    ]
+    if choice["linear_probe"] is not None:
+        rows.append(["logistic regression", percent(choice["linear_probe"]), "-", "-", "-"])
+    header = ["held-out photos", "right, %", "new classes, %", "NLL", "behind the best"]
+    keep = [0, 1, 3, 4] if all(row[2] == "-" for row in rows) else range(len(header))
+    return [header[i] for i in keep], [[row[i] for i in keep] for row in rows]
+
+
+def choice_notes(choice: Mapping[str, Any]) -> list[str]:
+    """Return sentences on how the choice was made, and whether anything was gained."""
+    tuned, new = choice["images"]["tuned"], choice["images"]["new"]
+    judges = [counted(tuned, "photo") + " of classes that were tuned on"] if tuned else []
+    judges += [counted(new, "photo") + " of classes that were left out"] if new else []
+    notes = [
+        f"Judged by {' and '.join(judges)}, each by a tuning that had not seen it. Kept: the "
+        "simplest within one standard error of the best."
+    ]
+    frozen = next((row for row in choice["table"] if not _family_parts(row["candidate"])), None)
+    if frozen is not None and frozen["behind"] <= _STANDARD_ERRORS * frozen["error"]:
+        notes.append(
+            f"No gain measured over zero-shot: the NLL falls by {frozen['behind']:.3f} ± "
+            f"{frozen['error']:.3f}. More photos would help, first of the classes with the fewest."
+        )
+    return notes
+
+
+def _family(candidate: Mapping[str, Any]) -> str:
+    return " + ".join(_family_parts(candidate)) or "zero-shot"
+
+
+def _family_parts(candidate: Mapping[str, Any]) -> list[str]:
+    used = {"prompt": candidate["prompt"], "map": candidate["side"], "rows": candidate["weight"]}
+    return [name for name, value in used.items() if value]
 
 
 def changes(counts: Mapping[str, int]) -> list[str]:

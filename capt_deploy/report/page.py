@@ -11,7 +11,7 @@ import numpy as np
 
 from capt_deploy.core.console import counted
 from capt_deploy.core.version import __version__
-from capt_deploy.evaluation.summary import percent
+from capt_deploy.evaluation.summary import choice_notes, percent
 from capt_deploy.report import plots, tables
 from capt_deploy.report.confusions import count_confusions, order_by_confusion
 from capt_deploy.report.measure import FEW
@@ -87,6 +87,8 @@ def _environment() -> "Environment":
 def _texts(results: Results) -> dict[str, Any]:
     """Return the variables that both templates show."""
     columns, rows = tables.headline(results)
+    provenance = dict(results.evaluation.provenance)
+    choice = provenance.pop("choice", None)
     return {
         "made_by": f"{MADE_BY} {__version__}",
         "results": results,
@@ -101,9 +103,9 @@ def _texts(results: Results) -> dict[str, Any]:
         "promises": tables.promise_table(results),
         "pairs": tables.pair_table(results),
         "classes": tables.class_table(results),
-        "provenance": tables.Table(
-            ("what", "value"), list(tables.flattened(results.evaluation.provenance))
-        ),
+        "choice": tables.choice_table(results),
+        "choice_notes": choice_notes(choice) if choice else [],
+        "provenance": tables.Table(("what", "value"), list(tables.flattened(provenance))),
     }
 
 

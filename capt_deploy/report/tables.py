@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from capt_deploy.core.console import counted
-from capt_deploy.evaluation.summary import changes, percent, worse_than_zero_shot
+from capt_deploy.evaluation.summary import changes, choice_rows, percent, worse_than_zero_shot
 from capt_deploy.report.measure import FEW, MeasuredModel
 from capt_deploy.report.promises import Promise
 from capt_deploy.report.results import Results
@@ -171,6 +171,15 @@ def _measured(promise: Promise) -> str:
         return "no photo is answered"
     answered = f"{percent(promise.accepted)} % answered"
     return f"{promise.verdict}: {percent(promise.measured)} % ({answered})"
+
+
+def choice_table(results: Results) -> Table | None:
+    """Return what held-out photos decided in the run; None where nothing was to decide."""
+    choice = results.evaluation.provenance.get("choice")
+    if not choice:
+        return None
+    header, rows = choice_rows(choice)
+    return Table(header, rows, header[1:])
 
 
 def flattened(value: Any, *path: str) -> Iterator[tuple[str, str]]:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from capt_deploy.core.console import counted, progress
+from capt_deploy.core.console import progress
 from capt_deploy.core.errors import RunError
 from capt_train.calibrate.temperature import calibrated_losses, fit_temperature
 from capt_train.method.class_map import mapped
@@ -27,7 +27,6 @@ _FOLDS = 4
 _FEWEST_CLASSES = 4  # two to tune on and two to hold out
 _OFFSETS = tuple(step / 4 for step in range(-32, 33))  # δ in nats
 _MOST_VALIDATED = 2000  # images that judge; more would hardly decide otherwise
-_STANDARD_ERRORS = 2.0  # a gain must exceed 0 by this many to be called one
 _PROBE_C = 100.0  # inverse ridge of the logistic regression; embeddings have unit norm
 
 
@@ -82,32 +81,6 @@ class Choice:
             "linear_probe": self.linear_probe,
             "images": dict(self.images),
         }
-
-    def describe(self) -> str:
-        """Return the table as text, the chosen family marked."""
-        lines = [
-            f"on {counted(self.images['tuned'], 'held-out photo')}"
-            + (f" and {self.images['new']} of held-out classes" if self.images["new"] else "")
-            + ":",
-            f"  {'':<18} {'right':>6} {'new':>6} {'NLL':>7}  behind the best",
-        ]
-        for row in self.table:
-            mark = "→" if row.candidate.family == self.chosen.family else " "
-            lines.append(
-                f"{mark} {_title(row.candidate):<18} {_percent(row.accuracy_tuned):>6} "
-                f"{_percent(row.accuracy_new):>6} {row.nll:>7.3f}  "
-                f"{row.behind:.3f} ± {row.error:.3f}"
-            )
-        if self.linear_probe is not None:
-            lines.append(f"  {'linear probe':<18} {_percent(self.linear_probe):>6}")
-        lines.append("kept: the simplest within one standard error of the best")
-        frozen = next((row for row in self.table if not row.candidate.family), None)
-        if frozen is not None and frozen.behind <= _STANDARD_ERRORS * frozen.error:
-            lines.append(
-                f"no gain measured over zero-shot (NLL lower by {frozen.behind:.3f} ± "
-                f"{frozen.error:.3f}); more photos would help, first of the classes with fewest"
-            )
-        return "\n".join(lines)
 
     @classmethod
     def from_dict(
@@ -398,11 +371,3 @@ def _linear_probe(folds: Sequence[_Fold]) -> float | None:
             predicted = torch.from_numpy(probe.predict(fold.images[judged].cpu().numpy()))
             hits.append((predicted == fold.labels[judged]).double())
     return float(torch.cat(hits).mean()) if hits else None
-
-
-def _title(candidate: Candidate) -> str:
-    return " + ".join(candidate.family) or "zero-shot"
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f}%"

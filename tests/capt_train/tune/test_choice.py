@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from capt_deploy.evaluation.summary import choice_notes, choice_rows
 from capt_train.data.features import Features
 from capt_train.method.class_rows import UNCHANGED
 from capt_train.method.learner import Learner
@@ -80,7 +81,7 @@ def test_names_that_know_nothing_get_rows() -> None:
 def test_names_that_know_all_are_left_alone() -> None:
     choice = decide(world([4] * 6, val=30, knows=1.0, blur=0.4))
     assert choice.chosen.family == ()
-    assert "no gain measured over zero-shot" in choice.describe()
+    assert "No gain measured over zero-shot" in " ".join(choice_notes(choice.to_dict()))
 
 
 def kept_row(choice: Choice) -> choice_module.Judgement:
@@ -205,8 +206,10 @@ def test_a_choice_survives_json_and_is_shown() -> None:
     choice = decide(world([6] * 8, knows=0.0), new_classes=True)
     read = Choice.from_dict(json.loads(json.dumps(choice.to_dict())), choice.out_of_fold)
     assert read.to_dict() == choice.to_dict() and read.chosen == choice.chosen
-    shown = choice.describe()
-    assert "zero-shot" in shown and "linear probe" in shown and "→" in shown
+    header, rows = choice_rows(choice.to_dict())
+    assert len(rows) == len(choice.table) + 1 and {len(row) for row in rows} == {len(header)}
+    assert sum(row[0].startswith("→") for row in rows) == 1
+    assert rows[0][0].endswith("zero-shot") and rows[-1][0] == "logistic regression"
 
 
 def test_nan_in_a_fold_is_an_error_that_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
