@@ -55,6 +55,7 @@ class HeldOut:
     Validation images where there are any, otherwise training images by models tuned without them.
     """
 
+    rows: Int[Tensor, " images"]  # of the training or validation images
     items: tuple[Item, ...]
     labels: Int[Tensor, " images"]  # positions among the tuned classes
     frozen: Float[Tensor, "images tuned"]  # of the frozen model
@@ -86,6 +87,9 @@ def fit(setup: Setup, outcome: Outcome, out: Path) -> TunedModel:
     _write_confusions(setup, model, outcome, held_out, out)
     if len(task.val):
         Validation(images, task.val.labels).save(out / VALIDATION)
+    elif len(held_out) and model.visual is None:
+        embeddings, labels = task.train.embeddings[held_out.rows], task.train.labels[held_out.rows]
+        Validation(embeddings, labels, held_out.tuned).save(out / VALIDATION)
     write_json(
         out / runs.RESULT,
         {
@@ -152,10 +156,12 @@ def _held_out(
         images = outcome.frozen.val
         logits = model.raw_logits(validation)[:, tuned].cpu()
         labels = task.val.labels_among(tuned)
-        return HeldOut(tuple(task.val.kept(split.val)), labels, frozen(images), logits)
+        items, rows = tuple(task.val.kept(split.val)), torch.arange(len(labels))
+        return HeldOut(rows, items, labels, frozen(images), logits)
     images = outcome.frozen.train
     if model.visual is None and choice is not None:
-        logits = choice.out_of_fold + setup.backbone.logit_bias
+        shift = setup.backbone.logit_bias - choice.outside.offset  # as `mixed_rows` has it
+        logits = choice.out_of_fold + shift
     else:
 
         def rows_of(learner: Learner) -> ClassRows:
@@ -167,7 +173,7 @@ def _held_out(
     rows = known.nonzero().squeeze(1)
     kept = images.kept(split.train)
     items = tuple(kept[row] for row in rows.tolist())
-    return HeldOut(items, task.labels[rows], frozen(images)[rows], logits[rows])
+    return HeldOut(rows, items, task.labels[rows], frozen(images)[rows], logits[rows])
 
 
 def _calibrated(
@@ -206,7 +212,7 @@ def _write_confusions(
         items = tuple(train.kept(setup.split.train))
         frozen = model.zero_shot_logits(train.embeddings)[:, tuned].cpu()
         logits = model.raw_logits(task.train.embeddings)[:, tuned].cpu()
-        images = HeldOut(items, task.labels, frozen, logits)
+        images = HeldOut(torch.arange(len(items)), items, task.labels, frozen, logits)
     before, after = (
         ConfusionBank.fill(logits, images.labels, logits[:, :0])
         for logits in (images.frozen, images.tuned)

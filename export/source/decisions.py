@@ -20,7 +20,7 @@ def decisions_from_validation(source: Source) -> Decisions | None:
     known = source.validation
     if known is None:
         merged = "runs" in source.training
-        kept_none = "the run kept no validation images; tune it with some, by this version"
+        kept_none = "the run kept no held-out images; tune it with more photos, by this version"
         why = "merged runs have none" if merged else kept_none
         say(f"note: no prediction sets and no rejection: {why}")
         return None
@@ -31,6 +31,11 @@ def decisions_from_validation(source: Source) -> Decisions | None:
         return None
     backbone = source.learner.backbone
     logits = source.rows.cpu().logits(known.embeddings, backbone.scale) + backbone.logit_bias
+    # the rows may have been fitted to these images, their logits not
+    columns = {label: column for column, label in enumerate(known.tuned)}
+    for place, label in enumerate(known.places):
+        if label in columns:
+            logits[:, place] = known.tuned_logits[:, columns[label]]
     raw = logits.numpy()
     probabilities = np.zeros(raw.shape)
     tuned = known.tuned_logits.numpy(), known.tuned_labels.numpy()

@@ -29,12 +29,13 @@ _PROVENANCE = (
 
 @dataclass(frozen=True)
 class ValidationImages:
-    """Embeddings and labels of the run's validation images, for prediction sets and rejection."""
+    """Embeddings and labels of the run's held-out images, for prediction sets and rejection."""
 
     embeddings: Float[Tensor, "images dim"]  # of the tuned model, unit norm
     labels: Int[Tensor, " images"]  # among the exported classes; -1 for any other class
     tuned_logits: Float[Tensor, "images tuned"]  # z of the classes that the run was tuned on
     tuned_labels: Int[Tensor, " images"]  # among these
+    tuned: tuple[int, ...]  # these, among the run's classes
     places: tuple[int, ...]  # of the exported classes among the run's; new classes come after them
 
 
@@ -111,11 +112,15 @@ def _validation_images(model: TunedModel) -> ValidationImages | None:
     if images is None:
         return None
     tuned = list(model.split.tuned)
+    logits = images.logits
+    if logits is None:
+        logits = model.raw_logits(images.embeddings)[:, tuned].cpu()
     return ValidationImages(
         images.embeddings,
         images.labels,
-        model.raw_logits(images.embeddings)[:, tuned].cpu(),
+        logits,
         torch.searchsorted(torch.tensor(tuned), images.labels),
+        tuple(tuned),
         tuple(range(len(model.class_names))),
     )
 
