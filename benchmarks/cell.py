@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cameras import CAMERAS, write_through
 from capt_deploy.core.errors import ConfigError
 from capt_deploy.evaluation.evaluate import Report
 from capt_train.config import TrainConfig
@@ -35,21 +36,29 @@ class World:
 def open_world(name: str) -> Iterator[World]:
     """Yield `pictograms`, rendered into a temporary folder, or a photo set of ../shared.
 
+    `objects@webcam` is `objects` through the camera of that name; see benchmarks/cameras.py.
+
     Raises:
-        ConfigError: there is no such world.
+        ConfigError: there is no such world or camera.
     """
-    if name == "pictograms":
-        with tempfile.TemporaryDirectory() as folder:
-            data = Path(folder) / "pictograms"
-            write_world(data)
-            yield World(str(data), f"local-dir:{_ROOT / 'examples/demo/model'}")
-    elif (_SHARED / "data" / name / "test").is_dir():
-        model = "tinyclip-cifar" if name.startswith("cifar100") else "lit-efficientnet"
+    name, _, camera = name.partition("@")
+    if camera and camera not in CAMERAS:
+        raise ConfigError(f"camera {camera!r}: expected one of {', '.join(CAMERAS)}")
+    photos = _SHARED / "data" / name
+    if name != "pictograms" and not (photos / "test").is_dir():
+        raise ConfigError(f"world {name!r}: expected pictograms or a folder of {photos.parent}")
+    with tempfile.TemporaryDirectory() as folder:
+        model = _SHARED / "models" / "lit-efficientnet"
+        if name == "pictograms":
+            photos, model = Path(folder) / "pictograms", _ROOT / "examples/demo/model"
+            write_world(photos)
+        elif name.startswith("cifar100"):
+            model = _SHARED / "models" / "tinyclip-cifar"
+        if camera:
+            source, photos = photos, Path(folder) / camera
+            write_through(camera, source, photos)
         classes = "all" if name in _ALL_CLASSES else "base"
-        data = _SHARED / "data" / name
-        yield World(str(data), f"local-dir:{_SHARED / 'models' / model}", classes)
-    else:
-        raise ConfigError(f"world {name!r}: expected pictograms or a folder of {_SHARED / 'data'}")
+        yield World(str(photos), f"local-dir:{model}", classes)
 
 
 def measure(config: TrainConfig, split: str) -> dict[str, Any]:

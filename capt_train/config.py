@@ -10,7 +10,6 @@ from capt_train.calibrators import CALIBRATORS
 from capt_train.parts import GROUPS, METHODS, PARTS, loss_terms, members
 from capt_train.setting_groups import (
     CalibrationSettings,
-    ColourSettings,
     ConfusionSettings,
     ExpertSettings,
     MapSettings,
@@ -80,7 +79,6 @@ class TrainConfig(SettingsGroup):
     confusion: ConfusionSettings = field(default_factory=ConfusionSettings)
     experts: ExpertSettings = field(default_factory=ExpertSettings)
     visual: VisualSettings = field(default_factory=VisualSettings)
-    colours: ColourSettings = field(default_factory=ColourSettings)
     mixture: MixtureSettings = field(default_factory=MixtureSettings)
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     losses: Mapping[str, float] = field(default_factory=dict)  # weights; the rest by default

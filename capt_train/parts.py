@@ -44,7 +44,7 @@ _TERMS = f"{_METHOD}.loss_terms"
 # In the order of METHOD.md, which is also the order in which they are composed.
 PARTS: dict[str, Part] = {
     "colours": Part(
-        "a map of the input's colours, where other images gain",
+        "a map of the input's colours to those of natural photos, where it gains",
         in_force=lambda learner: learner.recoloured,
     ),
     "prompt": Part("learned context vectors instead of the hand-written prompt"),

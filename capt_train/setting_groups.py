@@ -158,14 +158,6 @@ class VisualSettings(SettingsGroup, group="visual"):
 
 
 @dataclass(frozen=True)
-class ColourSettings(SettingsGroup, group="colours"):
-    """The map of the input's colours."""
-
-    steps: int = setting(100, "optimizer steps", at_least(4))
-    learning_rate: float = setting(0.15, "peak learning rate", ABOVE_0)
-
-
-@dataclass(frozen=True)
 class MixtureSettings(SettingsGroup, group="mixture"):
     """The mixture of hand-written and learned prompts."""
 

@@ -23,10 +23,6 @@ class ColourMap:
         mixed = torch.einsum("ij,bjhw->bihw", self.matrix.to(images), images)
         return mixed + self.offset.to(images)[:, None, None]
 
-    def detached(self) -> "ColourMap":
-        """Return a copy without a graph, on the CPU."""
-        return ColourMap(self.matrix.detach().cpu().clone(), self.offset.detach().cpu().clone())
-
     @property
     def size(self) -> int:
         """Return the number of fitted values."""

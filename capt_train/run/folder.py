@@ -49,7 +49,7 @@ FILES = {
     "text-*.safetensors": "the same of the text side, where a visual side follows",
     "validation.safetensors": "embeddings and labels of the validation images, for the export",
     BANK: "the confusion bank after its last update",
-    COLOURS: "the map of the input's colours, and how much other images gain",
+    COLOURS: "the map of the input's colours, and how much zero-shot gains by it",
     TRIAL: "the short trial of the visual side on half of the images, if there was one",
     "sentences.json, llm_answers.json": "sentences about confused pairs; answers of an LLM",
 }

@@ -11,12 +11,12 @@ from capt_deploy.core.errors import ImageError
 from capt_deploy.core.files import write_json
 from capt_deploy.data.datasets import Item
 from capt_train.clip.backbone import Backbone
-from capt_train.data.features import Embedded, Features, embed, every_second, read_pixels
+from capt_train.data.features import Embedded, Features, embed, read_pixels
 from capt_train.run.folder import COLOURS, read_colours
 from capt_train.run.setup import Setup
-from capt_train.tune.colours import ColourFit, Labelled, fit_colours
+from capt_train.tune.colours import ColourFit, fit_colours
 
-_MOST = 1024  # images to fit on, and to decide on; twelve numbers need no more
+_MOST = 256  # images to fit on; twelve numbers need no more
 
 
 def recolour(setup: Setup, frozen: Embedded, out: Path) -> tuple[Backbone, Embedded]:
@@ -38,7 +38,7 @@ def recolour(setup: Setup, frozen: Embedded, out: Path) -> tuple[Backbone, Embed
     if (out / COLOURS).exists():
         fit = read_colours(out)
     else:
-        fit = _fit(setup, frozen)
+        fit = _fit(setup, frozen.train)
         write_json(out / COLOURS, fit.to_dict())
     if fit.colours is None:
         say(f"colours of the input stay unchanged ({_reason(fit)})")
@@ -60,39 +60,28 @@ def recolour(setup: Setup, frozen: Embedded, out: Path) -> tuple[Backbone, Embed
 
 
 def _reason(fit: ColourFit) -> str:
-    if not fit.gain:
-        return "no map improves held-out images, or there are too few of them"
+    if not fit.standard_error:
+        return "there are too few training images to judge a map"
     return (
-        f"the loss of held-out images falls by {fit.gain:.3f}, "
+        f"mapping changes the zero-shot loss by {-fit.gain:+.3f}, "
         f"standard error {fit.standard_error:.3f}"
     )
 
 
-def _fit(setup: Setup, frozen: Embedded) -> ColourFit:
-    """Fit on the training images; without validation images, on every other one of a class."""
-    split, config, everything = setup.split, setup.config, frozen.train
-    deciding, fitted = frozen.val.kept(split.val), everything.kept(split.train)
-    if not deciding:
-        odd = every_second(everything.labels).tolist()
-        deciding = [item for item, chosen in zip(fitted, odd, strict=True) if chosen]
-        fitted = [item for item, chosen in zip(fitted, odd, strict=True) if not chosen]
+def _fit(setup: Setup, train: Features) -> ColourFit:
+    """Fit the map on training images, at most a fixed number, drawn by seed."""
+    draw = torch.Generator().manual_seed(setup.config.seed)
+    rows = torch.randperm(len(train), generator=draw)[:_MOST]
+    items = train.kept(setup.split.train)
     return fit_colours(
         setup.backbone,
-        setup.zero_shot[list(split.tuned)],
-        _labelled(setup, fitted),
-        _labelled(setup, deciding),
-        steps=config.colours.steps,
-        rate=config.colours.learning_rate,
-        seed=config.seed,
-    )
-
-
-def _labelled(setup: Setup, items: Sequence[Item]) -> Labelled:
-    """Decode images, at most a fixed number, drawn by seed."""
-    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(setup.config.seed))
-    chosen = [items[place] for place in order[:_MOST].tolist()]
-    tuned = torch.tensor(setup.split.tuned)
-    labels = torch.searchsorted(tuned, torch.tensor([item.label for item in chosen]))
-    return Labelled(
-        read_pixels(setup.backbone, setup.dataset, chosen, setup.config.workers), labels
+        setup.zero_shot[list(setup.split.tuned)],
+        read_pixels(
+            setup.backbone,
+            setup.dataset,
+            [items[row] for row in rows.tolist()],
+            setup.config.workers,
+        ),
+        train.labels_among(setup.split.tuned)[rows],
+        train.embeddings[rows],
     )

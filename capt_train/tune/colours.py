@@ -1,4 +1,4 @@
-"""Fit an affine map of the input's colours, before anything else is tuned (ours).
+"""Map the input's colours to those of natural photos, in closed form and where it gains (ours).
 
 A camera, lamp or scanner that washes out, tints or darkens colours shifts all images alike. No
 prompt can undo that, and adapters deep in the tower only partly; twelve numbers in front of it can.
@@ -6,42 +6,38 @@ They cost nothing at inference, because they fold into the patch convolution.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-from capt_deploy.core.console import progress
+from capt_deploy.data.preprocess import PreprocessConfig
 from capt_train.calibrate.temperature import calibrated_losses
 from capt_train.clip.backbone import Backbone
 from capt_train.clip.colour_map import ColourMap
-from capt_train.tune.epochs import learning_rate
 
-_ROUNDS = 4  # the steps are divided into rounds; after each, the deciding images are measured
-_BATCH = 64
-_EMBEDDED_AT_ONCE = 256
-_TUNED_AT_ONCE = 16  # images through the whole tower and back; more would fill a GPU
-_STANDARD_ERRORS = 2.0  # the gain must exceed 0 by this many
+# Mean of RGB in [0, 1] over the photos of CLIP (openai/CLIP, clip.py), and eigenvalues and
+# eigenvectors of the covariance over those of ImageNet (facebookarchive/fb.resnet.torch,
+# datasets/imagenet.lua, for the lighting of Krizhevsky et al. 2012).
+_MEAN = (0.4814, 0.4578, 0.4082)
+_VARIANCES = (0.2175, 0.0188, 0.0045)
+_AXES = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 
-
-@dataclass(frozen=True)
-class Labelled:
-    """Preprocessed images with their labels as positions among the tuned classes."""
-
-    pixels: UInt8[Tensor, "images height width 3"]
-    labels: Int[Tensor, " images"]
+_SMALLEST_VARIANCE = 1 / 255**2  # grey images have no colours to bring back
+_FIRST = 64  # images that can rule the map out
+_FEWEST = 8  # images that can decide; fewer have no meaningful standard error
+_STANDARD_ERRORS = 2.0  # by which the gain must exceed 0
 
 
 @dataclass(frozen=True)
 class ColourFit:
-    """The fitted map, if it gains, and its gain."""
+    """The colour map, if it gains, and its gain."""
 
     colours: ColourMap | None  # None: no gain, images stay unchanged
-    gain: float  # of the best map, in calibrated NLL on the deciding images
+    gain: float  # in calibrated NLL of the hand-written prompt on training images
     standard_error: float  # of the gain
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,107 +60,75 @@ class ColourFit:
         return cls(colours, *figures)
 
 
-class _Trained(nn.Module):
-    """The map during fitting, as the exponential of a matrix that starts as the identity.
+def natural_colours(
+    pixels: UInt8[Tensor, "images height width 3"], preprocess: PreprocessConfig
+) -> ColourMap:
+    """Return the map that gives the pixels the mean and covariance of natural photos.
 
-    So it stays invertible, and dividing saturation by five is as far away as multiplying it.
-    Brightness and saturation, which cameras change most, have a parameter each besides the matrix,
-    so that their steps are larger.
+    Of all affine maps that do, it is the one that moves colours least, the Monge-Kantorovich map
+    `A = T^½·(T^½·S·T^½)^−½·T^½` from covariance S to T (Pitié and Kokaram 2007, "The linear
+    Monge-Kantorovitch linear colour mapping for example-based colour transfer").
+
+    Args:
+        pixels: preprocessed images, RGB 0-255.
+        preprocess: gives the normalisation, because the map acts on normalised pixels.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.log = nn.Parameter(torch.zeros(3, 3))
-        self.log_gains = nn.Parameter(torch.zeros(2))
-        self.offset = nn.Parameter(torch.zeros(3))
-        self.grey: Tensor
-        self.register_buffer("grey", torch.full((3, 3), 1 / 3))
-
-    def forward(self) -> ColourMap:
-        colour = torch.eye(3, device=self.grey.device) - self.grey
-        log = self.log + self.log_gains[0] * self.grey + self.log_gains[1] * colour
-        return ColourMap(torch.matrix_exp(log), self.offset)
+    rgb = pixels.reshape(-1, 3).double() / 255
+    floor = _SMALLEST_VARIANCE * torch.eye(3, dtype=torch.float64)
+    axes, mean = rgb.new_tensor(_AXES), rgb.new_tensor(_MEAN)
+    root = _power(axes @ rgb.new_tensor(_VARIANCES).diag() @ axes.T, 0.5)
+    matrix = root @ _power(root @ (torch.cov(rgb.T) + floor) @ root, -0.5) @ root
+    offset = mean - matrix @ rgb.mean(dim=0)
+    # x = σ·n + μ, for normalised pixels n
+    centre, deviation = rgb.new_tensor(preprocess.mean), rgb.new_tensor(preprocess.std)
+    return ColourMap(
+        (matrix * deviation / deviation[:, None]).float(),
+        ((matrix @ centre + offset - centre) / deviation).float(),
+    )
 
 
 def fit_colours(
     backbone: Backbone,
     reference: Float[Tensor, "classes dim"],
-    train: Labelled,
-    deciding: Labelled,
-    *,
-    steps: int,
-    rate: float,
-    seed: int,
+    pixels: UInt8[Tensor, "images height width 3"],
+    labels: Int[Tensor, " images"],
+    embeddings: Float[Tensor, "images dim"],
 ) -> ColourFit:
-    """Fit the map by cross-entropy with the hand-written prompt; keep it if other images gain.
+    """Return the map to natural colours, if it helps the hand-written prompt.
 
-    The map is kept where it lowers the calibrated NLL of `deciding` by more than two standard
-    errors of the difference, image by image. Fitting stops half-way where there is no gain at all.
-    New classes need no say: twelve numbers cannot overfit to single classes.
+    It is kept where it lowers the calibrated NLL by more than two standard errors of the
+    difference, image by image. Images and labels may be those that are tuned on: the map knows no
+    labels. Where the first images gain less than one standard error, no others are embedded.
 
     Args:
         backbone: the frozen model, without a map.
         reference: hand-written t⁰ of the tuned classes.
-        train: images to fit on.
-        deciding: other images; with fewer than two, no map is kept.
-        steps: number of steps of Adam, at least 4.
-        rate: peak learning rate.
-        seed: seed of the order of images and of mirroring.
+        pixels: preprocessed images in random order, RGB 0-255; fewer than eight keep no map.
+        labels: their classes, as positions in `reference`.
+        embeddings: the images by the frozen model.
     """
-    best = none = ColourFit(None, 0.0, 0.0)
-    if len(deciding.labels) < 2:  # one image has no standard error
-        return none
-    trained = _Trained().to(backbone.device)
-    optimizer = torch.optim.Adam(trained.parameters(), lr=rate)
-    before = _losses(backbone, reference, deciding)
-    ends = [steps * (turn + 1) // _ROUNDS for turn in range(_ROUNDS)]
-    with progress("fitting the colours", steps, "steps") as counter:
-        for step, (pixels, labels) in enumerate(_minibatches(train, steps, seed)):
-            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, 0, rate)
-            optimizer.zero_grad()
-            for part, targets in zip(
-                pixels.split(_TUNED_AT_ONCE), labels.split(_TUNED_AT_ONCE), strict=True
-            ):
-                logits = _logits(backbone.recoloured(trained()), reference, part)
-                total = functional.cross_entropy(logits, targets.to(logits.device), reduction="sum")
-                (total / len(labels)).backward()
-            optimizer.step()
-            counter.advance(1)
-            if step + 1 in ends:
-                colours = trained().detached()
-                gains = before - _losses(backbone.recoloured(colours), reference, deciding)
-                gain = float(gains.mean())  # NaN is no gain
-                if gain > best.gain:
-                    best = ColourFit(colours, gain, float(gains.std()) / len(gains) ** 0.5)
-                elif best is none and 2 * (step + 1) >= steps:
-                    break
-    sure = best.gain > _STANDARD_ERRORS * best.standard_error
-    return best if sure else replace(best, colours=None)
+    count = len(labels)
+    if count < _FEWEST:
+        return ColourFit(None, 0.0, 0.0)
+    colours = natural_colours(pixels, backbone.preprocess)
+    mapped, texts, after = backbone.recoloured(colours), reference.cpu(), embeddings[:0]
+    gain = error = 0.0
+    for end in sorted({min(_FIRST, count), count}):
+        fresh = [mapped.image_embeddings(part) for part in pixels[len(after) : end].split(_FIRST)]
+        after = torch.cat([after, *(part.cpu() for part in fresh)])
+        losses, mapped_losses = (
+            calibrated_losses(backbone.scale * rows @ texts.T, labels[:end])
+            for rows in (embeddings[:end], after)
+        )
+        gains = losses - mapped_losses
+        gain, error = float(gains.mean()), float(gains.std()) / end**0.5
+        if not gain > error:
+            break
+    kept = gain > _STANDARD_ERRORS * error
+    return ColourFit(colours if kept else None, gain, error)
 
 
-def _minibatches(images: Labelled, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield random minibatches, half of the images mirrored; every image once before any twice."""
-    draw = torch.Generator().manual_seed(seed)
-    count, order = len(images.labels), torch.empty(0, dtype=torch.long)
-    for _ in range(steps):
-        if len(order) < min(_BATCH, count):
-            order = torch.cat([order, torch.randperm(count, generator=draw)])
-        rows, order = order[:_BATCH], order[_BATCH:]
-        mirrored = torch.rand(len(rows), 1, 1, 1, generator=draw) < 0.5
-        pixels = images.pixels[rows]
-        yield torch.where(mirrored, pixels.flip(2), pixels), images.labels[rows]
-
-
-def _logits(
-    backbone: Backbone, reference: Tensor, pixels: Tensor
-) -> Float[Tensor, "images classes"]:
-    features = backbone.model.encode_image(backbone.normalise(pixels))
-    return backbone.scale * functional.normalize(features, dim=-1) @ reference.T
-
-
-@torch.no_grad()
-def _losses(backbone: Backbone, reference: Tensor, images: Labelled) -> Float[Tensor, " images"]:
-    """Return each image's NLL at the best temperature for all of them."""
-    parts = images.pixels.split(_EMBEDDED_AT_ONCE)
-    logits = torch.cat([_logits(backbone, reference, part) for part in parts])
-    return calibrated_losses(logits, images.labels.to(logits.device)).cpu()
+def _power(matrix: Float[Tensor, "3 3"], exponent: float) -> Float[Tensor, "3 3"]:
+    """Return a power of a symmetric positive definite matrix."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors @ (values**exponent).diag() @ vectors.T

@@ -65,7 +65,6 @@ def run_of(
             "visual_epochs": 1,
             "visual_views": 2,
         }
-        few["colours_steps"] = 5
         own = {"data": str(photos), "model": f"local-dir:{family_dir(name)}", "classes": "base"}
         train(train_config(**{**own, **few, "device": "cpu", **settings}), out)
         return load_run(out)

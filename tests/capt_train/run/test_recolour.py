@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from capt_train.run.evaluate import evaluate_run
 from capt_train.run.folder import COLOURS, TunedModel, load_run
 from capt_train.run.recolour import recolour
 from capt_train.run.setup import Setup, load
-from capt_train.tune.colours import ColourFit, Labelled
+from capt_train.tune.colours import ColourFit
 from export.cli.export import main as capt_export
 
 Configure = Callable[..., TrainConfig]
@@ -59,66 +59,43 @@ def setup(configure: Configure) -> Setup:
     return replace(setup, split=own)
 
 
-@pytest.fixture
-def fitted(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, Any]]:
-    """Return what the fit is asked from now on; it always finds MAP."""
-    asked: list[Mapping[str, Any]] = []
+def pairs(pixels: Tensor, labels: list[int]) -> list[tuple[bytes, int]]:
+    images = [image.numpy().tobytes() for image in pixels]
+    return list(zip(images, labels, strict=True))
 
-    def fit(_: Any, reference: Tensor, train: Labelled, deciding: Labelled, **other: Any) -> Any:
-        asked.append({"reference": reference, "train": train, "deciding": deciding, **other})
+
+@pytest.fixture
+def fitted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Return a list of the arguments of each fit from now on; every fit returns MAP."""
+    calls: list[tuple[Any, ...]] = []
+
+    def fit(*arguments: Any) -> ColourFit:
+        calls.append(arguments)
         return ColourFit(MAP, 0.5, 0.1)
 
     monkeypatch.setattr(recolouring, "fit_colours", fit)
-    return asked
+    return calls
 
 
-def pictures(setup: Setup, items: Any) -> list[tuple[bytes, int]]:
-    """Return pixels, and the position of the class among those that are tuned."""
-    pixels = read_pixels(setup.backbone, setup.dataset, items)
-    places = [setup.split.tuned.index(item.label) for item in items]
-    return [(own.numpy().tobytes(), place) for own, place in zip(pixels, places, strict=True)]
-
-
-def shown(images: Labelled) -> list[tuple[bytes, int]]:
-    pairs = zip(images.pixels, images.labels.tolist(), strict=True)
-    return [(own.numpy().tobytes(), label) for own, label in pairs]
-
-
-def test_it_is_fitted_on_training_images_and_validation_images_decide(setup, fitted, tmp_path):
+def test_it_is_fitted_on_training_images(setup, fitted, tmp_path):
     recolour(setup, frozen_of(setup), tmp_path)
-    (asked,) = fitted
-    assert sorted(shown(asked["train"])) == sorted(pictures(setup, setup.split.train))
-    assert sorted(shown(asked["deciding"])) == sorted(pictures(setup, setup.split.val))
-    assert len(asked["train"].labels) == 6 and len(asked["deciding"].labels) == 8
-    assert torch.equal(asked["reference"], setup.zero_shot[[1, 3]])
-    config = setup.config
-    own = (config.colours.steps, config.colours.learning_rate, config.seed)
-    assert (asked["steps"], asked["rate"], asked["seed"]) == own
-
-
-def test_without_validation_every_second_image_of_a_class_decides(setup, fitted, tmp_path):
-    setup = replace(setup, split=replace(setup.split, val=()))
-    recolour(setup, frozen_of(setup), tmp_path)
-    (asked,) = fitted
-    train, deciding = shown(asked["train"]), shown(asked["deciding"])
-    assert sorted(train + deciding) == sorted(pictures(setup, setup.split.train))
-    assert not {*train} & {*deciding}
-    assert sorted(label for _, label in train) == [0, 0, 1, 1]  # of three shots
-    assert sorted(label for _, label in deciding) == [0, 1]
+    ((backbone, reference, pixels, labels, embeddings),) = fitted
+    assert torch.equal(reference, setup.zero_shot[[1, 3]])
+    expected = read_pixels(setup.backbone, setup.dataset, setup.split.train)
+    places = [setup.split.tuned.index(item.label) for item in setup.split.train]
+    assert sorted(pairs(pixels, labels.tolist())) == sorted(pairs(expected, places))
+    torch.testing.assert_close(backbone.image_embeddings(pixels), embeddings, rtol=0, atol=1e-5)
 
 
 def test_of_very_many_images_a_random_part_is_enough(setup, fitted, tmp_path, monkeypatch):
     monkeypatch.setattr(recolouring, "_MOST", 4)
     for number, seed in enumerate((1, 1, 2)):
         (tmp_path / str(number)).mkdir()
-        own = replace(setup, config=replace(setup.config, seed=seed))
-        recolour(own, frozen_of(own), tmp_path / str(number))
-    one, same, other = ([shown(asked[k]) for k in ("train", "deciding")] for asked in fitted)
-    assert [len({*images}) for images in one] == [4, 4]
-    assert one == same
-    assert [{*images} for images in one] != [{*images} for images in other]
-    assert {*one[0]} < {*pictures(setup, setup.split.train)}
-    assert {*one[1]} < {*pictures(setup, setup.split.val)}
+        seeded = replace(setup, config=replace(setup.config, seed=seed))
+        recolour(seeded, frozen_of(seeded), tmp_path / str(number))
+    first, same, other = (call[4] for call in fitted)
+    assert len(first) == 4
+    assert torch.equal(first, same) and not torch.equal(first, other)
 
 
 def test_every_image_is_embedded_through_the_map(setup, fitted, tmp_path):
@@ -142,7 +119,7 @@ def test_images_that_cannot_be_read_stay_left_out(setup, fitted, photos, tmp_pat
     setup = replace(setup, dataset=read_dataset(moved))
     frozen = frozen_of(setup)
     _, images = recolour(setup, frozen, tmp_path)
-    assert len(fitted[0]["deciding"].labels) == len(images.val) == 7
+    assert len(images.val) == 7
     kept = images.val.kept(setup.split.val)
     assert kept == frozen.val.kept(setup.split.val) and len(kept) == 7
     assert images.val.labels.tolist() == [item.label for item in kept]
@@ -159,27 +136,31 @@ def test_a_map_that_is_not_kept_changes_nothing_and_is_written(setup, tmp_path, 
     assert list((tmp_path / "other").iterdir()) == []
 
 
-# Whole runs of a second. The random model takes colours for classes, so a map is kept.
+# Whole runs of a second, which keep MAP.
 
 TINY: dict[str, Any] = {"shots": 6, "tuning_epochs": 2, "visual_views": 2}
+
+
+def run_with_map(config: TrainConfig, folder: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recolouring, "fit_colours", lambda *_: ColourFit(MAP, 0.5, 0.1))
+        train(config, folder)
+    assert read(folder / COLOURS)["colours"] == MAP.to_dict()
+    return folder
 
 
 @pytest.fixture(scope="module")
 def coloured(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a finished run of both sides and a colour map; tests only read it."""
     folder = tmp_path_factory.mktemp("runs") / "coloured"
-    train(configure(method="capt", colours_steps=12, **TINY), folder)
-    assert read(folder / COLOURS)["colours"] is not None
-    return folder
+    return run_with_map(configure(method="capt", **TINY), folder)
 
 
 @pytest.fixture(scope="module")
 def alone(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a finished run of nothing but a colour map."""
     folder = tmp_path_factory.mktemp("runs") / "alone"
-    train(configure(method="zeroshot", added=("colours",), colours_steps=12, **TINY), folder)
-    assert read(folder / COLOURS)["colours"] is not None
-    return folder
+    return run_with_map(configure(method="zeroshot", added=("colours",), **TINY), folder)
 
 
 def test_a_run_is_compared_with_the_model_as_it_came(coloured, configure, tmp_path):
@@ -211,7 +192,7 @@ def test_a_resumed_run_takes_the_map_that_it_has_written(
         shutil.copy2(coloured / name, run / name)
     written = (run / COLOURS).stat()
     monkeypatch.setattr(recolouring, "fit_colours", None)
-    train(configure(method="capt", colours_steps=12, **TINY), run, resume=True)
+    train(configure(method="capt", **TINY), run, resume=True)
     after = (run / COLOURS).stat()
     assert (after.st_ino, after.st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
     names = {file.name for file in coloured.iterdir()}
