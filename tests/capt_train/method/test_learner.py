@@ -247,7 +247,7 @@ def test_a_tower_without_tokens_says_which_parts_it_leaves_out(
     assert left_out(tiny_backbone, config) == []
     monkeypatch.setattr(tiny_backbone, "tower", None)
     (notice,) = left_out(tiny_backbone, config)
-    assert notice.endswith("left out: adapter, sample-experts, visual-prompts")
+    assert notice.endswith("left out: adapter, sample-experts, visual-prompts, lora, layer-norm")
     assert left_out(tiny_backbone, train_config(data="", model="", method="prompt")) == []
     learner = make(tiny_backbone, "prompt", "visual")
     assert learner.visual is None

@@ -45,6 +45,7 @@ def config(*without: str, **settings: Any) -> TrainConfig:
         "method": "full",
         "without": ("mixture", *without),
         "tuning_batch_size": 5,
+        "visual_batch_size": 5,
     }
     usual |= {
         "tuning_warmup_epochs": 1,
@@ -140,8 +141,8 @@ def test_the_settings_of_each_side_are_those_of_its_stage(tiny_backbone: Backbon
         "visual_patience": 4,
     }
     made, task = make(tiny_backbone, config(**settings))
-    assert text_stage(task.config, made) == Stage("text-", False, 7, 0.3, 1024, 5)
-    assert visual_stage(task.config) == Stage("", True, 2, 0.1, 32, 4, 7.0)
+    assert text_stage(task.config, made) == Stage("text-", False, 7, 0.3, 5, 5)
+    assert visual_stage(task.config) == Stage("", True, 2, 0.1, 5, 4, 7.0)
 
 
 @pytest.mark.parametrize(
@@ -399,7 +400,12 @@ def test_validation_of_both_sides_reads_tuned_embeddings(
 
 
 def test_the_routers_of_both_sides_are_balanced(tiny_backbone: Backbone, tmp_path: Path) -> None:
-    own = config(tuning_batch_size=100, tuning_warmup_epochs=0, tuning_weight_decay=0.0)
+    own = config(
+        tuning_batch_size=100,
+        visual_batch_size=100,
+        tuning_warmup_epochs=0,
+        tuning_weight_decay=0.0,
+    )
     made, task = make(tiny_backbone, own)
     assert made.visual is not None
     routers: Any = (
@@ -499,7 +505,7 @@ def test_a_last_step_that_breaks_only_the_visual_side_is_noticed(
     validated: bool, tiny_backbone: Backbone, tmp_path: Path
 ) -> None:
     made, task = make(
-        tiny_backbone, config(tuning_batch_size=100, tuning_warmup_epochs=0), validated
+        tiny_backbone, config(visual_batch_size=100, tuning_warmup_epochs=0), validated
     )
     stage = replace(VISUAL, rate=1e30)
     with pytest.raises(RunError, match="in epoch 1 the image embeddings became nan; lower visual"):
