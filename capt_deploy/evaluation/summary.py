@@ -77,6 +77,8 @@ def choice_notes(choice: Mapping[str, Any]) -> list[str]:
     tuned, new = choice["images"]["tuned"], choice["images"]["new"]
     judges = [counted(tuned, "photo") + " of classes that were tuned on"] if tuned else []
     judges += [counted(new, "photo") + " of classes that were left out"] if new else []
+    if not judges:
+        return ["One photo a class and no validation photos: nothing could be judged."]
     notes = [
         f"Judged by {' and '.join(judges)}, each by a tuning that had not seen it. Kept: the "
         "simplest within one standard error of the best."

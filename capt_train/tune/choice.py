@@ -125,7 +125,7 @@ class _Fold:
 
 @dataclass(frozen=True)
 class _Fitted:
-    """Everything that was fitted on one fold."""
+    """Everything that was fitted on one fold, in the memory of the CPU, where it is judged."""
 
     fold: _Fold
     texts: Mapping[tuple[bool, str | None, float], Float[Tensor, "classes dim"]]
@@ -255,21 +255,23 @@ def _fit(
             with torch.no_grad():
                 before = learner.texts(fold.classes).embeddings.float()
         inside = map_task(task, before[:, fold.inside])
-        texts[prompt, None, 0.0] = before.mean(dim=0)
+        texts[prompt, None, 0.0] = before.mean(dim=0).cpu()
         matrices: dict[str, Tensor] = {}
         for side, ridge in dict.fromkeys((c.side, c.ridge) for c in listed if c.prompt == prompt):
             if side is not None:
                 matrices[side] = fit_map(inside, side, ridge, matrices.get(side))
-                texts[prompt, side, ridge] = mapped(before, matrices[side]).mean(dim=0)
+                texts[prompt, side, ridge] = mapped(before, matrices[side]).mean(dim=0).cpu()
     rows = discriminant(task.train.embeddings, task.labels, len(task.tuned))
-    return _Fitted(fold, texts, Discriminant(*(t.to(fold.reference) for t in rows)))
+    return _Fitted(fold, texts, rows)
 
 
 def _judge(
     fits: Sequence[_Fitted], listed: Sequence[Candidate], images: int
 ) -> tuple[tuple[Judgement, ...], Candidate]:
-    """Return the table of families and the chosen candidate."""
+    """Return the table of families and the chosen candidate, the simplest if nothing judges."""
     groups = [name for name in ("tuned", "new") if any(f.fold.group(name).any() for f in fits)]
+    if not groups:
+        return (), listed[0]
     losses: dict[Candidate, list[Tensor]] = {}
     right: dict[Candidate, dict[str, float]] = {}
     for candidate in listed:

@@ -169,6 +169,13 @@ def test_one_photo_a_class_and_nothing_else() -> None:
     assert not choice.out_of_fold.isnan().any()  # judged by names
 
 
+def test_two_photos_in_all() -> None:
+    choice = decide(world([1, 1], knows=0.0))
+    assert choice.chosen == Candidate(weight=UNJUDGED_WEIGHT) and choice.table == ()
+    assert choice.out_of_fold.isnan().all()
+    assert "nothing could be judged" in choice_notes(choice.to_dict())[0]
+
+
 def test_two_classes() -> None:
     choice = decide(world([5, 5], knows=0.0))
     assert choice.chosen.family
