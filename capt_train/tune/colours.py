@@ -30,6 +30,7 @@ _SMALLEST_VARIANCE = 1 / 255**2  # grey images have no colours to bring back
 _FIRST = 64  # images that can rule the map out
 _FEWEST = 8  # images that can decide; fewer have no meaningful standard error
 _STANDARD_ERRORS = 2.0  # by which the gain must exceed 0
+_LEAST_GAIN = 0.05  # nats; simulated cameras give 0.2 to 0.6, and a map embeds all images again
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,9 @@ def fit_colours(
     """Return the map to natural colours, if it helps the hand-written prompt.
 
     It is kept where it lowers the calibrated NLL by more than two standard errors of the
-    difference, image by image. Images and labels may be those that are tuned on: the map knows no
-    labels. Where the first images gain less than one standard error, no others are embedded.
+    difference, image by image, and by 0.05 nats. Images and labels may be those that are tuned on:
+    the map knows no labels. Where the first images gain less than one standard error, no others
+    are embedded.
 
     Args:
         backbone: the frozen model, without a map.
@@ -124,7 +126,7 @@ def fit_colours(
         gain, error = float(gains.mean()), float(gains.std()) / end**0.5
         if not gain > error:
             break
-    kept = gain > _STANDARD_ERRORS * error
+    kept = gain > max(_STANDARD_ERRORS * error, _LEAST_GAIN)
     return ColourFit(colours if kept else None, gain, error)
 
 
