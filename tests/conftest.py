@@ -177,6 +177,7 @@ def tuned_run(tiny_model_dir: Path, photos: Path, tmp_path_factory: pytest.TempP
         "visual_epochs": 3,
         "prompt_depth": 2,
     }
+    few |= {"map_side": "classes", "map_ridge": 0.003, "rows_weight": 0.2}  # nothing is chosen
     config = train_config(data=str(photos), model=model, method="full", classes="base", **few)
     fast = changed(
         config, visual_learning_rate=0.02, visual_adapter_exponent=1.0, visual_strength="0.75"

@@ -141,6 +141,7 @@ def choose(dataset: Dataset, classes: str, shots: int | None, seed: int) -> FewS
     counts = Counter(item.label for item in chosen)
     if missing := [dataset.class_names[label] for label in tuned if not counts[label]]:
         raise DataError(f"{dataset.root}: no readable training image of {missing}; add some")
+    unused = sum(map(len, candidates.values())) - len(chosen) - len(skipped)
     val: list[Item] = []
     # Decoding all of these would take too long here; unreadable ones are left out later.
     for item in (item for item in dataset.splits["val"] if item.label in candidates):
@@ -150,7 +151,6 @@ def choose(dataset: Dataset, classes: str, shots: int | None, seed: int) -> FewS
             skipped.append(Skipped(item.path, "no such file"))
     left_out = (*dataset.skipped, *skipped)
     fewer = {dataset.class_names[label]: n for label, n in counts.items() if n < (shots or 0)}
-    unused = sum(map(len, candidates.values())) - len(chosen) - len(skipped)
     return FewShotSplit(
         dataset.class_names,
         tuned,

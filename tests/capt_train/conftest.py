@@ -44,10 +44,25 @@ def finished(
     return folder
 
 
+@pytest.fixture(scope="session")
+def default_run(
+    configure: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainConfig, Path]:
+    """Return settings and folder of a run that held-out photos have chosen; its prompt is pinned.
+
+    Tests only read it.
+    """
+    config = configure(method="capt", shots=None, classes="base", added=("prompt",))
+    run = tmp_path_factory.mktemp("runs") / "default"
+    train(config, run)
+    return config, run
+
+
 @pytest.fixture
 def inputs(photos: Path, tiny_model_dir: Path) -> list[str]:
-    """Return the arguments of a run of a second, all but --shots and --out."""
+    """Return the arguments of a run of a second, of a prompt alone, all but --shots and --out."""
     arguments = ["--data", str(photos), "--model", f"local-dir:{tiny_model_dir}"]
+    arguments += ["--method", "coop"]
     few = ["--epochs", "2", "--set", "visual.epochs=1", "--set", "visual.views=2"]
     return [*arguments, "--device", "cpu", *few]
 

@@ -135,7 +135,7 @@ def test_a_value_that_cannot_be_used_is_named_with_what_is_expected(name: str, v
     ("values", "expected"),
     [
         ({"tuning_epochs": 0}, "--epochs (--set tuning.epochs): expected 1 or more, came 0"),
-        ({"shots": 0}, "--shots: expected 1 or more, came 0"),
+        ({"shots": 0}, "--shots: expected all or 1 or more, came 0"),
         ({"visual_epochs": 0}, "--set visual.epochs: expected 1 or more, came 0"),
         ({"visual_strength": 2.0}, "--set visual.strength: expected auto or 0 to 1, came 2.0"),
         ({"prompt_templates": ("a",)}, "--template: expected at least one text"),
@@ -219,7 +219,7 @@ def test_only_terms_of_parts_that_are_on_have_a_weight() -> None:
         "coa": {"cross_entropy", "balance", "coa"},
         "tcpt": {"cross_entropy", "balance", "margin", "moments"},
         "prompt": {"cross_entropy", "balance", "coa", "margin", "moments"},
-        "capt": {"cross_entropy", "balance", "infonce"},
+        "capt": {"cross_entropy", "balance", "coa", "infonce"},
         "full": {*weights},
     }
     for method, terms in on.items():

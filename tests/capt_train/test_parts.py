@@ -30,6 +30,7 @@ PARAMETERS = {
     "visual-prompts": "tuner.parts.visual-prompts",
     "adapter": "tuner.parts.adapter",
     "semantic-experts": "transforms.semantic-experts.beta",
+    "map": "transforms.map.matrix",
     "sample-experts": "tuner.parts.sample-experts",
 }
 TERMS = ("coa", "infonce", "margin", "moments")
@@ -70,6 +71,7 @@ def tiny(configure: Configure) -> Configure:
             "visual_epochs": 1,
             "visual_views": 3,
         }
+        own |= {"map_side": "images", "map_ridge": 0.01, "rows_weight": 0.1}  # nothing is chosen
         own |= {
             "visual_strength": "0.75",
             "prompt_depth": 2,

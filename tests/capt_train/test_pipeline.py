@@ -23,6 +23,7 @@ from capt_deploy.data.datasets import read_dataset
 from capt_deploy.data.preprocess import preprocess
 from capt_train import pipeline
 from capt_train.calibrate.label_noise import fit_label_noise
+from capt_train.calibrate.temperature import fit_temperature
 from capt_train.clip.backbone import Backbone
 from capt_train.config import TrainConfig
 from capt_train.confusion.bank import ConfusionBank
@@ -35,7 +36,7 @@ from capt_train.run import visual_side
 from capt_train.run.fitting import Outcome, fit
 from capt_train.run.folder import TunedModel, load_run
 from capt_train.run.setup import Setup
-from capt_train.tune import strength
+from capt_train.tune import strength, text_side
 from capt_train.tune.stages import TuningTask
 from capt_train.tune.strength import Trial
 from capt_train.tune.tune import tune
@@ -59,6 +60,7 @@ BOTH_SIDES = {
     *("text-last.safetensors", "text-best.safetensors"),
     *("sentences.json", "colours.json"),
 }
+VISUAL = ("adapter", "sample-experts")
 
 
 Staged = tuple[Path, list[TuningTask], list[ConfusionBank | None]]
@@ -78,7 +80,7 @@ def staged(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> St
         "visual_views": 2,
         "visual_strength": "1",
     }
-    config = configure(method="capt", without=("colours",), **few)
+    config = configure(method="coop", added=("infonce", *VISUAL), **few)
     tasks: list[TuningTask] = []
     banks: list[ConfusionBank | None] = []
 
@@ -89,7 +91,8 @@ def staged(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> St
         return state, bank
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "tune", noting)
+        patch.setattr(text_side, "tune", noting)
+        patch.setattr(visual_side, "tune", noting)
         train(changed(config, visual_adapter_scale=0.5, visual_adapter_exponent=2.0), run)
     return run, tasks, banks
 
@@ -279,25 +282,71 @@ def test_a_second_run_with_the_same_seed_has_the_same_weights(
     assert weights(other) != weights(finished)
 
 
-def test_without_test_images_it_measures_on_those_left_and_says_so(
+def test_an_unsplit_folder_is_tuned_on_as_a_whole_and_measured_by_cross_validation(
     configure: Configure, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(photos / "train", tmp_path / "photos" / "train")
-    report = train(configure(data=str(tmp_path / "photos")), tmp_path / "run")
-    assert report["split"] == "val"
-    assert report["all"]["n"] == 12  # three spare images a class
-    assert "measured on val images" in capsys.readouterr().err
-    report = train(configure(data=str(tmp_path / "photos"), shots=6), tmp_path / "all shots")
-    assert report["split"] == "train"
-    assert report["temperature"] != 1.0  # by images left out of the tuning in turns
-    assert read(tmp_path / "all shots" / "result.json")["zero_shot_temperature"] != 1.0
+    config, run = configure(data=str(photos / "train"), method="coop", shots=None), tmp_path / "run"
+    report = train(config, run)
+    messages = capsys.readouterr().err
+    chosen = {"choice.json", "out_of_fold.safetensors"}
+    assert {file.name for file in run.iterdir()} == RUN_FILES | chosen
     assert report["images"] == {"train": 24, "val": 0}
-    assert "calibrated on only 24 images" in capsys.readouterr().err
+    assert "unused" not in messages
+    assert (
+        "note: no test images: measured on photos that a fold of the run has held out" in messages
+    )
+    assert report["split"] == "cross-validation"
+    assert report["all"]["n"] == report["zero_shot"]["all"]["n"] == 24
+    model, logits = load_run(run), load_file(run / "out_of_fold.safetensors")["logits"]
+    labels = torch.tensor([item.label for item in FewShotSplit.load(run / "split.json").train])
+    right = (logits.argmax(dim=1) == labels).double().mean()
+    assert report["all"]["accuracy"] == pytest.approx(float(right))
+    nll = cross_entropy(logits.double() / model.fitted.temperature, labels)
+    assert report["all"]["nll"] == pytest.approx(float(nll), rel=1e-4)
+    assert "calibrated on only 24 images" in messages  # also by photos that no fold was tuned on
+    assert report["temperature"] == pytest.approx(fit_temperature(logits, labels), rel=1e-5)
+    assert read(run / "result.json")["zero_shot_temperature"] != 1.0
+    kept = model.validation  # for the prediction sets of a bundle
+    assert kept is not None and kept.logits is not None
+    assert torch.equal(kept.labels, labels)
+    shift = kept.logits - logits
+    torch.testing.assert_close(shift, shift[:1, :1].expand(shift.shape), atol=1e-4, rtol=0)
+
+
+def test_a_share_of_an_unsplit_folder_can_be_kept_for_testing(
+    configure: Configure, photos: Path, tmp_path: Path
+) -> None:
+    config = configure(data=str(photos / "train"), method="zeroshot", shots=None, test_share=0.5)
+    report = train(config, tmp_path / "run")
+    assert report["split"] == "test"
+    assert report["images"]["train"] + report["all"]["n"] == 24
+    assert report["all"]["n"] == 12
+
+
+def test_with_classes_that_no_photo_shows_training_photos_measure_without_test_images(
+    configure: Configure, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configure(data=str(photos / "train"), method="zeroshot", classes="base")
+    report = train(config, tmp_path / "run")
+    assert report["split"] == "train"
+    assert "measured on train images, which the run has used" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def without_val(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the data set without validation images."""
+    root = tmp_path_factory.mktemp("data") / "photos"
+    shutil.copytree(photos, root, ignore=shutil.ignore_patterns("val"))
+    return str(root)
 
 
 @pytest.mark.parametrize("promising", [False, True])
 def test_a_visual_side_that_promises_nothing_is_not_tuned(
-    promising: bool, configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    promising: bool,
+    configure: Configure,
+    without_val: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     asked: list[Trial | None] = []
 
@@ -306,25 +355,24 @@ def test_a_visual_side_that_promises_nothing_is_not_tuned(
         return promising
 
     monkeypatch.setattr(visual_side, "worth_tuning", worth_tuning)
-    config = configure(method="capt", classes="all", visual_views=2)
+    config = configure(method="coop", added=VISUAL, data=without_val, visual_views=2)
     report = train(config, tmp_path / "run")
-    (trial,) = asked
-    assert trial is not None and trial.unseen is not None
+    (trial, *_) = asked
+    assert trial is not None and trial.seen is not None
     result = read(tmp_path / "run" / "result.json")
     assert len(result["stages"]) == (2 if promising else 1)
-    assert result["trial"]["unseen"]["mean"] == list(trial.unseen.mean)
+    assert result["trial"]["seen"]["mean"] == list(trial.seen.mean)
     if promising:
         return
     assert result["strength"] == 0
     assert not {"adapter", "sample-experts"} & {*report["parts"]}
     model = load_run(tmp_path / "run")
     assert model.visual is None
-    colours = 0 if model.learner.backbone.colours is None else 12
-    assert report["trained_parameters"] == 4 * 32 + colours
+    assert report["trained_parameters"] == 4 * 32
 
 
 def test_a_given_strength_is_taken_without_a_trial(configure: Configure, tmp_path: Path) -> None:
-    config = configure(method="capt", classes="all", visual_views=2, visual_strength="0.25")
+    config = configure(method="coop", added=VISUAL, visual_views=2, visual_strength="0.25")
     report = train(config, tmp_path / "run")
     result = read(tmp_path / "run" / "result.json")
     assert result["trial"] is None
@@ -381,13 +429,13 @@ def test_a_strength_of_zero_ends_with_the_prompt_of_the_text_side_alone(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(strength, "best_strength", lambda *_: 0.0)
-    config = configure(method="capt", classes="all", visual_views=2, without=("colours",))
+    config = configure(method="coop", added=VISUAL, visual_views=2)
     fitted: list[TunedModel] = []
     measure = pipeline._measure
     monkeypatch.setattr(
         pipeline,
         "_measure",
-        lambda setup, own, cache: (fitted.append(own), measure(setup, own, cache))[1],
+        lambda setup, model, *others: (fitted.append(model), measure(setup, model, *others))[1],
     )
     run = tmp_path / "run"
     report = train(config, run)
@@ -404,9 +452,9 @@ def test_a_strength_of_zero_ends_with_the_prompt_of_the_text_side_alone(
 
 
 def test_a_resumed_run_decides_by_the_trial_that_it_has_written(
-    configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    configure: Configure, without_val: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    config = configure(method="capt", classes="all", visual_views=2)
+    config = configure(method="coop", added=VISUAL, data=without_val, visual_views=2)
     train(config, tmp_path / "run")
     trial = (tmp_path / "run" / "trial.json").read_bytes()
     report = read(tmp_path / "run" / "metrics.json")
@@ -421,10 +469,10 @@ def test_a_resumed_run_decides_by_the_trial_that_it_has_written(
 
 
 def test_a_run_whose_trial_diverges_keeps_to_the_text_side_also_when_resumed(
-    configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    configure: Configure, without_val: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    own = {"method": "capt", "classes": "all", "visual_views": 2}
-    config, run = configure(visual_learning_rate=1e30, **own), tmp_path / "run"
+    few = {"data": without_val, "visual_views": 2, "visual_learning_rate": 1e30}
+    config, run = configure(method="coop", added=VISUAL, **few), tmp_path / "run"
     report = train(config, run)
     result = (run / "result.json").read_bytes()
     assert report["strength"] == 0
@@ -451,7 +499,7 @@ def drawn(
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "_MOST_VALIDATED", most)
-        patch.setattr(pipeline, "tune", stop)
+        patch.setattr(pipeline, "tune_text_side", stop)
         with pytest.raises(_EnoughError):
             train(config, out)
     return found[0]
@@ -463,7 +511,7 @@ def test_of_many_validation_images_the_visual_side_gets_a_sample_by_seed(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = configure(method="capt", visual_views=2, visual_strength="1")
+    config = configure(method="coop", added=VISUAL, visual_views=2, visual_strength="1")
     everyone = drawn(config, tmp_path / "all", 16, monkeypatch)
     assert len({*everyone}) == 16
     assert "validation images are used" not in capsys.readouterr().err
@@ -475,7 +523,7 @@ def test_of_many_validation_images_the_visual_side_gets_a_sample_by_seed(
     assert places != [*range(6)]
     assert drawn(config, tmp_path / "again", 6, monkeypatch) == some
     assert drawn(replace(config, seed=2), tmp_path / "other", 6, monkeypatch) != some
-    text = replace(config, method="prompt")  # which keeps no tokens
+    text = replace(config, added=())  # which keeps no tokens
     assert drawn(text, tmp_path / "text", 6, monkeypatch) == everyone
 
 
@@ -494,7 +542,8 @@ def test_all_that_is_known_of_sampled_validation_images_belongs_together(
     monkeypatch.setattr(pipeline, "fit", noting)
     monkeypatch.setattr(pipeline, "_MOST_VALIDATED", 7)
     run = tmp_path / "run"
-    config = configure(method="capt", visual_views=2, visual_strength="0.5", data=str(data))
+    few = {"visual_views": 2, "visual_strength": "0.5", "data": str(data)}
+    config = configure(method="coop", added=VISUAL, **few)
     report = train(config, run)
     [outcome] = outcomes
     val, frozen, learner = outcome.task.val, outcome.frozen.val, outcome.learner

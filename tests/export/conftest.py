@@ -19,6 +19,8 @@ from capt_train.run.folder import TunedModel, load_run, mixed_rows
 from tests.configs import train_config
 
 TRAINED = {"shots": 4, "tuning_epochs": 2, "prompt_depth": 2, "prompt_count": 2}
+TRAINED |= {"map_side": "classes", "map_ridge": 0.003}
+WITHOUT = ("colours", "visual", "rows")  # rows calibrate classes without photos, where --dac would
 TEMPLATES = ("a photo of a {}.", "the {} in a picture")
 
 
@@ -27,6 +29,8 @@ def shaken(model: TunedModel, seed: int = 0) -> TunedModel:
     draw = torch.Generator().manual_seed(seed)
     for parameter in model.learner.text_parameters:
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw)
+    if (class_map := model.learner.class_map) is not None:
+        class_map.matrix.data += 0.1 * torch.randn(class_map.matrix.shape, generator=draw)
     learned = model.learner.learned
     mixture = Mixture.learned_only(learned)
     if "mixture" in model.config.parts:
@@ -34,11 +38,11 @@ def shaken(model: TunedModel, seed: int = 0) -> TunedModel:
         trust = 0.4 + 0.02 * seed
         outside = (1 - trust, *(trust * part for part in parts))
         mixture = Mixture((0.2, *(0.8 * part for part in parts)), outside)
-    rows = mixed_rows(model.learner, model.zero_shot, model.split, mixture)
     fitted = replace(
         model.fitted, mixture=mixture, calibration=Calibration(1.7), zero_shot_temperature=0.8
     )
-    return replace(model, text_embeddings=rows.detach(), fitted=fitted)
+    rows = mixed_rows(model.learner, model.zero_shot, model.split, fitted)
+    return replace(model, class_rows=rows, fitted=fitted)
 
 
 @torch.no_grad()
@@ -72,7 +76,7 @@ def text_run(
                 "method": "full",
                 "prompt_templates": TEMPLATES,
             }
-            own |= {"without": ("colours", "visual"), "classes": "base", **TRAINED}
+            own |= {"without": WITHOUT, "classes": "base", **TRAINED}
             train(train_config(**{**own, **settings}), run)
             runs[repr(settings)] = run
         return runs[repr(settings)]

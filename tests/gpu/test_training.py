@@ -14,6 +14,10 @@ FEW = {
     "tuning_epochs": 1,
     "visual_epochs": 1,
     "tuning_warmup_epochs": 0,
+    # nothing is chosen
+    "map_side": "images",
+    "map_ridge": 0.01,
+    "rows_weight": 0.1,
 }
 Train = Callable[[str, str], dict[str, Any]]
 

@@ -46,34 +46,47 @@ def test_a_lone_test_folder_is_enough_to_evaluate_on(put_images: Callable[..., P
     }
 
 
-def test_class_folders_are_split_within_every_class(put_images: Callable[..., Path]) -> None:
-    dataset = read_dataset(put_images(*NAMES, "rare/1.jpg", "pair/1.jpg", "pair/2.jpg"))
+def test_class_folders_without_a_split_are_all_for_testing_or_all_for_training(
+    put_images: Callable[..., Path],
+) -> None:
+    root = put_images(*NAMES, "rare/1.jpg")
+    assert side(read_dataset(root)) == dict.fromkeys([*NAMES, "rare/1.jpg"], "test")
+    share = read_dataset(root, test_share=0.0)
+    assert side(share) == dict.fromkeys([*NAMES, "rare/1.jpg"], "train")
+
+
+def test_a_share_of_every_class_is_for_testing(put_images: Callable[..., Path]) -> None:
+    others = ["rare/1.jpg", "pair/1.jpg", "pair/2.jpg"]
+    dataset = read_dataset(put_images(*NAMES, *others), test_share=0.3)
     assert dataset.class_names == ("ape", "big cat", "pair", "rare")
     counts = {s: Counter(item.label for item in dataset.splits[s]) for s in SPLITS}
-    assert counts == {
-        "train": {0: 12, 1: 12, 2: 2, 3: 1},
-        "val": {0: 4, 1: 4},
-        "test": {0: 4, 1: 4},
-    }
-    assert sorted(side(dataset)) == sorted([*NAMES, "rare/1.jpg", "pair/1.jpg", "pair/2.jpg"])
+    assert counts == {"train": {0: 14, 1: 14, 2: 1, 3: 1}, "val": {}, "test": {0: 6, 1: 6, 2: 1}}
+    assert sorted(side(dataset)) == sorted([*NAMES, *others])
 
 
+@pytest.mark.parametrize("share", [0.2, 0.9])
 @pytest.mark.parametrize("count", range(1, 13))
 def test_no_class_loses_its_last_training_image(
-    put_images: Callable[..., Path], count: int
+    put_images: Callable[..., Path], count: int, share: float
 ) -> None:
-    dataset = read_dataset(put_images(*(f"a/{number}.jpg" for number in range(count))))
+    root = put_images(*(f"a/{number}.jpg" for number in range(count)))
+    dataset = read_dataset(root, test_share=share)
     sizes = {split: len(items) for split, items in dataset.splits.items()}
     assert sizes["train"] >= 1
-    assert sizes["test"] == sizes["val"] == round(0.2 * count)
+    assert sizes["test"] == min(round(share * count), count - 1)
+
+
+def test_a_split_of_its_own_is_kept_whatever_the_share(put_images: Callable[..., Path]) -> None:
+    root = put_images("train/b/1.png", "train/a/2.png", "test/b/4.png")
+    assert read_dataset(root, test_share=0.0) == read_dataset(root, test_share=1.0)
 
 
 def test_the_split_follows_the_hash_and_not_the_order_of_names(
     put_images: Callable[..., Path],
 ) -> None:
-    dataset = read_dataset(put_images(*NAMES))
-    own = sorted(NAMES[:20], key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    expected = {"test": own[:4], "val": own[4:8], "train": own[8:]}
+    dataset = read_dataset(put_images(*NAMES), test_share=0.2)
+    by_hash = sorted(NAMES[:20], key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    expected = {"test": by_hash[:4], "train": by_hash[4:]}
     for split, names in expected.items():
         assert [i.path for i in dataset.splits[split] if i.label == 0] == sorted(names)
 
@@ -81,24 +94,24 @@ def test_the_split_follows_the_hash_and_not_the_order_of_names(
 def test_the_split_depends_on_the_names_only(
     put_images: Callable[..., Path], tmp_path: Path
 ) -> None:
-    before = side(read_dataset(put_images(*NAMES)))
+    before = side(read_dataset(put_images(*NAMES), test_share=0.2))
     moved = tmp_path.rename(tmp_path.with_name(tmp_path.name + "_moved"))
-    assert side(read_dataset(moved)) == before
+    assert side(read_dataset(moved, test_share=0.2)) == before
     listing = moved / "list.csv"
     rows = [f"{name},{name.split('/')[0]}" for name in reversed(NAMES)]
     listing.write_text("\n".join(["path,label", *rows]))
-    assert side(read_dataset(listing)) == before
+    assert side(read_dataset(listing, test_share=0.2)) == before
 
 
 def test_an_added_photo_moves_hardly_another_and_none_of_another_class(
     put_images: Callable[..., Path],
 ) -> None:
     root = put_images(*NAMES)
-    before = side(read_dataset(root))
+    before = side(read_dataset(root, test_share=0.2))
     for number in range(20):
         new = root / "ape" / f"new{number}.jpg"
         new.touch()
-        after = side(read_dataset(root))
+        after = side(read_dataset(root, test_share=0.2))
         moved = [name for name in before if before[name] != after[name]]
         assert len(moved) <= 3
         assert all(name.startswith("ape/") for name in moved)
@@ -115,7 +128,7 @@ def test_csv_and_jsonl_hold_their_own_split(put_images: Callable[..., Path]) -> 
     assert dataset.path(dataset.items("test")[0]).is_file()
     rows = [{"path": "x/1.png", "label": "ape"}, {"path": "x/2.png", "label": "ape"}]
     (root / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert len(read_dataset(root / "a.jsonl").items("train")) == 2
+    assert len(read_dataset(root / "a.jsonl").items("test")) == 2
 
 
 def test_a_coop_split_is_found_in_its_folder(put_images: Callable[..., Path]) -> None:

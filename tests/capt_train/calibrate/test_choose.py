@@ -262,6 +262,7 @@ def test_what_is_no_calibration_is_refused(wrong: dict[str, Any]) -> None:
 def test_a_run_with_an_unknown_calibrator_is_refused() -> None:
     mixture = {"inside": [0.0, 1.0], "outside": [0.0, 1.0]}
     values = {"pairs": [], "mixture": mixture, "strength": 1, "zero_shot_temperature": 0.9}
+    values["outside"] = {"scale": 1.0, "offset": 0.0}
     assert Fitted.from_dict({**values, "calibration": PLAIN}, 1).calibration == Calibration(1.5)
     with pytest.raises(ValueError, match="unknown kind 'platt'"):
         Fitted.from_dict({**values, "calibration": {**PLAIN, "kind": "platt"}}, 1)

@@ -84,7 +84,7 @@ def test_the_samples_are_summed_so_that_more_of_them_outweigh_the_prior() -> Non
 def test_ten_separated_samples_leave_the_temperature_near_1(gap: float) -> None:
     logits, labels = gap * torch.eye(10), torch.arange(10)
     assert best_on_grid(logits, labels, prior=False) < 0.11  # the likelihood alone runs away
-    assert 0.3 < fit_temperature(logits, labels) <= 1 + 1e-9
+    assert 0.3 < fit_temperature(logits, labels) <= 1 + 1e-6
 
 
 def test_three_contradicted_samples_leave_the_temperature_near_1() -> None:

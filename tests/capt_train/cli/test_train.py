@@ -25,11 +25,13 @@ def call(*arguments: object) -> Result:
 
 
 def test_it_tunes_and_shows_zero_shot_beside_tuned(base: list[str], tmp_path: Path) -> None:
-    result = call(*base, "--classes", "base", "--out", tmp_path / "run")
+    result = call(*base, "--classes", "base", "--method", "capt", "--out", tmp_path / "run")
     assert result.exit_code == 0, result.stderr
     assert result.stdout == ""
-    for text in ("zero-shot", "tuned", "harmonic", "taken for", f"written to {tmp_path / 'run'}"):
+    chosen = ("prompt + map + rows", "linear probe", "simplest within one standard error")
+    for text in (*chosen, "zero-shot", "tuned", "harmonic", "taken for", "time: loading "):
         assert text in result.stderr
+    assert f"written to {tmp_path / 'run'}" in result.stderr
 
 
 def test_json_prints_the_metrics_and_nothing_else_on_stdout(
@@ -129,11 +131,11 @@ def test_a_run_that_has_moved_is_resumed_with_its_new_paths(
 
 
 def test_one_epoch_needs_no_other_setting(base: list[str], tmp_path: Path) -> None:
-    settings = ("--epochs", "1", "--set", "visual.strength=1")
+    settings = ("--epochs", "1", "--with", "adapter", "--set", "visual.strength=1")
     result = call(*base, *settings, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.stderr
     stages = json.loads((tmp_path / "run/result.json").read_text())["stages"]
-    assert [stage["epochs"] for stage in stages][:2] == [1, 1]
+    assert [stage["epochs"] for stage in stages] == [1, 1]
 
 
 def test_tuning_that_made_it_worse_is_said(
@@ -180,7 +182,7 @@ BAD = {
     "no tag": (["--model", "ViT-B-16"], "pass --pretrained"),
     "unknown architecture": (["--model", "ViT-B-17", "--pretrained", "x"], "'ViT-B-17'"),
     "no device": (["--device", "toaster"], "device 'toaster'"),
-    "no shots": (["--shots", "0"], "--shots: expected 1 or more, came 0"),
+    "no shots": (["--shots", "0"], "--shots: expected all or 1 or more, came 0"),
     "huge seed": (["--seed", str(10**30)], "--seed: expected"),
     "unknown setting": (["--set", "epoch=3"], "no setting 'epoch'; did you mean tuning.epochs?"),
     "setting of another type": (

@@ -34,7 +34,29 @@ def test_every_tuned_class_gives_as_many_training_images_as_shots(photos: Path) 
     assert set(split.train) <= set(dataset.splits["train"])
     assert split.val == dataset.splits["val"]
     assert set(split.sha256) == {item.path for item in split.train + split.val}
+    assert split.notices == (
+        "12 training photos unused: --shots 3 takes at most 3 of each class; leave it out to use "
+        "all",
+    )
+
+
+def test_without_a_number_of_shots_all_photos_are_used(photos: Path) -> None:
+    dataset = read_dataset(photos)
+    split = choose(dataset, "all", shots=None, seed=1)
+    assert {*split.train} == {*dataset.splits["train"]}
+    assert len(split.train) == 24
+    assert split.val == dataset.splits["val"]
     assert split.notices == ()
+
+
+def test_unused_photos_are_counted_apart_from_unreadable_ones(own_photos: Path) -> None:
+    dataset = read_dataset(own_photos)
+    (own_photos / "val" / "red_ball" / "0.png").unlink()
+    split = choose(dataset, "all", shots=5, seed=1)
+    (own_photos / split.train[0].path).write_bytes(b"no image")
+    split = choose(dataset, "all", shots=5, seed=1)
+    assert len(split.skipped) == 2
+    assert any(notice.startswith("3 training photos unused") for notice in split.notices)
 
 
 def test_the_choice_is_decided_by_the_seed(photos: Path) -> None:
@@ -79,7 +101,8 @@ def test_a_class_with_fewer_images_than_shots_gives_all_and_is_named(own_photos:
         (own_photos / "train" / "red_ball" / f"{number}.png").unlink()
     split = choose(read_dataset(own_photos), "all", shots=5, seed=1)
     assert per_class(split.train) == {0: 5, 1: 5, 2: 5, 3: 2}
-    assert split.notices == ("1 class has fewer than 5 images: red ball (2)",)
+    assert split.notices[0] == "1 class has fewer than 5 images: red ball (2)"
+    assert split.notices[1].startswith("3 training photos unused: --shots 5")
 
 
 def test_an_unreadable_image_is_skipped_listed_and_replaced_by_the_next(own_photos: Path) -> None:
@@ -116,20 +139,11 @@ def test_images_that_a_list_names_but_that_are_gone_are_skipped(own_photos: Path
     assert per_class(split.val) == {0: 4, 1: 4, 2: 4, 3: 3}
 
 
-def test_without_a_validation_split_unchosen_training_images_stand_in(photos: Path) -> None:
-    split = choose(only_train(read_dataset(photos)), "base", shots=2, seed=1)
-    assert per_class(split.val) == {0: 2, 1: 2}
-    assert not set(split.val) & set(split.train)
-    assert split.notices == (
-        "no validation images: training images that were not chosen are used instead",
-    )
-
-
-def test_without_any_image_left_for_validation_it_says_what_follows(photos: Path) -> None:
-    split = choose(only_train(read_dataset(photos)), "all", shots=6, seed=1)
+def test_without_a_validation_split_every_photo_is_still_tuned_on(photos: Path) -> None:
+    split = choose(only_train(read_dataset(photos)), "base", shots=None, seed=1)
+    assert per_class(split.train) == {0: 6, 1: 6}
     assert split.val == ()
-    assert len(split.notices) == 1
-    assert "confidences are calibrated by cross-validation" in split.notices[0]
+    assert split.notices == ()
 
 
 def test_a_single_class_is_refused(own_photos: Path) -> None:

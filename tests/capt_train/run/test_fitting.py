@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,27 +25,23 @@ Tuned = tuple[Setup, Outcome, Mixture]
 @pytest.fixture(scope="module")
 def tuned(configure: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     """Return a tuning of both sides of half of the classes, and the mixture fitted to it."""
-    run = tmp_path_factory.mktemp("runs") / "run"
-    few = {
-        "visual_views": 2,
-        "visual_strength": "1",
-        "tuning_learning_rate": 0.02,
-        "shots": 6,
-    }
-    few |= {"visual_learning_rate": 0.02, "mixture_margin": MARGIN}
-    setup = prepare(
-        configure(method="cocoa", added=("adapter",), classes="base", **few), run, False, None
-    )
+    few = {"visual_views": 2, "visual_strength": "1", "visual_learning_rate": 0.02}
+    few |= {"tuning_learning_rate": 0.02, "mixture_margin": MARGIN}
+    config = configure(method="cocoa", added=("adapter",), classes="base", shots=6, **few)
+    return fitted(config, tmp_path_factory.mktemp("runs") / "run")
+
+
+def fitted(config: TrainConfig, run: Path) -> Tuned:
+    setup = prepare(config, run, False, None)
     with closing(EmbeddingCache(setup.model_sha256)) as cache:
-        outcome = pipeline._tune(setup, cache, run)
+        setup, outcome = pipeline._tune(setup, cache, run, pipeline._Stopwatch())
     return setup, outcome, fit(setup, outcome, run).fitted.mixture
 
 
-def held_view(outcome: Outcome) -> Tensor:
-    """Return tuned embeddings of the images' second view, on which nothing was tuned."""
-    assert outcome.views.tokens is not None
-    assert len(outcome.views.tokens) == 2
-    return outcome.learner.embed_tokens(outcome.views.tokens[1])
+def held_out(outcome: Outcome) -> Tensor:
+    """Return tuned embeddings of the validation images, on which nothing was tuned."""
+    assert outcome.task.val_tokens is not None
+    return outcome.learner.embed_tokens(outcome.task.val_tokens)
 
 
 def classes(setup: Setup, outcome: Outcome, names: list[str]) -> Tensor:
@@ -55,27 +52,42 @@ def classes(setup: Setup, outcome: Outcome, names: list[str]) -> Tensor:
         return torch.stack([hand_written, prompt.of_names(names)])
 
 
-def test_inside_the_mixture_is_fitted_on_the_view_that_was_not_tuned_on(tuned: Tuned) -> None:
+def inside(setup: Setup, outcome: Outcome, images: Tensor, labels: Tensor) -> Any:
+    logits = component_logits(
+        images, classes(setup, outcome, setup.tuned_names), setup.backbone.scale
+    )
+    return pytest.approx(fit_inside(logits, labels), abs=1e-4)
+
+
+def test_inside_the_mixture_is_fitted_on_validation_images(tuned: Tuned) -> None:
     setup, outcome, mixture = tuned
-    labels, texts = outcome.task.train.labels, classes(setup, outcome, setup.tuned_names)
-
-    def fitted(images: Tensor) -> Any:
-        logits = component_logits(images, texts, setup.backbone.scale)
-        return pytest.approx(fit_inside(logits, labels), abs=1e-4)
-
-    assert mixture.inside == fitted(held_view(outcome))
-    assert mixture.inside != fitted(outcome.task.train.embeddings)
-    assert mixture.inside != fitted(outcome.views.embeddings[1])  # as the frozen tower has it
+    task = outcome.task
+    images, labels = held_out(outcome), task.val.labels
+    assert mixture.inside == inside(setup, outcome, images, labels)
+    assert mixture.inside != inside(setup, outcome, task.train.embeddings, task.train.labels)
+    frozen = task.val.embeddings  # as the frozen tower has them
+    assert mixture.inside != inside(setup, outcome, frozen, labels)
 
 
-def test_outside_the_mixture_is_fitted_on_that_view_with_the_margin_asked_for(tuned: Tuned) -> None:
+def test_without_validation_images_the_mixture_is_fitted_on_training_images(
+    configure: Callable[..., TrainConfig], photos: Path, tmp_path: Path
+) -> None:
+    config = configure(method="cocoa", data=str(photos / "train"), shots=None)
+    setup, outcome, mixture = fitted(config, tmp_path / "run")
+    train = outcome.task.train
+    assert mixture.inside == inside(setup, outcome, train.embeddings, train.labels)
+
+
+def test_outside_the_mixture_is_fitted_on_validation_images_with_the_given_margin(
+    tuned: Tuned,
+) -> None:
     setup, outcome, mixture = tuned
-    pseudo, held = classes(setup, outcome, setup.pseudo_class_names()), held_view(outcome)
+    pseudo, images = classes(setup, outcome, setup.pseudo_class_names()), held_out(outcome)
 
-    def fitted(images: Tensor, *margin: float) -> Any:
+    def outside(images: Tensor, *margin: float) -> Any:
         logits = component_logits(images, pseudo, setup.backbone.scale)
         return pytest.approx(fit_outside(logits, *margin), abs=1e-4)
 
-    assert mixture.outside == fitted(held, MARGIN)
-    assert mixture.outside != fitted(outcome.task.train.embeddings, MARGIN)
-    assert mixture.outside != fitted(held)
+    assert mixture.outside == outside(images, MARGIN)
+    assert mixture.outside != outside(outcome.task.train.embeddings, MARGIN)
+    assert mixture.outside != outside(images)

@@ -191,7 +191,7 @@ def test_scales_of_other_classes_are_refused(run: Path) -> None:
         load_run(run)
 
 
-FITTED = ["calibration", "zero_shot_temperature", "pairs", "mixture", "strength"]
+FITTED = ["calibration", "zero_shot_temperature", "pairs", "mixture", "strength", "outside"]
 
 
 @pytest.mark.parametrize("key", FITTED)
@@ -217,11 +217,41 @@ def test_a_result_without_one_of_its_values_is_refused(key: str, run: Path) -> N
         {"mixture": None},
         {"mixture": {"inside": [0.0, 1.0]}},
         {"mixture": {"inside": [1.0], "outside": [1.0]}},
+        {"outside": None},
+        {"outside": {"scale": 1.0, "offset": "warm"}},
     ],
 )
 def test_a_damaged_result_is_refused(change: dict[str, Any], run: Path) -> None:
     edit(run / "result.json", **change)
     with pytest.raises(RunError, match=r"result\.json: not as capt-train writes it"):
+        load_run(run)
+
+
+def test_a_loaded_run_has_the_parts_that_were_chosen(default_run: tuple[TrainConfig, Path]) -> None:
+    _, run = default_run
+    choice = json.loads((run / "choice.json").read_text())
+    assert [row["candidate"]["prompt"] for row in choice["table"]] == [True] * 4  # it is pinned
+    model, chosen = load_run(run), choice["chosen"]
+    assert (model.learner.class_map is not None) == (chosen["side"] is not None)
+    assert (model.learner.rows is not None) == (chosen["weight"] > 0)
+    assert model.provenance["choice"] == choice
+    assert json.loads((run / "metrics.json").read_text())["choice"] == choice
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("out_of_fold.safetensors", b"damaged"),
+        ("choice.json", b"{}"),
+        ("choice.json", b'{"chosen": {"prompt": true, "side": "x", "ridge": 0, "weight": 0}}'),
+    ],
+)
+def test_a_damaged_choice_is_refused(
+    name: str, content: bytes, default_run: tuple[TrainConfig, Path], tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(default_run[1], tmp_path / "run"))
+    (run / name).write_bytes(content)
+    with pytest.raises(RunError, match=name):
         load_run(run)
 
 

@@ -51,14 +51,14 @@ def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize(
-    ("method", "optimizer", "how"),
+    ("added", "optimizer", "how"),
     [
-        ("capt", "adamw", signal.SIGKILL),
-        ("prompt", "sgd", signal.SIGINT),
+        (("infonce", "adapter"), "adamw", signal.SIGKILL),
+        (("margin", "moments"), "sgd", signal.SIGINT),
     ],
 )
 def test_a_stopped_run_resumes_to_the_bits_of_an_uninterrupted_one(
-    method: str,
+    added: tuple[str, ...],
     optimizer: str,
     how: signal.Signals,
     configure: Callable[..., TrainConfig],
@@ -66,7 +66,7 @@ def test_a_stopped_run_resumes_to_the_bits_of_an_uninterrupted_one(
     tmp_path: Path,
 ) -> None:
     settings = {
-        "method": method,
+        "method": "coop",
         "tuning_epochs": 40,
         "tuning_patience": 0,
         "tuning_optimizer": optimizer,
@@ -77,11 +77,12 @@ def test_a_stopped_run_resumes_to_the_bits_of_an_uninterrupted_one(
         "visual_views": 2,
         "visual_strength": "1",
     }
-    if method == "capt":  # the text side is interrupted elsewhere
+    if "adapter" in added:  # the text side is interrupted elsewhere
         settings["tuning_epochs"] = 2
-    train(configure(**settings), tmp_path / "whole")
+    train(configure(added=added, **settings), tmp_path / "whole")
     run = tmp_path / "stopped"
-    changes = [word for k, v in settings.items() for word in ("--set", f"{NAMES[k]}={v}")]
+    changes = ["--with", ",".join(added)]
+    changes += [word for k, v in settings.items() for word in ("--set", f"{NAMES[k]}={v}")]
     process = subprocess.Popen(
         [sys.executable, "-c", START, *base, *changes, "--out", run],
         stdout=subprocess.PIPE,

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from capt_deploy.core.errors import CaptError, DataError, RunError
+from capt_train import pipeline
 from capt_train.config import TrainConfig
 from capt_train.pipeline import train
+from capt_train.run import folder as runs
 from capt_train.tune import epochs
 from capt_train.tune.tune import LAST
 
@@ -87,9 +89,11 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return interrupt
 
 
-@pytest.mark.parametrize(("method", "stage"), [("prompt", ""), ("capt", "text-"), ("capt", "")])
+@pytest.mark.parametrize(
+    ("visual", "stage"), [((), ""), (("adapter",), "text-"), (("adapter",), "")]
+)
 def test_a_run_whose_inputs_have_moved_resumes_to_the_same_bits(
-    method: str,
+    visual: tuple[str, ...],
     stage: str,
     configure: Configure,
     interrupt: Callable[..., None],
@@ -100,11 +104,11 @@ def test_a_run_whose_inputs_have_moved_resumes_to_the_same_bits(
     (tmp_path / "names.json").write_text('{"red_ball": "ball"}')
     (tmp_path / "pairs.json").write_text('{"ball|blue sky": {"difference": ["One is round."]}}')
     files = {"class_names": "names.json", "confusion_sentences": "pairs.json"}
-    experts = ("semantic-experts",)
+    added = ("semantic-experts", *visual)
     common = {
         "tuning_patience": 0,
-        "method": method,
-        "added": experts,
+        "method": "coop",
+        "added": added,
         "visual_views": 3,
         "visual_strength": "1",
     }
@@ -133,8 +137,40 @@ def test_a_run_whose_inputs_have_moved_resumes_to_the_same_bits(
     assert read(run / "result.json") == read(tmp_path / "whole" / "result.json")
     written = read(run / "config.json")["config"]
     # the sentences have come from where they were
-    kept = {"added": experts, "confusion_sentences": settings["confusion_sentences"]}
+    kept = {"added": added, "confusion_sentences": settings["confusion_sentences"]}
     assert TrainConfig.from_dict(written, CaptError) == configure(**{**new, **kept})
+
+
+def test_a_default_run_interrupted_after_its_choice_resumes_to_the_same_bits(
+    default_run: tuple[TrainConfig, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config, whole = default_run
+    run, write = tmp_path / "run", runs.write_choice
+
+    def write_and_stop(*arguments: Any) -> None:
+        write(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "write_choice", write_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, run)
+    assert not (run / LAST).exists()
+    monkeypatch.delattr(pipeline, "choose")  # the choice is read
+    assert train(config, run, resume=True) == read(whole / "metrics.json")
+    assert contents(run) == contents(whole)
+
+
+def test_a_default_run_interrupted_in_its_epochs_resumes_to_the_same_bits(
+    default_run: tuple[TrainConfig, Path], interrupt: Callable[..., None], tmp_path: Path
+) -> None:
+    config, whole = default_run
+    run = tmp_path / "run"
+    interrupt(config, run)
+    assert (run / runs.CHOICE).read_bytes() == (whole / runs.CHOICE).read_bytes()
+    assert (run / LAST).read_bytes() != (whole / LAST).read_bytes()
+    assert train(config, run, resume=True) == read(whole / "metrics.json")
+    assert contents(run) == contents(whole)
 
 
 def test_a_run_may_be_resumed_on_another_device(

@@ -93,10 +93,10 @@ def test_new_classes_can_be_calibrated_by_distance_where_all_else_is_asked_for(t
     assert classifier.class_names == ("zebra", "red ball", "old tractor")
 
 
-def test_distances_that_change_nothing_are_said_to(tuned_run, tmp_path):
+def test_distances_that_change_nothing_are_said_to(text_run, tmp_path):
     (tmp_path / "names.txt").write_text("blue sky\ngreen leaf\n")  # both were tuned on
     result = run(
-        *(tuned_run, "--out", tmp_path / "x.capt", "--dac", "--classes", tmp_path / "names.txt")
+        *(text_run(), "--out", tmp_path / "x.capt", "--dac", "--classes", tmp_path / "names.txt")
     )
     assert result.exit_code == 0, result.stderr
     assert "--dac changes nothing" in result.stderr

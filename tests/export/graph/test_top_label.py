@@ -162,7 +162,7 @@ def test_lists_of_classes_keep_the_scaling_of_their_own(
         (1.0, 0.95, 1.15), (0.0, 0.3, 0.8)
     )
     found = loaded.backend.run(coloured_noise(50))
-    raw = model.backbone.scale * found.embedding @ source.rows.numpy().T
+    raw = model.backbone.scale * found.embedding @ source.rows.rows.numpy().T
     expected = (raw * [1.0, 0.95, 1.15] + [0.0, 0.3, 0.8]) / 1.7
     np.testing.assert_allclose(found.logits, expected, atol=1e-4)
     again = with_classes(source, [model], ["blue sky", "tabby cat"])
@@ -186,7 +186,7 @@ def test_added_classes_are_calibrated_like_listed_ones(
     added.add_classes(["tabby cat"])
     pixels = coloured_noise(40)
     images = model.learner.image_embeddings(torch.from_numpy(pixels))
-    raw = model.backbone.scale * (images @ listed.rows.T).numpy()
+    raw = model.backbone.scale * (images @ listed.rows.rows.T).numpy()
     expected = listed.calibration.apply(raw)[1]
     assert expected.shape == (40, 5)
     for one, shares in zip(added.run(pixels), expected, strict=True):

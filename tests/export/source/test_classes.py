@@ -31,11 +31,11 @@ def test_new_classes_get_the_learned_prompts_and_the_weights_outside(
     assert other.tuned == (False, False, True, False)
     of = {name: text_model.class_rows.rows[row] for row, name in enumerate(text_model.class_names)}
     of |= {name: by_hand(text_model, name) for name in NEW}
-    for name, row in zip(names, other.rows, strict=True):
+    for name, row in zip(names, other.rows.rows, strict=True):
         torch.testing.assert_close(row, of[name], atol=1e-6, rtol=0)
     # a class that the run knows, but was not tuned on, says the same as a new one of that name
     torch.testing.assert_close(of["red ball"], by_hand(text_model, "red ball"), atol=1e-6, rtol=0)
-    (tuned_alike,) = with_classes(source, [text_model], ["tabby cat", "blue sky"]).rows[1:]
+    (tuned_alike,) = with_classes(source, [text_model], ["tabby cat", "blue sky"]).rows.rows[1:]
     assert not torch.allclose(tuned_alike, by_hand(text_model, "blue sky"), atol=1e-3)
 
 
@@ -68,7 +68,7 @@ def test_a_run_that_tunes_its_images_too_has_no_zero_shot_rows(tuned_run: Path) 
     other = with_classes(source_from_run(model), [model], ["red ball", *NEW])
     assert other.zero_shot_head is None
     assert other.learner.visual is not None
-    assert other.rows.shape == (3, 32)
+    assert other.rows.rows.shape == (3, 32)
 
 
 def test_prompts_of_their_own_for_each_class_give_new_ones_their_mean(
@@ -84,7 +84,7 @@ def test_prompts_of_their_own_for_each_class_give_new_ones_their_mean(
         hand_written = model.backbone.class_embeddings(NEW, model.config.prompt.templates)
         weights = model.fitted.mixture.outside
         expected = weights[0] * hand_written[0] + weights[1] * model.learner.transform(mean)[0][0]
-    torch.testing.assert_close(other.rows[0], expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(other.rows.rows[0], expected, atol=1e-6, rtol=0)
 
 
 def test_a_bundle_of_other_classes_passes_the_gate(text_model: TunedModel, tmp_path: Path) -> None:

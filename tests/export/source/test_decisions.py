@@ -20,6 +20,7 @@ from capt_train.calibrate import choose
 from capt_train.calibrate.choose import fit_calibration
 from capt_train.calibrators import CALIBRATORS
 from capt_train.data.validation import Validation
+from capt_train.method.class_rows import ClassRows
 from capt_train.run.folder import TunedModel, load_run
 from export.source import decisions
 from export.source.classes import with_classes
@@ -99,8 +100,20 @@ def test_scores_are_those_of_calibrations_that_have_not_seen_the_image(
     model = known(whole_model, kind)
     assert model.validation is not None
     source = source_from_run(model)
-    own = out_of_fold(model, source.rows.numpy(), [*range(4)])
+    own = out_of_fold(model, source.rows.rows.numpy(), [*range(4)])
     check(decisions_from_validation(source), *own, model.validation.labels.numpy())
+
+
+def test_logits_of_images_that_were_tuned_on_are_those_out_of_fold(whole_model: TunedModel) -> None:
+    model = known(whole_model, "temperature")
+    assert model.validation is not None
+    embeddings, rows = model.validation.embeddings, model.class_rows.rows.roll(1, dims=1)
+    logits = model.backbone.scale * embeddings @ rows.T
+    model = replace(model, validation=replace(model.validation, logits=logits))
+    rolled = replace(model, class_rows=ClassRows.from_texts(rows))
+    expected = out_of_fold(rolled, rows.numpy(), [*range(4)])
+    labels = model.validation.labels.numpy()
+    check(decisions_from_validation(source_from_run(model)), *expected, labels)
 
 
 @pytest.mark.parametrize("kind", ["temperature", "isotonic"])
@@ -111,7 +124,7 @@ def test_factors_of_distance_aware_calibration_are_in_them(
     assert model.validation is not None
     source = distance_aware(source_from_run(model))
     assert source.calibration.factors is not None
-    own = out_of_fold(model, source.rows.numpy(), [*range(4)], [*source.calibration.factors])
+    own = out_of_fold(model, source.rows.rows.numpy(), [*range(4)], [*source.calibration.factors])
     check(decisions_from_validation(source), *own, model.validation.labels.numpy())
 
 
@@ -121,7 +134,7 @@ def test_lists_of_classes_have_the_images_of_their_own(kind: str, whole_model: T
     assert model.validation is not None
     names = ["tabby cat", model.class_names[3], model.class_names[1]]
     source = with_classes(source_from_run(model), [model], names)
-    logits, probabilities = out_of_fold(model, source.rows.numpy(), [4, 3, 1])
+    logits, probabilities = out_of_fold(model, source.rows.rows.numpy(), [4, 3, 1])
     labels = model.validation.labels.numpy()
     kept = np.isin(labels, [1, 3])
     assert 10 < kept.sum() < IMAGES

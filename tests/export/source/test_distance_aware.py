@@ -169,7 +169,7 @@ def test_a_graph_that_is_too_sure_gets_another_temperature_beside_its_factors(
     temperature = loaded.manifest.calibration["fp16"]["temperature"]
     assert temperature == pytest.approx(1.3 * source.temperature, rel=0.01)
     logits, _, embedding = loaded.backend.run(coloured_noise(50))
-    rows = source.learner.backbone.scale / temperature * source.rows.numpy()
+    rows = source.learner.backbone.scale / temperature * source.rows.rows.numpy()
     wanted = adjusted(embedding @ rows.T, factors_by_hand(text_model))
     np.testing.assert_allclose(logits, wanted, atol=1e-4)
 

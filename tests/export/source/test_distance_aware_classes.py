@@ -17,7 +17,8 @@ from capt_deploy.bundle.read import Bundle, open_bundle
 from capt_deploy.core.errors import BundleError, GateError
 from capt_deploy.serving.classifier import Classifier
 from capt_deploy.serving.open_vocabulary import TextEncoder
-from capt_train.run.folder import TunedModel, load_run
+from capt_train.method.class_rows import ClassRows
+from capt_train.run.folder import TunedModel, load_run, mixed_rows
 from export.source.classes import with_classes
 from export.source.merge import source_from_runs
 from export.source.model import Source, distance_aware, source_from_run
@@ -56,6 +57,9 @@ def test_a_list_of_new_classes_is_measured_to_those_tuned_on(
 
 def test_images_that_tuning_has_moved_have_factors_of_their_texts(tuned_run: Path) -> None:
     model = load_run(tuned_run)
+    model.learner.rows = None  # with rows, DAC is refused
+    rows = mixed_rows(model.learner, model.zero_shot, model.split, model.fitted)
+    model = replace(model, class_rows=rows)
     source = distance_aware(source_from_run(model))
     assert source.moves_images and source.calibration.factors is not None
     assert list(source.calibration.factors) == pytest.approx(factors_by_hand(model), rel=1e-5)
@@ -71,7 +75,7 @@ def test_merged_runs_are_measured_to_the_classes_of_all(
     models = [text_model, shaken(load_run(text_run(seed=5)), seed=1)]
     source = distance_aware(source_from_runs(models))
     rows = torch.stack([model.class_rows.rows for model in models]).mean(dim=0)
-    both = replace(text_model, text_embeddings=rows)
+    both = replace(text_model, class_rows=ClassRows.from_texts(rows))
     assert source.tuned == text_model.tuned
     assert source.calibration.factors is not None
     assert list(source.calibration.factors) == pytest.approx(factors_by_hand(both), rel=1e-4)

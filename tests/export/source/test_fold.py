@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from capt_deploy.confidence.calibration import Calibration
+from capt_train.method.class_rows import ClassRows
 from capt_train.run.folder import load_run
 from export.source.fold import fold
 
@@ -22,11 +23,12 @@ def test_each_row_is_the_scaled_embedding_over_the_temperature(model):
     for row, embedding in zip(head.weight, model.class_rows.rows, strict=True):
         expected = [scale * value / model.fitted.temperature for value in embedding.tolist()]
         np.testing.assert_allclose(row.numpy(), expected, rtol=1e-5)
-        # never renormalised: the norm carries scale, temperature, and what the mixture left of it
+        # never renormalised: the norm carries scale, temperature, mixture and closed-form rows
         expected_norm = scale / model.fitted.temperature * float(embedding.norm())
         assert float(row.norm()) == pytest.approx(expected_norm, rel=1e-5)
-        assert float(embedding.norm()) <= 1 + 1e-6
-    assert not head.bias.any()
+    assert model.class_rows.biases.any()  # of the closed-form rows
+    biases = [bias / model.fitted.temperature for bias in model.class_rows.biases.tolist()]
+    assert head.bias.tolist() == pytest.approx(biases, rel=1e-5)
 
 
 def test_folded_logits_are_the_tuned_models(model):
@@ -43,7 +45,7 @@ def test_a_sigmoid_models_bias_stays_in_the_logits(write_model):
     backbone = load_backbone(str(folder), None, torch.device("cpu"))
     rows = torch.nn.functional.normalize(torch.randn(3, 32), dim=1)
     images = torch.nn.functional.normalize(torch.randn(9, 32), dim=1)
-    head = fold(backbone, rows, Calibration(2.0))
+    head = fold(backbone, ClassRows.from_texts(rows), Calibration(2.0))
     expected = (backbone.scale * images @ rows.T - 10) / 2
     torch.testing.assert_close(images @ head.weight.T + head.bias, expected, atol=1e-5, rtol=0)
 
@@ -53,7 +55,8 @@ def test_zero_shot_rows_are_not_tuned_but_have_their_own_temperature(model):
     names = [f"a photo of a {name}." for name in model.class_names]
     backbone, temperature = model.backbone, model.fitted.zero_shot_temperature
     expected = backbone.scale / temperature * images @ backbone.text_embeddings(names).T
-    found = images @ fold(backbone, model.zero_shot, Calibration(temperature)).weight.T
+    frozen = ClassRows.from_texts(model.zero_shot)
+    found = images @ fold(backbone, frozen, Calibration(temperature)).weight.T
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 

@@ -68,7 +68,7 @@ def test_each_run_rules_its_own_classes(models: list[TunedModel]) -> None:
     ]
     source = source_from_runs(models)
     assert source.class_names == (SKY, LEAF, STONE, BALL)
-    of = dict(zip(source.class_names, source.rows, strict=True))
+    of = dict(zip(source.class_names, source.rows.rows, strict=True))
     tuned: dict[str, list[Tensor]] = {name: [] for name in source.class_names}
     for model in models:
         for name, own in zip(model.class_names, model.tuned, strict=True):
@@ -88,10 +88,10 @@ def test_a_class_that_only_one_run_knows_is_new_to_the_other(models: list[TunedM
     strangers = replace(first, split=replace(first.split, tuned=(1, 2)))  # to the sky
     source = source_from_runs([strangers, second])
     expected = (by_hand(first, SKY) + by_hand(second, SKY)) / 2
-    torch.testing.assert_close(source.rows[0], expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(source.rows.rows[0], expected, atol=1e-6, rtol=0)
     other = with_classes(source, [strangers, second], [SKY, "tabby cat"])
     expected = (by_hand(first, "tabby cat") + by_hand(second, "tabby cat")) / 2
-    torch.testing.assert_close(other.rows[1], expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(other.rows.rows[1], expected, atol=1e-6, rtol=0)
 
 
 @torch.no_grad()
@@ -103,7 +103,7 @@ def test_one_temperature_is_fitted_on_all_validation_images(models: list[TunedMo
     embeddings = models[0].backbone.image_embeddings(pixels)
     targets = torch.searchsorted(torch.tensor(columns), labels)
     for rows, found in (
-        (source.rows, source.temperature),
+        (source.rows.rows, source.temperature),
         (source.hand_written, source.zero_shot_temperature),
     ):
         logits = (models[0].backbone.scale * embeddings @ rows[columns].T).double()

@@ -23,6 +23,7 @@ from capt_deploy.serving.classifier import Classifier
 from capt_deploy.serving.open_vocabulary import TextEncoder
 from capt_train.clip.loading import load_backbone
 from capt_train.data.fewshot import FewShotSplit
+from capt_train.method.class_rows import ClassRows
 from capt_train.method.learner import make_learner
 from capt_train.method.mixture import Mixture
 from capt_train.run.fitted import Fitted
@@ -33,7 +34,7 @@ from export.source.model import Source, source_from_run
 from export.text.graph import check_rows, write_open_vocabulary
 from export.writer import ExportOptions, export
 from tests.configs import train_config
-from tests.export.conftest import TEMPLATES, TRAINED, shaken
+from tests.export.conftest import TEMPLATES, TRAINED, WITHOUT, shaken
 
 NEW = ("tabby cat", "Levi’s 501", "old tractor on a field")
 
@@ -95,7 +96,7 @@ def random_model(spec: str, data: Path, **settings: Any) -> TunedModel:
     names = tuple(label.replace("_", " ") for label in labels)
     digests = {item.path: "0" * 64 for item in items}
     split = FewShotSplit(names, tuple(range(len(items))), items, items, digests)
-    own: dict[str, Any] = {"method": "full", "without": ("colours", "visual"), **TRAINED}
+    own: dict[str, Any] = {"method": "full", "without": WITHOUT, **TRAINED}
     config = train_config(
         data=str(data), model=spec, prompt_templates=TEMPLATES, **{**own, **settings}
     )
@@ -107,7 +108,8 @@ def random_model(spec: str, data: Path, **settings: Any) -> TunedModel:
     provenance = {"model_sha256": "0" * 64, "data_fingerprint": "", "versions": {}}
     provenance |= config.to_dict()
     fitted = Fitted({(0, 1): 3}, Mixture.learned_only(learner.learned))
-    model = TunedModel(backbone, config, split, learner, zero_shot, zero_shot, fitted, provenance)
+    rows = ClassRows.from_texts(zero_shot)
+    model = TunedModel(backbone, config, split, learner, rows, zero_shot, fitted, provenance)
     return shaken(model)
 
 
@@ -144,7 +146,7 @@ def test_merged_runs_share_one_tower(
     text_model: TunedModel, tiny_model_dir: Path, photos: Path, tmp_path: Path
 ) -> None:
     # the first with a context of its own for each class, and neither mixture nor experts
-    plain: dict[str, Any] = {"without": ("colours", "visual", "mixture", "semantic-experts")}
+    plain: dict[str, Any] = {"without": (*WITHOUT, "mixture", "semantic-experts")}
     plain |= {"prompt_count": 1, "prompt_class_specific": True, "prompt_words": "a"}
     other = random_model(f"local-dir:{tiny_model_dir}", photos, **plain)
     record = compared_rows([other, text_model], tmp_path)
@@ -164,7 +166,7 @@ def test_prompts_without_a_weight_are_left_out(
     without: tuple[str, ...],
     prompts: tuple[str, ...],
 ) -> None:
-    off = {"prompt_count": 1, "without": (*without, "colours", "visual")}
+    off = {"prompt_count": 1, "without": (*without, *WITHOUT)}
     model = random_model(f"local-dir:{tiny_model_dir}", photos, **off)
     assert compared_rows([model], tmp_path).prompts == prompts
 
