@@ -507,7 +507,7 @@ def test_a_last_step_that_breaks_only_the_visual_side_is_noticed(
     made, task = make(
         tiny_backbone, config(visual_batch_size=100, tuning_warmup_epochs=0), validated
     )
-    stage = replace(VISUAL, rate=1e30)
+    stage = replace(VISUAL, rate=1e30, batch_size=100)
     with pytest.raises(RunError, match="in epoch 1 the image embeddings became nan; lower visual"):
         tune(made, task, tmp_path, stage)
     assert not (tmp_path / LAST).exists()
