@@ -141,7 +141,6 @@ def _mixture(setup: Setup, outcome: Outcome, validation: Float[Tensor, "samples 
     )
 
 
-@torch.no_grad()
 def _held_out(
     setup: Setup, model: TunedModel, outcome: Outcome, validation: Float[Tensor, "samples dim"]
 ) -> HeldOut:

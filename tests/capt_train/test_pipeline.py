@@ -136,6 +136,7 @@ def test_the_result_has_what_was_fitted_and_on_how_many_images(finished: Path) -
         "images",
         "pairs",
         "mixture",
+        "outside",
         "strength",
     }
     assert result.keys() == keys | {"trained_parameters", "trial", "stages"}

@@ -67,8 +67,13 @@ def test_a_loaded_run_of_both_sides_says_what_it_said_when_it_was_tuned(
     assert all(torch.equal(own[name], value) for name, value in state.items())
     assert float(state["module.tuner.alpha"]) != 1.0  # a constant from the training images
     texts = torch.cat([model.zero_shot[None], model.learner.texts(range(4)).embeddings])
-    mixed = model.fitted.mixture.rows(texts, model.tuned)
-    assert torch.equal(model.class_rows.rows, mixed)
+    expected = model.fitted.mixture.rows(texts, model.tuned).detach()
+    gaussian = model.learner.rows
+    assert gaussian is not None and gaussian.share == 0.2
+    expected[:2] += 0.2 / model.backbone.scale * gaussian.weight
+    torch.testing.assert_close(model.class_rows.rows, expected, atol=1e-6, rtol=0)
+    biases = torch.cat([0.2 * gaussian.bias, torch.zeros(2)])
+    torch.testing.assert_close(model.class_rows.biases, biases)
     pixels = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8)
     moved = model.learner.image_embeddings(pixels)
     frozen = model.learner.backbone.image_embeddings(pixels)  # colours mapped
