@@ -20,7 +20,7 @@ from capt_train.method.learner import Learner
 from capt_train.method.rows import Discriminant, discriminant
 from capt_train.tune.candidates import Candidate, candidates, parts_by_epochs
 from capt_train.tune.epochs import train_epochs
-from capt_train.tune.fit_map import fit_map, map_task
+from capt_train.tune.fit_map import MapTask, fit_map, map_task
 from capt_train.tune.stages import TuningTask
 
 _FOLDS = 4
@@ -128,7 +128,8 @@ class _Fitted:
     """Everything that was fitted on one fold, in the memory of the CPU, where it is judged."""
 
     fold: _Fold
-    texts: Mapping[tuple[bool, str | None, float], Float[Tensor, "classes dim"]]
+    before: Mapping[bool, Float[Tensor, "prompts classes dim"]]  # without and with a prompt
+    texts: dict[tuple[bool, str | None, float], Float[Tensor, "classes dim"]]  # behind the maps
     rows: Discriminant  # of the classes inside
 
     def beside(self, candidate: Candidate, outside: Outside) -> Float[Tensor, "held classes"]:
@@ -174,17 +175,20 @@ def choose(
     enough = len(task.tuned) >= _FEWEST_CLASSES
     folds = list(_folds(task, held_classes=enough and (new_classes or not judged)))
     listed = candidates(config, by_epochs=parts_by_epochs(config), judged=judged)
+    # a map behind a prompt is tried only where a prompt alone is ahead of a map alone
+    behind = [candidate for candidate in listed if candidate.prompt and candidate.side]
+    alone = [candidate for candidate in listed if candidate not in behind] or behind
+    images = len(task.train) + len(task.val)
     fitted = []
     with progress("comparing on held-out photos", len(folds), "folds") as counter:
         for fold in folds:
-            try:
-                fitted.append(_fit(fold, listed, make))
-            except FloatingPointError as cause:
-                raise RunError(
-                    f"comparing on held-out photos: {cause}; lower tuning.learning_rate"
-                ) from cause
+            fitted.append(_fit(fold, alone, make))
             counter.advance(1)
-    table, chosen = _judge(fitted, listed, len(task.train) + len(task.val))
+    table, chosen = _judge(fitted, alone, images)
+    if alone is not behind and behind and _ahead("prompt", "map", table):
+        for fit in fitted:
+            _fit_maps(fit, behind)
+        table, chosen = _judge(fitted, listed, images)
     logits = torch.full((len(labels), len(task.tuned)), torch.nan)
     counts = dict.fromkeys(("tuned", "new"), 0)
     for fit in fitted:
@@ -244,25 +248,52 @@ def _photo_folds(labels: Tensor, class_fold: Tensor, count: int) -> Int[Tensor, 
 def _fit(
     fold: _Fold, listed: Sequence[Candidate], make: Callable[[tuple[int, ...]], Learner]
 ) -> _Fitted:
-    """Fit everything that the candidates need on one fold."""
-    task = fold.task
-    texts: dict[tuple[bool, str | None, float], Tensor] = {}
-    for prompt in sorted({candidate.prompt for candidate in listed}):
-        before = fold.reference[None]
-        if prompt:
-            learner = make(task.tuned)
+    """Fit everything that the candidates need on one fold.
+
+    Raises:
+        RunError: a prompt diverges.
+    """
+    task, before = fold.task, {False: fold.reference[None]}
+    if any(candidate.prompt for candidate in listed):
+        learner = make(task.tuned)
+        try:
             train_epochs(learner, task)
-            with torch.no_grad():
-                before = learner.texts(fold.classes).embeddings.float()
-        inside = map_task(task, before[:, fold.inside])
-        texts[prompt, None, 0.0] = before.mean(dim=0).cpu()
-        matrices: dict[str, Tensor] = {}
-        for side, ridge in dict.fromkeys((c.side, c.ridge) for c in listed if c.prompt == prompt):
-            if side is not None:
-                matrices[side] = fit_map(inside, side, ridge, matrices.get(side))
-                texts[prompt, side, ridge] = mapped(before, matrices[side]).mean(dim=0).cpu()
+        except FloatingPointError as cause:
+            raise RunError(
+                f"comparing on held-out photos: {cause}; lower tuning.learning_rate"
+            ) from cause
+        with torch.no_grad():
+            before[True] = learner.texts(fold.classes).embeddings.float()
+    texts = {(key, None, 0.0): value.mean(dim=0).cpu() for key, value in before.items()}
     rows = discriminant(task.train.embeddings, task.labels, len(task.tuned))
-    return _Fitted(fold, texts, rows)
+    fitted = _Fitted(fold, before, {**texts}, rows)
+    _fit_maps(fitted, listed)
+    return fitted
+
+
+def _fit_maps(fitted: _Fitted, listed: Sequence[Candidate]) -> None:
+    """Add the class embeddings behind the maps of the candidates."""
+    tasks: dict[bool, MapTask] = {}
+    matrices: dict[tuple[bool, str], Tensor] = {}
+    for prompt, side, ridge in dict.fromkeys((c.prompt, c.side, c.ridge) for c in listed):
+        if side is None:
+            continue
+        before, fold = fitted.before[prompt], fitted.fold
+        if prompt not in tasks:
+            tasks[prompt] = map_task(fold.task, before[:, fold.inside])
+        # starts from the map with the ridge before
+        matrix = fit_map(tasks[prompt], side, ridge, matrices.get((prompt, side)))
+        matrices[prompt, side] = matrix
+        fitted.texts[prompt, side, ridge] = mapped(before, matrix).mean(dim=0).cpu()
+
+
+def _ahead(first: str, second: str, table: Sequence[Judgement]) -> bool:
+    """Tell whether the best candidate with one part is ahead of the best with another."""
+    best = [
+        min((row.nll for row in table if part in row.candidate.family), default=math.inf)
+        for part in (first, second)
+    ]
+    return best[0] < best[1]
 
 
 def _judge(

@@ -223,9 +223,22 @@ def test_nan_in_a_fold_is_an_error_that_names_the_setting(monkeypatch: pytest.Mo
     def diverge(*_: object) -> None:
         raise FloatingPointError("the cross_entropy term became nan")
 
-    monkeypatch.setattr(choice_module, "_fit", diverge)
+    monkeypatch.setattr(choice_module, "train_epochs", diverge)
+    task = world([4] * 4)
+    task = replace(task, config=replace(task.config, without=("colours",)))
     with pytest.raises(choice_module.RunError, match=r"cross_entropy.*lower tuning\.learning_rate"):
-        decide(world([4] * 4))
+        choose(task, lambda tuned: None, new_classes=False)  # type: ignore[arg-type, return-value]
+
+
+def test_a_map_behind_a_prompt_is_tried_where_the_prompt_is_ahead() -> None:
+    def row(prompt: bool, side: str | None, nll: float) -> choice_module.Judgement:
+        return choice_module.Judgement(Candidate(prompt, side), None, None, nll, 0.0, 0.0)
+
+    table = [row(True, None, 1.0), row(False, "images", 1.1)]
+    assert choice_module._ahead("prompt", "map", table)
+    assert not choice_module._ahead("map", "prompt", table)
+    assert choice_module._ahead("prompt", "map", table[:1])
+    assert not choice_module._ahead("prompt", "map", table[1:])
 
 
 def test_the_seed_decides_the_folds() -> None:
