@@ -71,7 +71,8 @@ def _webcam(photo: Photo, random: np.random.Generator) -> Photo:
     light = _blurred(photo, 0.01) ** _GAMMA * (1 - 0.3 * (x**2 + y**2))[..., None]
     image = _noisy(light, random, 0.04).clip(0) ** (1 / _GAMMA)
     grey = (image @ _LUMA)[..., None]
-    return 0.75 * (grey + 0.4 * (image - grey)) + [0.1, 0.14, 0.1]
+    pale: Photo = 0.75 * (grey + 0.4 * (image - grey)) + [0.1, 0.14, 0.1]
+    return pale
 
 
 def _dim(photo: Photo, random: np.random.Generator) -> Photo:
@@ -81,7 +82,8 @@ def _dim(photo: Photo, random: np.random.Generator) -> Photo:
 
 def _faded(photo: Photo, random: np.random.Generator) -> Photo:
     """The shift of `cifar100-camera`: linear, so that a linear map undoes it."""
-    return 0.8 * (0.25 * photo + 0.75 * (photo @ _LUMA)[..., None]) + 0.1
+    faded: Photo = 0.8 * (0.25 * photo + 0.75 * (photo @ _LUMA)[..., None]) + 0.1
+    return faded
 
 
 def _noisy(light: Photo, random: np.random.Generator, deviation: float) -> Photo:

@@ -25,12 +25,12 @@ from capt_train.data.features import Embedded, Features, embed
 from capt_train.method.learner import Learner, make_learner
 from capt_train.run import folder as runs
 from capt_train.run.evaluate import RunScores, score_model
-from capt_train.run.fitting import Outcome, fit
+from capt_train.run.fitting import HeldOut, Outcome, fit
 from capt_train.run.folder import TunedModel
 from capt_train.run.recolour import recolour
 from capt_train.run.setup import Setup, absolute, load, locked, prepare
 from capt_train.run.visual_side import tune_visual_side, with_tokens
-from capt_train.tune.candidates import candidates, parts_by_epochs
+from capt_train.tune.candidates import candidates
 from capt_train.tune.choice import Choice, choose
 from capt_train.tune.stages import TuningTask
 from capt_train.tune.text_side import tune_text_side
@@ -63,10 +63,10 @@ def train(
         watch.lap("loading")
         with closing(EmbeddingCache(setup.model_sha256, setup.backbone.device.type)) as cache:
             setup, outcome = _tune(setup, cache, out, watch)
-            model = fit(setup, outcome, out)
+            model, held_out = fit(setup, outcome, out)
             watch.lap("calibrating")
             images = {"train": len(outcome.task.train), "val": len(outcome.task.val)}
-            report = {**_measure(setup, model, outcome, cache), "images": images}
+            report = {**_measure(setup, model, outcome, held_out, cache), "images": images}
             watch.lap("measuring")
         write_json(out / runs.METRICS, report)
     say(f"time: {watch}")
@@ -178,14 +178,15 @@ def _choice(
     """
     if not (out / runs.CHOICE).exists():
         config = task.config
-        listed = candidates(config, by_epochs=parts_by_epochs(config), judged=True)
+        listed = candidates(config, judged=True)
         if len(listed) == 1 and len(task.val):
             return None
-        choice = choose(task, make, new_classes=config.classes == "base")
-        runs.write_choice(out, choice)
+        runs.write_choice(out, choose(task, make, new_classes=config.classes == "base"))
+    choice = runs.read_choice(out)
+    if choice is not None:
         values = choice.to_dict()
         say("\n".join([table(*choice_rows(values)), *choice_notes(values)]))
-    return runs.read_choice(out)
+    return choice
 
 
 def _filled(logits: Tensor, bank: ConfusionBank) -> Tensor:
@@ -267,15 +268,20 @@ def _sampled(setup: Setup, frozen: Embedded, images: Embedded) -> tuple[Setup, E
     return replace(setup, split=split), frozen, images
 
 
-def _measure(setup: Setup, model: TunedModel, outcome: Outcome, cache: EmbeddingCache) -> Report:
+def _measure(
+    setup: Setup, model: TunedModel, outcome: Outcome, held_out: HeldOut, cache: EmbeddingCache
+) -> Report:
     """Evaluate on test images; without any, on held-out ones, with a note."""
     dataset, config, choice = setup.dataset, setup.config, outcome.choice
     measured_on = next(name for name in ("test", "val", "train") if dataset.splits[name])
-    folds = choice is not None and model.visual is None and all(model.tuned)
-    if measured_on != "test" and choice is not None and folds:
+    judged = choice is not None and choice.images["tuned"]
+    if measured_on == "train" and judged and len(held_out) and all(model.tuned):
         measured_on = "cross-validation"
-        say("note: no test images: measured on photos that a fold of the run has held out")
-        figures = _cross_validated(model, outcome, choice).report()
+        say(
+            "note: no test images: measured on training photos, each by a model that had not seen "
+            "it; the same photos chose what is kept and calibrate, so expect a little less"
+        )
+        figures = _cross_validated(model, outcome, held_out).report()
     else:
         if measured_on != "test":
             say(f"note: no test images: measured on {measured_on} images, which the run has used")
@@ -296,15 +302,13 @@ def _measure(setup: Setup, model: TunedModel, outcome: Outcome, cache: Embedding
     }
 
 
-def _cross_validated(model: TunedModel, outcome: Outcome, choice: Choice) -> RunScores:
-    """Return the scores of the training photos by models that have not seen them."""
-    known = ~choice.out_of_fold.isnan().any(dim=1)
+def _cross_validated(model: TunedModel, outcome: Outcome, held_out: HeldOut) -> RunScores:
+    """Return the scores of the training photos by models that had not seen them."""
     train, calibration = outcome.frozen.train, model.fitted.calibration
-    raw = (choice.out_of_fold[known] + model.backbone.logit_bias).numpy()
     scores = Scores(
-        train.labels[known].numpy(),
-        calibration.scale(raw),
-        model.zero_shot_logits(train.embeddings[known]).cpu().numpy(),
+        held_out.labels.numpy(),
+        calibration.scale(held_out.tuned.numpy()),
+        held_out.frozen.numpy() / model.fitted.zero_shot_temperature,
         calibration,
         model.fitted.zero_shot_temperature,
     )

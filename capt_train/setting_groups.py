@@ -44,7 +44,10 @@ class TuningSettings(SettingsGroup, group="tuning"):
     )
     autocast: str = setting("auto", "auto: bf16 on GPUs that have it", one_of(_AUTOCASTS))
     label_noise: float | None = setting(
-        None, "share of wrong labels (ε); auto: as the frozen model sees it", _NOISE, none="auto"
+        None,
+        "share of wrong labels (ε); auto: as folds show it",
+        _NOISE,
+        none="auto",
     )
 
 

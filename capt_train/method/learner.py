@@ -49,7 +49,7 @@ class Learner(nn.Module):
         """Put the parts together.
 
         Args:
-            backbone: frozen, the with a colour map of its input where one was fitted.
+            backbone: frozen, with a colour map of its input where one was fitted.
             zero_shot: hand-written t⁰ of every class, in force where there is no prompt.
             prompts: K learned prompts; may be empty.
             transforms: maps of class embeddings by the names of their parts, applied in order.
@@ -118,10 +118,14 @@ class Learner(nn.Module):
         """Return the parts in force: those of the settings that this model can have."""
         built = {*self.transforms, *(self.visual.parts if self.visual is not None else ())}
 
+        trains = self.class_map is not None or self.text_parameters or self.visual_parameters
+
         def in_force(name: str) -> bool:
             part = PARTS[name]
             if part.in_force is not None:
                 return part.in_force(self)
+            if part.losses and not trains:
+                return False
             return part.side is None or name in built
 
         return frozenset(filter(in_force, config.parts))

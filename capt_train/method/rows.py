@@ -12,6 +12,7 @@ from capt_train.method.class_rows import ClassRows
 # α where no photo can judge it: one photo a class, no validation images. Right for text that knows
 # the classes, and near the best where it does not (ours).
 UNJUDGED_WEIGHT = 0.1
+_LEAST_VARIANCE = 1e-6  # of unit-norm embeddings; copies of one photo have none
 _LEAST_SPREAD = 0.05  # of class means that differ no more than chance lets them, as a share
 
 
@@ -80,8 +81,8 @@ def discriminant(
       by the variances within and between classes (empirical Bayes): the mean of one photo is
       trusted about half.
 
-    With one photo a class, nothing is known of the variance within: half of the variance of all
-    photos stands for it.
+    With one photo a class, nothing is known of the covariance within: half of that of all photos
+    stands for it, with the weight of one photo more than a class has to have.
 
     Args:
         images: unit norm.
@@ -95,15 +96,14 @@ def discriminant(
     means /= counts[:, None]
     centre = means.mean(dim=0)
     within, spare = exact - means[labels], len(labels) - classes
-    if spare:
-        covariance = within.T @ within / spare
-    else:
-        covariance = (exact - centre).T @ (exact - centre) / (2 * len(labels))
-    variance = covariance.trace()
+    apart = exact - centre
+    covariance = (within.T @ within + apart.T @ apart / (2 * len(labels))) / (spare + 1)
+    variance = covariance.trace().clamp(min=_LEAST_VARIANCE)
     share = dim / (dim + max(spare, 1))
     eye = torch.eye(dim, dtype=torch.double)
     shrunken = (1 - share) * covariance + share * variance / dim * eye
     spread = (means - centre).square().sum(dim=1).mean() * classes / (classes - 1)
+    spread = spread.clamp(min=_LEAST_VARIANCE)
     between = torch.maximum(spread - variance * (1 / counts).mean(), _LEAST_SPREAD * spread)
     trust = counts / (counts + variance / between)
     means = centre + trust[:, None] * (means - centre)

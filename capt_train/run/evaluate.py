@@ -53,6 +53,8 @@ def score_model(
         used = set(model.split.sha256.values())
         if seen := sum(digest in used for digest in features.sha256):
             say(f"note: {seen} test images are also among those that the run has used")
+        if seen == len(features):
+            say("WARNING: all of them: the figures say nothing about new photos")
     embeddings = features.embeddings
     if model.moves_images:
         encode, label = model.learner.image_embeddings, f"{split} images as tuned"
@@ -93,7 +95,7 @@ def score_run(
         CaptError: the run or the data cannot be used.
     """
     model = load_run(run, choose_device("auto"))
-    # photos without a split are all for testing, but for those that the run was tuned on
+    # photos without a split are all for testing; those that the run has used are counted in a note
     share = model.config.test_share or 1.0
     names = class_names or model.config.class_names
     dataset = read_dataset(data, names, model.class_names, test_share=share)

@@ -65,7 +65,7 @@ class HeldOut:
         return len(self.labels)
 
 
-def fit(setup: Setup, outcome: Outcome, out: Path) -> TunedModel:
+def fit(setup: Setup, outcome: Outcome, out: Path) -> tuple[TunedModel, HeldOut]:
     """Fit mixture and calibration; write the confusions and `result.json`."""
     learner, task, split = outcome.learner, outcome.task, setup.split
     before = setup.zero_shot_bank(outcome.frozen.train)
@@ -108,7 +108,7 @@ def fit(setup: Setup, outcome: Outcome, out: Path) -> TunedModel:
             ],
         },
     )
-    return model
+    return model, held_out
 
 
 @torch.no_grad()
@@ -158,7 +158,7 @@ def _held_out(
         items, rows = tuple(task.val.kept(split.val)), torch.arange(len(labels))
         return HeldOut(rows, items, labels, frozen(images), logits)
     images = outcome.frozen.train
-    if model.visual is None and choice is not None:
+    if model.visual is None and choice is not None and "mixture" not in setup.config.parts:
         shift = setup.backbone.logit_bias - choice.outside.offset  # as `mixed_rows` has it
         logits = choice.out_of_fold + shift
     else:

@@ -47,7 +47,7 @@ FILES = {
     RESULT: "what was fitted after tuning: strength, mixture, calibration; history of the epochs",
     "best.safetensors, last.safetensors": "parameters of the best epoch; state after the last one",
     "text-*.safetensors": "the same of the text side, where a visual side follows",
-    "validation.safetensors": "embeddings and labels of the validation images, for the export",
+    "validation.safetensors": "embeddings and labels of the held-out images, for the export",
     BANK: "the confusion bank after its last update",
     COLOURS: "the map of the input's colours, and how much zero-shot gains by it",
     TRIAL: "the short trial of the visual side on half of the images, if there was one",
@@ -71,7 +71,7 @@ class TunedModel:
     zero_shot: Float[Tensor, "classes dim"]  # hand-written t⁰, unit norm
     fitted: Fitted
     provenance: Mapping[str, Any]
-    validation: Validation | None = None  # None where the run had no validation images
+    validation: Validation | None = None  # None where nothing was held out
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ from capt_train.config import TrainConfig
 from capt_train.method.class_map import SIDES
 from capt_train.method.rows import UNJUDGED_WEIGHT
 from capt_train.parts import METHODS, PARTS
+from capt_train.tune import fit_map
 
-RIDGES = (0.1, 0.03, 0.01, 0.003, 0.001)  # strong ones first: each starts from the last
 WEIGHTS = (0.05, 0.1, 0.2, 0.4, 1.0)  # α of the rows
 
 
@@ -57,25 +57,26 @@ class Candidate:
 
 def choosable(config: TrainConfig) -> frozenset[str]:
     """Return the parts that held-out photos decide about: the method's, if not pinned."""
-    return frozenset({*METHODS[config.method].chosen} & config.parts - {*config.added})
+    free = {*METHODS[config.method].chosen} & config.parts - {*config.added}
+    beside = parts_by_epochs(config) - {"prompt"}  # trained together with the prompt
+    return frozenset(free - {"prompt"} if beside else free)
 
 
-def candidates(config: TrainConfig, *, by_epochs: bool, judged: bool) -> list[Candidate]:
+def candidates(config: TrainConfig, *, judged: bool) -> list[Candidate]:
     """Return all candidates; families from simple to complex.
 
     Args:
         config: settings of the run; what they fix is no choice.
-        by_epochs: whether the settings have anything that is trained by epochs, such as a prompt.
         judged: whether held-out photos of tuned classes can judge the weight of the rows.
     """
     free = choosable(config)
-    prompts = [False, True] if "prompt" in free else [by_epochs]
+    prompts = [False, True] if "prompt" in free else [bool(parts_by_epochs(config))]
     maps: list[tuple[str | None, float]] = []
     if "map" not in config.parts or "map" in free:
         maps.append((None, 0.0))
     if "map" in config.parts:
         sides = [config.map.side] if config.map.side else SIDES
-        ridges = RIDGES if config.map.ridge is None else (config.map.ridge,)
+        ridges = fit_map.RIDGES if config.map.ridge is None else (config.map.ridge,)
         maps += [(side, ridge) for side in sides for ridge in ridges]
     weights: list[float] = []
     if "rows" not in config.parts or ("rows" in free and judged):
@@ -92,7 +93,7 @@ def _complexity(family: tuple[str, ...]) -> tuple[int, ...]:
     return tuple(int(name in family) for name in ("map", "prompt", "rows"))
 
 
-def parts_by_epochs(config: TrainConfig) -> bool:
-    """Tell whether the settings have a part of the text side that is trained by epochs."""
-    sides = {name for name in config.parts if PARTS[name].side == "text"} - {"map"}
-    return bool(sides or config.parts & {"prompt", "text-prompts"})
+def parts_by_epochs(config: TrainConfig) -> frozenset[str]:
+    """Return the parts of the text side that are trained by epochs."""
+    text = {name for name in config.parts if PARTS[name].side == "text"} - {"map"}
+    return frozenset(text | config.parts & {"prompt", "text-prompts"})

@@ -1,6 +1,8 @@
 """Choose prompt, map and rows on held-out photos and held-out classes (METHOD 5c, ours)."""
 
 import math
+import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -18,15 +20,16 @@ from capt_train.method.class_map import mapped
 from capt_train.method.class_rows import UNCHANGED, ClassRows, Outside
 from capt_train.method.learner import Learner
 from capt_train.method.rows import Discriminant, discriminant
-from capt_train.tune.candidates import Candidate, candidates, parts_by_epochs
+from capt_train.tune.candidates import Candidate, candidates
 from capt_train.tune.epochs import train_epochs
-from capt_train.tune.fit_map import MapTask, fit_map, map_task
+from capt_train.tune.fit_map import fit_maps, map_task
 from capt_train.tune.stages import TuningTask
 
 _FOLDS = 4
 _FEWEST_CLASSES = 4  # two to tune on and two to hold out
 _OFFSETS = tuple(step / 4 for step in range(-32, 33))  # δ in nats
 _MOST_VALIDATED = 2000  # images that judge; more would hardly decide otherwise
+_MOST_PROBED = 200_000  # images × classes; more would take minutes
 _PROBE_C = 100.0  # inverse ridge of the logistic regression; embeddings have unit norm
 
 
@@ -174,24 +177,27 @@ def choose(
     judged = len(task.val) > 0 or bool((labels.bincount() > 1).any())
     enough = len(task.tuned) >= _FEWEST_CLASSES
     folds = list(_folds(task, held_classes=enough and (new_classes or not judged)))
-    listed = candidates(config, by_epochs=parts_by_epochs(config), judged=judged)
+    listed = candidates(config, judged=judged)
     # a map behind a prompt is tried only where a prompt alone is ahead of a map alone
     behind = [candidate for candidate in listed if candidate.prompt and candidate.side]
     alone = [candidate for candidate in listed if candidate not in behind] or behind
     images = len(task.train) + len(task.val)
-    fitted = []
-    with progress("comparing on held-out photos", len(folds), "folds") as counter:
-        for fold in folds:
-            fitted.append(_fit(fold, alone, make))
-            counter.advance(1)
+    fitted = _fit_all(folds, alone, make, "comparing on held-out photos")
     table, chosen = _judge(fitted, alone, images)
     if alone is not behind and behind and _ahead("prompt", "map", table):
         for fit in fitted:
             _fit_maps(fit, behind)
         table, chosen = _judge(fitted, listed, images)
+
+    def again(*, held_classes: bool) -> list[_Fitted]:
+        folds = list(_folds(task, held_classes=held_classes))
+        return _fit_all(folds, [chosen], make, "fitting what is kept to other folds")
+
     logits = torch.full((len(labels), len(task.tuned)), torch.nan)
     counts = dict.fromkeys(("tuned", "new"), 0)
-    for fit in fitted:
+    # only folds of all classes answer as the final model will
+    whole = again(held_classes=False) if new_classes and judged and not len(task.val) else fitted
+    for fit in whole:
         group = fit.fold.group("tuned") if judged else fit.fold.group("new")
         photos = group & (fit.fold.places < len(labels))
         logits[fit.fold.places[photos]] = fit.logits(chosen)[photos].cpu()
@@ -199,10 +205,11 @@ def choose(
         groups = [fit.fold.places[fit.fold.group(name)] for fit in fitted]
         counts[name] = len(torch.cat(groups).unique())
     probe = _linear_probe([fit.fold for fit in fitted])
-    if judged and enough and not new_classes:
-        folds = list(_folds(task, held_classes=True))
-        fitted = [_fit(fold, [chosen], make) for fold in folds]
-    outside = _outside(fitted, chosen) if judged and enough else UNCHANGED
+    outside = UNCHANGED
+    if judged and enough:
+        if not new_classes:
+            fitted = again(held_classes=True)
+        outside = _outside(fitted, chosen)
     return Choice(chosen, outside, table, probe, counts, logits)
 
 
@@ -214,7 +221,7 @@ def _folds(task: TuningTask, *, held_classes: bool) -> Iterator[_Fold]:
     class_fold = torch.full((classes,), -1)
     if held_classes:
         class_fold[torch.randperm(classes, generator=draw)] = torch.arange(classes) % count
-    photo_fold = _photo_folds(labels, class_fold, count)
+    photo_fold = photo_folds(labels, class_fold, count)
     validated = torch.randperm(len(task.val), generator=draw)[:_MOST_VALIDATED]
     validation = task.val.rows(validated)
     without_validation = replace(task, val=task.val.rows(validated[:0]))
@@ -232,8 +239,14 @@ def _folds(task: TuningTask, *, held_classes: bool) -> Iterator[_Fold]:
         )
 
 
-def _photo_folds(labels: Tensor, class_fold: Tensor, count: int) -> Int[Tensor, " samples"]:
-    """Return the fold that holds out each photo, one that tunes on its class; -1 for none."""
+def photo_folds(labels: Tensor, class_fold: Tensor, count: int) -> Int[Tensor, " samples"]:
+    """Return the fold that holds out each photo, one that tunes on its class; -1 for none.
+
+    Args:
+        labels: positions among the tuned classes.
+        class_fold: the fold that leaves out each class; -1 for none.
+        count: number of folds.
+    """
     folds = torch.full_like(labels, -1)
     for label, left_out in enumerate(class_fold.tolist()):
         photos = (labels == label).nonzero().squeeze(1)
@@ -243,6 +256,21 @@ def _photo_folds(labels: Tensor, class_fold: Tensor, count: int) -> Int[Tensor, 
         if len(photos) > 1:
             folds[photos] = torch.tensor(usable)[torch.arange(len(photos)) % len(usable)]
     return folds
+
+
+def _fit_all(
+    folds: Sequence[_Fold],
+    listed: Sequence[Candidate],
+    make: Callable[[tuple[int, ...]], Learner],
+    label: str,
+) -> list[_Fitted]:
+    """Fit the candidates on each fold."""
+    fitted = []
+    with progress(label, len(folds), "folds") as counter:
+        for fold in folds:
+            fitted.append(_fit(fold, listed, make))
+            counter.advance(1)
+    return fitted
 
 
 def _fit(
@@ -264,27 +292,26 @@ def _fit(
             ) from cause
         with torch.no_grad():
             before[True] = learner.texts(fold.classes).embeddings.float()
-    texts = {(key, None, 0.0): value.mean(dim=0).cpu() for key, value in before.items()}
+    texts: dict[tuple[bool, str | None, float], Tensor] = {
+        (key, None, 0.0): value.mean(dim=0).cpu() for key, value in before.items()
+    }
     rows = discriminant(task.train.embeddings, task.labels, len(task.tuned))
-    fitted = _Fitted(fold, before, {**texts}, rows)
+    fitted = _Fitted(fold, before, texts, rows)
     _fit_maps(fitted, listed)
     return fitted
 
 
 def _fit_maps(fitted: _Fitted, listed: Sequence[Candidate]) -> None:
     """Add the class embeddings behind the maps of the candidates."""
-    tasks: dict[bool, MapTask] = {}
-    matrices: dict[tuple[bool, str], Tensor] = {}
-    for prompt, side, ridge in dict.fromkeys((c.prompt, c.side, c.ridge) for c in listed):
-        if side is None:
-            continue
-        before, fold = fitted.before[prompt], fitted.fold
-        if prompt not in tasks:
-            tasks[prompt] = map_task(fold.task, before[:, fold.inside])
-        # starts from the map with the ridge before
-        matrix = fit_map(tasks[prompt], side, ridge, matrices.get((prompt, side)))
-        matrices[prompt, side] = matrix
-        fitted.texts[prompt, side, ridge] = mapped(before, matrix).mean(dim=0).cpu()
+    fold, ridges = fitted.fold, defaultdict[tuple[bool, str], dict[float, None]](dict)
+    for candidate in listed:
+        if candidate.side is not None:
+            ridges[candidate.prompt, candidate.side][candidate.ridge] = None
+    for (prompt, side), wanted in ridges.items():
+        before = fitted.before[prompt]
+        task = map_task(fold.task, before[:, fold.inside])
+        for ridge, matrix in fit_maps(task, side, wanted).items():
+            fitted.texts[prompt, side, ridge] = mapped(before, matrix).mean(dim=0).cpu()
 
 
 def _ahead(first: str, second: str, table: Sequence[Judgement]) -> bool:
@@ -391,16 +418,24 @@ def _outside(fits: Sequence[_Fitted], candidate: Candidate) -> Outside:
 
 
 def _linear_probe(folds: Sequence[_Fold]) -> float | None:
-    """Return the accuracy of a logistic regression on the frozen embeddings, on tuned classes."""
+    """Return the accuracy of a logistic regression on the frozen embeddings, on tuned classes.
+
+    None where it would take minutes, or where nothing judges.
+    """
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
+    if max(len(fold.task.train) * len(fold.task.tuned) for fold in folds) > _MOST_PROBED:
+        return None
     hits = []
     for fold in folds:
         judged = fold.group("tuned")
         if judged.any():
             probe = LogisticRegression(C=_PROBE_C, max_iter=100, tol=1e-3)
             labels = fold.inside.nonzero().squeeze(1)[fold.task.labels]
-            probe.fit(fold.task.train.embeddings.numpy(), labels.numpy())
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                probe.fit(fold.task.train.embeddings.numpy(), labels.numpy())
             predicted = torch.from_numpy(probe.predict(fold.images[judged].cpu().numpy()))
             hits.append((predicted == fold.labels[judged]).double())
     return float(torch.cat(hits).mean()) if hits else None

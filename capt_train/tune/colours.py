@@ -133,4 +133,5 @@ def fit_colours(
 def _power(matrix: Float[Tensor, "3 3"], exponent: float) -> Float[Tensor, "3 3"]:
     """Return a power of a symmetric positive definite matrix."""
     values, vectors = torch.linalg.eigh(matrix)
-    return vectors @ (values**exponent).diag() @ vectors.T
+    power: Tensor = vectors @ (values**exponent).diag() @ vectors.T
+    return power

@@ -12,6 +12,7 @@ from torch import Tensor
 from capt_deploy.core.console import say
 from capt_train.method.class_rows import ClassRows
 from capt_train.method.learner import Learner
+from capt_train.tune.choice import photo_folds
 from capt_train.tune.stages import TuningTask, visual_stage
 from capt_train.tune.text_side import tune_text_side
 from capt_train.tune.tune import DivergenceError, tune
@@ -27,9 +28,7 @@ def out_of_fold_logits(
 ) -> Float[Tensor, "samples classes"]:
     """Return each training image's logits by a model that was tuned without it.
 
-    The images of a class are spread over the folds. With one image a class, a fold leaves whole
-    classes out, which a shared context must then know by name: such confidences are low rather
-    than high.
+    The images of a class are spread over the folds; a single one is never held out.
 
     Args:
         task: the task that the model was tuned on, with embedded views.
@@ -38,13 +37,13 @@ def out_of_fold_logits(
         rows_of: returns the class rows of a tuned learner.
 
     Returns:
-        z = scale·f·Ŵ_c + b_c + bias; NaN where a tuning diverged, which a note says.
+        z = scale·f·Ŵ_c + b_c + bias; NaN for images that are not held out, and for all
+        where a tuning diverged, which a note says.
     """
     labels = task.labels
     logits = torch.full((len(labels), len(task.tuned)), torch.nan)
     count = _FOLDS_WITH_VISUAL if strength and task.alpha is not None else _FOLDS
-    folds = torch.empty_like(labels)
-    folds[labels.argsort(stable=True)] = torch.arange(len(labels)) % count
+    folds = photo_folds(labels, torch.full((len(task.tuned),), -1), count)
     for fold in range(count):
         held = folds == fold
         rest = task.with_rows(~held).with_new_bank()

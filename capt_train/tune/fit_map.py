@@ -1,6 +1,6 @@
 """Fit the linear map of class embeddings by L-BFGS on cached image embeddings (METHOD 5b)."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,11 +8,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from capt_deploy.core.errors import RunError
 from capt_train.confusion.bank import mined_classes
 from capt_train.method.class_map import IMAGES, mapped
 from capt_train.method.loss_terms import Step, loss_terms, weighted_sum
 from capt_train.tune.stages import TuningTask
 
+RIDGES = (0.1, 0.03, 0.01, 0.003, 0.001)
 _STEPS = 40  # of L-BFGS, at most
 _AT_ONCE = 256  # images; the contrast compares each with all others
 _UNIT = 10.0  # scale at which the ridge is the plain squared norm
@@ -48,6 +50,25 @@ def map_task(task: TuningTask, texts: Float[Tensor, "prompts classes dim"]) -> M
     )
 
 
+def fit_maps(
+    task: MapTask, side: str, ridges: Collection[float]
+) -> dict[float, Float[Tensor, "dim dim"]]:
+    """Return the map of each ridge.
+
+    Each starts from that of the next stronger one of `RIDGES`, so that it depends on no other than
+    its own ridge.
+
+    Raises:
+        RunError: a map is not finite.
+    """
+    matrices: dict[float, Tensor] = {}
+    start = None
+    for ridge in sorted({*ridges, *(ridge for ridge in RIDGES if ridge > min(ridges))})[::-1]:
+        matrices[ridge] = fit_map(task, side, ridge, start)
+        start = matrices[ridge] if ridge in RIDGES else start
+    return {ridge: matrices[ridge] for ridge in ridges}
+
+
 def fit_map(
     task: MapTask, side: str, ridge: float, start: Float[Tensor, "dim dim"] | None = None
 ) -> Float[Tensor, "dim dim"]:
@@ -61,6 +82,9 @@ def fit_map(
         side: whose norm is restored behind the map while it is fitted, `images` or `classes`.
         ridge: at least 0.
         start: a matrix to start from; by default zeros.
+
+    Raises:
+        RunError: the map is not finite.
     """
     dim = task.images.shape[1]
     matrix = torch.zeros(dim, dim).to(task.images) if start is None else start.clone()
@@ -92,6 +116,8 @@ def fit_map(
 
     with torch.enable_grad():
         optimizer.step(loss)
+    if not matrix.isfinite().all():
+        raise RunError(f"the map became nan (map.ridge {ridge:g}); raise map.ridge and tune again")
     return matrix.detach()
 
 

@@ -7,7 +7,7 @@ import torch
 from capt_train.confusion.bank import ConfusionBank
 from capt_train.method.learner import Learner
 from capt_train.tune.checkpoint import TuningState, save_checkpoint
-from capt_train.tune.fit_map import fit_map, map_task
+from capt_train.tune.fit_map import fit_maps, map_task
 from capt_train.tune.stages import TEXT, TuningTask, text_stage
 from capt_train.tune.tune import BEST, tune
 
@@ -50,6 +50,7 @@ def fit_closed_form(learner: Learner, task: TuningTask) -> None:
         texts = learner.texts(task.tuned).embeddings.float()
         if settings.side is None or settings.ridge is None:
             raise ValueError("expected settings with the side and the ridge of the map")
-        class_map.matrix.copy_(fit_map(map_task(task, texts), settings.side, settings.ridge))
+        matrix = fit_maps(map_task(task, texts), settings.side, [settings.ridge])[settings.ridge]
+        class_map.matrix.copy_(matrix)
     if learner.rows is not None:
         learner.rows.fit(task.train.embeddings, task.labels)

@@ -27,7 +27,7 @@ from capt_deploy.data.datasets import Dataset, Item
 from capt_train.calibrate.temperature import fit_temperature
 from capt_train.data.embedding_cache import EmbeddingCache
 from capt_train.data.features import embed
-from capt_train.method.class_rows import ClassRows
+from capt_train.method.class_rows import UNCHANGED, ClassRows
 from capt_train.run.folder import TunedModel
 from export.source.classes import hand_written_rows, untuned_rows
 from export.source.model import Source, confusion_pairs, provenance
@@ -73,6 +73,9 @@ def source_from_runs(models: Sequence[TunedModel], gate_data: str | Path | None 
         pairs=confusion_pairs(models),
         training=_provenance(models),
         photos=photos,
+        outside_fitted=any(
+            model.fitted.outside != UNCHANGED or model.learner.rows is not None for model in models
+        ),
     )
 
 

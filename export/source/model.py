@@ -102,7 +102,7 @@ def source_from_run(model: TunedModel, gate_data: str | Path | None = None) -> S
         training=provenance(model),
         photos=choose_photos([model], model.class_names, gate_data),
         validation=_validation_images(model),
-        outside_fitted=model.fitted.outside != UNCHANGED,
+        outside_fitted=model.fitted.outside != UNCHANGED or model.learner.rows is not None,
     )
 
 
@@ -134,7 +134,7 @@ def distance_aware(source: Source) -> Source:
     Raises:
         ConfigError: the run has a calibration of its own for classes without photos.
     """
-    if source.learner.rows is not None or source.outside_fitted:
+    if source.outside_fitted:
         raise ConfigError(
             "--dac: the run's confidences for classes without photos are fitted on held-out "
             "classes already; leave --dac out"

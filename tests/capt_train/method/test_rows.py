@@ -37,11 +37,9 @@ def test_a_row_is_the_log_likelihood_ratio_of_two_gaussians(counts: list[int]) -
     means = np.stack([group.mean(axis=0) for group in groups])
     centre = means.mean(axis=0)
     spare = len(exact) - classes
-    if spare:
-        within = np.concatenate([group - group.mean(axis=0) for group in groups])
-        covariance = within.T @ within / spare
-    else:
-        covariance = (exact - centre).T @ (exact - centre) / (2 * len(exact))
+    within = np.concatenate([group - group.mean(axis=0) for group in groups])
+    apart = (exact - centre).T @ (exact - centre) / (2 * len(exact))
+    covariance = (within.T @ within + apart) / (spare + 1)
     variance = np.trace(covariance)
     # (N − C)·Σ + tr(Σ)·I, in the scale of Σ
     weights = np.array([max(spare, 1), DIM]) / (max(spare, 1) + DIM)
@@ -57,6 +55,22 @@ def test_a_row_is_the_log_likelihood_ratio_of_two_gaussians(counts: list[int]) -
         for label in range(classes):
             expected = log_density(image, means[label], shrunken) - background
             assert float(values[row, label]) == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize("change", [0.0, 1e-4])
+def test_a_copy_of_the_only_photo_of_a_class_changes_little(change: float) -> None:
+    images, labels = photos([1] * 6)
+    copied = torch.cat([images, functional.normalize(images[:1] + change, dim=1)])
+    before = discriminant(images, labels, 6)
+    after = discriminant(copied, torch.cat([labels, labels[:1]]), 6)
+    spreads = [(images @ fit.weight.T + fit.bias).std() for fit in (before, after)]
+    assert 0.3 < spreads[1] / spreads[0] < 4
+
+
+def test_copies_of_one_photo_are_no_error() -> None:
+    images, labels = photos([2, 2])
+    fitted = discriminant(images[:1].repeat(4, 1), labels, 2)
+    assert fitted.weight.isfinite().all() and fitted.bias.isfinite().all()
 
 
 def test_rows_tell_the_classes_of_their_photos_apart() -> None:

@@ -17,6 +17,7 @@ from capt_train.method.learner import Learner
 from capt_train.method.rows import UNJUDGED_WEIGHT
 from capt_train.tune import candidates as candidates_module
 from capt_train.tune import choice as choice_module
+from capt_train.tune import fit_map
 from capt_train.tune.candidates import Candidate, candidates, choosable
 from capt_train.tune.choice import Choice, choose
 from capt_train.tune.stages import TuningTask, zero_shot_bank
@@ -27,7 +28,7 @@ DIM, SCALE = 12, 20.0
 
 @pytest.fixture(autouse=True)
 def _few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(candidates_module, "RIDGES", (0.1, 0.01))
+    monkeypatch.setattr(fit_map, "RIDGES", (0.1, 0.01))
     monkeypatch.setattr(candidates_module, "WEIGHTS", (0.1, 1.0))
 
 
@@ -191,14 +192,20 @@ def test_new_classes_get_their_own_scale() -> None:
 def test_settings_leave_less_to_decide() -> None:
     config = train_config(method="capt")
     assert choosable(config) == {"prompt", "map", "rows"}
-    families = {c.family for c in candidates(config, by_epochs=True, judged=True)}
+    families = {c.family for c in candidates(config, judged=True)}
     assert len(families) == 8
     pinned = replace(config, added=("map",), without=("prompt",))
-    families = {c.family for c in candidates(pinned, by_epochs=False, judged=True)}
+    families = {c.family for c in candidates(pinned, judged=True)}
     assert families == {("map",), ("map", "rows")}
     fixed = train_config(method="map", map_side="images", map_ridge=0.5)
-    assert candidates(fixed, by_epochs=False, judged=True) == [Candidate(False, "images", 0.5)]
-    assert candidates(train_config(method="coop"), by_epochs=True, judged=True) == [Candidate(True)]
+    assert candidates(fixed, judged=True) == [Candidate(False, "images", 0.5)]
+    assert candidates(train_config(method="coop"), judged=True) == [Candidate(True)]
+
+
+def test_parts_that_are_trained_with_the_prompt_pin_it() -> None:
+    config = train_config(method="capt", added=("semantic-experts",))
+    assert choosable(config) == {"map", "rows"}
+    assert all(candidate.prompt for candidate in candidates(config, judged=True))
 
 
 def test_a_chosen_candidate_becomes_settings() -> None:
