@@ -24,31 +24,33 @@ from capt_train.run.setup import load
 from capt_train.tune.colours import fit_colours, natural_colours
 
 _JUDGED = 256  # training images that decide, as in a run
-_VALIDATED = 500  # validation images, drawn by seed
 
 
 @click.command(cls=Command)
 @click.option("--worlds", default="clothes,objects,cifar100", show_default=True)
 @click.option("--cameras", default=",".join(("none", *CAMERAS)), show_default=True)
 @click.option("--shots", default=16, show_default=True)
+@click.option("--images", default=500, show_default=True, help="Validation images, at most.")
 @click.option("--only-table", is_flag=True, help="Measure nothing.")
-def main(worlds: str, cameras: str, shots: int, only_table: bool) -> None:
+def main(worlds: str, cameras: str, shots: int, images: int, only_table: bool) -> None:
     """Measure every world through every camera, and print the table."""
     for world in () if only_table else worlds.split(","):
         for camera in cameras.split(","):
             name = world if camera == "none" else f"{world}@{camera}"
             say(f"colours: {name}")
             with open_world(name) as place:
-                add_cells("cameras", {f"{name} / {shots}": {"world": name, **_cell(place, shots)}})
+                add_cells(
+                    "cameras", {f"{name} / {shots}": {"world": name, **_cell(place, shots, images)}}
+                )
     click.echo(markdown(load_cells("cameras")))
 
 
-def _cell(place: World, shots: int) -> dict[str, Any]:
+def _cell(place: World, shots: int, count: int) -> dict[str, Any]:
     """Return accuracies with and without the map, and the time that the decision takes."""
     setup = load(TrainConfig(place.data, place.model, method="zeroshot", shots=shots))
     backbone, dataset, texts = setup.backbone, setup.dataset, setup.zero_shot.cpu()
     draw = torch.Generator().manual_seed(1)
-    order = torch.randperm(len(setup.split.val), generator=draw)[:_VALIDATED].tolist()
+    order = torch.randperm(len(setup.split.val), generator=draw)[:count].tolist()
     items = {"train": setup.split.train, "val": [setup.split.val[row] for row in order]}
     plain = {name: embed(backbone, None, dataset, some, name) for name, some in items.items()}
     rows = torch.randperm(len(items["train"]), generator=draw)[:_JUDGED]

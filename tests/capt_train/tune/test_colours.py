@@ -15,6 +15,7 @@ from torch import Tensor
 from capt_train.calibrate.temperature import fit_temperature
 from capt_train.clip.backbone import Backbone
 from capt_train.clip.colour_map import ColourMap
+from capt_train.tune import colours
 from capt_train.tune.colours import ColourFit, fit_colours, natural_colours
 
 PHOTO = "a photo of a {}."
@@ -112,21 +113,30 @@ def losses(logits: Tensor, labels: Tensor) -> np.ndarray:
     return np.log(np.exp(scaled).sum(axis=1)) - of_labels
 
 
-@pytest.mark.parametrize("sure", [1.0, 1.35, 3.0])
-def test_it_takes_two_standard_errors_to_be_kept(sure, tiny_backbone):
+def test_a_sure_gain_is_measured_on_all_images(tiny_backbone):
     labels = torch.arange(200) % 4
-    before, after = embeddings(labels, 1.0, 1), embeddings(labels, sure, 2)
+    before, after = embeddings(labels, 1.0, 1), embeddings(labels, 3.0, 2)
     fit, _ = decide(tiny_backbone, before, after, labels)
     gains = losses(3 * before, labels) - losses(3 * after, labels)
-    error = gains.std(ddof=1) / math.sqrt(200)
-    if fit.gain:
-        assert (fit.colours is not None) == (gains.mean() > 2 * error)
-    if sure == 3.0:
-        assert fit.colours is not None
-        assert fit.gain == pytest.approx(gains.mean(), abs=1e-4)
-        assert fit.standard_error == pytest.approx(error, abs=1e-4)
-    if sure == 1.0:
-        assert fit.colours is None
+    assert fit.colours is not None
+    assert fit.gain == pytest.approx(gains.mean(), abs=1e-4)
+    assert fit.standard_error == pytest.approx(gains.std(ddof=1) / math.sqrt(200), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("gain", "error", "kept"),
+    [(0.2, 0.09, True), (0.2, 0.11, False), (0.06, 0.02, True), (0.04, 0.005, False)],
+)
+def test_a_gain_must_be_sure_and_large_enough(gain, error, kept, tiny_backbone, monkeypatch):
+    count = 40
+    spread = error * math.sqrt(count - 1) * (1 - 2 * (torch.arange(count) % 2))
+    mapped_losses = 5 - gain - spread
+    answers = iter([torch.full((count,), 5.0), mapped_losses])
+    monkeypatch.setattr(colours, "calibrated_losses", lambda *_: next(answers))
+    labels = torch.arange(count) % 4
+    fit, _ = decide(tiny_backbone, *[embeddings(labels, 1.0, 1)] * 2, labels)
+    assert (fit.gain, fit.standard_error) == pytest.approx((gain, error), abs=1e-5)
+    assert (fit.colours is not None) == kept
 
 
 def test_where_the_first_images_do_not_gain_no_others_are_embedded(tiny_backbone):
@@ -148,8 +158,8 @@ def test_too_few_images_decide_nothing(count, tiny_backbone):
 def test_the_gain_is_that_of_the_model_through_the_map(tiny_backbone):
     pixels, reference = noise(40), tiny_backbone.class_embeddings(NAMES, (PHOTO,))
     frozen = tiny_backbone.image_embeddings(pixels)
-    colours = natural_colours(pixels, tiny_backbone.preprocess)
-    after = tiny_backbone.recoloured(colours).image_embeddings(pixels)
+    natural = natural_colours(pixels, tiny_backbone.preprocess)
+    after = tiny_backbone.recoloured(natural).image_embeddings(pixels)
     labels = torch.arange(40) % 4
     fit = fit_colours(tiny_backbone, reference, pixels, labels, frozen)
     before_losses, after_losses = (
@@ -157,13 +167,11 @@ def test_the_gain_is_that_of_the_model_through_the_map(tiny_backbone):
     )
     assert fit.gain == pytest.approx((before_losses - after_losses).mean(), abs=1e-3)
     assert tiny_backbone.colours is None
-    same_map = fit.colours is None or torch.equal(fit.colours.matrix, colours.matrix)
-    assert same_map and (fit.colours is not None) == (fit.gain > 2 * fit.standard_error)
 
 
 def test_a_fit_comes_back_from_json():
-    for colours in (None, ColourMap(torch.eye(3) / 3, torch.ones(3) / 7)):
-        fit = ColourFit(colours, 0.1, 0.025)
+    for kept in (None, ColourMap(torch.eye(3) / 3, torch.ones(3) / 7)):
+        fit = ColourFit(kept, 0.1, 0.025)
         read = ColourFit.from_dict(json.loads(json.dumps(fit.to_dict())))
         assert replace(read, colours=None) == replace(fit, colours=None)
         assert read.to_dict() == fit.to_dict()
