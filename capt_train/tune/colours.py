@@ -30,7 +30,8 @@ _SMALLEST_VARIANCE = 1 / 255**2  # grey images have no colours to bring back
 _FIRST = 64  # images that can rule the map out
 _FEWEST = 8  # images that can decide; fewer have no meaningful standard error
 _STANDARD_ERRORS = 2.0  # by which the gain must exceed 0
-_LEAST_GAIN = 0.05  # nats; simulated cameras give 0.2 to 0.6, and a map embeds all images again
+# In nats; simulated cameras gain 0.3 to 0.6 on cifar100. A map embeds all images again.
+_LEAST_GAIN = 0.05
 
 
 @dataclass(frozen=True)
