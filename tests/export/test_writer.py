@@ -166,6 +166,7 @@ def test_a_graph_that_is_too_sure_gets_another_temperature_into_its_head(
     def surer(self, dtype):
         plain(self, dtype)
         self.weight *= 1.3
+        self.bias *= 1.3
 
     monkeypatch.setattr(VisualClassifier, "lower", surer)
     options = ExportOptions(precisions=("fp16",), force=True)  # what a head does is put right twice

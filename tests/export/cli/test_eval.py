@@ -135,7 +135,8 @@ def test_on_real_photos_the_bundle_says_what_the_run_says(shared, tmp_path):
         "visual_epochs": 3,
         "visual_views": 3,
     }
-    few["visual_strength"] = "0.75"
+    few |= {"visual_strength": "0.75", "map_side": "classes", "map_ridge": 0.01}
+    few["rows_weight"] = 0.1  # nothing is chosen
     train(train_config(str(data), model, method="full", classes="base", **few), tmp_path / "run")
     classifier = Classifier.load(export_run(tmp_path / "run", tmp_path / "cifar.capt"))
     tuned = load_run(tmp_path / "run")

@@ -79,10 +79,10 @@ def test_precisions_classes_and_triton_in_one_go(tuned_run, tmp_path):
     assert (tmp_path / "triton" / "x_onnx" / "config.pbtxt").is_file()
 
 
-def test_new_classes_can_be_calibrated_by_distance_where_all_else_is_asked_for(tuned_run, tmp_path):
+def test_new_classes_can_be_calibrated_by_distance_where_all_else_is_asked_for(text_run, tmp_path):
     (tmp_path / "names.txt").write_text("zebra\nred ball\n")
     options = ("--dac", "--open-vocab", "--classes", tmp_path / "names.txt")
-    result = run(tuned_run, "--out", tmp_path / "x.capt", *options)
+    result = run(text_run(), "--out", tmp_path / "x.capt", *options)
     assert result.exit_code == 0, result.stderr
     bundle = open_bundle(tmp_path / "x.capt")
     assert bundle.manifest.calibration["fp32"]["distance_aware"] is True

@@ -105,7 +105,7 @@ def random_model(spec: str, data: Path, **settings: Any) -> TunedModel:
     draw = torch.Generator().manual_seed(0)
     centres = normalize(torch.randn(2, len(names), 5, zero_shot.shape[1], generator=draw), dim=-1)
     learner = make_learner(backbone, config, split, zero_shot, centres)
-    provenance = {"model_sha256": "0" * 64, "data_fingerprint": "", "versions": {}}
+    provenance = {"model_sha256": "0" * 64, "data_fingerprint": "", "versions": {}, "choice": None}
     provenance |= config.to_dict()
     fitted = Fitted({(0, 1): 3}, Mixture.learned_only(learner.learned))
     rows = ClassRows.from_texts(zero_shot)
