@@ -33,7 +33,7 @@ from capt_train.parts import PARTS
 from capt_train.pipeline import dry_run, train
 from capt_train.run import folder as runs
 from capt_train.run import visual_side
-from capt_train.run.fitting import Outcome, fit
+from capt_train.run.fitting import HeldOut, Outcome, fit
 from capt_train.run.folder import TunedModel, load_run
 from capt_train.run.setup import Setup
 from capt_train.tune import strength, text_side
@@ -293,9 +293,7 @@ def test_an_unsplit_folder_is_tuned_on_as_a_whole_and_measured_by_cross_validati
     assert {file.name for file in run.iterdir()} == RUN_FILES | chosen
     assert report["images"] == {"train": 24, "val": 0}
     assert "unused" not in messages
-    assert (
-        "note: no test images: measured on photos that a fold of the run has held out" in messages
-    )
+    assert "measured on training photos, each by a model that had not seen it" in messages
     assert report["split"] == "cross-validation"
     assert report["all"]["n"] == report["zero_shot"]["all"]["n"] == 24
     model, logits = load_run(run), load_file(run / "out_of_fold.safetensors")["logits"]
@@ -536,7 +534,7 @@ def test_all_that_is_known_of_sampled_validation_images_belongs_together(
     first.write_bytes(b"no image")
     outcomes: list[Outcome] = []
 
-    def noting(setup: Setup, outcome: Outcome, out: Path) -> TunedModel:
+    def noting(setup: Setup, outcome: Outcome, out: Path) -> tuple[TunedModel, HeldOut]:
         outcomes.append(outcome)
         return fit(setup, outcome, out)
 

@@ -28,7 +28,7 @@ def test_it_tunes_and_shows_zero_shot_beside_tuned(base: list[str], tmp_path: Pa
     result = call(*base, "--classes", "base", "--method", "capt", "--out", tmp_path / "run")
     assert result.exit_code == 0, result.stderr
     assert result.stdout == ""
-    chosen = ("prompt + map + rows", "logistic regression", "within one standard error")
+    chosen = ("map + rows", "logistic regression", "within one standard error")
     for text in (*chosen, "zero-shot", "tuned", "harmonic", "taken for", "time: loading "):
         assert text in result.stderr
     assert f"written to {tmp_path / 'run'}" in result.stderr

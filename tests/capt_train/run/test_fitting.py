@@ -35,7 +35,7 @@ def fitted(config: TrainConfig, run: Path) -> Tuned:
     setup = prepare(config, run, False, None)
     with closing(EmbeddingCache(setup.model_sha256)) as cache:
         setup, outcome = pipeline._tune(setup, cache, run, pipeline._Stopwatch())
-    return setup, outcome, fit(setup, outcome, run).fitted.mixture
+    return setup, outcome, fit(setup, outcome, run)[0].fitted.mixture
 
 
 def held_out(outcome: Outcome) -> Tensor:
