@@ -35,7 +35,8 @@ class FeedForward:
 class Tower:
     """A ViT in pieces. Tokens are the class token and registers, then patches."""
 
-    has_tokens = True  # whether further tokens may join those of the image
+    has_tokens = True  # False for feature maps
+    takes_prompts = True  # whether further tokens may join those of the image
     leading: int  # tokens in front of the patches
     pools_class_token: bool  # features depend on nothing but the first token of the last block
     _norm: str  # a block's layers by name: the normalisation before the FFN,
@@ -224,6 +225,7 @@ class EvaTower(TimmTower):
         Tower.__init__(self, visual, trunk.blocks, trunk.embed_dim, trunk.patch_embed.grid_size)
         self.leading = int(trunk.num_prefix_tokens)
         self.pools_class_token = trunk.attn_pool is None and trunk.global_pool == "token"
+        self.takes_prompts = trunk.rope is None  # which has a rotation for each token of the image
 
     def embed(self, images: Tensor) -> Tensor:  # noqa: D102
         tokens, _ = self._trunk._pos_embed(self._trunk.patch_embed(images))

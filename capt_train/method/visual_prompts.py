@@ -35,7 +35,9 @@ class VisualPrompts(VisualPart):
     @classmethod
     def obstacle(cls, tower: Tower) -> str | None:
         """Return why this tower cannot have visual prompts; None where it can."""
-        return None if tower.has_tokens else "the visual tower has feature maps, not tokens"
+        if not tower.has_tokens:
+            return "the visual tower has feature maps, not tokens"
+        return None if tower.takes_prompts else "the visual tower rotates the image's tokens alone"
 
     def before_attention(
         self, block: int, tokens: Float[Tensor, "batch tokens width"]

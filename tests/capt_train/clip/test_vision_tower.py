@@ -20,6 +20,7 @@ from capt_train.clip.vision_tower import EvaTower, OpenClipTower, TimmTower
 from capt_train.config import TrainConfig
 from capt_train.data.fewshot import FewShotSplit
 from capt_train.method.learner import left_out, make_learner
+from capt_train.method.visual_prompts import VisualPrompts
 from tests.configs import train_config
 
 BOTH = ("adapter", "sample-experts")
@@ -228,6 +229,7 @@ def test_a_rotary_vit_is_taken_apart(pool):
     assert isinstance(tower, EvaTower)
     assert (tower.depth, tower.grid) == (2, (2, 2))
     assert tower.pools_class_token == (pool == "token")
+    assert VisualPrompts.obstacle(tower) == "the visual tower rotates the image's tokens alone"
     for name, stack in tower.linear_weights(1).items():
         assert tower.weight(name).shape[0] % stack == 0
 
