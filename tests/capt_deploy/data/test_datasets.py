@@ -151,7 +151,7 @@ def test_files_that_are_no_images_are_counted_and_hidden_ones_ignored(
         "a/1.png", "a/.2.png", "a/.cache/3.png", ".git/4.png", "a/notes.txt", "a/Thumbs.db", "5.png"
     )
     dataset = read_dataset(root)
-    assert side(dataset) == {"a/1.png": "train"}
+    assert side(dataset) == {"a/1.png": "test"}
     assert dataset.class_names == ("a",)
     assert {row.path for row in dataset.skipped} == {"a/notes.txt", "a/Thumbs.db"}
     assert dataset.skipped[0] == Skipped("a/Thumbs.db", "not an image by its name")
