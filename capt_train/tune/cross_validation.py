@@ -46,6 +46,8 @@ def out_of_fold_logits(
     folds = photo_folds(labels, torch.full((len(task.tuned),), -1), count)
     for fold in range(count):
         held = folds == fold
+        if not held.any():
+            continue
         rest = task.with_rows(~held).with_new_bank()
         learner = make(task.tuned)
         if rest.alpha is not None:

@@ -27,7 +27,9 @@ from capt_train.calibrate.temperature import fit_temperature
 from capt_train.clip.backbone import Backbone
 from capt_train.config import TrainConfig
 from capt_train.confusion.bank import ConfusionBank
+from capt_train.data.features import Features
 from capt_train.data.fewshot import FewShotSplit, choose
+from capt_train.method.class_rows import UNCHANGED
 from capt_train.method.learner import Learner
 from capt_train.parts import PARTS
 from capt_train.pipeline import dry_run, train
@@ -37,6 +39,8 @@ from capt_train.run.fitting import HeldOut, Outcome, fit
 from capt_train.run.folder import TunedModel, load_run
 from capt_train.run.setup import Setup
 from capt_train.tune import strength, text_side
+from capt_train.tune.candidates import Candidate
+from capt_train.tune.choice import Choice
 from capt_train.tune.stages import TuningTask
 from capt_train.tune.strength import Trial
 from capt_train.tune.tune import tune
@@ -215,6 +219,18 @@ def test_with_wrong_labels_the_temperature_is_that_of_right_ones(
     assert model.fitted.calibration.calibrator == "temperature"
     assert model.fitted.temperature == pytest.approx(expected, rel=1e-4)
     assert model.fitted.zero_shot_temperature != 1.0
+
+
+def test_wrong_labels_are_found_by_folds_that_have_not_seen_them(configure: Configure) -> None:
+    """A fifth of 200 labels is wrong; the folds know the right ones, but for some photos."""
+    labels = torch.arange(200) % 4
+    wrong = torch.arange(200) % 5 == 0
+    logits = 12.0 * torch.eye(4)[torch.where(wrong, (labels + 1) % 4, labels)]
+    logits[labels.argsort()[:10]] = torch.nan
+    choice = Choice(Candidate(prompt=True), UNCHANGED, (), None, {"tuned": 190, "new": 0}, logits)
+    features = Features(torch.randn(200, 32), labels)
+    task = TuningTask(10.0, (0, 1, 2, 3), features, features, torch.randn(4, 32), configure())
+    assert pipeline._label_noise(choice, task) == pytest.approx(0.2, abs=0.03)
 
 
 def test_few_validation_images_are_noted(

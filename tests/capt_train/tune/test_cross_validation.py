@@ -17,10 +17,11 @@ from torch import Tensor
 
 from capt_train.clip.backbone import Backbone
 from capt_train.config import TrainConfig
+from capt_train.method.class_rows import ClassRows
 from capt_train.method.learner import Learner
 from capt_train.pipeline import train
 from capt_train.run.folder import load_run
-from capt_train.tune import cross_validation
+from capt_train.tune import cross_validation, text_side
 from capt_train.tune.cross_validation import out_of_fold_logits
 from capt_train.tune.stages import Stage, TuningTask
 from capt_train.tune.tune import tune
@@ -30,8 +31,8 @@ from tests.configs import train_config
 TUNED = (0, 1, 3, 4, 6)
 
 
-def rows_of(made: Learner) -> Tensor:
-    return made.mean_texts(TUNED)
+def rows_of(made: Learner) -> ClassRows:
+    return made.class_rows(TUNED)
 
 
 def fresh(backbone: Backbone, task: TuningTask) -> Callable[[tuple[int, ...]], Learner]:
@@ -52,10 +53,12 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Learner, TuningTask, St
 
     def noting(
         made: Learner, task: TuningTask, folder: Path, stage: Stage, label: str = ""
-    ) -> None:
+    ) -> tuple[None, None]:
         found.append((made, task, stage))
+        return None, None
 
     monkeypatch.setattr(cross_validation, "tune", noting)
+    monkeypatch.setattr(text_side, "tune", noting)
     return found
 
 
@@ -80,9 +83,9 @@ def test_no_model_is_asked_about_an_image_that_it_was_tuned_on(
 
     monkeypatch.setattr(cross_validation, "_images", noting)
     numbers = task.train.embeddings[:, 0].tolist()
-    logits, labels = out_of_fold_logits(task, fresh(tiny_backbone, task), strength, rows_of)
-    assert labels.tolist() == task.train.labels_among(TUNED).tolist()
-    assert logits.shape == (len(numbers), len(TUNED))
+    logits = out_of_fold_logits(task, fresh(tiny_backbone, task), strength, rows_of)
+    labels, folds = task.labels, min(folds, per_class)  # no fold is tuned for nothing
+    assert logits.shape == (len(numbers), len(TUNED)) and logits.isfinite().all()
     assert len(asked) == folds
     assert sorted(number for _, own in asked for number in own) == sorted(numbers)
     label = dict(zip(numbers, labels.tolist(), strict=True))
@@ -111,26 +114,21 @@ def test_no_model_is_asked_about_an_image_that_it_was_tuned_on(
     assert len({id(made) for made, _ in asked}) == folds
 
 
-def test_one_image_of_each_class_leaves_whole_classes_out(
-    tiny_backbone: Backbone, noted: list[Any], capsys: pytest.CaptureFixture[str]
+def test_a_single_image_of_a_class_is_always_tuned_on(
+    tiny_backbone: Backbone, noted: list[Any]
 ) -> None:
-    tuned = (0, 1, 2, 3, 4, 5, 6)
-    _, task = make(tiny_backbone, tuned)
+    _, task = make(tiny_backbone)
     task = without_val(task)
     one = some(task, 1)
-    few, none = out_of_fold_logits(one, fresh(tiny_backbone, task), 0.0, rows_of)
-    assert (few.shape, none.shape) == ((0, 7), (0,))  # seven images are too few
-    assert "not calibrated: too few images" in capsys.readouterr().err
+    assert out_of_fold_logits(one, fresh(tiny_backbone, task), 0.0, rows_of).isnan().all()
     assert noted == []
-    eight = task.with_rows(torch.arange(len(task.train)) % 4 < 1 + (task.train.labels == 0))
-
-    def all_rows(made: Learner) -> Tensor:
-        return made.mean_texts(tuned)
-
-    logits, labels = out_of_fold_logits(eight, fresh(tiny_backbone, task), 0.0, all_rows)
-    assert logits.shape == (8, 7)
-    assert logits.isfinite().all()
-    assert labels.tolist() == [0, 0, 1, 2, 3, 4, 5, 6]
+    pair = one.train.labels[0]
+    six = task.with_rows((task.train.labels == pair) | (torch.arange(len(task.train)) % 4 == 0))
+    logits = out_of_fold_logits(six, fresh(tiny_backbone, task), 0.0, rows_of)
+    held = six.train.labels == pair
+    assert logits[held].isfinite().all() and logits[~held].isnan().all()
+    for _, part, _ in noted:
+        assert {*part.train.labels.tolist()} == {*TUNED}
 
 
 def test_logits_are_those_of_the_models_of_the_parts_bias_included(
@@ -140,23 +138,28 @@ def test_logits_are_those_of_the_models_of_the_parts_bias_included(
     task = without_val(task)
     monkeypatch.setattr(tiny_backbone, "logit_bias", -3.0)
     made: list[Learner] = []
+    held: list[Tensor] = []
+    plain = cross_validation._images
 
     def moved(tuned: tuple[int, ...]) -> Learner:
-        own = learner(tiny_backbone, task.config, tuned)
-        made.append(own)
+        made.append(learner(tiny_backbone, task.config, tuned))
         generator = torch.Generator().manual_seed(len(made))
-        for parameter in own.parameters():
+        for parameter in made[-1].parameters():
             parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
-        return own
+        return made[-1]
 
-    found, labels = out_of_fold_logits(task, moved, 1.0, rows_of)
+    def noting(own: Learner, part: TuningTask, chosen: Tensor) -> Tensor:
+        held.append(chosen)
+        return plain(own, part, chosen)
+
+    monkeypatch.setattr(cross_validation, "_images", noting)
+    logits = out_of_fold_logits(task, moved, 1.0, rows_of)
     assert task.views is not None and task.views.tokens is not None
-    order = labels.argsort(stable=True).tolist()
-    for place, image in enumerate(order):
-        own = made[place % 2]
-        tokens = task.views.tokens[0][image : image + 1]
-        wanted = task.scale * own.embed_tokens(tokens) @ own.mean_texts(TUNED).T - 3.0
-        torch.testing.assert_close(found[image : image + 1], wanted, atol=1e-3, rtol=0)
+    assert len(made) == len(held) == 2
+    for own, chosen in zip(made, held, strict=True):
+        embeddings = own.embed_tokens(task.views.tokens[0][chosen])
+        expected = task.scale * embeddings @ own.mean_texts(TUNED).T - 3.0
+        torch.testing.assert_close(logits[chosen], expected, atol=1e-3, rtol=0)
     assert not torch.allclose(made[0].mean_texts(TUNED), made[1].mean_texts(TUNED), atol=1e-3)
 
 
@@ -169,8 +172,8 @@ def test_tuning_for_it_changes_neither_model_nor_task(
     before = copy.deepcopy(own.state_dict())
     frozen = copy.deepcopy(tiny_backbone.model.state_dict())
     train_rows = task.train.embeddings.clone()
-    found, _ = out_of_fold_logits(task, fresh(tiny_backbone, task), strength, rows_of)
-    again, _ = out_of_fold_logits(task, fresh(tiny_backbone, task), strength, rows_of)
+    found = out_of_fold_logits(task, fresh(tiny_backbone, task), strength, rows_of)
+    again = out_of_fold_logits(task, fresh(tiny_backbone, task), strength, rows_of)
     assert torch.equal(found, again)
     assert not found.requires_grad
     for kept, now in ((before, own.state_dict()), (frozen, tiny_backbone.model.state_dict())):
@@ -188,6 +191,7 @@ def test_a_run_without_validation_images_is_calibrated(
     shutil.copytree(photos, data)
     shutil.rmtree(data / "val")
     few: dict[str, Any] = {"shots": 6, "tuning_epochs": 2, "visual_epochs": 1, "prompt_depth": 2}
+    few |= {"map_side": "images", "map_ridge": 0.01, "rows_weight": 0.1}
     if "visual" not in without:
         few["visual_strength"] = "0.5"
     own = train_config(data=str(data), model=f"local-dir:{tiny_model_dir}", method="full", **few)
@@ -197,8 +201,8 @@ def test_a_run_without_validation_images_is_calibrated(
     assert result["calibration"]["kind"] == "temperature"
     assert result["calibration"]["temperature"] != 1.0
     assert result["zero_shot_temperature"] != 1.0
-    assert not (tmp_path / "run" / "validation.safetensors").exists()
-    assert load_run(tmp_path / "run").validation is None
+    # with a visual side, the model's own embeddings do not fit to the logits of the folds
+    assert (load_run(tmp_path / "run").validation is None) == ("visual" not in without)
 
 
 @pytest.mark.parametrize(
@@ -209,8 +213,8 @@ def test_parts_whose_tuning_diverges_give_nothing_and_name_the_setting(
 ) -> None:
     _, task = make(tiny_backbone)
     task = without_val(replace(task, config=config(**{setting.replace(".", "_"): 1e30})))
-    logits, labels = out_of_fold_logits(task, fresh(tiny_backbone, task), strength, rows_of)
-    assert (logits.shape, labels.shape) == ((0, len(TUNED)), (0,))
+    logits = out_of_fold_logits(task, fresh(tiny_backbone, task), strength, rows_of)
+    assert logits.shape == (len(task.train), len(TUNED)) and logits.isnan().all()
     told = capsys.readouterr().err
     assert "note: confidences are not calibrated: cross-validation diverged (in epoch 1 " in told
     assert f"); lower {setting} and tune again" in told
@@ -229,9 +233,11 @@ def test_a_run_whose_cross_validation_diverges_ends_uncalibrated(
 
     monkeypatch.setattr(cross_validation, "tune", too_far)
     shutil.copytree(photos / "train", tmp_path / "data" / "train")
-    report = train(configure(data=str(tmp_path / "data"), shots=6), tmp_path / "run")
+    few = {"visual_views": 2, "visual_strength": "1", "shots": 6}
+    config = configure(data=str(tmp_path / "data"), method="coop", added=("adapter",), **few)
+    report = train(config, tmp_path / "run")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["images"]["val"] == 0
-    assert result["calibrators"] is None
+    assert result["calibrators"] == {}
     assert report["temperature"] == result["zero_shot_temperature"] == 1.0
     assert load_run(tmp_path / "run").fitted.temperature == 1.0
