@@ -55,7 +55,6 @@ COLUMNS = (
     ("recovered", "recovered", True),
     ("broken", "broken", True),
     ("numbers", "trained_parameters", False),
-    ("seconds", "seconds", False),
 )
 # What the default should reach, in %: column, then 16, 4 and 1 shots (None: no goal)
 GOALS: Mapping[str, Mapping[str, Sequence[float | None]]] = {
