@@ -67,8 +67,8 @@ def out_of_fold_logits(
             )
             return torch.full_like(logits, torch.nan)
         learner.set_strength(strength)
-        logits[held] = rows_of(learner).logits(_images(learner, task, held), task.scale).cpu()
-    logits += learner.backbone.logit_bias
+        scaled = rows_of(learner).logits(_images(learner, task, held), task.scale)
+        logits[held] = scaled.cpu() + learner.backbone.logit_bias
     return logits
 
 
