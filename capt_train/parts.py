@@ -80,12 +80,12 @@ PARTS: dict[str, Part] = {
     "lora": Part(
         "low-rank updates of the ViT's attention and FFN (LoRA)",
         "visual",
-        f"{_METHOD}.lora:LoRA",
+        f"{_METHOD}.weight_updates:LoRA",
     ),
     "layer-norm": Part(
         "tuned LayerNorms of the visual tower (2SFS)",
         "visual",
-        f"{_METHOD}.layer_norm:LayerNorms",
+        f"{_METHOD}.weight_updates:LayerNorms",
     ),
     "coa": Part(
         "confusion-aware loss of CoCoA-Mix",

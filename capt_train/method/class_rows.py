@@ -1,11 +1,18 @@
-"""Class rows and biases of the logits: everything that is known of the classes, folded."""
+"""Class rows and biases of the logits, and rows in closed form: GDA (METHOD 5b)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+# α where no photo can judge it: one photo a class, no validation images. Right for text that knows
+# the classes, and near the best where it does not (ours).
+UNJUDGED_WEIGHT = 0.1
+_LEAST_VARIANCE = 1e-6  # of unit-norm embeddings; copies of one photo have none
+_LEAST_SPREAD = 0.05  # of class means that differ no more than chance lets them, as a share
 
 
 @dataclass(frozen=True)
@@ -69,3 +76,100 @@ def joined(first: ClassRows, second: ClassRows) -> ClassRows:
     """Return the rows of both, one after the other."""
     rows = torch.cat([first.rows, second.rows.to(first.rows)])
     return ClassRows(rows, torch.cat([first.biases, second.biases.to(first.biases)]))
+
+
+class GaussianRows(nn.Module):
+    """`z_c += α(f·w_c + b_c)` for the tuned classes, METHOD 5b."""
+
+    weight: Tensor  # w, (tuned, dim)
+    bias: Tensor  # b, (tuned,)
+
+    def __init__(self, classes: Sequence[int], dim: int, share: float) -> None:
+        """Make rows of zeros.
+
+        Args:
+            classes: indices of the tuned classes.
+            dim: of the embeddings.
+            share: α.
+        """
+        super().__init__()
+        self.classes, self.share = tuple(classes), share
+        self.register_buffer("weight", torch.zeros(len(self.classes), dim))
+        self.register_buffer("bias", torch.zeros(len(self.classes)))
+
+    def fit(self, images: Float[Tensor, "samples dim"], labels: Int[Tensor, " samples"]) -> None:
+        """Replace the rows by those of `discriminant`; labels are positions among the classes."""
+        fitted = discriminant(images, labels, len(self.classes))
+        self.weight.copy_(fitted.weight)
+        self.bias.copy_(fitted.bias)
+
+    def added_to(self, rows: ClassRows, classes: Sequence[int], scale: float) -> ClassRows:
+        """Return the class rows of some classes with these rows added where a class has one.
+
+        Args:
+            rows: Ŵ and b of the logits z = scale·f·Ŵᵀ + b.
+            classes: their indices.
+            scale: 1/τ.
+        """
+        known = {index: place for place, index in enumerate(self.classes)}
+        targets = [place for place, index in enumerate(classes) if index in known]
+        sources = [known[classes[place]] for place in targets]
+        weights, biases = rows.rows.clone(), rows.biases.clone()
+        weights[targets] += self.share / scale * self.weight[sources].to(weights)
+        biases[targets] += self.share * self.bias[sources].to(biases)
+        return ClassRows(weights, biases)
+
+
+class Discriminant(NamedTuple):
+    """A linear function of the image embedding for each class."""
+
+    weight: Float[Tensor, "classes dim"]
+    bias: Float[Tensor, " classes"]
+
+
+def discriminant(
+    images: Float[Tensor, "samples dim"], labels: Int[Tensor, " samples"], classes: int
+) -> Discriminant:
+    """Return `f·w_c + b_c = log N(f; μ̂_c, Σ̂) − log N(f; ḡ, Σ̂)` of each class.
+
+    GDA as in arXiv 2402.04087: one covariance, that within classes, shrunken to
+    `Σ̂ ∝ (N−C)·Σ + tr(Σ)·I`. Three things are ours:
+
+    - Σ̂ has the scale of Σ, so that the value is a log-likelihood ratio in nats, comparable between
+      any number of photos.
+    - The ratio is taken against the mean ḡ of all classes. It is above 0 only for images that are
+      more like the class than like any other, so classes without a row can compete with 0.
+    - A class mean is shrunken towards ḡ, `μ̂_c = ḡ + k_c(μ_c − ḡ)`, `k_c = n_c/(n_c + σ_w²/σ_b²)`,
+      by the variances within and between classes (empirical Bayes): the mean of one photo is
+      trusted about half.
+
+    With one photo a class, nothing is known of the covariance within: half of that of all photos
+    stands for it, with the weight of one photo more than a class has to have.
+
+    Args:
+        images: unit norm.
+        labels: positions among the classes.
+        classes: their number; each has at least one image.
+    """
+    exact, dim = images.double().cpu(), images.shape[1]
+    labels = labels.cpu()
+    counts = labels.bincount(minlength=classes).double()
+    means = torch.zeros(classes, dim, dtype=torch.double).index_add_(0, labels, exact)
+    means /= counts[:, None]
+    centre = means.mean(dim=0)
+    within, spare = exact - means[labels], len(labels) - classes
+    apart = exact - centre
+    covariance = (within.T @ within + apart.T @ apart / (2 * len(labels))) / (spare + 1)
+    variance = covariance.trace().clamp(min=_LEAST_VARIANCE)
+    share = dim / (dim + max(spare, 1))
+    eye = torch.eye(dim, dtype=torch.double)
+    shrunken = (1 - share) * covariance + share * variance / dim * eye
+    spread = (means - centre).square().sum(dim=1).mean() * classes / (classes - 1)
+    spread = spread.clamp(min=_LEAST_VARIANCE)
+    between = torch.maximum(spread - variance * (1 / counts).mean(), _LEAST_SPREAD * spread)
+    trust = counts / (counts + variance / between)
+    means = centre + trust[:, None] * (means - centre)
+    weight = torch.linalg.solve(shrunken, (means - centre).T).T
+    # Σ̂⁻¹μ̂ = w + Σ̂⁻¹ḡ, so the two squared norms of the ratio differ by w·(μ̂ + ḡ)
+    bias = -0.5 * (weight * (means + centre)).sum(dim=1)
+    return Discriminant(weight.to(images), bias.to(images))

@@ -14,9 +14,8 @@ from capt_train.config import TrainConfig
 from capt_train.data.fewshot import FewShotSplit
 from capt_train.method.base import BuildContext, ClassTransform
 from capt_train.method.class_map import ClassMap
-from capt_train.method.class_rows import ClassRows
+from capt_train.method.class_rows import UNJUDGED_WEIGHT, ClassRows, GaussianRows
 from capt_train.method.prompt import PromptLearner, build_prompts
-from capt_train.method.rows import UNJUDGED_WEIGHT, GaussianRows
 from capt_train.method.visual_tuner import Encoded, VisualTuner
 from capt_train.parts import PARTS, load
 

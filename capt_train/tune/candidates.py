@@ -6,7 +6,7 @@ from typing import Any
 
 from capt_train.config import TrainConfig
 from capt_train.method.class_map import SIDES
-from capt_train.method.rows import UNJUDGED_WEIGHT
+from capt_train.method.class_rows import UNJUDGED_WEIGHT
 from capt_train.parts import METHODS, PARTS
 from capt_train.tune import fit_map
 

@@ -17,9 +17,8 @@ from capt_deploy.core.console import progress
 from capt_deploy.core.errors import RunError
 from capt_train.calibrate.temperature import calibrated_losses, fit_temperature
 from capt_train.method.class_map import mapped
-from capt_train.method.class_rows import UNCHANGED, ClassRows, Outside
+from capt_train.method.class_rows import UNCHANGED, ClassRows, Discriminant, Outside, discriminant
 from capt_train.method.learner import Learner
-from capt_train.method.rows import Discriminant, discriminant
 from capt_train.tune.candidates import Candidate, candidates
 from capt_train.tune.epochs import train_epochs
 from capt_train.tune.fit_map import fit_maps, map_task

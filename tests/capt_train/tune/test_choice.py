@@ -12,9 +12,8 @@ from torch.nn import functional
 
 from capt_deploy.evaluation.summary import choice_notes, choice_rows
 from capt_train.data.features import Features
-from capt_train.method.class_rows import UNCHANGED
+from capt_train.method.class_rows import UNCHANGED, UNJUDGED_WEIGHT
 from capt_train.method.learner import Learner
-from capt_train.method.rows import UNJUDGED_WEIGHT
 from capt_train.tune import candidates as candidates_module
 from capt_train.tune import choice as choice_module
 from capt_train.tune import fit_map

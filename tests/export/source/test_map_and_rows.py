@@ -16,7 +16,7 @@ from capt_deploy.core.errors import ConfigError
 from capt_deploy.data.preprocess import preprocess
 from capt_deploy.metrics.calibration import softmax
 from capt_deploy.serving.classifier import Classifier
-from capt_train.method.rows import discriminant
+from capt_train.method.class_rows import discriminant
 from capt_train.run.folder import TunedModel, load_run
 from export.source.classes import untuned_rows
 from export.source.merge import source_from_runs

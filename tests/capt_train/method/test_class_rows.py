@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from capt_train.method.class_map import ClassMap
-from capt_train.method.class_rows import ClassRows, Outside, joined
-from capt_train.method.rows import GaussianRows, discriminant
+from capt_train.method.class_rows import ClassRows, GaussianRows, Outside, discriminant, joined
 
 DIM = 6
 
