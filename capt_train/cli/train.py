@@ -108,7 +108,7 @@ def main(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Tune a frozen CLIP on a few labelled images: prompts, experts, and adapters.
+    """Tune a frozen CLIP on your labelled photos; held-out ones decide what is kept.
 
     --data is a folder with train/, val/ and test/ of class folders, one folder of class folders, a
     CSV or JSONL with path,label[,split], or a CoOp split_zhou_*.json. PARTS are names of parts or
@@ -118,7 +118,7 @@ def main(
     Example:
       capt-train --data photos --model ViT-B-16-quickgelu --pretrained openai \\
         --out mine
-      capt-train --data photos --model local-dir:clip --out text --without visual
+      capt-train --data photos --model local-dir:clip --out fast --without prompt
       capt-train --resume --out mine
     """
     given = {
