@@ -172,7 +172,7 @@ def _tune(
 def _choice(
     task: TuningTask, make: Callable[[tuple[int, ...]], Learner], out: Path
 ) -> Choice | None:
-    """Return what held-out photos decide; a resumed run reads what it has written.
+    """Return the choice on held-out photos; a resumed run reads the one it has written.
 
     None where the settings leave nothing to decide and validation images calibrate.
     """

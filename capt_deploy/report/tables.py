@@ -174,7 +174,7 @@ def _measured(promise: Promise) -> str:
 
 
 def choice_table(results: Results) -> Table | None:
-    """Return what held-out photos decided in the run; None where nothing was to decide."""
+    """Return the table of the run's choice; None where nothing was to decide."""
     choice = results.evaluation.provenance.get("choice")
     if not choice:
         return None

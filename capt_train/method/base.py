@@ -66,7 +66,7 @@ class VisualPart(nn.Module):
         return None
 
     def weight_updates(self) -> Mapping[str, Tensor]:
-        """Return what is added to weights of the tower at κ = 1, by their names in it.
+        """Return additions to weights of the tower at κ = 1, by the names of the weights.
 
         Only a part of `only_weights` may have any: they are merged at export.
         """

@@ -253,7 +253,7 @@ def write_choice(folder: Path, choice: Choice) -> None:
 
 
 def read_choice(folder: Path) -> Choice | None:
-    """Return what held-out photos decided; None where the settings left nothing to decide.
+    """Return the choice of a run; None where the settings left nothing to decide.
 
     Raises:
         RunError: a file is missing or malformed.

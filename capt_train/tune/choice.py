@@ -3,13 +3,13 @@
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
@@ -22,12 +22,11 @@ from capt_train.method.learner import Learner
 from capt_train.tune.candidates import Candidate, candidates
 from capt_train.tune.epochs import train_epochs
 from capt_train.tune.fit_map import fit_maps, map_task
+from capt_train.tune.folds import Fold, make_folds
 from capt_train.tune.stages import TuningTask
 
-_FOLDS = 4
 _FEWEST_CLASSES = 4  # two to tune on and two to hold out
 _OFFSETS = tuple(step / 4 for step in range(-32, 33))  # δ in nats
-_MOST_VALIDATED = 2000  # images that judge; more would hardly decide otherwise
 _MOST_PROBED = 200_000  # images × classes; more would take minutes
 _PROBE_C = 100.0  # inverse ridge of the logistic regression; embeddings have unit norm
 
@@ -104,32 +103,10 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class _Fold:
-    """One tuning on a part of the photos, and the images that judge it."""
-
-    task: TuningTask  # remaining images of the remaining classes
-    classes: tuple[int, ...]  # all tuned classes of the run
-    reference: Float[Tensor, "classes dim"]  # their t⁰
-    inside: Bool[Tensor, " classes"]  # of the run's tuned classes: those that are tuned on here
-    images: Float[Tensor, "held dim"]  # held-out training images, then validation images
-    labels: Int[Tensor, " held"]  # positions among the run's tuned classes
-    places: Int[Tensor, " held"]  # of these images among all training and validation images
-
-    def group(self, name: str) -> Bool[Tensor, " held"]:
-        """Return which images are of tuned or of new classes."""
-        inside = self.inside[self.labels]
-        return inside if name == "tuned" else ~inside
-
-    def columns(self, name: str) -> Int[Tensor, " columns"]:
-        """Return the classes that images of a group are told apart among."""
-        return (self.inside if name == "tuned" else ~self.inside).nonzero().squeeze(1)
-
-
-@dataclass(frozen=True)
 class _Fitted:
     """Everything that was fitted on one fold, in the memory of the CPU, where it is judged."""
 
-    fold: _Fold
+    fold: Fold
     before: Mapping[bool, Float[Tensor, "prompts classes dim"]]  # without and with a prompt
     texts: dict[tuple[bool, str | None, float], Float[Tensor, "classes dim"]]  # behind the maps
     rows: Discriminant  # of the classes inside
@@ -175,7 +152,7 @@ def choose(
     config, labels = task.config, task.labels
     judged = len(task.val) > 0 or bool((labels.bincount() > 1).any())
     enough = len(task.tuned) >= _FEWEST_CLASSES
-    folds = list(_folds(task, held_classes=enough and (new_classes or not judged)))
+    folds = list(make_folds(task, held_classes=enough and (new_classes or not judged)))
     listed = candidates(config, judged=judged)
     # a map behind a prompt is tried only where a prompt alone is ahead of a map alone
     behind = [candidate for candidate in listed if candidate.prompt and candidate.side]
@@ -189,7 +166,7 @@ def choose(
         table, chosen = _judge(fitted, listed, images)
 
     def again(*, held_classes: bool) -> list[_Fitted]:
-        folds = list(_folds(task, held_classes=held_classes))
+        folds = list(make_folds(task, held_classes=held_classes))
         return _fit_all(folds, [chosen], make, "fitting what is kept to other folds")
 
     logits = torch.full((len(labels), len(task.tuned)), torch.nan)
@@ -212,53 +189,8 @@ def choose(
     return Choice(chosen, outside, table, probe, counts, logits)
 
 
-def _folds(task: TuningTask, *, held_classes: bool) -> Iterator[_Fold]:
-    """Yield the folds; with `held_classes`, each class is left out of one of them."""
-    labels, draw = task.labels, torch.Generator().manual_seed(task.config.seed)
-    classes = len(task.tuned)
-    count = min(_FOLDS, classes // 2) if held_classes else _FOLDS
-    class_fold = torch.full((classes,), -1)
-    if held_classes:
-        class_fold[torch.randperm(classes, generator=draw)] = torch.arange(classes) % count
-    photo_fold = photo_folds(labels, class_fold, count)
-    validated = torch.randperm(len(task.val), generator=draw)[:_MOST_VALIDATED]
-    validation = task.val.rows(validated)
-    without_validation = replace(task, val=task.val.rows(validated[:0]))
-    for number in range(count) if held_classes else photo_fold.clamp(min=0).unique().tolist():
-        inside = class_fold != number
-        held = ~inside[labels] | (photo_fold == number)
-        yield _Fold(
-            without_validation.with_rows(~held).among(inside).with_new_bank(),
-            task.tuned,
-            task.reference,
-            inside,
-            torch.cat([task.train.embeddings[held], validation.embeddings]),
-            torch.cat([labels[held], validation.labels_among(task.tuned)]),
-            torch.cat([held.nonzero().squeeze(1), len(labels) + validated]),
-        )
-
-
-def photo_folds(labels: Tensor, class_fold: Tensor, count: int) -> Int[Tensor, " samples"]:
-    """Return the fold that holds out each photo, one that tunes on its class; -1 for none.
-
-    Args:
-        labels: positions among the tuned classes.
-        class_fold: the fold that leaves out each class; -1 for none.
-        count: number of folds.
-    """
-    folds = torch.full_like(labels, -1)
-    for label, left_out in enumerate(class_fold.tolist()):
-        photos = (labels == label).nonzero().squeeze(1)
-        usable = [fold for fold in range(count) if fold != left_out]
-        if len(usable) == 1:  # every second photo is never held out, so that some are tuned on
-            usable.append(-1)
-        if len(photos) > 1:
-            folds[photos] = torch.tensor(usable)[torch.arange(len(photos)) % len(usable)]
-    return folds
-
-
 def _fit_all(
-    folds: Sequence[_Fold],
+    folds: Sequence[Fold],
     listed: Sequence[Candidate],
     make: Callable[[tuple[int, ...]], Learner],
     label: str,
@@ -273,7 +205,7 @@ def _fit_all(
 
 
 def _fit(
-    fold: _Fold, listed: Sequence[Candidate], make: Callable[[tuple[int, ...]], Learner]
+    fold: Fold, listed: Sequence[Candidate], make: Callable[[tuple[int, ...]], Learner]
 ) -> _Fitted:
     """Fit everything that the candidates need on one fold.
 
@@ -306,10 +238,10 @@ def _fit_maps(fitted: _Fitted, listed: Sequence[Candidate]) -> None:
     for candidate in listed:
         if candidate.side is not None:
             ridges[candidate.prompt, candidate.side][candidate.ridge] = None
-    for (prompt, side), wanted in ridges.items():
+    for (prompt, side), needed in ridges.items():
         before = fitted.before[prompt]
         task = map_task(fold.task, before[:, fold.inside])
-        for ridge, matrix in fit_maps(task, side, wanted).items():
+        for ridge, matrix in fit_maps(task, side, needed).items():
             fitted.texts[prompt, side, ridge] = mapped(before, matrix).mean(dim=0).cpu()
 
 
@@ -416,7 +348,7 @@ def _outside(fits: Sequence[_Fitted], candidate: Candidate) -> Outside:
     return Outside(scale, min(_OFFSETS, key=loss))
 
 
-def _linear_probe(folds: Sequence[_Fold]) -> float | None:
+def _linear_probe(folds: Sequence[Fold]) -> float | None:
     """Return the accuracy of a logistic regression on the frozen embeddings, on tuned classes.
 
     None where it would take minutes, or where nothing judges.

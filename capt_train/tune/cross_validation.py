@@ -12,7 +12,7 @@ from torch import Tensor
 from capt_deploy.core.console import say
 from capt_train.method.class_rows import ClassRows
 from capt_train.method.learner import Learner
-from capt_train.tune.choice import photo_folds
+from capt_train.tune.folds import photo_folds
 from capt_train.tune.stages import TuningTask, visual_stage
 from capt_train.tune.text_side import tune_text_side
 from capt_train.tune.tune import DivergenceError, tune

@@ -22,7 +22,7 @@ _UNIT = 10.0  # scale at which the ridge is the plain squared norm
 
 @dataclass(frozen=True)
 class MapTask:
-    """What a map is fitted on."""
+    """Class embeddings, images and losses that a map is fitted with."""
 
     scale: float  # 1/τ
     texts: Float[Tensor, "prompts classes dim"]  # t before the map, unit norm
@@ -35,7 +35,7 @@ class MapTask:
 
 
 def map_task(task: TuningTask, texts: Float[Tensor, "prompts classes dim"]) -> MapTask:
-    """Return what a map is fitted on behind the class embeddings `texts` of a tuning's classes."""
+    """Return the task of fitting a map behind the class embeddings `texts` of a tuning."""
     device, config = task.reference.device, task.config
     mined = None if task.bank is None else mined_classes(task.bank, config.confusion.pairs)
     return MapTask(

@@ -19,6 +19,7 @@ from capt_train.tune import choice as choice_module
 from capt_train.tune import fit_map
 from capt_train.tune.candidates import Candidate, candidates, choosable
 from capt_train.tune.choice import Choice, choose
+from capt_train.tune.folds import Fold
 from capt_train.tune.stages import TuningTask, zero_shot_bank
 from tests.configs import train_config
 
@@ -109,10 +110,10 @@ def test_no_fold_has_seen_what_it_judges(
     new_classes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = world([6] * 8, val=2)
-    folds: list[choice_module._Fold] = []
+    folds: list[Fold] = []
     plain = choice_module._fit
 
-    def noting(fold: choice_module._Fold, *rest: object) -> object:
+    def noting(fold: Fold, *rest: object) -> object:
         folds.append(fold)
         return plain(fold, *rest)  # type: ignore[arg-type]
 
