@@ -68,10 +68,12 @@ def test_bad_input_exits_with_2_and_no_traceback(case, tuned_run, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_precisions_classes_and_triton_in_one_go(tuned_run, tmp_path):
+def test_precisions_classes_and_triton_in_one_go(text_run, tmp_path):
     (tmp_path / "names.txt").write_text("red ball\nzebra\nblue sky\n")
     options = ("--fp16", "--int8", "--classes", tmp_path / "names.txt")
-    result = run(tuned_run, "--out", tmp_path / "x.capt", *options, "--triton", tmp_path / "triton")
+    result = run(
+        text_run(), "--out", tmp_path / "x.capt", *options, "--triton", tmp_path / "triton"
+    )
     assert result.exit_code == 0, result.stderr
     manifest = json.loads((tmp_path / "x.capt" / "manifest.json").read_text())
     assert list(manifest["graphs"]) == ["fp16", "int8"]
