@@ -23,7 +23,8 @@ from export.source.merge import source_from_runs
 from export.writer import ExportOptions, export_run
 from tests.export.conftest import TEMPLATES
 
-PARTS = {"added": ("map", "rows"), "without": (), "rows_weight": 0.3}
+# a strong ridge: the names of a random model are so alike that a weak one amplifies rounding
+PARTS = {"added": ("map", "rows"), "without": (), "rows_weight": 0.3, "map_ridge": 1.0}
 SCALE, OFFSET = 1.4, 0.6  # γ and δ
 NEW, BASE = "tabby cat", ["blue sky", "green leaf"]
 
