@@ -87,7 +87,7 @@ def _table(confusions: "Confusions", top: int) -> str:
         rows.append(_row(f"({len(rest)} more)", rest))
     images = f"all, of {sum(confusions.shots)} images of {len(confusions.class_names)} classes"
     rows.append(_row(images, confusions.pairs))
-    return table(["confused pair (training images)", "before", "after"], rows)
+    return table(["confused pair (held-out images)", "before", "after"], rows)
 
 
 def _row(name: str, pairs: Sequence["ConfusionCell"]) -> list[str]:

@@ -28,8 +28,8 @@ class ConfusionCell:
 
     true: str
     predicted: str
-    before: float  # views of training images that were not tuned on, by the zero-shot model
-    after: float  # the same views, after tuning
+    before: float  # held-out images, by the zero-shot model
+    after: float  # the same images, by models that were not tuned on them
     samples: tuple[str, ...]  # paths of the images behind it, before or after
 
 
@@ -38,7 +38,7 @@ class Confusions:
     """The content of `confusions.json`, worst pair first."""
 
     class_names: tuple[str, ...]  # of the tuned classes
-    shots: tuple[int, ...]  # training images of each
+    shots: tuple[int, ...]  # images of each that were counted
     pairs: tuple[ConfusionCell, ...]
 
     def to_dict(self) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def confusions(*arguments: str | Path, code: int = 0) -> Result:
 
 def test_the_table_has_the_worst_pair_first_and_the_sum_of_all(run: Path) -> None:
     assert [line.rstrip() for line in confusions(run).stdout.splitlines()] == [
-        "confused pair (training images)   before  after",
+        "confused pair (held-out images)   before  after",
         "--------------------------------  ------  -----",
         "sea otter, wild taken for beaver       2      1",
         "sea otter, wild taken for mink         0      1",
