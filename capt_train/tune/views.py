@@ -24,7 +24,6 @@ class Views:
     """Views of images after the frozen part of the tower; view 0 is the image itself."""
 
     embeddings: Float[Tensor, "views samples dim"]  # f⁰, unit norm, colours mapped
-    untouched: Float[Tensor, "samples dim"]  # the held view by the frozen model, without colours
     # after the attention of the first changed block; half precision is enough to train on
     tokens: Float[Tensor, "views samples tokens width"] | None
 
@@ -41,7 +40,7 @@ class Views:
     def with_rows(self, chosen: Bool[Tensor, " samples"]) -> "Views":
         """Return the views of some of the images."""
         tokens = None if self.tokens is None else self.tokens[:, chosen]
-        return Views(self.embeddings[:, chosen], self.untouched[chosen], tokens)
+        return Views(self.embeddings[:, chosen], tokens)
 
     def held_embeddings(self, learner: Learner | None) -> Float[Tensor, "samples dim"]:
         """Return embeddings of the held view by the learner, or by the frozen tower without one."""
@@ -81,7 +80,6 @@ def embed_views(
     """
     generator = torch.Generator().manual_seed(seed)
     embeddings: list[Tensor] = []
-    untouched: list[Tensor] = []
     tokens: Tensor | None = None
     with progress(f"embedding views of {label}", len(items), "images") as counter:
         for start in range(0, len(items), _BATCH):
@@ -96,12 +94,8 @@ def embed_views(
                 if tokens is None:
                     tokens = _room((views, len(items), *kept.shape[1:]), label)
                 tokens[view, start : start + len(batch)] = kept.half()
-            held = embeddings[-1][-1]
-            if learner.recoloured and views > 1:
-                held = backbone.image_embeddings(rows[-1]).cpu()
-            untouched.append(held)
             counter.advance(len(batch))
-    return Views(torch.cat(embeddings, dim=1), torch.cat(untouched), tokens)
+    return Views(torch.cat(embeddings, dim=1), tokens)
 
 
 def _room(shape: tuple[int, ...], label: str) -> Tensor:

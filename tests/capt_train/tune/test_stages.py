@@ -94,7 +94,7 @@ def make(
         reference,
         own,
         ConfusionBank.fill(logits, train.labels_among(TUNED), rows[0]),
-        Views(rows, rows[-1], tokens),
+        Views(rows, tokens),
         made.prefix(val).half() if tokens is not None and validated else None,
         torch.linspace(0.1, 1, len(labels)),
         made.class_rows(TUNED),
@@ -290,7 +290,7 @@ def test_with_one_view_there_is_nothing_to_write_back(
     assert task.views is not None
     assert task.views.tokens is not None
     only = task.views.embeddings[:1]
-    single = Views(only, only[0], task.views.tokens[:1])
+    single = Views(only, task.views.tokens[:1])
     _, bank = tune(made, replace(task, views=single), tmp_path, replace(VISUAL, epochs=1))
     assert bank is task.bank
 

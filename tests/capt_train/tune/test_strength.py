@@ -86,7 +86,7 @@ def make(
         ConfusionBank.fill(
             backbone.scale * rows[0] @ reference.T, train.labels_among(tuned), rows[0]
         ),
-        Views(rows, rows[-1], torch.stack([made.prefix(view).half() for view in views])),
+        Views(rows, torch.stack([made.prefix(view).half() for view in views])),
         made.prefix(val).half(),
         torch.linspace(0.1, 0.5, len(labels)),
         made.class_rows(tuned),
