@@ -7,10 +7,12 @@ from typing import Any
 
 from capt_deploy.core.errors import CaptError, ConfigError
 from capt_train.calibrators import CALIBRATORS
-from capt_train.parts import GROUPS, METHODS, PARTS, loss_terms, members
+from capt_train.methods import METHODS
+from capt_train.parts import GROUPS, PARTS, loss_terms, members
 from capt_train.setting_groups import (
     CalibrationSettings,
     ConfusionSettings,
+    DistillationSettings,
     ExpertSettings,
     MapSettings,
     MixtureSettings,
@@ -80,6 +82,7 @@ class TrainConfig(SettingsGroup):
     experts: ExpertSettings = field(default_factory=ExpertSettings)
     visual: VisualSettings = field(default_factory=VisualSettings)
     mixture: MixtureSettings = field(default_factory=MixtureSettings)
+    distillation: DistillationSettings = field(default_factory=DistillationSettings)
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     losses: Mapping[str, float] = field(default_factory=dict)  # weights; the rest by default
 
@@ -113,6 +116,11 @@ class TrainConfig(SettingsGroup):
                         f"{settings()[f'confusion.{name}'].label}: nothing reads sentences; add "
                         f"--with {readers}, or leave it out"
                     )
+        self._check_alternatives()
+        teacher = self.distillation.teacher
+        if self.needs("teacher") != (teacher is not None):
+            found = "leave it out" if teacher else "expected a model or a run to learn from"
+            raise ConfigError(f"--teacher: {found} with --method {self.method}")
         calibrator = self.calibration.calibrator
         if calibrator and CALIBRATORS[calibrator].needs_all_classes and self.classes == "base":
             raise ConfigError(
@@ -123,6 +131,17 @@ class TrainConfig(SettingsGroup):
         if self.parts and not any(goals.values()):
             raise ConfigError(f"--set losses: expected at least one above 0, came {goals!r}")
 
+    def _check_alternatives(self) -> None:
+        """Raise a ConfigError for parts of which a class can have only one."""
+        for side in ("prompt", "rows"):
+            rivals = [name for name in PARTS if name in self.parts and PARTS[name].side == side]
+            if len(rivals) > 1:
+                raise ConfigError(
+                    f"parts {' and '.join(rivals)}: expected one of them, because each gives the "
+                    f"{'class embeddings' if side == 'prompt' else 'class rows'}; leave the others "
+                    "out with --without"
+                )
+
     @property
     def parts(self) -> frozenset[str]:
         """Return the parts that are switched on; none for the method `zeroshot`."""
@@ -132,12 +151,13 @@ class TrainConfig(SettingsGroup):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """Return the weights in force: 0 where a part is off."""
+        """Return the weights in force: 0 where a part is off, or another term replaces one."""
         off = [name for part in {*PARTS} - self.parts for name in PARTS[part].losses]
-        return {**self.losses, **dict.fromkeys(off, 0.0)}
+        terms = [term for part in self.parts for term in PARTS[part].losses.values()]
+        return {**self.losses, **dict.fromkeys([*off, *(t.replaces for t in terms)], 0.0)}
 
     def needs(self, prepared: str) -> bool:
-        """Tell whether a part that is on needs something prepared: `bank` or `sentences`."""
+        """Tell whether a part that is on needs something prepared, such as the `bank`."""
         return any(prepared in PARTS[name].needs for name in self.parts)
 
     def values(self) -> dict[str, Any]:
@@ -183,7 +203,8 @@ class TrainConfig(SettingsGroup):
             declared.check(parsed[name])
         method = parsed.get("method", self.method)
         if method != self.method:
-            parsed = {**METHODS[method].settings(parsed.get("shots", self.shots)), **parsed}
+            for_whom = (parsed.get(name, getattr(self, name)) for name in ("shots", "classes"))
+            parsed = {**METHODS[method].settings(*for_whom), **parsed}
         changes = defaultdict[str, dict[str, Any]](dict)
         for name, value in parsed.items():
             group, _, leaf = name.rpartition(".")

@@ -1,12 +1,12 @@
-"""The parts of the method, without torch: what each adds, and which of them a method trains.
+"""The parts of all methods, without torch: what each adds and which code it names.
 
-A new part is an entry of `PARTS` and a file in capt_train/method.
+A new part is an entry of `PARTS` and a file in capt_train/method or capt_train/published.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 # Kinds of sentences about two confused classes (METHOD 3)
 SENTENCE_KINDS = ("commonality", "difference")
@@ -19,35 +19,44 @@ class LossTerm:
     code: str
     help: str
     weight: float | None = 1.0  # by default; None where the stage decides, not a setting
+    replaces: str = ""  # a term that is left out where this one is in force
 
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of the method that is switched on and off alone; its `code` is imported when used.
+    """A piece of a method that is switched on and off alone; its `code` is imported when used.
 
-    The code of side `text` is a `ClassTransform`, that of side `visual` a `VisualPart`; see
-    capt_train/method/base.py. A part without code acts at one place of the run: before tuning
-    (colours), in the prompts, in the contrast (retrieval), or after tuning (mixture).
+    The code of side `prompt` is a `ClassPrompt`, of `text` a `ClassTransform`, of `rows` a
+    `RowPart`, of `visual` a `VisualPart`; see capt_train/method/base.py. A part without code acts
+    at one place of the run: before tuning (colours), in the prompts, in the contrast (retrieval),
+    or after tuning (mixture).
     """
 
     help: str
-    side: Literal["text", "visual"] | None = None  # also names the stage that trains the part
+    side: Literal["prompt", "text", "rows", "visual"] | None = None
     code: str = ""  # module:class
     losses: Mapping[str, LossTerm] = field(default_factory=dict)
-    needs: tuple[str, ...] = ()  # what must be prepared before tuning: bank, sentences
+    needs: tuple[str, ...] = ()  # what must be prepared before tuning: bank, sentences, teacher
     # Tells whether a learner has the part; by default, where its code was built
     in_force: Callable[[Any], bool] | None = None
+    closed_form: bool = False  # whether no loss reaches it
+    guide: str = ""  # module:function of a `Step`: a loss that no step may raise
+    average: str = ""  # module:function of an epoch and the settings: its weight in the mean
 
 
-_METHOD = "capt_train.method"
+_METHOD, _PUBLISHED = "capt_train.method", "capt_train.published"
 _TERMS = f"{_METHOD}.loss_terms"
-# In the order of METHOD.md, which is also the order in which they are composed.
-PARTS: dict[str, Part] = {
+# Of METHOD.md, in its order, which is also the order in which they are composed.
+OWN: dict[str, Part] = {
     "colours": Part(
         "a map of the input's colours to those of natural photos, where it gains",
         in_force=lambda learner: learner.recoloured,
     ),
-    "prompt": Part("learned context vectors instead of the hand-written prompt"),
+    "prompt": Part(
+        "learned context vectors instead of the hand-written prompt",
+        "prompt",
+        f"{_METHOD}.prompt:PromptLearner",
+    ),
     "text-prompts": Part(
         "new context vectors in deeper blocks of the text tower",
         in_force=lambda learner: len(learner.prompts) > 0,
@@ -65,7 +74,9 @@ PARTS: dict[str, Part] = {
     "map": Part("a linear map of class embeddings", "text", f"{_METHOD}.class_map:ClassMap"),
     "rows": Part(
         "a row for each class with photos, in closed form (GDA)",
-        in_force=lambda learner: learner.rows is not None,
+        "rows",
+        f"{_METHOD}.class_rows:GaussianRows",
+        closed_form=True,
     ),
     "sample-experts": Part(
         "experts in the visual tower's last FFN",
@@ -73,17 +84,17 @@ PARTS: dict[str, Part] = {
         f"{_METHOD}.sample_experts:SampleExperts",
     ),
     "visual-prompts": Part(
-        "free tokens in the blocks of the visual tower",
+        "free tokens in the last blocks of the visual tower",
         "visual",
         f"{_METHOD}.visual_prompts:VisualPrompts",
     ),
     "lora": Part(
-        "low-rank updates of the ViT's attention and FFN (LoRA)",
+        "low-rank updates of the ViT's last blocks (LoRA)",
         "visual",
         f"{_METHOD}.weight_updates:LoRA",
     ),
     "layer-norm": Part(
-        "tuned LayerNorms of the visual tower (2SFS)",
+        "tuned LayerNorms of the visual tower's last blocks",
         "visual",
         f"{_METHOD}.weight_updates:LayerNorms",
     ),
@@ -107,67 +118,136 @@ PARTS: dict[str, Part] = {
     ),
     "mixture": Part("weights of the hand-written prompt and learned components"),
 }
+# Of methods that others have published, to compare with.
+PUBLISHED: dict[str, Part] = {
+    "image-prompt": Part(
+        "a context that each image shifts (CoCoOp); cannot be exported",
+        "prompt",
+        f"{_PUBLISHED}.cocoop:ImagePrompt",
+    ),
+    "cluster-prompt": Part(
+        "a context behind vectors made of clusters of the classes (TAC)",
+        "prompt",
+        f"{_PUBLISHED}.tac:ClusterPrompt",
+        losses={
+            "tac_text": LossTerm(f"{_PUBLISHED}.promptsrc:text_distance", "|t − t⁰| of TAC", 20.0),
+            "tac_image": LossTerm(
+                f"{_PUBLISHED}.promptsrc:image_distance", "|f − f⁰| of TAC", 25.0
+            ),
+        },
+        average=f"{_PUBLISHED}.tac:equal",
+    ),
+    "kgcoop": Part(
+        "keeps class embeddings near the hand-written ones (KgCoOp)",
+        losses={"kgcoop": LossTerm(f"{_PUBLISHED}.kgcoop:distance", "‖t − t⁰‖² of KgCoOp", 8.0)},
+    ),
+    "prograd": Part(
+        "no step against what the hand-written prompt knows (ProGrad)",
+        guide=f"{_PUBLISHED}.prograd:general_knowledge",
+    ),
+    "first-prompts": Part(
+        "free tokens in the first blocks of the visual tower (IVLP)",
+        "visual",
+        f"{_PUBLISHED}.ivlp:FirstPrompts",
+    ),
+    "coupled-prompts": Part(
+        "visual tokens that are linear maps of the text context (MaPLe)",
+        "visual",
+        f"{_PUBLISHED}.maple:CoupledPrompts",
+    ),
+    "promptsrc": Part(
+        "three regularisers that keep prompts near the frozen model (PromptSRC)",
+        losses={
+            "src_text": LossTerm(f"{_PUBLISHED}.promptsrc:text_distance", "|t − t⁰|", 25.0),
+            "src_image": LossTerm(f"{_PUBLISHED}.promptsrc:image_distance", "|f − f⁰|", 10.0),
+            "src_logits": LossTerm(f"{_PUBLISHED}.promptsrc:logit_distance", "KL to zero-shot"),
+        },
+        average=f"{_PUBLISHED}.promptsrc:gaussian",
+    ),
+    "text-lora": Part(
+        "low-rank updates of the text tower's attention (CLIP-LoRA)",
+        "prompt",
+        f"{_PUBLISHED}.clip_lora:TextLoRA",
+    ),
+    "visual-lora": Part(
+        "low-rank updates of the visual tower's attention (CLIP-LoRA)",
+        "visual",
+        f"{_PUBLISHED}.clip_lora:VisualLoRA",
+    ),
+    "text-norms": Part(
+        "tuned LayerNorms of the text tower (2SFS)",
+        "prompt",
+        f"{_PUBLISHED}.two_stages:TextNorms",
+    ),
+    "visual-norms": Part(
+        "tuned LayerNorms of the whole visual tower (2SFS)",
+        "visual",
+        f"{_PUBLISHED}.two_stages:VisualNorms",
+    ),
+    "linear-classifier": Part(
+        "rows that are trained from the class embeddings (2SFS)",
+        "rows",
+        f"{_PUBLISHED}.two_stages:LinearClassifier",
+    ),
+    "class-means": Part(
+        "the mean photo of each class as its row",
+        "rows",
+        f"{_PUBLISHED}.class_means:ClassMeans",
+        closed_form=True,
+    ),
+    "lp-plus-plus": Part(
+        "rows that add to class embeddings of learned weight (LP++)",
+        "rows",
+        f"{_PUBLISHED}.lp_plus_plus:BlendedRows",
+    ),
+    "clap": Part(
+        "rows that are held near the class embeddings (CLAP)",
+        "rows",
+        f"{_PUBLISHED}.clap:ConstrainedRows",
+    ),
+    "tip-adapter": Part(
+        "a cache of the training photos (Tip-Adapter); cannot be exported",
+        "rows",
+        f"{_PUBLISHED}.tip_adapter:Cache",
+        closed_form=True,
+    ),
+    "tip-adapter-f": Part(
+        "the same with trained keys (Tip-Adapter-F); cannot be exported",
+        "rows",
+        f"{_PUBLISHED}.tip_adapter:TunedCache",
+    ),
+    "distillation": Part(
+        "learns a teacher's answers to photos without labels (PromptKD)",
+        "prompt",
+        f"{_PUBLISHED}.promptkd:TeacherTexts",
+        losses={
+            "distillation": LossTerm(
+                f"{_PUBLISHED}.promptkd:divergence",
+                "KL from the teacher (PromptKD)",
+                replaces="cross_entropy",
+            )
+        },
+        needs=("teacher",),
+    ),
+    "zs-norm": Part(
+        "cross-entropy of logits in the range of the zero-shot ones (ZS-Norm)",
+        losses={
+            "zs_norm": LossTerm(
+                f"{_PUBLISHED}.zs_norm:normalised_cross_entropy",
+                "cross-entropy of ZS-Norm (arXiv 2407.13588)",
+                replaces="cross_entropy",
+            )
+        },
+    ),
+}
+PARTS: dict[str, Part] = {**OWN, **PUBLISHED}
 # Short names for parts that belong together.
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "tcpt": ("margin", "moments"),
     "bank": ("infonce", "retrieval"),
     "experts": ("semantic-experts", "sample-experts"),
-    "visual": ("adapter", "sample-experts", "visual-prompts", "lora", "layer-norm"),
+    "visual": tuple(name for name, part in PARTS.items() if part.side == "visual"),
     "deep-prompts": ("text-prompts", "visual-prompts"),
-}
-
-
-class Method(NamedTuple):
-    """A named choice of parts, and of other settings where a paper says so."""
-
-    help: str
-    parts: tuple[str, ...]
-    chosen: tuple[str, ...] = ()  # parts that held-out photos decide about
-    # Returns, for a number of shots, the settings that choosing the method changes
-    settings: Callable[[Any], Mapping[str, Any]] = lambda shots: {}
-
-
-def _coop_settings(shots: Any) -> Mapping[str, Any]:
-    """Return the settings of CoOp's authors (arXiv 2109.01134, configs of their code).
-
-    The context starts from four words, as where CoOp is measured on new classes (arXiv
-    2203.05557). Unlike theirs, images are embedded once, without random crops and flips, and the
-    rate falls with each step, not each epoch.
-    """
-    few, fewest = shots in range(2, 8), shots == 1
-    return {
-        "tuning.epochs": 50 if fewest else 100 if few else 200,
-        "tuning.learning_rate": 0.002,
-        "tuning.batch_size": 32,
-        "tuning.optimizer": "sgd",
-        "tuning.momentum": 0.9,
-        "tuning.weight_decay": 0.0005,
-        "tuning.clip_norm": 0.0,
-        "tuning.warmup_epochs": 1,
-        "tuning.warmup_rate": 1e-5,
-        "tuning.patience": 0,
-        "tuning.label_noise": 0.0,
-        "prompt.words": "a photo of a",
-    }
-
-
-METHODS: Mapping[str, Method] = {
-    "zeroshot": Method("the frozen model with a hand-written prompt", ()),
-    "coop": Method("learned context vectors (CoOp), by this package's optimizer", ("prompt",)),
-    "coop-paper": Method("CoOp as its authors train it", ("prompt",), settings=_coop_settings),
-    "coa": Method("CoOp with the confusion-aware loss", ("prompt", "coa")),
-    "tcpt": Method("CoOp with margin and moment terms (TCPT)", ("prompt", "margin", "moments")),
-    "cocoa": Method("CoA and the mixture (CoCoA-Mix)", ("prompt", "coa", "mixture")),
-    "prompt": Method("text side alone, all its losses", ("prompt", "coa", "margin", "moments")),
-    "map": Method("a linear map of class embeddings", ("map",)),
-    "rows": Method("Gaussian discriminant analysis in closed form", ("rows",)),
-    # The losses that earn their place (docs/ablation.md)
-    "capt": Method(
-        "prompt, map and rows, as far as held-out photos gain",
-        ("colours", "prompt", "map", "rows", "coa", "infonce"),
-        ("prompt", "map", "rows"),
-    ),
-    "full": Method("every part", tuple(PARTS)),
 }
 
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,8 +29,9 @@ from capt_train.run.fitting import HeldOut, Outcome, fit
 from capt_train.run.folder import TunedModel
 from capt_train.run.recolour import recolour
 from capt_train.run.setup import Setup, absolute, load, locked, prepare
+from capt_train.run.teacher import distilled, load_teacher
 from capt_train.run.visual_side import tune_visual_side, with_tokens
-from capt_train.tune.candidates import candidates
+from capt_train.tune.candidates import candidates, folds_answer
 from capt_train.tune.choice import Choice, choose
 from capt_train.tune.stages import TuningTask
 from capt_train.tune.text_side import tune_text_side
@@ -57,6 +58,23 @@ def train(
     Raises:
         CaptError: the data, the model, the settings or the folder cannot be used.
     """
+    return tune_and_measure(config, out, resume=resume, split_from=split_from).report
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run that has just ended."""
+
+    report: Report  # the content of `metrics.json`
+    model: TunedModel
+    scores: RunScores  # of the images that it is measured on
+    held_out: HeldOut
+
+
+def tune_and_measure(
+    config: TrainConfig, out: str | Path, *, resume: bool = False, split_from: Path | None = None
+) -> Trained:
+    """Do what `train` does, and return the model and its scores as well."""
     out, watch = expand_home(out), _Stopwatch()
     with locked(out):
         setup = prepare(config, out, resume, split_from)
@@ -66,11 +84,13 @@ def train(
             model, held_out = fit(setup, outcome, out)
             watch.lap("calibrating")
             images = {"train": len(outcome.task.train), "val": len(outcome.task.val)}
-            report = {**_measure(setup, model, outcome, held_out, cache), "images": images}
+            model = replace(model, unlabelled=runs.read_unlabelled(out))
+            split, scores = _score(setup, model, outcome, held_out, cache)
+            report = {**_report(model, outcome, split, scores), "images": images}
             watch.lap("measuring")
         write_json(out / runs.METRICS, report)
     say(f"time: {watch}")
-    return report
+    return Trained(report, model, scores, held_out)
 
 
 class _Stopwatch:
@@ -128,9 +148,12 @@ def _tune(
         sentences = find_sentences(pairs, setup.tuned_names, config, out)
         centres = find_centres(backbone, sentences, split.class_names, setup.zero_shot, config)
 
+    teacher = load_teacher(setup) if config.needs("teacher") else None
+    texts = None if teacher is None else teacher.texts
+
     def make_from(config: TrainConfig, tuned: tuple[int, ...]) -> Learner:
         classes = replace(split, tuned=tuned)
-        return make_learner(recoloured, config, classes, setup.zero_shot, centres)
+        return make_learner(recoloured, config, classes, setup.zero_shot, centres, texts)
 
     bank = setup.zero_shot_bank(images.train)
     task = TuningTask(
@@ -156,10 +179,15 @@ def _tune(
     if learner.visual is not None:
         setup, frozen, images = _sampled(setup, frozen, images)
         task = _with_tokens(setup, replace(task, val=images.val), learner)
-    state, written = tune_text_side(learner, task, out)
+    if teacher is None:
+        state, written = tune_text_side(learner, task, out)
+        task = replace(task, bank=written)
+    else:
+        state, _ = tune_text_side(
+            learner, distilled(setup, task, teacher, learner, cache, out), out
+        )
     states, trial = [state] if state else [], None
-    task = replace(task, bank=written)
-    if learner.visual is not None:
+    if learner.visual is not None and not setup.config.visual.joint:
         task = replace(task, class_rows=learner.class_rows(split.tuned))
         task, trial, further = tune_visual_side(learner, task, make, out)
         states += further
@@ -179,7 +207,7 @@ def _choice(
     if not (out / runs.CHOICE).exists():
         config = task.config
         listed = candidates(config, judged=True)
-        if len(listed) == 1 and len(task.val):
+        if len(listed) == 1 and (len(task.val) or not folds_answer(config)):
             return None
         runs.write_choice(out, choose(task, make, new_classes=config.classes == "base"))
     choice = runs.read_choice(out)
@@ -268,26 +296,29 @@ def _sampled(setup: Setup, frozen: Embedded, images: Embedded) -> tuple[Setup, E
     return replace(setup, split=split), frozen, images
 
 
-def _measure(
+def _score(
     setup: Setup, model: TunedModel, outcome: Outcome, held_out: HeldOut, cache: EmbeddingCache
-) -> Report:
-    """Evaluate on test images; without any, on held-out ones, with a note."""
-    dataset, config, choice = setup.dataset, setup.config, outcome.choice
+) -> tuple[str, RunScores]:
+    """Return the scores of test images; without any, of held-out ones, with a note."""
+    dataset, choice = setup.dataset, outcome.choice
     measured_on = next(name for name in ("test", "val", "train") if dataset.splits[name])
     judged = choice is not None and choice.images["tuned"]
     if measured_on == "train" and judged and len(held_out) and all(model.tuned):
-        measured_on = "cross-validation"
         say(
             "note: no test images: measured on training photos, each by a model that had not seen "
             "it; the same photos chose what is kept and calibrate, so expect a little less"
         )
-        figures = _cross_validated(model, outcome, held_out).report()
-    else:
-        if measured_on != "test":
-            say(f"note: no test images: measured on {measured_on} images, which the run has used")
-        figures = score_model(model, cache, dataset, measured_on).report()
+        return "cross-validation", _cross_validated(model, outcome, held_out)
+    if measured_on != "test":
+        say(f"note: no test images: measured on {measured_on} images, which the run has used")
+    return measured_on, score_model(model, cache, dataset, measured_on)
+
+
+def _report(model: TunedModel, outcome: Outcome, split: str, scores: RunScores) -> Report:
+    """Return the content of `metrics.json`, without the number of images."""
+    config, choice = model.config, outcome.choice
     return {
-        "split": measured_on,
+        "split": split,
         "method": config.method,
         "parts": sorted(model.learner.parts(config)),
         "shots": config.shots,
@@ -298,7 +329,7 @@ def _measure(
         "mixture": model.fitted.mixture.to_dict(),
         "trained_parameters": model.learner.size,
         "choice": choice and choice.to_dict(),
-        **figures,
+        **scores.report(),
     }
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from capt_train.calibrators import CALIBRATORS
 from capt_train.settings import (
     ABOVE_0,
+    CLIP_TEMPLATES,
     SHARE,
     Allowed,
     SettingsGroup,
@@ -14,8 +15,8 @@ from capt_train.settings import (
 )
 
 _TEMPLATES = Allowed(
-    "at least one text, each with {} where the class name goes",
-    lambda texts: bool(texts) and all("{}" in text for text in texts),
+    f"at least one text, each with {{}} where the class name goes, or {CLIP_TEMPLATES}",
+    lambda texts: bool(texts) and all("{}" in text or text == CLIP_TEMPLATES for text in texts),
 )
 _AREA = Allowed("above 0 and up to 1", lambda share: 0 < share <= 1)
 _MOMENTUM = Allowed("0 or more, below 1", lambda value: 0 <= value < 1)
@@ -31,6 +32,9 @@ class TuningSettings(SettingsGroup, group="tuning"):
     epochs: int = setting(50, "epochs of the text side", at_least(1), option="--epochs")
     learning_rate: float = setting(0.006, "peak rate of the text side", ABOVE_0, option="--lr")
     batch_size: int = setting(1024, "images in a batch", at_least(1), option="--batch-size")
+    most_steps: int | None = setting(
+        None, "steps after which no further epoch begins", at_least(1), none="any"
+    )
     optimizer: str = setting("adamw", "adamw or sgd", one_of(_OPTIMIZERS))
     momentum: float = setting(0.9, "momentum of sgd", _MOMENTUM)
     weight_decay: float = setting(0.0005, "weight decay", at_least(0))
@@ -56,14 +60,17 @@ class PromptSettings(SettingsGroup, group="prompt"):
     """The hand-written prompt and the learned ones."""
 
     templates: tuple[str, ...] = setting(
-        ("a photo of a {}.",), "hand-written prompt with {} in it", _TEMPLATES, option="--template"
+        ("a photo of a {}.",),
+        f"hand-written prompt with {{}} in it; {CLIP_TEMPLATES}: the mean over CLIP's 80",
+        _TEMPLATES,
+        option="--template",
     )
     count: int = setting(1, "learned prompts (K)", at_least(1))
     words: str = setting("a photo of a", "words that the learned context starts from")
     random_tokens: int = setting(0, "random vectors to start from; 0 takes the words", at_least(0))
     class_specific: bool = setting(False, "learn a context for each class, not a shared one")
     depth: int = setting(
-        3, "text blocks with a context of their own, the input counted", at_least(1)
+        3, "first text blocks with a context of their own, at most those there are", at_least(1)
     )
 
     def __post_init__(self) -> None:
@@ -143,7 +150,8 @@ class VisualSettings(SettingsGroup, group="visual"):
     # With 1, images that the model is sure of are trained with a smaller α than they meet at
     # inference, which lost accuracy on validation images.
     adapter_exponent: float = setting(0.0, "γ of α = s·cᵞ; 0: α as at inference", at_least(0))
-    prompt_depth: int = setting(3, "last blocks that have visual prompts", at_least(1))
+    joint: bool = setting(False, "tune with the text side in one stage, by the settings of tuning")
+    prompt_depth: int = setting(3, "blocks that have visual prompts", at_least(1))
     prompt_tokens: int = setting(4, "visual prompts in each of these blocks", at_least(1))
     lora_rank: int = setting(2, "rank of LoRA's updates", at_least(1))
     lora_depth: int = setting(3, "last blocks that have LoRA", at_least(1))
@@ -158,6 +166,23 @@ class VisualSettings(SettingsGroup, group="visual"):
     )
     views: int = setting(5, "views of each image, itself and a held-out one included", at_least(2))
     view_area: float = setting(0.6, "smallest share of the image in a view", _AREA)
+
+
+@dataclass(frozen=True)
+class DistillationSettings(SettingsGroup, group="distillation"):
+    """The teacher of PromptKD, and photos without labels."""
+
+    teacher: str | None = setting(
+        None, "model or run to learn from, as --model or a run folder", option="--teacher"
+    )
+    pretrained: str | None = setting(
+        None, "weights of the teacher, as --pretrained", option="--teacher-pretrained"
+    )
+    unlabelled: str | None = setting(
+        None,
+        "folder of photos without labels [default: the training photos]",
+        option="--unlabelled",
+    )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from capt_deploy.core.errors import ConfigError
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _BOOLEANS = {"true": True, "false": False}
+CLIP_TEMPLATES = "openai"  # stands for the templates that CLIP's authors used on ImageNet
 _CLOSE = 0.6  # similarity from which on a name is suggested
 
 

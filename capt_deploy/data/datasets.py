@@ -5,7 +5,8 @@
    path decides, so that adding or removing a photo moves hardly another one, and none of another
    class.
 3. A CSV or JSONL file with `path,label[,split]`, paths relative to the file.
-4. A CoOp `split_zhou_*.json`, or a folder with one.
+4. A CoOp `split_zhou_*.json`, or a folder with one. FGVC Aircraft, ImageNet and its variants are
+   read as their authors lay them out.
 
 Reading a data set lists its files; images are decoded when they are used. It is part of the runtime
 because a bundle must be evaluated on machines without torch.
@@ -21,6 +22,12 @@ from capt_deploy.core.console import counted
 from capt_deploy.core.errors import DataError
 from capt_deploy.core.files import expand_home, visible_files
 from capt_deploy.data.class_names import name_classes
+from capt_deploy.data.field_layouts import (
+    AIRCRAFT_LIST,
+    IMAGENET_NAMES,
+    read_aircraft,
+    read_imagenet,
+)
 from capt_deploy.data.images import IMAGE_SUFFIXES
 from capt_deploy.data.label_files import (
     SPLIT_NAMES,
@@ -140,6 +147,10 @@ def read_dataset(
 
 
 def _read_folder(path: Path) -> Listing:
+    if (path / AIRCRAFT_LIST.format("train")).is_file():
+        return read_aircraft(path)
+    if (path / IMAGENET_NAMES).is_file():
+        return read_imagenet(path)
     # "train" may also be a class, of vehicles; and a lone test/ is enough to evaluate on
     folders = _folders(path)
     splits = [folder for folder in folders if folder.name in SPLIT_NAMES and _folders(folder)]

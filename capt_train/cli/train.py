@@ -16,7 +16,8 @@ from capt_deploy.core.console import (
 from capt_deploy.core.version import __version__
 from capt_train.calibrators import CALIBRATORS
 from capt_train.config import TrainConfig, settings
-from capt_train.parts import GROUPS, METHODS, PARTS
+from capt_train.methods import METHODS
+from capt_train.parts import GROUPS, PARTS
 
 _SETTINGS = settings()
 _HELP = {"help_option_names": ["-h", "--help"]}
@@ -68,6 +69,9 @@ def _identifier(name: str) -> str:
 @_setting("Method", "added", metavar="PARTS")
 @_setting("Method", "without", metavar="PARTS")
 @_setting("Method", "prompt.templates")
+@_setting("Method", "distillation.teacher")
+@_setting("Method", "distillation.pretrained")
+@_setting("Method", "distillation.unlabelled")
 @_setting("Training", "tuning.epochs")
 @_setting("Training", "tuning.learning_rate")
 @_setting("Training", "tuning.batch_size")

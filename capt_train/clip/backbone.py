@@ -18,6 +18,18 @@ from capt_train.clip.open_tower import open_tower
 from capt_train.clip.text_tokens import TextTokens
 from capt_train.clip.text_tower import TextTower
 from capt_train.clip.vision_tower import Tower
+from capt_train.settings import CLIP_TEMPLATES
+
+
+def all_templates(templates: Sequence[str]) -> tuple[str, ...]:
+    """Return templates with `{}` for the name; `openai` stands for CLIP's 80 (arXiv 2103.00020)."""
+    from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+    texts: list[str] = []
+    for text in templates:
+        known = OPENAI_IMAGENET_TEMPLATES if text == CLIP_TEMPLATES else ()
+        texts += [template("{}") for template in known] or [text]
+    return tuple(texts)
 
 
 class Backbone:
@@ -101,10 +113,10 @@ class Backbone:
     def class_embeddings(
         self, class_names: Sequence[str], templates: Sequence[str]
     ) -> Float[Tensor, "classes dim"]:
-        """Return t⁰ (METHOD 1): the renormalised mean over templates with `{}` for the name."""
+        """Return t⁰ (METHOD 1): the renormalised mean over templates; see `all_templates`."""
         per_template = [
             self.text_embeddings([template.replace("{}", name) for name in class_names])
-            for template in templates
+            for template in all_templates(templates)
         ]
         return functional.normalize(torch.stack(per_template).mean(dim=0), dim=-1)
 

@@ -1,8 +1,9 @@
 """A frozen text tower: token ids to embeddings, with free vectors in the place of words."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class TextTower:
         tokens: Int[Tensor, "texts tokens"],
         context: Float[Tensor, "*texts context width"] | None = None,
         deeper: Float[Tensor, "blocks context width"] | None = None,
+        updates: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> Float[Tensor, "texts dim"]:
         """Return unit-norm text embeddings; gradients reach `context`, never the tower.
 
@@ -49,27 +51,63 @@ class TextTower:
             context: vectors in place of the first tokens, behind [SOS] where there is one: the same
                 for all texts, or a context for each.
             deeper: vectors for the same places in the second block, the third, and so on.
+            updates: additions to weights of the tower, by the names of the weights.
 
         Raises:
             ModelError: `deeper` needs more blocks than can be reached.
         """
-        with self._replaced_context(context), self._replaced_deeper(deeper):
-            if not self.cuttable:
-                return functional.normalize(self._model.encode_text(tokens), dim=-1)
-            length = tokens.shape[1]
+        changed = {name: self.weight(name) + update for name, update in updates.items()}
+        length = tokens.shape[1]
+        if self.cuttable:
             if not torch.compiler.is_exporting():  # a graph gets rows that have been cut
                 length = int(self._tokens.ends(tokens).max()) + 1
-            prefix = "" if self._tower is self._model else "text."
-            cut = {
-                f"{prefix}positional_embedding": self._tower.positional_embedding[:length],
-                f"{prefix}attn_mask": self._tower.attn_mask[:length, :length],
-            }
+            changed["positional_embedding"] = self._tower.positional_embedding[:length]
+            changed["attn_mask"] = self._tower.attn_mask[:length, :length]
+        prefix = "model." if self._tower is self._model else "model.text."
+        with self._replaced_context(context), self._replaced_deeper(deeper):
             features = torch.func.functional_call(
                 _TextOnly(self._model),
-                {f"model.{name}": value for name, value in cut.items()},
+                {f"{prefix}{name}": value for name, value in changed.items()},
                 tokens[:, :length],
             )
         return functional.normalize(features, dim=-1)
+
+    @property
+    def depth(self) -> int:
+        """Return in how many blocks context vectors can be put."""
+        return 1 if self._blocks is None else len(self._blocks)
+
+    def weight(self, name: str) -> Tensor:
+        """Return a weight of the tower."""
+        return self._tower.get_parameter(name)  # type: ignore[no-any-return]
+
+    def attention_weights(self) -> dict[str, int]:
+        """Return the names of the stacked weights of query, key and value, and how many are in it.
+
+        Empty for towers that are not open_clip's own.
+        """
+        return {
+            f"transformer.{name}.in_proj_weight": 3
+            for name, module in self._modules()
+            if getattr(module, "in_proj_weight", None) is not None
+        }
+
+    def norm_weights(self) -> list[str]:
+        """Return the names of gains and biases of the LayerNorms."""
+        norms = [
+            f"transformer.{name}" for name, m in self._modules() if isinstance(m, nn.LayerNorm)
+        ]
+        norms += (
+            ["ln_final"] if isinstance(getattr(self._tower, "ln_final", None), nn.LayerNorm) else []
+        )
+        return [
+            f"{name}.{parameter}"
+            for name in norms
+            for parameter, _ in self._tower.get_submodule(name).named_parameters(recurse=False)
+        ]
+
+    def _modules(self) -> list[tuple[str, nn.Module]]:
+        return [] if self._transformer is None else [*self._transformer.named_modules()]
 
     def check_depth(self, depth: int) -> None:
         """Check that context vectors can be put into the first `depth` blocks.
@@ -77,10 +115,9 @@ class TextTower:
         Raises:
             ModelError: fewer blocks can be reached.
         """
-        reached = 1 if self._blocks is None else len(self._blocks)
-        if depth > reached:
+        if depth > self.depth:
             raise ModelError(
-                f"--set prompt.depth: expected at most {reached}, the blocks of this text tower "
+                f"--set prompt.depth: expected at most {self.depth}, the blocks of this text tower "
                 f"that can be reached; came {depth}"
             )
 

@@ -118,12 +118,16 @@ class Tower:
 
         Each has the number of matrices that are stacked in it: query, key and value are one weight.
         """
-        start = f"{self._path}.{block}"
-        names = {f"{start}.{self._attention}": 3}
+        names = self.attention_weights(block)
         if self.ffn(block) is not None:
             up, _, down = self._ffn
+            start = f"{self._path}.{block}"
             names |= {f"{start}.mlp.{layer}.weight": 1 for layer in (up, down)}
         return names
+
+    def attention_weights(self, block: int) -> dict[str, int]:
+        """Return those of query, key and value alone."""
+        return {f"{self._path}.{block}.{self._attention}": 3}
 
     def weight(self, name: str) -> nn.Parameter:
         """Return a weight of the tower."""
@@ -244,13 +248,12 @@ class EvaTower(TimmTower):
         output = output if update is None else output + update
         return tokens + _scaled(output, layers.gamma_2)
 
-    def linear_weights(self, block: int) -> dict[str, int]:  # noqa: D102
-        weights = super().linear_weights(block)
-        name = f"{self._path}.{block}.{self._attention}"
-        if self._blocks[block].attn.qkv is None:  # three layers in place of one
-            del weights[name]
-            weights |= {name.replace("qkv", f"{x}_proj"): 1 for x in "qkv"}
-        return weights
+    def attention_weights(self, block: int) -> dict[str, int]:  # noqa: D102
+        stacked = super().attention_weights(block)
+        if self._blocks[block].attn.qkv is not None:
+            return stacked
+        (name,) = stacked  # three layers in place of one
+        return {name.replace("qkv", f"{x}_proj"): 1 for x in "qkv"}
 
 
 def _scaled(values: Tensor, gamma: Tensor | None) -> Tensor:

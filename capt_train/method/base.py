@@ -1,4 +1,4 @@
-"""Base classes of parts: a transform of class embeddings, or hooks in the ViT."""
+"""Base classes of parts: class prompts, transforms of class embeddings, hooks in the ViT."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,22 +7,56 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from capt_train.clip.backbone import Backbone
 from capt_train.clip.vision_tower import Tower
 from capt_train.config import TrainConfig
-from capt_train.method.prompt import PromptLearner
 
 
 @dataclass(frozen=True)
 class BuildContext:
     """The inputs that a part may be built from."""
 
+    backbone: Backbone
     config: TrainConfig
+    class_names: tuple[str, ...]
     zero_shot: Float[Tensor, "classes dim"]  # hand-written t⁰ of every class
     # of each class's sentences, zeros where it has none; None where none were found
     centres: Float[Tensor, "kinds classes centres dim"] | None
     tuned: tuple[int, ...]  # indices of the tuned classes, ascending
-    prompts: Sequence[PromptLearner]
     generator: torch.Generator  # for random starts
+    teacher: Float[Tensor, "classes width"] | None = None  # class embeddings of a teacher
+    prompts: Sequence["ClassPrompt"] = ()  # built before all other parts
+
+
+class ClassPrompt(nn.Module):
+    """Gives each class an embedding, by its name, in place of the hand-written prompt."""
+
+    reads_images = False  # whether the embeddings depend on the image as well
+
+    @classmethod
+    def build(cls, context: BuildContext) -> Sequence["ClassPrompt"]:
+        """Return the prompts before the first step; K of them where the settings say so."""
+        raise NotImplementedError
+
+    @classmethod
+    def obstacle(cls, backbone: Backbone) -> str | None:
+        """Return why this model cannot have the part; None where it can."""
+        return None
+
+    def forward(
+        self, classes: Sequence[int], images: Float[Tensor, "batch dim"] | None = None
+    ) -> Float[Tensor, "*batch classes dim"]:
+        """Return the unit-norm embeddings of some classes, given by index.
+
+        Args:
+            classes: their indices.
+            images: unit norm, for prompts that read images; the result is then one for each.
+        """
+        raise NotImplementedError
+
+    def of_names(self, class_names: Sequence[str]) -> Float[Tensor, "classes dim"]:
+        """Return the unit-norm embeddings of classes by name."""
+        raise NotImplementedError
 
 
 class ClassTransform(nn.Module):

@@ -1,12 +1,14 @@
 """Class rows and biases of the logits, and rows in closed form: GDA (METHOD 5b)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from capt_train.method.base import BuildContext
 
 # α where no photo can judge it: one photo a class, no validation images. Right for text that knows
 # the classes, and near the best where it does not (ours).
@@ -78,42 +80,101 @@ def joined(first: ClassRows, second: ClassRows) -> ClassRows:
     return ClassRows(rows, torch.cat([first.biases, second.biases.to(first.biases)]))
 
 
-class GaussianRows(nn.Module):
-    """`z_c += α(f·w_c + b_c)` for the tuned classes, METHOD 5b."""
+@dataclass(frozen=True)
+class RowTask:
+    """What rows are fitted to."""
 
-    weight: Tensor  # w, (tuned, dim)
-    bias: Tensor  # b, (tuned,)
+    images: Float[Tensor, "samples dim"]  # unit norm, as the tuned visual side gives them
+    labels: Int[Tensor, " samples"]  # positions among the tuned classes
+    texts: Float[Tensor, "classes dim"]  # embeddings of the tuned classes, unit norm
+    reference: Float[Tensor, "classes dim"]  # hand-written t⁰ of these
+    scale: float  # 1/τ
+    weights: Mapping[str, float]  # of the loss terms
+    seed: int
+    val_images: Float[Tensor, "val dim"]  # may be empty
+    val_labels: Int[Tensor, " val"]
 
-    def __init__(self, classes: Sequence[int], dim: int, share: float) -> None:
+
+class RowPart(nn.Module):
+    """Rows of the tuned classes, fitted on cached image embeddings after all else is tuned."""
+
+    folds = True  # whether the logits are linear in the image, so that they can be exported
+    # the rows that take the place of the class embeddings, (tuned, dim), and their biases
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, classes: Sequence[int], dim: int) -> None:
         """Make rows of zeros.
 
         Args:
             classes: indices of the tuned classes.
             dim: of the embeddings.
-            share: α.
         """
         super().__init__()
-        self.classes, self.share = tuple(classes), share
+        self.classes = tuple(classes)
         self.register_buffer("weight", torch.zeros(len(self.classes), dim))
         self.register_buffer("bias", torch.zeros(len(self.classes)))
 
-    def fit(self, images: Float[Tensor, "samples dim"], labels: Int[Tensor, " samples"]) -> None:
-        """Replace the rows by those of `discriminant`; labels are positions among the classes."""
-        fitted = discriminant(images, labels, len(self.classes))
-        self.weight.copy_(fitted.weight)
-        self.bias.copy_(fitted.bias)
+    @classmethod
+    def build(cls, context: BuildContext) -> "RowPart":
+        """Return the rows before they are fitted."""
+        return cls(context.tuned, context.zero_shot.shape[1])
 
-    def added_to(self, rows: ClassRows, classes: Sequence[int], scale: float) -> ClassRows:
-        """Return the class rows of some classes with these rows added where a class has one.
+    def fit(self, task: RowTask) -> None:
+        """Fit the rows."""
+        raise NotImplementedError
+
+    def applied(self, rows: ClassRows, classes: Sequence[int], scale: float) -> ClassRows:
+        """Return the class rows of some classes with these in place where a class has one.
 
         Args:
             rows: Ŵ and b of the logits z = scale·f·Ŵᵀ + b.
             classes: their indices.
             scale: 1/τ.
         """
+        targets, sources = self.places(classes)
+        weights, biases = rows.rows.clone(), rows.biases.clone()
+        weights[targets] = self.weight[sources].to(weights)
+        biases[targets] = self.bias[sources].to(biases)
+        return ClassRows(weights, biases)
+
+    def places(self, classes: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Return positions in `classes` of those that have a row, and the positions of the rows."""
         known = {index: place for place, index in enumerate(self.classes)}
         targets = [place for place, index in enumerate(classes) if index in known]
-        sources = [known[classes[place]] for place in targets]
+        return targets, [known[classes[place]] for place in targets]
+
+    def added(
+        self, images: Float[Tensor, "batch dim"], classes: Sequence[int], scale: float
+    ) -> Float[Tensor, "batch classes"] | float:
+        """Return what is added to the logits and does not fold."""
+        return 0.0
+
+
+class GaussianRows(RowPart):
+    """`z_c += α(f·w_c + b_c)` for the tuned classes, METHOD 5b."""
+
+    def __init__(self, classes: Sequence[int], dim: int, share: float) -> None:
+        """Make rows of zeros, to be added with the weight `share`, α."""
+        super().__init__(classes, dim)
+        self.share = share
+
+    @classmethod
+    def build(cls, context: BuildContext) -> "GaussianRows":
+        """Return rows with the weight of the settings."""
+        share = context.config.rows.weight
+        dim = context.zero_shot.shape[1]
+        return cls(context.tuned, dim, UNJUDGED_WEIGHT if share is None else share)
+
+    def fit(self, task: RowTask) -> None:
+        """Replace the rows by those of `discriminant`."""
+        fitted = discriminant(task.images, task.labels, len(self.classes))
+        self.weight.copy_(fitted.weight)
+        self.bias.copy_(fitted.bias)
+
+    def applied(self, rows: ClassRows, classes: Sequence[int], scale: float) -> ClassRows:
+        """Return the class rows with these added; see `RowPart.applied`."""
+        targets, sources = self.places(classes)
         weights, biases = rows.rows.clone(), rows.biases.clone()
         weights[targets] += self.share / scale * self.weight[sources].to(weights)
         biases[targets] += self.share * self.bias[sources].to(biases)

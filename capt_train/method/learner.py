@@ -1,7 +1,7 @@
-"""Everything that is trained, in one module: prompts, class transforms, visual parts."""
+"""Everything that is trained, in one module: prompts, class transforms, rows, visual parts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,19 +12,19 @@ from capt_train.clip.backbone import Backbone
 from capt_train.clip.vision_tower import Tower
 from capt_train.config import TrainConfig
 from capt_train.data.fewshot import FewShotSplit
-from capt_train.method.base import BuildContext, ClassTransform
+from capt_train.method.base import BuildContext, ClassPrompt, ClassTransform
 from capt_train.method.class_map import ClassMap
-from capt_train.method.class_rows import UNJUDGED_WEIGHT, ClassRows, GaussianRows
-from capt_train.method.prompt import PromptLearner, build_prompts
+from capt_train.method.class_rows import ClassRows, RowPart
 from capt_train.method.visual_tuner import Encoded, VisualTuner
 from capt_train.parts import PARTS, load
 
 _EMBEDDED_AT_ONCE = 256
+_TEXTS_AT_ONCE = 4096  # where each image has class embeddings of its own
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Class embeddings of every learned prompt."""
+    """Class embeddings of every learned prompt, or of every image where prompts read images."""
 
     embeddings: Float[Tensor, "prompts classes dim"]  # t̃, unit norm
     gates: tuple[Float[Tensor, "rows _"], ...]  # of every router
@@ -40,10 +40,10 @@ class Learner(nn.Module):
         self,
         backbone: Backbone,
         zero_shot: Float[Tensor, "classes dim"],
-        prompts: Sequence[PromptLearner],
+        prompts: Sequence[ClassPrompt],
         transforms: Mapping[str, ClassTransform],
         visual: VisualTuner | None = None,
-        rows: GaussianRows | None = None,
+        rows: RowPart | None = None,
     ) -> None:
         """Put the parts together.
 
@@ -53,7 +53,7 @@ class Learner(nn.Module):
             prompts: K learned prompts; may be empty.
             transforms: maps of class embeddings by the names of their parts, applied in order.
             visual: the trained parts inside the visual tower.
-            rows: of the tuned classes, added to what their embeddings give.
+            rows: of the tuned classes, beside or in place of their embeddings.
         """
         super().__init__()
         self.backbone = backbone
@@ -80,6 +80,20 @@ class Learner(nn.Module):
         """Set the constant α of the visual side, if it is tuned."""
         if self.tuner is not None:
             self.tuner.set_constants(alpha=alpha)
+
+    @property
+    def reads_images(self) -> bool:
+        """Tell whether class embeddings depend on the image."""
+        return any(prompt.reads_images for prompt in self._learned)
+
+    @property
+    def obstacle(self) -> str | None:
+        """Return why the text side does not fold into one row per class; None where it does."""
+        if self.reads_images:
+            return "its class embeddings depend on the image, so they are no constant rows"
+        if self.rows is not None and not self.rows.folds:
+            return "it compares each image with every training photo, which is no linear layer"
+        return None
 
     @property
     def learned(self) -> int:
@@ -123,6 +137,8 @@ class Learner(nn.Module):
             part = PARTS[name]
             if part.in_force is not None:
                 return part.in_force(self)
+            if part.side in ("prompt", "rows"):  # of which there is only one
+                return bool(self.prompts) if part.side == "prompt" else self.rows is not None
             if part.losses and not trains:
                 return False
             return part.side is None or name in built
@@ -150,12 +166,40 @@ class Learner(nn.Module):
         return self.with_rows(ClassRows.from_texts(self.mean_texts(classes)), classes)
 
     def with_rows(self, rows: ClassRows, classes: Sequence[int]) -> ClassRows:
-        """Return class rows with the closed-form rows added where there are any."""
-        return rows if self.rows is None else self.rows.added_to(rows, classes, self.backbone.scale)
+        """Return class rows with those of the part `rows` in force where there are any."""
+        return rows if self.rows is None else self.rows.applied(rows, classes, self.backbone.scale)
 
-    def texts(self, classes: Sequence[int]) -> Texts:
-        """Return embeddings of some classes, given by index."""
+    def answer(
+        self, images: Float[Tensor, "batch dim"], classes: Sequence[int]
+    ) -> tuple[Float[Tensor, "prompts batch classes"], Texts]:
+        """Return the scaled logits of every prompt, without rows, and the class embeddings."""
+        texts = self.texts(classes, images)
+        embeddings = texts.embeddings.float()
+        if self.reads_images:
+            return self.backbone.scale * torch.einsum("bd,bcd->bc", images, embeddings)[None], texts
+        return self.backbone.scale * torch.einsum("bd,pcd->pbc", images, embeddings), texts
+
+    @torch.no_grad()
+    def logits(
+        self, images: Float[Tensor, "batch dim"], classes: Sequence[int]
+    ) -> Float[Tensor, "batch classes"]:
+        """Return scaled logits of tuned image embeddings, by the mean over the prompts."""
+        images = images.to(self._zero_shot)
+        if self.reads_images:
+            at_once = max(1, _TEXTS_AT_ONCE // len(classes))
+            return torch.cat([self.answer(part, classes)[0][0] for part in images.split(at_once)])
+        logits = self.class_rows(classes).logits(images, self.backbone.scale)
+        if self.rows is not None:
+            logits = logits + self.rows.added(images, classes, self.backbone.scale)
+        return logits
+
+    def texts(
+        self, classes: Sequence[int], images: Float[Tensor, "batch dim"] | None = None
+    ) -> Texts:
+        """Return embeddings of some classes, given by index; of each image, if prompts read it."""
         rows = list(classes)
+        if self.reads_images and images is not None:
+            return self._transformed(self._learned[0](rows, images), rows)
         prompted = [prompt(rows) for prompt in self._learned] or [self._zero_shot[rows]]
         return self._transformed(torch.stack(prompted), rows)
 
@@ -242,6 +286,7 @@ def make_learner(
     split: FewShotSplit,
     zero_shot: Float[Tensor, "classes dim"],
     centres: Float[Tensor, "kinds classes centres dim"] | None = None,
+    teacher: Float[Tensor, "classes width"] | None = None,
 ) -> Learner:
     """Return the trained parts of a run, as they are before the first step.
 
@@ -251,10 +296,18 @@ def make_learner(
         split: names the classes.
         zero_shot: hand-written t⁰ of every class.
         centres: of each class's sentences; by default zeros, to be loaded over.
+        teacher: its class embeddings; by default zeros, to be loaded over.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    prompts = build_prompts(backbone, config, split, generator)
-    context = BuildContext(config, zero_shot, centres, split.tuned, prompts, generator)
+    names, tuned = split.class_names, split.tuned
+    context = BuildContext(backbone, config, names, zero_shot, centres, tuned, generator, teacher)
+    prompts = [
+        prompt
+        for code in _code(config, "prompt").values()
+        if code.obstacle(backbone) is None
+        for prompt in code.build(context)
+    ]
+    context = replace(context, prompts=prompts)
     transforms = {name: code.build(context) for name, code in _code(config, "text").items()}
     tower, visual = backbone.tower, None
     if tower is not None:
@@ -264,26 +317,32 @@ def make_learner(
             if code.obstacle(tower) is None
         }
         visual = VisualTuner(tower, parts) if parts else None
-    rows = None
-    if "rows" in config.parts:
-        share = config.rows.weight
-        if share is None:
-            share = UNJUDGED_WEIGHT
-        rows = GaussianRows(split.tuned, zero_shot.shape[1], share)
-    return Learner(backbone, zero_shot, prompts, transforms, visual, rows).to(backbone.device)
+    rows = [code.build(context) for code in _code(config, "rows").values()]
+    return Learner(backbone, zero_shot, prompts, transforms, visual, rows[0] if rows else None).to(
+        backbone.device
+    )
 
 
 def left_out(backbone: Backbone, config: TrainConfig) -> list[str]:
-    """Return a sentence for each visual part of the settings that this model cannot have."""
+    """Return a sentence for each part of the settings that this model cannot have."""
     parts, tower = _code(config, "visual"), backbone.tower
+    prompts = _code(config, "prompt")
+    obstacles = {name: code.obstacle(backbone) for name, code in prompts.items()}
+    if tower is not None:
+        obstacles |= {name: code.obstacle(tower) for name, code in parts.items()}
+    notes = [f"{why}; left out: {name}" for name, why in obstacles.items() if why]
+    if "text-prompts" in config.parts and prompts and config.prompt.depth > backbone.text.depth:
+        reached = backbone.text.depth
+        notes.append(
+            f"{reached} blocks of the text tower can be reached; all of them have a context"
+        )
     if parts and tower is None:
         kind = type(backbone.model.visual).__name__
-        return [
+        notes.append(
             f"the tokens of the visual tower ({kind}) cannot be reached; left out: "
             f"{', '.join(parts)}"
-        ]
-    obstacles = {name: code.obstacle(tower) for name, code in parts.items()}
-    return [f"{why}; left out: {name}" for name, why in obstacles.items() if why]
+        )
+    return notes
 
 
 def _code(config: TrainConfig, side: str) -> dict[str, Any]:

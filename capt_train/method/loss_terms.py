@@ -34,10 +34,11 @@ class Step:
     reference: Float[Tensor, "classes dim"] | None = None  # t⁰, beside `texts`
     mined: Int[Tensor, "batch mined"] | None = None  # classes confused with each image
     retrieved: Retrieved | None = None
-    images: Float[Tensor, "batch dim"] | None = None  # f, where the visual side is tuned
+    images: Float[Tensor, "batch dim"] | None = None  # f
     frozen: Float[Tensor, "batch dim"] | None = None  # f⁰ of the same views
     gates: tuple[Tensor, ...] = ()  # (rows, experts) of each router
     label_noise: float = 0.0  # ε, the share of wrong labels
+    targets: Float[Tensor, "batch classes"] | None = None  # probabilities by a teacher
 
     def with_retrieved(self, size: int) -> "Step":
         """Return the step of the first `size` images; those after them join the contrast alone."""
@@ -52,6 +53,7 @@ class Step:
             retrieved=retrieved,
             images=None if self.images is None else self.images[:size],
             frozen=None if self.frozen is None else self.frozen[:size],
+            targets=None if self.targets is None else self.targets[:size],
         )
 
     def mean_over_prompts(self, term: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -102,7 +104,7 @@ def moments(step: Step) -> Tensor | None:
 
 
 def consistency(step: Step) -> Tensor | None:
-    """Return 1 − cos(f, f⁰); None where the visual side is not tuned."""
+    """Return 1 − cos(f, f⁰); None without images."""
     if step.images is None or step.frozen is None:
         return None
     return losses.consistency(step.images, step.frozen)

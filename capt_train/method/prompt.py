@@ -8,12 +8,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from capt_train.clip.backbone import Backbone
-from capt_train.config import TrainConfig
-from capt_train.data.fewshot import FewShotSplit
+from capt_train.method.base import BuildContext, ClassPrompt
 from capt_train.setting_groups import PromptSettings
 
 
-class PromptLearner(nn.Module):
+class PromptLearner(ClassPrompt):
     """Learns v₁..v_M of t_c = norm(E_T([SOS] v₁..v_M [c] . [EOS])).
 
     Shared by all classes, as in CoOp (arXiv 2109.01134), or one context per class. A class the
@@ -49,50 +48,66 @@ class PromptLearner(nn.Module):
             start = start.repeat(len(tuned), 1, 1)
         self.context = nn.Parameter(start.float().to(backbone.device))
         self.deeper: nn.Parameter | None = None
-        if settings.depth > 1:
-            backbone.text.check_depth(settings.depth)
+        depth = min(settings.depth, backbone.text.depth)
+        if depth > 1:
             # The width of the random start is CoOp's.
-            shape = (settings.depth - 1, *self.context.shape[-2:])
+            shape = (depth - 1, *self.context.shape[-2:])
             deeper = 0.02 * torch.randn(shape, generator=generator)
             self.deeper = nn.Parameter(deeper.to(backbone.device))
         self._tokens = self.tokenize(class_names)
 
-    def forward(self, classes: Sequence[int]) -> Float[Tensor, "classes dim"]:
+    @classmethod
+    def build(cls, context: BuildContext) -> list["PromptLearner"]:
+        """Return the K learned prompts; all but the first start a little off the words."""
+        settings, prompts = prompt_settings(context), []
+        for number in range(settings.count):
+            prompt = cls(
+                context.backbone, context.class_names, context.tuned, settings, context.generator
+            )
+            if number:
+                noise = 0.02 * torch.randn(prompt.context.shape, generator=context.generator)
+                prompt.context.data += noise.to(prompt.context.device)
+            prompts.append(prompt)
+        return prompts
+
+    def forward(
+        self, classes: Sequence[int], images: Float[Tensor, "batch dim"] | None = None
+    ) -> Float[Tensor, "classes dim"]:
         """Return the unit-norm embeddings of some classes, given by index."""
-        context: Tensor = self.context
-        if context.dim() == 3:
-            mean = context.mean(dim=0)
+        context = self.common_context
+        if self.context.dim() == 3:
             rows = [self._tuned.get(index) for index in classes]
-            context = torch.stack([mean if row is None else context[row] for row in rows])
-        return self._backbone.text.encode(self._tokens[list(classes)], context, self.deeper)
+            context = torch.stack([context if row is None else self.context[row] for row in rows])
+        tokens = self._tokens[list(classes)]
+        return self._backbone.text.encode(tokens, context, self.deeper_context)
 
     def of_names(self, class_names: Sequence[str]) -> Float[Tensor, "classes dim"]:
         """Return the unit-norm embeddings of classes the prompt was not tuned on, by name."""
-        return self._backbone.text.encode(
-            self.tokenize(class_names), self.common_context, self.deeper
-        )
+        tokens = self.tokenize(class_names)
+        return self._backbone.text.encode(tokens, self.common_context, self.deeper_context)
 
     @property
     def common_context(self) -> Float[Tensor, "context width"]:
         """Return the context of classes that the prompt was not tuned on."""
         return self.context if self.context.dim() == 2 else self.context.mean(dim=0)
 
+    @property
+    def deeper_context(self) -> Float[Tensor, "blocks context width"] | None:
+        """Return the vectors in the second block, the third, and so on; None without any."""
+        return self.deeper
+
     def tokenize(self, class_names: Sequence[str]) -> Int[Tensor, "classes tokens"]:
         """Return token ids with places for the context in front of each name."""
-        return self._backbone.tokenize([f"{name}." for name in class_names], self.context.shape[-2])
+        texts = [f"{name}." for name in class_names]
+        return self._backbone.tokenize(texts, self.places)
+
+    @property
+    def places(self) -> int:
+        """Return how many vectors stand in front of a name."""
+        return self.context.shape[-2]
 
 
-def build_prompts(
-    backbone: Backbone, config: TrainConfig, split: FewShotSplit, generator: torch.Generator
-) -> list[PromptLearner]:
-    """Return the K learned prompts; all but the first start a little off the words."""
-    settings, prompts = config.prompt, []
-    if "text-prompts" not in config.parts:
-        settings = replace(settings, depth=1)
-    for number in range(settings.count if "prompt" in config.parts else 0):
-        prompt = PromptLearner(backbone, split.class_names, split.tuned, settings, generator)
-        if number:
-            noise = 0.02 * torch.randn(prompt.context.shape, generator=generator)
-            prompt.context.data += noise.to(prompt.context.device)
-        prompts.append(prompt)
-    return prompts
+def prompt_settings(context: BuildContext) -> PromptSettings:
+    """Return the settings of prompts, of depth 1 where the part `text-prompts` is off."""
+    settings = context.config.prompt
+    return settings if "text-prompts" in context.config.parts else replace(settings, depth=1)

@@ -25,12 +25,14 @@ class RunScores:
     files: tuple[Path, ...]  # in the order of the scores
     skipped: tuple[Skipped, ...]
     seen: int = 0  # number of test images that the run has used
+    transductive: int = 0  # number of test images that it has learned without labels
 
     def report(self, scope: str | None = None) -> Report:
         """Return the report of `capt-eval`; see `evaluate`."""
         model = self.model
         report = evaluate(self.scores, model.class_names, model.tuned, model.fitted.pairs, scope)
         report["skipped"] = [[file.path, file.reason] for file in self.skipped]
+        report["transductive"] = self.transductive
         return report
 
 
@@ -48,9 +50,14 @@ def score_model(
     features = embed(model.backbone, cache, dataset, items, f"{split} images", workers=workers)
     if not len(features):
         raise DataError(f"{dataset.root}: none of the {len(items)} {split} images is readable")
-    seen = 0
+    seen = transductive = 0
     if split == "test":
         used = set(model.split.sha256.values())
+        if transductive := sum(digest in model.unlabelled for digest in features.sha256):
+            say(
+                f"note: transductive: {transductive} test images are among the photos that the run "
+                "has learned without labels"
+            )
         if seen := sum(digest in used for digest in features.sha256):
             say(f"note: {seen} test images are also among those that the run has used")
         if seen == len(features):
@@ -68,7 +75,7 @@ def score_model(
         fitted.zero_shot_temperature,
     )
     files = tuple(dataset.path(item) for item in features.kept(items))
-    return RunScores(model, scores, files, features.skipped, seen)
+    return RunScores(model, scores, files, features.skipped, seen, transductive)
 
 
 def evaluate_run(

@@ -18,7 +18,7 @@ from capt_train.confusion.confusions import CONFUSIONS, write_confusions
 from capt_train.confusion.plot import plot_confusions
 from capt_train.data.features import Embedded, Features
 from capt_train.data.validation import VALIDATION, Validation
-from capt_train.method.class_rows import UNCHANGED, ClassRows
+from capt_train.method.class_rows import UNCHANGED
 from capt_train.method.learner import Learner
 from capt_train.method.mixture import Mixture, component_logits, fit_inside, fit_outside
 from capt_train.run import folder as runs
@@ -158,16 +158,22 @@ def _held_out(
         items, rows = tuple(task.val.kept(split.val)), torch.arange(len(labels))
         return HeldOut(rows, items, labels, frozen(images), logits)
     images = outcome.frozen.train
-    if model.visual is None and choice is not None and "mixture" not in setup.config.parts:
+    if setup.config.needs("teacher"):  # which has seen no label
+        shown = task.train.embeddings
+        if model.visual is not None and task.views is not None and task.views.tokens is not None:
+            shown = outcome.learner.embed_tokens(task.views.tokens[0])
+        logits = model.raw_logits(shown)[:, tuned].cpu()
+    elif model.visual is None and choice is not None and "mixture" not in setup.config.parts:
         shift = setup.backbone.logit_bias - choice.outside.offset  # as `mixed_rows` has it
         logits = choice.out_of_fold + shift
     else:
 
-        def rows_of(learner: Learner) -> ClassRows:
+        def logits_of(learner: Learner, embeddings: Tensor) -> Tensor:
             rows = runs.mixed_rows(learner, setup.zero_shot, split, model.fitted)
-            return rows.subset(tuned)
+            other = replace(model, learner=learner, class_rows=rows)
+            return other.raw_logits(embeddings)[:, tuned]
 
-        logits = out_of_fold_logits(task, outcome.make, model.fitted.strength, rows_of)
+        logits = out_of_fold_logits(task, outcome.make, model.fitted.strength, logits_of)
     known = ~logits.isnan().any(dim=1)
     rows = known.nonzero().squeeze(1)
     kept = images.kept(split.train)

@@ -1,7 +1,7 @@
 """The run folder: its files, how a run begins, and how a finished one is loaded."""
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -36,6 +36,7 @@ CHOICE, OUT_OF_FOLD = "choice.json", "out_of_fold.safetensors"
 CONFIG, SPLIT, RESULT, METRICS = "config.json", "split.json", "result.json", "metrics.json"
 BANK, MATRIX = "bank.safetensors", "confusions.png"
 COLOURS, TRIAL, README = "colours.json", "trial.json", "README.txt"
+UNLABELLED = "unlabelled.json"
 # What the README of each run says of its files.
 FILES = {
     METRICS: "accuracy and calibration, zero-shot beside tuned",
@@ -50,6 +51,7 @@ FILES = {
     "validation.safetensors": "embeddings and labels of the held-out images, for the export",
     BANK: "the confusion bank after its last update",
     COLOURS: "the map of the input's colours, and how much zero-shot gains by it",
+    UNLABELLED: "hashes of the photos without labels that a teacher answered",
     TRIAL: "the short trial of the visual side on half of the images, if there was one",
     "sentences.json, llm_answers.json": "sentences about confused pairs; answers of an LLM",
 }
@@ -72,6 +74,7 @@ class TunedModel:
     fitted: Fitted
     provenance: Mapping[str, Any]
     validation: Validation | None = None  # None where nothing was held out
+    unlabelled: frozenset[str] = frozenset()  # hashes of photos that it learned without labels
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -119,7 +122,9 @@ class TunedModel:
 
     def raw_logits(self, embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch classes"]:
         """Return uncalibrated logits z of tuned image embeddings."""
-        return self._logits(embeddings, self.class_rows)
+        if self.learner.obstacle is None:
+            return self._logits(embeddings, self.class_rows)
+        return self.learner.logits(embeddings, range(len(self.class_names)))
 
     def zero_shot_logits(
         self, embeddings: Float[Tensor, "batch dim"]
@@ -225,7 +230,16 @@ def load_run(folder: str | Path, device: torch.device | None = None) -> TunedMod
     if validation is not None and not validation.fits(zero_shot.shape[1], split.tuned):
         raise RunError(f"{folder / VALIDATION}: of another run; restore it, or delete it")
     return TunedModel(
-        backbone, config, split, learner, rows, zero_shot, fitted, provenance, validation
+        backbone,
+        config,
+        split,
+        learner,
+        rows,
+        zero_shot,
+        fitted,
+        provenance,
+        validation,
+        read_unlabelled(folder),
     )
 
 
@@ -265,6 +279,21 @@ def read_choice(folder: Path) -> Choice | None:
     except (OSError, SafetensorError, KeyError) as cause:
         raise RunError(f"{folder / OUT_OF_FOLD}: damaged ({cause!r}); tune again") from cause
     return _read(folder / CHOICE, lambda values: Choice.from_dict(values, logits))
+
+
+def write_unlabelled(folder: Path, sha256: Sequence[str]) -> None:
+    """Write the hashes of the photos that the run learns without labels."""
+    write_json(folder / UNLABELLED, sorted(set(sha256)))
+
+
+def read_unlabelled(folder: Path) -> frozenset[str]:
+    """Return the hashes of the photos that the run has learned without labels; often none.
+
+    Raises:
+        RunError: the file is malformed.
+    """
+    path = folder / UNLABELLED
+    return _read(path, lambda values: frozenset(map(str, values))) if path.exists() else frozenset()
 
 
 def read_trial(folder: Path) -> Trial | None:

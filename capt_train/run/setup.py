@@ -38,6 +38,7 @@ _ASKING = tuple(
 # Settings that may change before a run is resumed: images, names and model are checked by content,
 # and sentences may come from elsewhere until the run has its own.
 _MAY_MOVE = {"data", "class_names", "model", "pretrained", "device", "workers"}
+_MAY_MOVE |= {f"distillation.{name}" for name in ("teacher", "pretrained", "unlabelled")}
 _MAY_MOVE |= {*_SENTENCE_FILES, *_ASKING}
 
 
@@ -137,7 +138,7 @@ def absolute(config: TrainConfig) -> TrainConfig:
     """Return the settings with absolute paths."""
     changes: dict[str, Any] = {"data": str(expand_home(config.data).resolve())}
     values = config.values()
-    for name in ("class_names", *_SENTENCE_FILES):
+    for name in ("class_names", "distillation.unlabelled", *_SENTENCE_FILES):
         if (value := values[name]) is not None:
             changes[name] = str(expand_home(value).resolve())
     folder = expand_home(config.model.removeprefix("local-dir:"))

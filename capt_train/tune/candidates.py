@@ -7,7 +7,8 @@ from typing import Any
 from capt_train.config import TrainConfig
 from capt_train.method.class_map import SIDES
 from capt_train.method.class_rows import UNJUDGED_WEIGHT
-from capt_train.parts import METHODS, PARTS
+from capt_train.methods import METHODS
+from capt_train.parts import PARTS
 from capt_train.tune import fit_map
 
 WEIGHTS = (0.05, 0.1, 0.2, 0.4, 1.0)  # α of the rows
@@ -95,5 +96,11 @@ def _complexity(family: tuple[str, ...]) -> tuple[int, ...]:
 
 def parts_by_epochs(config: TrainConfig) -> frozenset[str]:
     """Return the parts of the text side that are trained by epochs."""
-    text = {name for name in config.parts if PARTS[name].side == "text"} - {"map"}
-    return frozenset(text | config.parts & {"prompt", "text-prompts"})
+    text = {name for name in config.parts if PARTS[name].side in ("prompt", "text")} - {"map"}
+    return frozenset(text | config.parts & {"text-prompts"})
+
+
+def folds_answer(config: TrainConfig) -> bool:
+    """Tell whether a candidate on a fold is all that the run trains."""
+    rows = {name for name in config.parts if PARTS[name].side == "rows"} - {"rows"}
+    return not (rows or config.needs("teacher") or "image-prompt" in config.parts)

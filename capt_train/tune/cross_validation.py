@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from capt_deploy.core.console import say
-from capt_train.method.class_rows import ClassRows
 from capt_train.method.learner import Learner
 from capt_train.tune.folds import photo_folds
 from capt_train.tune.stages import TuningTask, visual_stage
@@ -24,7 +23,7 @@ def out_of_fold_logits(
     task: TuningTask,
     make: Callable[[tuple[int, ...]], Learner],
     strength: float,
-    rows_of: Callable[[Learner], ClassRows],
+    logits_of: Callable[[Learner, Tensor], Tensor],
 ) -> Float[Tensor, "samples classes"]:
     """Return each training image's logits by a model that was tuned without it.
 
@@ -34,7 +33,7 @@ def out_of_fold_logits(
         task: the task that the model was tuned on, with embedded views.
         make: returns a new learner for the given classes.
         strength: κ of the model.
-        rows_of: returns the class rows of a tuned learner.
+        logits_of: returns the logits of a tuned learner over the tuned classes.
 
     Returns:
         z = scale·f·Ŵ_c + b_c + bias; NaN for images that are not held out, and for all
@@ -57,7 +56,7 @@ def out_of_fold_logits(
             with tempfile.TemporaryDirectory() as folder:
                 label = f"cross-validation {fold + 1}/{count}:"
                 tune_text_side(learner, rest, Path(folder), label)
-                if learner.visual is not None:
+                if learner.visual is not None and not task.config.visual.joint:
                     rest = replace(rest, class_rows=learner.class_rows(task.tuned))
                     tune(learner, rest, Path(folder), visual_stage(task.config), label)
         except DivergenceError as error:  # the run itself is tuned already
@@ -67,8 +66,7 @@ def out_of_fold_logits(
             )
             return torch.full_like(logits, torch.nan)
         learner.set_strength(strength)
-        scaled = rows_of(learner).logits(_images(learner, task, held), task.scale)
-        logits[held] = scaled.cpu() + learner.backbone.logit_bias
+        logits[held] = logits_of(learner, _images(learner, task, held)).cpu()
     return logits
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from capt_train.calibrate.temperature import calibrated_nll
@@ -15,6 +15,7 @@ from capt_train.confusion.bank import mined_classes, retrieve
 from capt_train.method.class_rows import ClassRows
 from capt_train.method.learner import Learner
 from capt_train.method.loss_terms import Step, loss_terms, weighted_sum
+from capt_train.parts import PARTS, load
 from capt_train.tune.checkpoint import TuningState, load_checkpoint, part_of, save_checkpoint
 from capt_train.tune.precision import Precision
 from capt_train.tune.stages import Stage, TuningTask, text_stage
@@ -26,10 +27,11 @@ def train_epochs(learner: Learner, task: TuningTask) -> None:
     Raises:
         FloatingPointError: a loss term or its gradient is not finite.
     """
-    if stage := text_stage(task.config, learner):
+    if stage := text_stage(task, learner):
         loop = Epochs(learner, task, stage)
         for number in range(stage.epochs):
             loop.epoch(number)
+        loop.finish()
 
 
 class Epochs:
@@ -39,7 +41,17 @@ class Epochs:
         config = task.config
         self._learner, self._task, self._stage = learner, task, stage
         self._device = task.reference.device
-        self._parameters = learner.visual_parameters if stage.visual else learner.text_parameters
+        self._parameters = [
+            *(learner.text_parameters if stage.text else ()),
+            *(learner.visual_parameters if stage.visual else ()),
+        ]
+        parts = [PARTS[name] for name in sorted(config.parts)]
+        guides = [load(part.guide) for part in parts if part.guide]
+        weights = [load(part.average) for part in parts if part.average]
+        self._guide = guides[0] if guides and stage.text else None
+        self._weight = weights[0] if weights and stage.text else None
+        self._sums = [torch.zeros_like(p) for p in self._parameters] if self._weight else []
+        self._total = 0.0  # of the weights of the epochs so far
         self._optimizer = _optimizer(self._parameters, config)
         self._precision = Precision(config.tuning.autocast, self._device)
         self._labels = task.labels.to(self._device)
@@ -69,21 +81,46 @@ class Epochs:
             if self._stage.visual and self._task.views is not None:
                 views = torch.randint(self._task.views.trained, rows.shape, generator=draw)
             chosen = None if mined is None else mined[rows]
-            terms = loss_terms(self._step(rows, size, views, chosen), weights)
+            step = self._step(rows, size, views, chosen)
+            terms = loss_terms(step, weights)
+            guides = None if self._guide is None else self._gradient(self._guide(step))
             for name, value in terms.items():
                 if not torch.isfinite(value):
                     raise FloatingPointError(f"the {name} term became {value.item()}")
                 means[name] = means.get(name, 0.0) + value.item() / batches
             loss = weighted_sum(terms, weights)
             clip_norm = config.tuning.clip_norm
-            if not self._precision.step(loss, self._optimizer, self._parameters, clip_norm):
+            if not self._precision.step(loss, self._optimizer, self._parameters, clip_norm, guides):
                 # backward freed the graph of the terms
                 again = loss_terms(self._step(rows, size, views, chosen), weights)
                 raise FloatingPointError(f"the gradient of {self._culprit(again)} became nan")
+        if self._weight is not None:
+            weight = self._weight(number + 1, self._stage.epochs, config)
+            self._total += weight
+            for place, parameter in enumerate(self._parameters):
+                self._sums[place] += weight * parameter.detach()
         return means
 
+    @torch.no_grad()
+    def finish(self) -> bool:
+        """Replace the parameters by their mean over the epochs where a part asks for it."""
+        if not self._total:
+            return False
+        for total, parameter in zip(self._sums, self._parameters, strict=True):
+            parameter.copy_(total / self._total)
+        return True
+
+    def _gradient(self, loss: Tensor) -> list[Tensor]:
+        gradients = torch.autograd.grad(
+            loss, self._parameters, retain_graph=True, allow_unused=True
+        )
+        return [
+            torch.zeros_like(p) if g is None else g
+            for p, g in zip(self._parameters, gradients, strict=True)
+        ]
+
     def _step(self, rows: Tensor, size: int, views: Tensor, mined: Tensor | None) -> Step:
-        """Run the trained side for some images, each in one of its views.
+        """Run the trained sides for some images, each in one of its views.
 
         Args:
             rows: the minibatch, followed by the samples that were retrieved for it.
@@ -92,42 +129,50 @@ class Epochs:
             mined: classes confused with all rows.
         """
         task, device = self._task, self._device
-        if not self._stage.visual:
-            images = task.train.embeddings[rows].to(device)
-            with self._precision.towers():
-                texts = self._learner.texts(task.tuned)
-            embeddings = texts.embeddings.float()
-            return Step(
-                task.scale * torch.einsum("bd,pcd->pbc", images, embeddings),
-                self._labels[rows],
-                task.scale,
-                embeddings,
-                task.reference,
-                mined,
-                images=images,
-                gates=texts.gates,
-                label_noise=self._label_noise,
-            ).with_retrieved(size)
-        if task.views is None or task.views.tokens is None:
-            raise ValueError("the visual side is trained on tokens, and the task has none")
-        tokens = task.views.tokens[views, rows].to(device).float()
-        alpha = None if task.alpha is None else task.alpha[rows].to(device)
+        images = frozen = self._images(rows, views)
+        gates: tuple[Tensor, ...] = ()
         with self._precision.towers():
-            encoded = self._learner.images(tokens, alpha, shortcut=True)
+            if self._stage.visual:
+                alpha = None if task.alpha is None else task.alpha[rows].to(device)
+                encoded = self._learner.images(self._tokens(rows, views), alpha, shortcut=True)
+                images, gates = encoded.embeddings, tuple(part[:size] for part in encoded.gates)
+            if self._stage.text:
+                logits, texts = self._learner.answer(images, task.tuned)
+                embeddings, reference = texts.embeddings.float(), task.reference
+                gates += texts.gates
+            else:
+                logits = self._class_rows().logits(images, task.scale)[None]
+                embeddings = reference = None
         return Step(
-            self._class_rows().logits(encoded.embeddings, task.scale)[None],
+            logits,
             self._labels[rows],
             task.scale,
-            mined=mined,
-            images=encoded.embeddings,
-            frozen=task.views.embeddings[views, rows].to(device),
-            gates=tuple(gates[:size] for gates in encoded.gates),
+            embeddings,
+            reference,
+            mined,
+            images=images,
+            frozen=frozen,
+            gates=gates,
             label_noise=self._label_noise,
+            targets=None if task.targets is None else task.targets[rows].to(device),
         ).with_retrieved(size)
 
+    def _images(self, rows: Tensor, views: Tensor) -> Float[Tensor, "batch dim"]:
+        """Return embeddings of the views of some images by the frozen tower."""
+        task = self._task
+        if self._stage.visual and task.views is not None:
+            return task.views.embeddings[views, rows].to(self._device)
+        return task.train.embeddings[rows].to(self._device)
+
+    def _tokens(self, rows: Tensor, views: Tensor) -> Float[Tensor, "batch tokens width"]:
+        task = self._task
+        if task.views is None or task.views.tokens is None:
+            raise ValueError("the visual side is trained on tokens, and the task has none")
+        return task.views.tokens[views, rows].to(self._device).float()
+
     def _class_rows(self) -> ClassRows:
-        """Return the class rows in force: those of the task in a visual stage."""
-        if not self._stage.visual:
+        """Return the class rows in force: those of the task where only the visual side is tuned."""
+        if self._stage.text:
             return self._learner.class_rows(self._task.tuned)
         if self._task.class_rows is None:
             raise ValueError("the visual side is trained against class rows, the task has none")
@@ -175,7 +220,10 @@ class Epochs:
                 raise FloatingPointError(f"the {name} embeddings became nan")
         if not len(task.val):
             return None
-        logits = class_rows.logits(images, task.scale)
+        if self._stage.text and self._learner.reads_images:
+            logits = self._learner.logits(images, task.tuned)
+        else:
+            logits = class_rows.logits(images, task.scale)
         labels = task.val.labels_among(task.tuned).to(self._device)
         return calibrated_nll(logits, labels)
 
@@ -184,6 +232,9 @@ class Epochs:
         extra = {f"precision.{name}": value for name, value in self._precision.state().items()}
         if self.bank is not None:
             extra |= {f"bank.{name}": tensor for name, tensor in vars(self.bank).items()}
+        if self._weight is not None:
+            extra |= {f"sums.{place}": values for place, values in enumerate(self._sums)}
+            extra["sums.total"] = torch.tensor(self._total, dtype=torch.double)
         save_checkpoint(path, self._learner, state, self._optimizer, extra)
 
     def load(self, path: Path) -> TuningState:
@@ -192,6 +243,10 @@ class Epochs:
         self._precision.load(part_of(extra, "precision"))
         if self.bank is not None:
             self.bank = replace(self.bank, **part_of(extra, "bank")).to(self._device)
+        if self._weight is not None:
+            sums = part_of(extra, "sums")
+            self._total = float(sums.pop("total"))
+            self._sums = [sums[str(place)].to(self._device) for place in range(len(sums))]
         return state
 
     def _set_rate(self, step: int, batches: int) -> None:

@@ -1,6 +1,6 @@
 """Autocast for the towers on a GPU; loss terms stay in float32 (METHOD 6)."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -33,17 +33,27 @@ class Precision:
         self,
         loss: Tensor,
         optimizer: torch.optim.Optimizer,
-        parameters: Iterable[nn.Parameter],
+        parameters: Sequence[nn.Parameter],
         clip_norm: float,
+        guides: Sequence[Tensor] | None = None,
     ) -> bool:
         """Take an optimizer step; return False, with nothing changed, if a gradient is not finite.
 
         With fp16 such a step is skipped and True returned while the loss scale can still be
         lowered, because that is how the scaler finds its scale.
+
+        Args:
+            loss: to be lowered.
+            optimizer: of the parameters.
+            parameters: what is trained.
+            clip_norm: largest norm of the gradient; 0 for any.
+            guides: gradients that no step may oppose, one for each parameter; see `project`.
         """
         optimizer.zero_grad()
         self._scaler.scale(loss).backward()
         self._scaler.unscale_(optimizer)
+        if guides is not None:
+            project(parameters, guides)
         norm = nn.utils.clip_grad_norm_(parameters, clip_norm or float("inf"))
         if not torch.isfinite(norm) and self._scaler.get_scale() <= 1:  # 1 without fp16
             return False
@@ -59,3 +69,17 @@ class Precision:
         """Restore a state returned by `state`."""
         if state:
             self._scaler.load_state_dict({name: value.item() for name, value in state.items()})
+
+
+def project(parameters: Sequence[nn.Parameter], guides: Sequence[Tensor]) -> None:
+    """Take from each gradient what opposes its guide: ProGrad (arXiv 2205.14865), λ = 1.
+
+    `G ← G − (G·G_g/‖G_g‖²)·G_g` where `G·G_g < 0`; else G stays. As in the authors' code, each
+    parameter is projected by itself.
+    """
+    for parameter, guide in zip(parameters, guides, strict=True):
+        if parameter.grad is None:
+            continue
+        along = (parameter.grad * guide).sum()
+        if along < 0:
+            parameter.grad -= along / guide.square().sum() * guide

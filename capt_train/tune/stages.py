@@ -33,6 +33,7 @@ class TuningTask:
     alpha: Float[Tensor, " samples"] | None = None  # α = s·cᵞ of the training images
     class_rows: ClassRows | None = None  # of the tuned classes; the visual stage needs them
     label_noise: float = 0.0  # ε, the share of wrong labels
+    targets: Float[Tensor, "samples classes"] | None = None  # probabilities by a teacher
 
     @property
     def labels(self) -> Int[Tensor, " samples"]:
@@ -58,8 +59,9 @@ class TuningTask:
         """Return the task with some of its training images and an unchanged bank."""
         views = None if self.views is None else self.views.with_rows(chosen)
         alpha = None if self.alpha is None else self.alpha[chosen]
+        targets = None if self.targets is None else self.targets[chosen]
         train = self.train.rows(chosen.nonzero().squeeze(1))
-        return replace(self, train=train, views=views, alpha=alpha)
+        return replace(self, train=train, views=views, alpha=alpha, targets=targets)
 
     def with_new_bank(self) -> "TuningTask":
         """Return the task with a bank filled from its own classes and images, if it has a bank."""
@@ -93,7 +95,8 @@ class Stage:
     """One run of the training loop, which trains one side of the learner."""
 
     name: str  # prefix of its checkpoints' names
-    visual: bool  # whether it trains the visual side, against fixed class rows
+    text: bool  # whether it trains the text side
+    visual: bool  # whether it trains the visual side; without `text`, against fixed class rows
     epochs: int
     rate: float  # peak learning rate
     batch_size: int
@@ -101,13 +104,30 @@ class Stage:
     consistency: float = 0.0  # weight of the consistency term
 
 
-def text_stage(config: TrainConfig, learner: Learner) -> Stage | None:
-    """Return the stage of the text side; None where nothing is trained there."""
-    if not learner.text_parameters:
+def text_stage(task: TuningTask, learner: Learner) -> Stage | None:
+    """Return the stage of the text side, or with `visual.joint` of both; None without any."""
+    tuning = task.config.tuning
+    joint = task.config.visual.joint and learner.visual is not None
+    if not (learner.text_parameters or joint):
         return None
-    name, tuning = "" if learner.tuner is None else TEXT, config.tuning
-    rate, batch_size = tuning.learning_rate, tuning.batch_size
-    return Stage(name, False, tuning.epochs, rate, batch_size, tuning.patience)
+    epochs = tuning.epochs
+    if tuning.most_steps is not None:
+        batches = -(-len(task.train) // tuning.batch_size)
+        epochs = min(epochs, -(-tuning.most_steps // batches))
+    return Stage(
+        text_prefix(task.config, learner),
+        bool(learner.text_parameters),
+        joint,
+        epochs,
+        tuning.learning_rate,
+        tuning.batch_size,
+        tuning.patience,
+    )
+
+
+def text_prefix(config: TrainConfig, learner: Learner) -> str:
+    """Return the prefix of the text side's checkpoints; empty where no visual stage follows."""
+    return "" if learner.tuner is None or config.visual.joint else TEXT
 
 
 def visual_stage(config: TrainConfig) -> Stage:
@@ -119,6 +139,7 @@ def visual_stage(config: TrainConfig) -> Stage:
     visual = config.visual
     return Stage(
         "",
+        False,
         True,
         visual.epochs,
         visual.learning_rate,

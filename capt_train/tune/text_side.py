@@ -5,10 +5,11 @@ from pathlib import Path
 import torch
 
 from capt_train.confusion.bank import ConfusionBank
+from capt_train.method.class_rows import RowTask
 from capt_train.method.learner import Learner
 from capt_train.tune.checkpoint import TuningState, save_checkpoint
 from capt_train.tune.fit_map import fit_maps, map_task
-from capt_train.tune.stages import TEXT, TuningTask, text_stage
+from capt_train.tune.stages import TuningTask, text_prefix, text_stage
 from capt_train.tune.tune import BEST, tune
 
 
@@ -31,19 +32,20 @@ def tune_text_side(
         RunError: a checkpoint in `folder` belongs to another run.
     """
     state, bank = None, task.bank
-    if stage := text_stage(task.config, learner):
+    if stage := text_stage(task, learner):
         state, bank = tune(learner, task, folder, stage, label)
     if learner.class_map is None and learner.rows is None:
         return state, bank
     fit_closed_form(learner, task)
-    prefix = "" if learner.tuner is None else TEXT
-    save_checkpoint(folder / f"{prefix}{BEST}", learner, state or TuningState())
+    save_checkpoint(
+        folder / f"{text_prefix(task.config, learner)}{BEST}", learner, state or TuningState()
+    )
     return state, bank
 
 
 @torch.no_grad()
 def fit_closed_form(learner: Learner, task: TuningTask) -> None:
-    """Fit the map behind the prompts as they are, and the rows."""
+    """Fit the map behind the prompts as they are, and then the rows."""
     class_map, settings = learner.class_map, task.config.map
     if class_map is not None:
         class_map.matrix.zero_()
@@ -53,4 +55,26 @@ def fit_closed_form(learner: Learner, task: TuningTask) -> None:
         matrix = fit_maps(map_task(task, texts), settings.side, [settings.ridge])[settings.ridge]
         class_map.matrix.copy_(matrix)
     if learner.rows is not None:
-        learner.rows.fit(task.train.embeddings, task.labels)
+        learner.rows.fit(_row_task(learner, task))
+
+
+def _row_task(learner: Learner, task: TuningTask) -> RowTask:
+    """Return what rows are fitted to: images as a visual side tuned so far gives them."""
+    images, val = task.train.embeddings, task.val.embeddings
+    if task.config.visual.joint and learner.visual is not None and task.views is not None:
+        if task.views.tokens is not None:
+            images = learner.embed_tokens(task.views.tokens[0])
+        if task.val_tokens is not None and len(task.val):
+            val = learner.embed_tokens(task.val_tokens)
+    device = task.reference.device
+    return RowTask(
+        images.to(device),
+        task.labels.to(device),
+        learner.mean_texts(task.tuned),
+        task.reference,
+        task.scale,
+        task.config.loss_weights,
+        task.config.seed,
+        val.to(device),
+        task.val.labels_among(task.tuned).to(device),
+    )

@@ -60,19 +60,20 @@ def tune(
     last, best = (folder / f"{stage.name}{name}" for name in (LAST, BEST))
     if last.exists():
         state = loop.load(last)
-    label += " the visual side" if stage.visual else " the text side"
+    sides = {"text": stage.text, "visual": stage.visual}
+    label += f" the {' and '.join(name for name, on in sides.items() if on)} side"
     with progress(label, stage.epochs, "epochs") as counter:
         counter.advance(state.epoch)
         while state.epoch < stage.epochs and not _stopped_early(state, task, stage):
             try:
-                if stage.visual and not last.exists():  # the start counts as a candidate for best
+                if not stage.text and not last.exists():  # the start is a candidate for best
                     state = TuningState(best_nll=loop.validation_nll())
                     save_checkpoint(best, learner, state)
                 terms = loop.epoch(state.epoch)
                 nll = loop.validation_nll()
             except FloatingPointError as cause:
                 kept = f"; the state before that epoch is in {last.name}" if state.epoch else ""
-                rate = f"{'visual' if stage.visual else 'tuning'}.learning_rate"
+                rate = f"{'tuning' if stage.text else 'visual'}.learning_rate"
                 reason = f"in epoch {state.epoch + 1} {cause}"
                 raise DivergenceError(folder, reason, rate, kept) from cause
             loop.update_bank()
@@ -87,6 +88,8 @@ def tune(
             f"{label}: stopped after epoch {state.epoch}, validation has not improved for "
             f"{state.epochs_since_best} epochs; epoch {state.best_epoch} is kept"
         )
+    if state.epoch == stage.epochs and loop.finish():
+        save_checkpoint(best, learner, state)
     load_checkpoint(best, learner)
     return state, loop.bank
 

@@ -12,6 +12,7 @@ from capt_deploy.core.errors import ConfigError, DataError
 from capt_deploy.core.files import expand_home, read_json
 from capt_deploy.data.class_names import distinct_names, plain_spelling
 from capt_train.method.class_rows import ClassRows, joined
+from capt_train.run import elsewhere
 from capt_train.run.folder import TunedModel
 from export.source.model import Source, distance_aware
 from export.source.photos import Photo
@@ -92,20 +93,13 @@ def untuned_rows(
 ) -> Float[Tensor, "classes dim"]:
     """Return Ŵ_c of classes outside training: the mean over the runs of Σ_i π_out,i·t̃_i."""
     rows = [
-        _untuned_rows(model, names[start : start + _BATCH])
+        elsewhere.untuned_rows(model, names[start : start + _BATCH])
         for model in models
         for start in range(0, len(names), _BATCH)
     ]
     if not rows:
         return models[0].zero_shot[:0]
     return torch.cat(rows).view(len(models), len(names), -1).mean(dim=0)
-
-
-def _untuned_rows(model: TunedModel, names: Sequence[str]) -> Float[Tensor, "classes dim"]:
-    hand_written = model.backbone.class_embeddings(names, model.config.prompt.templates)
-    learned = model.learner.texts_of(names, hand_written).embeddings
-    embeddings = torch.cat([hand_written[None], learned])
-    return model.outside_rows(model.fitted.mixture.rows(embeddings, [False] * len(names)))
 
 
 def hand_written_rows(

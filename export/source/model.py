@@ -87,8 +87,14 @@ def source_from_run(model: TunedModel, gate_data: str | Path | None = None) -> S
             data set, or any folder of images.
 
     Raises:
+        ConfigError: the text side of the run cannot be folded.
         DataError: `gate_data` holds no images.
     """
+    if (reason := model.learner.obstacle) is not None:
+        raise ConfigError(
+            f"--method {model.config.method} cannot be exported: {reason}; expected a run of a "
+            "method that folds, such as the default"
+        )
     return Source(
         learner=model.learner,
         class_names=model.class_names,

@@ -16,7 +16,7 @@ from capt_deploy.core.console import say
 from capt_deploy.core.errors import GateError
 from capt_deploy.core.files import write_bytes
 from capt_deploy.serving.open_vocabulary import ROW_OUTPUTS, TextEncoder
-from capt_train.clip.backbone import Backbone
+from capt_train.clip.backbone import Backbone, all_templates
 from capt_train.method.class_rows import Outside
 from capt_train.method.learner import Learner
 from capt_train.method.prompt import PromptLearner
@@ -56,14 +56,13 @@ class TextRows(nn.Module):
         self.tower = self._backbone.model  # registers its weights; unused ones are not exported
         self.learners = nn.ModuleList([model.learner for model in models])
         # A hand-written prompt without weight is not computed.
+        templates = [all_templates(model.config.prompt.templates) for model in models]
         written = [
-            m.config.prompt.templates
-            if m.fitted.mixture.outside[0] or not m.learner.prompts
-            else ()
-            for m in models
+            texts if m.fitted.mixture.outside[0] or not m.learner.prompts else ()
+            for m, texts in zip(models, templates, strict=True)
         ]
         self.hand_written = hand_written
-        needed = [m.config.prompt.templates for m in models] if hand_written else written
+        needed = templates if hand_written else written
         self._templates = [*dict.fromkeys(text for templates in needed for text in templates)]
         self._learned = [prompt for model in models for prompt in _learned_prompts(model)]
         places = iter(range(len(self._templates), len(self._templates) + len(self._learned)))
