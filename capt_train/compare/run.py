@@ -117,6 +117,9 @@ def _on(cell: Cell, device: str) -> Cell:
 
 
 def _begin_worker(threads: int) -> None:
+    # before the libraries are loaded; more threads than cores make all of them slow
+    for library in ("OMP", "OPENBLAS", "MKL"):
+        os.environ[f"{library}_NUM_THREADS"] = str(threads)
     import torch
 
     torch.set_num_threads(threads)

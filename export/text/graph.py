@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from capt_deploy.bundle.manifest import OpenVocabulary
 from capt_deploy.core.console import say
-from capt_deploy.core.errors import GateError
+from capt_deploy.core.errors import ConfigError, GateError
 from capt_deploy.core.files import write_bytes
 from capt_deploy.serving.open_vocabulary import ROW_OUTPUTS, TextEncoder
 from capt_train.clip.backbone import Backbone, all_templates
@@ -114,7 +114,9 @@ class TextRows(nn.Module):
             mean = by_template[:, run.templates].mean(dim=1)
             hand_written = [functional.normalize(mean, dim=-1)]
         learned = [
-            self._backbone.text.encode(tokens[:, place], prompt.common_context, prompt.deeper)
+            self._backbone.text.encode(
+                tokens[:, place], prompt.common_context, prompt.deeper_context
+            )
             for place, prompt in run.prompts.items()
         ] or hand_written
         learned = [run.learner.transform(texts)[0] for texts in learned]
@@ -125,7 +127,13 @@ class TextRows(nn.Module):
 
 
 def _learned_prompts(model: TunedModel) -> list[PromptLearner]:
-    return [prompt for prompt in model.learner.prompts if isinstance(prompt, PromptLearner)]
+    prompts = [prompt for prompt in model.learner.prompts if isinstance(prompt, PromptLearner)]
+    if len(prompts) < len(model.learner.prompts):
+        raise ConfigError(
+            f"--open-vocab: the text side of --method {model.config.method} is more than context "
+            "vectors, and cannot be exported; give the class names with --classes"
+        )
+    return prompts
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from capt_deploy.core.errors import CaptError, ConfigError
 from capt_train import pipeline
 from capt_train.cli.train import main
 from capt_train.config import TrainConfig, default_losses
-from capt_train.parts import GROUPS, METHODS, PARTS
+from capt_train.methods import METHODS
+from capt_train.parts import GROUPS, OWN, PARTS
 from capt_train.run.folder import TunedModel, load_run
 from export.writer import export_run
 from tests.configs import train_config
@@ -45,14 +46,14 @@ def config(**settings: Any) -> TrainConfig:
 def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., TunedModel]:
     """Return a function that trains into `tmp_path / "run"` and returns the model in memory."""
     kept: list[TunedModel] = []
-    measure = pipeline._measure
+    score = pipeline._score
 
     def keeping(setup: Any, model: TunedModel, *others: Any) -> Any:
         kept.append(model)
-        return measure(setup, model, *others)
+        return score(setup, model, *others)
 
     def trained(own: TrainConfig) -> TunedModel:
-        monkeypatch.setattr(pipeline, "_measure", keeping)
+        monkeypatch.setattr(pipeline, "_score", keeping)
         pipeline.train(own, tmp_path / "run")
         return kept[-1]
 
@@ -83,7 +84,7 @@ def tiny(configure: Configure) -> Configure:
     return tiny
 
 
-@pytest.mark.parametrize("part", [None, *PARTS])
+@pytest.mark.parametrize("part", [None, *OWN])
 def test_a_run_without_one_part_trains_exports_and_loads_again(
     part: str | None,
     tiny: Configure,
@@ -91,7 +92,7 @@ def test_a_run_without_one_part_trains_exports_and_loads_again(
     tmp_path: Path,
 ) -> None:
     own = tiny(without=() if part is None else (part,))
-    assert own.parts == {*PARTS} - {part}
+    assert own.parts == {*OWN} - {part}
     torch.manual_seed(0)
     model = trained(own)
     names = " ".join(name for name, _ in model.learner.named_parameters())
@@ -122,14 +123,37 @@ def test_the_methods_are_made_of_parts() -> None:
         {*parts} <= {*PARTS} for parts in (*(m.parts for m in METHODS.values()), *GROUPS.values())
     )
     for name, method in METHODS.items():
-        assert config(method=name).parts == {*method.parts}
+        assert config(method=name, **_teacher(method.parts)).parts == {*method.parts}
+
+
+def _teacher(parts: Iterable[str]) -> dict[str, str]:
+    """Return the setting without which a part cannot be."""
+    return {"distillation_teacher": "ViT-L-14"} if "distillation" in parts else {}
 
 
 @pytest.mark.parametrize("name", [*PARTS, *GROUPS])
 def test_a_part_or_group_is_added_and_left_out(name: str) -> None:
     own = {*GROUPS.get(name, (name,))}
-    assert config(method="coop", added=(name,)).parts == {"prompt"} | own
-    assert config(method="full", without=(name,)).parts == {*PARTS} - own
+    assert config(method="zeroshot", added=(name,), **_teacher(own)).parts == own
+    assert config(method="full", without=(name,)).parts == {*OWN} - own
+
+
+def test_a_class_has_one_prompt_and_one_row() -> None:
+    for parts in (("prompt", "text-lora"), ("rows", "clap")):
+        with pytest.raises(ConfigError, match=f"parts {parts[0]} and {parts[1]}: expected one"):
+            config(method="zeroshot", added=parts)
+
+
+def test_a_term_that_replaces_another_takes_its_weight() -> None:
+    assert config(method="coop", added=("zs-norm",)).loss_weights["cross_entropy"] == 0
+    assert config(method="coop").loss_weights["cross_entropy"] == 1
+
+
+def test_a_teacher_is_for_distillation_alone() -> None:
+    with pytest.raises(ConfigError, match="--teacher: expected a model or a run"):
+        config(method="promptkd")
+    with pytest.raises(ConfigError, match="--teacher: leave it out with --method coop"):
+        config(method="coop", distillation_teacher="ViT-L-14")
 
 
 def test_leaving_out_wins_over_adding() -> None:

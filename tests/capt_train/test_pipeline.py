@@ -31,7 +31,7 @@ from capt_train.data.features import Features
 from capt_train.data.fewshot import FewShotSplit, choose
 from capt_train.method.class_rows import UNCHANGED
 from capt_train.method.learner import Learner
-from capt_train.parts import PARTS
+from capt_train.parts import OWN
 from capt_train.pipeline import dry_run, train
 from capt_train.run import folder as runs
 from capt_train.run import visual_side
@@ -159,7 +159,7 @@ def test_a_run_of_both_sides_has_its_stages_and_what_was_chosen_for_the_visual_o
     terms = {"cross_entropy", "coa", "infonce", "margin", "moments", "balance", "val_nll"}
     assert text == terms
     assert visual == terms - {"moments"} | {"consistency"}
-    assert report["parts"] == sorted({*PARTS} - {"visual-prompts"})
+    assert report["parts"] == sorted({*OWN} - {"visual-prompts"})
     assert report["trained_parameters"] == result["trained_parameters"] > 4 * 32
     assert result["strength"] == report["strength"] == 0.75  # as it was asked for
     assert result["trial"] is None
@@ -446,11 +446,11 @@ def test_a_strength_of_zero_ends_with_the_prompt_of_the_text_side_alone(
     monkeypatch.setattr(strength, "best_strength", lambda *_: 0.0)
     config = configure(method="coop", added=VISUAL, visual_views=2)
     fitted: list[TunedModel] = []
-    measure = pipeline._measure
+    score = pipeline._score
     monkeypatch.setattr(
         pipeline,
-        "_measure",
-        lambda setup, model, *others: (fitted.append(model), measure(setup, model, *others))[1],
+        "_score",
+        lambda setup, model, *others: (fitted.append(model), score(setup, model, *others))[1],
     )
     run = tmp_path / "run"
     report = train(config, run)

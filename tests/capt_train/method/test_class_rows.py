@@ -9,7 +9,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from capt_train.method.class_map import ClassMap
-from capt_train.method.class_rows import ClassRows, GaussianRows, Outside, discriminant, joined
+from capt_train.method.class_rows import (
+    ClassRows,
+    GaussianRows,
+    Outside,
+    RowTask,
+    discriminant,
+    joined,
+)
 
 DIM = 6
 
@@ -82,10 +89,11 @@ def test_rows_tell_the_classes_of_their_photos_apart() -> None:
 def test_rows_are_added_to_the_tuned_classes_alone() -> None:
     images, labels = photos([5, 5])
     rows = GaussianRows([1, 3], DIM, share=0.5)
-    rows.fit(images, labels)
     texts = functional.normalize(torch.randn(4, DIM), dim=1)
     scale = 20.0
-    combined = rows.added_to(ClassRows.from_texts(texts), [3, 0, 1, 2], scale)
+    none = images[:0], labels[:0]
+    rows.fit(RowTask(images, labels, texts[:2], texts[:2], scale, {}, 1, *none))
+    combined = rows.applied(ClassRows.from_texts(texts), [3, 0, 1, 2], scale)
     plain = scale * images @ texts.T
     added = 0.5 * (images @ rows.weight.T + rows.bias)
     expected = plain + torch.stack([added[:, 1], 0 * added[:, 0], added[:, 0], 0 * added[:, 0]], 1)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from capt_train.clip.backbone import Backbone
 from capt_train.config import TrainConfig
-from capt_train.method.class_rows import ClassRows
 from capt_train.method.learner import Learner
 from capt_train.pipeline import train
 from capt_train.run.folder import load_run
@@ -31,8 +30,8 @@ from tests.configs import train_config
 TUNED = (0, 1, 3, 4, 6)
 
 
-def rows_of(made: Learner) -> ClassRows:
-    return made.class_rows(TUNED)
+def logits_of(made: Learner, images: Tensor) -> Tensor:
+    return made.logits(images, TUNED) + made.backbone.logit_bias
 
 
 def fresh(backbone: Backbone, task: TuningTask) -> Callable[[tuple[int, ...]], Learner]:
@@ -83,7 +82,7 @@ def test_no_model_is_asked_about_an_image_that_it_was_tuned_on(
 
     monkeypatch.setattr(cross_validation, "_images", noting)
     numbers = task.train.embeddings[:, 0].tolist()
-    logits = out_of_fold_logits(task, fresh(tiny_backbone, task), strength, rows_of)
+    logits = out_of_fold_logits(task, fresh(tiny_backbone, task), strength, logits_of)
     labels, folds = task.labels, min(folds, per_class)  # no fold is tuned for nothing
     assert logits.shape == (len(numbers), len(TUNED)) and logits.isfinite().all()
     assert len(asked) == folds
@@ -120,11 +119,11 @@ def test_a_single_image_of_a_class_is_always_tuned_on(
     _, task = make(tiny_backbone)
     task = without_val(task)
     one = some(task, 1)
-    assert out_of_fold_logits(one, fresh(tiny_backbone, task), 0.0, rows_of).isnan().all()
+    assert out_of_fold_logits(one, fresh(tiny_backbone, task), 0.0, logits_of).isnan().all()
     assert noted == []
     pair = one.train.labels[0]
     six = task.with_rows((task.train.labels == pair) | (torch.arange(len(task.train)) % 4 == 0))
-    logits = out_of_fold_logits(six, fresh(tiny_backbone, task), 0.0, rows_of)
+    logits = out_of_fold_logits(six, fresh(tiny_backbone, task), 0.0, logits_of)
     held = six.train.labels == pair
     assert logits[held].isfinite().all() and logits[~held].isnan().all()
     for _, part, _ in noted:
@@ -153,7 +152,7 @@ def test_logits_are_those_of_the_models_of_the_parts_bias_included(
         return plain(own, part, chosen)
 
     monkeypatch.setattr(cross_validation, "_images", noting)
-    logits = out_of_fold_logits(task, moved, 1.0, rows_of)
+    logits = out_of_fold_logits(task, moved, 1.0, logits_of)
     assert task.views is not None and task.views.tokens is not None
     assert len(made) == len(held) == 2
     for own, chosen in zip(made, held, strict=True):
@@ -172,8 +171,8 @@ def test_tuning_for_it_changes_neither_model_nor_task(
     before = copy.deepcopy(own.state_dict())
     frozen = copy.deepcopy(tiny_backbone.model.state_dict())
     train_rows = task.train.embeddings.clone()
-    found = out_of_fold_logits(task, fresh(tiny_backbone, task), strength, rows_of)
-    again = out_of_fold_logits(task, fresh(tiny_backbone, task), strength, rows_of)
+    found = out_of_fold_logits(task, fresh(tiny_backbone, task), strength, logits_of)
+    again = out_of_fold_logits(task, fresh(tiny_backbone, task), strength, logits_of)
     assert torch.equal(found, again)
     assert not found.requires_grad
     for kept, now in ((before, own.state_dict()), (frozen, tiny_backbone.model.state_dict())):
@@ -213,7 +212,7 @@ def test_parts_whose_tuning_diverges_give_nothing_and_name_the_setting(
 ) -> None:
     _, task = make(tiny_backbone)
     task = without_val(replace(task, config=config(**{setting.replace(".", "_"): 1e30})))
-    logits = out_of_fold_logits(task, fresh(tiny_backbone, task), strength, rows_of)
+    logits = out_of_fold_logits(task, fresh(tiny_backbone, task), strength, logits_of)
     assert logits.shape == (len(task.train), len(TUNED)) and logits.isnan().all()
     told = capsys.readouterr().err
     assert "note: confidences are not calibrated: cross-validation diverged (in epoch 1 " in told

@@ -36,8 +36,8 @@ NAMES = ("cat", "dog", "boat", "tree", "car")
 TUNED = (0, 1, 2, 4)
 SHOTS, VIEWS = 3, 3  # the last view is never tuned on
 PARTS = ("prompt", "semantic-experts", "adapter", "sample-experts", "visual-prompts")
-TEXT = Stage("text-", False, 2, 0.01, 4)
-VISUAL = Stage("", True, 3, 0.01, 4, consistency=1.0)
+TEXT = Stage("text-", True, False, 2, 0.01, 4)
+VISUAL = Stage("", False, True, 3, 0.01, 4, consistency=1.0)
 
 
 def config(*without: str, **settings: Any) -> TrainConfig:
@@ -141,8 +141,8 @@ def test_the_settings_of_each_side_are_those_of_its_stage(tiny_backbone: Backbon
         "visual_patience": 4,
     }
     made, task = make(tiny_backbone, config(**settings))
-    assert text_stage(task.config, made) == Stage("text-", False, 7, 0.3, 5, 5)
-    assert visual_stage(task.config) == Stage("", True, 2, 0.1, 5, 4, 7.0)
+    assert text_stage(task, made) == Stage("text-", True, False, 7, 0.3, 5, 5)
+    assert visual_stage(task.config) == Stage("", False, True, 2, 0.1, 5, 4, 7.0)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_text_side_that_is_not_there_has_no_stage(
     without: tuple[str, ...], name: str | None, tiny_backbone: Backbone
 ) -> None:
     made, task = make(tiny_backbone, config(*without))
-    stage = text_stage(task.config, made)
+    stage = text_stage(task, made)
     assert (None if stage is None else stage.name) == name
 
 

@@ -69,7 +69,7 @@ def context(own: Learner) -> Tensor:
 
 def run(own: Learner, task: TuningTask, folder: Path) -> TuningState:
     """Tune in the one stage that there is without a visual side."""
-    stage = text_stage(task.config, own)
+    stage = text_stage(task, own)
     assert stage is not None
     state, bank = tune(own, task, folder, stage)
     assert bank is task.bank
