@@ -4,6 +4,7 @@ import json
 import logging
 import multiprocessing
 import os
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -133,6 +134,8 @@ def _measure_one(cell: Cell, calibrations: tuple[str, ...]) -> dict[str, Any] | 
         return measure(cell, calibrations)
     except CaptError as error:
         return str(error)
+    except Exception as error:  # a fault in one method must not end the others
+        return f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-3)}"
 
 
 def _append(path: Path, values: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from capt_deploy.core.errors import RunError
 from capt_train.method.class_rows import RowPart, RowTask
 from capt_train.method.loss_terms import Step, loss_terms, weighted_sum
 
@@ -38,6 +39,8 @@ class BlendedRows(RowPart):
             for number in range(_STEPS):
                 rows = weight + blend[:, None] * texts
                 loss = self._loss(images @ rows.T + bias, rows, task)
+                if not torch.isfinite(loss):
+                    raise RunError(f"LP++: the loss became {loss.item()} in step {number}")
                 optimizer.zero_grad()
                 blend.grad = None
                 loss.backward()
