@@ -30,7 +30,8 @@ class Step:
     logits: Float[Tensor, "prompts batch classes"]  # scaled
     labels: Int[Tensor, " batch"]
     scale: float  # 1/τ of the logits
-    texts: Float[Tensor, "prompts classes dim"] | None = None  # t̃, unit norm, where tuned
+    # t̃, unit norm, where tuned: of each prompt, or of each image where the prompt reads images
+    texts: Float[Tensor, "sets classes dim"] | None = None
     reference: Float[Tensor, "classes dim"] | None = None  # t⁰, beside `texts`
     mined: Int[Tensor, "batch mined"] | None = None  # classes confused with each image
     retrieved: Retrieved | None = None

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from capt_deploy.core.errors import RunError
 from capt_train.method.class_rows import RowPart, RowTask
@@ -51,12 +52,11 @@ class BlendedRows(RowPart):
         self.bias.copy_(bias.detach())
 
     def _loss(self, logits: Tensor, rows: Tensor, task: RowTask) -> Tensor:
-        texts = (rows / task.scale)[None]
         step = Step(
             logits[None],
             task.labels,
             task.scale,
-            texts,
+            functional.normalize(rows, dim=-1)[None],
             task.reference,
             images=task.images,
             frozen=task.images,

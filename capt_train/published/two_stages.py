@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from capt_train.clip.backbone import Backbone
 from capt_train.clip.vision_tower import Tower
@@ -63,7 +64,7 @@ class LinearClassifier(RowPart):
         steps = _STEPS_A_SHOT * int(task.labels.bincount().max())
 
         def logits(images: Tensor) -> tuple[Tensor, Tensor]:
-            return task.scale * images @ rows.T, rows
+            return task.scale * images @ rows.T, functional.normalize(rows, dim=-1)
 
         minimise(optimizer, logits, task, Schedule(32, steps))
         self.weight.copy_(rows.detach())
