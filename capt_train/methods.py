@@ -212,6 +212,9 @@ METHODS: Mapping[str, Method] = {
         "LP++: a linear probe that blends in class names", ("lp-plus-plus",), arxiv="2404.02285"
     ),
     "clap": Method("CLAP: a linear probe held near class names", ("clap",), arxiv="2312.12730"),
+    "taskres": Method(
+        "TaskRes: a residual beside each class embedding", ("taskres",), arxiv="2211.10277"
+    ),
     "tip-adapter": Method(
         "Tip-Adapter: a cache of the photos", ("tip-adapter",), arxiv="2207.09519"
     ),

@@ -205,6 +205,11 @@ PUBLISHED: dict[str, Part] = {
         "rows",
         f"{_PUBLISHED}.clap:ConstrainedRows",
     ),
+    "taskres": Part(
+        "rows that add a residual to the class embeddings (TaskRes)",
+        "rows",
+        f"{_PUBLISHED}.taskres:ResidualRows",
+    ),
     "tip-adapter": Part(
         "a cache of the training photos (Tip-Adapter); cannot be exported",
         "rows",

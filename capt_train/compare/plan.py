@@ -112,7 +112,7 @@ def _plan(content: Mapping[str, Any], folder: Path) -> Plan:
                 if not method.has(name, seed):
                     continue
                 for variant, added in variants.items():
-                    values = usual | method.settings
+                    values = {**usual, **method.settings}
                     draw = shots, seed
                     cell = _cell(name, method.name, variant, values, added, draw, targets)
                     if isinstance(cell, Cell):

@@ -3,6 +3,7 @@
 import html
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean, stdev
 from typing import Any
 
@@ -112,7 +113,7 @@ def _average(plan: Plan, cells: Lines, shots: int | None) -> Table:
             return f"{100 * fmean(fmean(map(value, group)) for group in groups):.1f}"
 
         texts = [mean(main_accuracy)]
-        texts += [mean(lambda cell, n=name: _error(cell, n)) for name in plan.calibrations]
+        texts += [mean(partial(_error, name)) for name in plan.calibrations]
         texts.append(str(len(by_data)))
         if plan.reference is not None:
             pairs = [
@@ -131,11 +132,11 @@ def _average(plan: Plan, cells: Lines, shots: int | None) -> Table:
     return Table(f"Mean of the data sets, {_shots(shots)}", tuple(header), tuple(rows), note)
 
 
-def _error(cell: _Cell, name: str) -> float:
+def _error(name: str, cell: _Cell) -> float:
     errors = cell["ece"].get(name) or {}
     if errors.get("new") is None:
         return float(errors.get("all") or 0.0)
-    return (errors["base"] + errors["new"]) / 2
+    return fmean((errors["base"], errors["new"]))
 
 
 def _difference(pairs: list[tuple[float, float]], *, is_reference: bool) -> list[str]:

@@ -57,9 +57,9 @@ class PromptLearner(ClassPrompt):
         self._tokens = self.tokenize(class_names)
 
     @classmethod
-    def build(cls, context: BuildContext) -> list["PromptLearner"]:
+    def build(cls, context: BuildContext) -> Sequence[ClassPrompt]:
         """Return the K learned prompts; all but the first start a little off the words."""
-        settings, prompts = prompt_settings(context), []
+        settings, prompts = prompt_settings(context), list[ClassPrompt]()
         for number in range(settings.count):
             prompt = cls(
                 context.backbone, context.class_names, context.tuned, settings, context.generator

@@ -89,7 +89,7 @@ class LoRA(VisualPart):
 
     def weight_updates(self) -> Mapping[str, Tensor]:
         """Return the scaled B·A of each weight."""
-        return self.products()
+        return self.products.forward()
 
     def fold(self, alpha: Tensor, strength: Tensor) -> None:
         """Multiply κ into B."""

@@ -35,7 +35,7 @@ class TextLoRA(TextUpdates):
 
     def weight_updates(self) -> Mapping[str, Tensor]:
         """Return the scaled B·A of each weight."""
-        return self.products()
+        return self.products.forward()
 
 
 class VisualLoRA(LoRA):

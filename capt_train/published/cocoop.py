@@ -51,4 +51,4 @@ class ImagePrompt(PromptLearner):
         tokens = self._tokens[list(classes)]
         contexts = shifted.repeat_interleave(len(tokens), dim=0)
         texts = self._backbone.text.encode(tokens.repeat(len(images), 1), contexts)
-        return texts.unflatten(0, (len(images), len(tokens)))
+        return texts.view(len(images), len(tokens), -1)

@@ -131,6 +131,7 @@ class Epochs:
         task, device = self._task, self._device
         images = frozen = self._images(rows, views)
         gates: tuple[Tensor, ...] = ()
+        embeddings = reference = None
         with self._precision.towers():
             if self._stage.visual:
                 alpha = None if task.alpha is None else task.alpha[rows].to(device)
@@ -142,7 +143,6 @@ class Epochs:
                 gates += texts.gates
             else:
                 logits = self._class_rows().logits(images, task.scale)[None]
-                embeddings = reference = None
         return Step(
             logits,
             self._labels[rows],

@@ -18,6 +18,7 @@ from capt_train.method.class_rows import ClassRows, RowPart, RowTask
 from capt_train.published.clap import ConstrainedRows
 from capt_train.published.class_means import ClassMeans
 from capt_train.published.lp_plus_plus import BlendedRows
+from capt_train.published.taskres import ResidualRows
 from capt_train.published.tip_adapter import Cache, TunedCache
 from capt_train.published.two_stages import LinearClassifier
 
@@ -130,6 +131,28 @@ def test_the_classifier_of_2sfs_starts_from_the_class_embeddings_and_lowers_the_
 
     assert loss(part.weight) < 0.95 * loss(task.texts)
     assert (part.weight - task.texts).norm() < 0.5 * task.texts.norm()  # 720 small steps
+
+
+def test_taskres_descends_along_the_residual_alone() -> None:
+    task = make_task()
+    images, texts = task.images.double(), task.texts.double()
+    residual = torch.zeros_like(texts)
+    first, second = torch.zeros_like(texts), torch.zeros_like(texts)
+    for number in range(100):  # one batch an epoch
+        rate = 1e-5 if number < 1 else 0.001 * (1 + math.cos(math.pi * (number - 1) / 99))
+        moved = texts + 0.5 * residual
+        norms = moved.norm(dim=1, keepdim=True)
+        units = moved / norms
+        g = torch.from_numpy(slope((SCALE * images @ units.T).numpy(), task.labels.numpy()))
+        by_unit = SCALE * g.T @ images
+        gradient = 0.5 * (by_unit - (by_unit * units).sum(1, keepdim=True) * units) / norms
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient**2
+        slope_sizes = (second / (1 - 0.999 ** (number + 1))).sqrt() + 1e-8
+        residual = residual - rate * first / (1 - 0.9 ** (number + 1)) / slope_sizes
+    expected = normalize(texts + 0.5 * residual, dim=1)
+    found = fitted(ResidualRows, task).weight.double()
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("val", [0, 4])
