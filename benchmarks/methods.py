@@ -17,7 +17,7 @@ from benchmarks.record import write_docs
 from capt_deploy.core.console import Command
 from capt_train.compare.plan import Plan, read_plan
 from capt_train.compare.run import Lines, read_cells
-from capt_train.compare.tables import Table, main_accuracy, of, percent, to_markdown
+from capt_train.compare.tables import Table, main_accuracy, percent, select, to_markdown
 
 _COMPARE = Path(__file__).parent / "compare"
 DOCS = Path(__file__).parents[1] / "docs" / "methods.md"
@@ -43,17 +43,17 @@ def main(docs: bool) -> None:
 def texts() -> dict[str, str]:
     """Return the tables by their marks in the page."""
     plan, cells = measured("methods")
-    found = {
+    tables = {
         f"accuracy {shots}": to_markdown([by_data(plan, cells, shots, main_accuracy, "Accuracy")])
         for shots in (16, 4, 1)
     }
     for name in ("none", "temperature"):
         title = "ECE, not calibrated" if name == "none" else "ECE, with one temperature"
         table = by_data(plan, cells, 16, lambda cell, n=name: error(cell, n), title)  # type: ignore[misc]
-        found[f"ece {name}"] = to_markdown([table])
-    found["claim"] = to_markdown([claim(plan, cells)])
-    found["promptkd"] = to_markdown([distilled(*measured("promptkd"))])
-    return found
+        tables[f"ece {name}"] = to_markdown([table])
+    tables["claim"] = to_markdown([claim(plan, cells)])
+    tables["promptkd"] = to_markdown([distilled(*measured("promptkd"))])
+    return tables
 
 
 def measured(name: str) -> tuple[Plan, Lines]:
@@ -68,7 +68,7 @@ def by_data(plan: Plan, cells: Lines, shots: int, value: _Value, what: str) -> T
     rows = []
     for method in dict.fromkeys(cell.method for cell in plan.cells):
         values = [
-            percent_of(of(cells, data=data, shots=shots, method=method, variant=variant), value)
+            percent_of(select(cells, data=data, shots=shots, method=method, variant=variant), value)
             for data in plan.data
             for variant in ("", VARIANT)
         ]
@@ -119,10 +119,10 @@ def claim(plan: Plan, cells: Lines) -> Table:
 
 def _pairs(cells: Lines, method: str) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     chosen = {"data": "objects", "shots": 16, "method": method}
-    plain = {cell["seed"]: cell for cell in of(cells, **chosen, variant="")}
+    plain = {cell["seed"]: cell for cell in select(cells, **chosen, variant="")}
     return [
         (plain[cell["seed"]], cell)
-        for cell in of(cells, **chosen, variant=VARIANT)
+        for cell in select(cells, **chosen, variant=VARIANT)
         if cell["seed"] in plain
     ]
 
@@ -139,12 +139,12 @@ def distilled(plan: Plan, cells: Lines) -> Table:
     """Return the students of a larger teacher."""
     rows = []
     for row in plan.rows:
-        mine = of(cells, row=row)
-        if not mine:
+        row_cells = select(cells, row=row)
+        if not row_cells:
             continue
-        mark = " †" if any(cell["transductive"] for cell in mine) else ""
+        mark = " †" if any(cell["transductive"] for cell in row_cells) else ""
         scopes = ("base", "new", "harmonic", "all")
-        figures = [percent_of(mine, lambda cell, s=scope: cell[s]) for scope in scopes]  # type: ignore[misc]
+        figures = [percent_of(row_cells, lambda cell, s=scope: cell[s]) for scope in scopes]  # type: ignore[misc]
         rows.append((f"{row}{mark}", *figures))
     header = ("", "tuned", "new", "harmonic", "all")
     note = "† transductive: the test photos were among its photos without labels."

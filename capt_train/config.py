@@ -36,7 +36,7 @@ _SEED = Allowed("0 to 2**32 - 1", lambda seed: 0 <= seed < 2**32)
 
 @dataclass(frozen=True)
 class TrainConfig(SettingsGroup):
-    """Everything that decides a run. `capt_train.pipeline` makes the paths absolute.
+    """Everything that decides a run. `capt_train.run.setup` makes the paths absolute.
 
     A method with settings of its own, such as `coop-paper`, is chosen by `with_settings`.
     """
@@ -141,6 +141,22 @@ class TrainConfig(SettingsGroup):
                     f"{'class embeddings' if side == 'prompt' else 'class rows'}; leave the others "
                     "out with --without"
                 )
+        for name in PARTS:
+            misfits = [other for other in PARTS[name].excludes if other in self.parts]
+            if name in self.parts and misfits:
+                raise ConfigError(
+                    f"part {name}: expected without {', '.join(misfits)}; leave one of them out "
+                    "with --without"
+                )
+        if self.visual.joint and (both := self.parts & {"map", "rows"}):
+            raise ConfigError(
+                f"--set visual.joint: expected without {' and '.join(sorted(both))}, which are "
+                "chosen on embeddings of the frozen tower"
+            )
+        prompt = self.prompt
+        single = [name for name in PARTS if name in self.parts and PARTS[name].single_prompt]
+        if single and (prompt.count > 1 or prompt.class_specific):
+            raise ConfigError(f"part {single[0]}: expected one context, the same for all classes")
 
     @property
     def parts(self) -> frozenset[str]:

@@ -40,6 +40,8 @@ class Part:
     # Tells whether a learner has the part; by default, where its code was built
     in_force: Callable[[Any], bool] | None = None
     closed_form: bool = False  # whether no loss reaches it
+    excludes: tuple[str, ...] = ()  # parts that cannot be beside it
+    single_prompt: bool = False  # whether it needs one context, shared by all classes
     guide: str = ""  # module:function of a `Step`: a loss that no step may raise
     average: str = ""  # module:function of an epoch and the settings: its weight in the mean
 
@@ -124,6 +126,8 @@ PUBLISHED: dict[str, Part] = {
         "a context that each image shifts (CoCoOp); cannot be exported",
         "prompt",
         f"{_PUBLISHED}.cocoop:ImagePrompt",
+        excludes=("mixture", "map", "rows"),
+        single_prompt=True,
     ),
     "cluster-prompt": Part(
         "a context behind vectors made of clusters of the classes (TAC)",
@@ -136,6 +140,7 @@ PUBLISHED: dict[str, Part] = {
             ),
         },
         average=f"{_PUBLISHED}.tac:equal",
+        single_prompt=True,
     ),
     "kgcoop": Part(
         "keeps class embeddings near the hand-written ones (KgCoOp)",
@@ -154,6 +159,7 @@ PUBLISHED: dict[str, Part] = {
         "visual tokens that are linear maps of the text context (MaPLe)",
         "visual",
         f"{_PUBLISHED}.maple:CoupledPrompts",
+        single_prompt=True,
     ),
     "promptsrc": Part(
         "three regularisers that keep prompts near the frozen model (PromptSRC)",
@@ -168,6 +174,7 @@ PUBLISHED: dict[str, Part] = {
         "low-rank updates of the text tower's attention (CLIP-LoRA)",
         "prompt",
         f"{_PUBLISHED}.clip_lora:TextLoRA",
+        single_prompt=True,
     ),
     "visual-lora": Part(
         "low-rank updates of the visual tower's attention (CLIP-LoRA)",
@@ -178,6 +185,7 @@ PUBLISHED: dict[str, Part] = {
         "tuned LayerNorms of the text tower (2SFS)",
         "prompt",
         f"{_PUBLISHED}.two_stages:TextNorms",
+        single_prompt=True,
     ),
     "visual-norms": Part(
         "tuned LayerNorms of the whole visual tower (2SFS)",
@@ -215,11 +223,13 @@ PUBLISHED: dict[str, Part] = {
         "rows",
         f"{_PUBLISHED}.tip_adapter:Cache",
         closed_form=True,
+        excludes=("mixture",),
     ),
     "tip-adapter-f": Part(
         "the same with trained keys (Tip-Adapter-F); cannot be exported",
         "rows",
         f"{_PUBLISHED}.tip_adapter:TunedCache",
+        excludes=("mixture",),
     ),
     "distillation": Part(
         "learns a teacher's answers to photos without labels (PromptKD)",
@@ -229,10 +239,20 @@ PUBLISHED: dict[str, Part] = {
             "distillation": LossTerm(
                 f"{_PUBLISHED}.promptkd:divergence",
                 "KL from the teacher (PromptKD)",
+                1000.0,
                 replaces="cross_entropy",
             )
         },
         needs=("teacher",),
+        # it learns from photos whose labels nobody knows, by the frozen tower
+        excludes=(
+            *("colours", "text-prompts", "map", "mixture", "zs-norm"),
+            *("rows", "linear-classifier", "class-means", "lp-plus-plus", "clap", "taskres"),
+            *("tip-adapter", "tip-adapter-f", "adapter", "sample-experts", "visual-prompts"),
+            *("lora", "layer-norm", "first-prompts", "coupled-prompts", "visual-lora"),
+            "visual-norms",
+        ),
+        single_prompt=True,
     ),
     "zs-norm": Part(
         "cross-entropy of logits in the range of the zero-shot ones (ZS-Norm)",
@@ -251,7 +271,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "tcpt": ("margin", "moments"),
     "bank": ("infonce", "retrieval"),
     "experts": ("semantic-experts", "sample-experts"),
-    "visual": tuple(name for name, part in PARTS.items() if part.side == "visual"),
+    "visual": tuple(name for name, part in OWN.items() if part.side == "visual"),
     "deep-prompts": ("text-prompts", "visual-prompts"),
 }
 

@@ -183,9 +183,7 @@ def _tune(
         state, written = tune_text_side(learner, task, out)
         task = replace(task, bank=written)
     else:
-        state, _ = tune_text_side(
-            learner, distilled(setup, task, teacher, learner, cache, out), out
-        )
+        state, _ = tune_text_side(learner, distilled(setup, task, teacher, cache, out), out)
     states, trial = [state] if state else [], None
     if learner.visual is not None and not setup.config.visual.joint:
         task = replace(task, class_rows=learner.class_rows(split.tuned))

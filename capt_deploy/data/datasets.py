@@ -24,7 +24,7 @@ from capt_deploy.core.files import expand_home, visible_files
 from capt_deploy.data.class_names import name_classes
 from capt_deploy.data.field_layouts import (
     AIRCRAFT_LIST,
-    IMAGENET_NAMES,
+    is_imagenet,
     read_aircraft,
     read_imagenet,
 )
@@ -149,7 +149,7 @@ def read_dataset(
 def _read_folder(path: Path) -> Listing:
     if (path / AIRCRAFT_LIST.format("train")).is_file():
         return read_aircraft(path)
-    if (path / IMAGENET_NAMES).is_file():
+    if is_imagenet(path):
         return read_imagenet(path)
     # "train" may also be a class, of vehicles; and a lone test/ is enough to evaluate on
     folders = _folders(path)

@@ -37,12 +37,18 @@ def read_aircraft(folder: Path) -> Listing:
     return Listing(tuple(sorted({row.label for row in rows})), tuple(rows))
 
 
+def is_imagenet(folder: Path) -> bool:
+    """Tell whether a folder holds ImageNet or a variant, with the list of its class names."""
+    has_photos = any((folder / name).is_dir() for name in _IMAGENET_FOLDERS)
+    return has_photos and (folder / IMAGENET_NAMES).is_file()
+
+
 def read_imagenet(folder: Path) -> Listing:
     """Read ImageNet or a variant: `classnames.txt` (`n01440764 tench`) and folders of classes.
 
     `images/train` is for training and `images/val` for testing, as the field does it; the photos of
     a variant are all for testing. Class folders have a WordNet id, or the place in the list of
-    names, as in ImageNetV2.
+    names, as in ImageNetV2. Where two classes share a name, the second has its id behind it.
 
     Raises:
         DataError: a name or the photos are missing.
@@ -55,11 +61,10 @@ def read_imagenet(folder: Path) -> Listing:
                 f"{folder / IMAGENET_NAMES}, line {number}: expected an id and a name, "
                 f"came {line!r}"
             )
-        names[identifier] = name.strip()
+        name = name.strip()
+        names[identifier] = f"{name} ({identifier})" if name in names.values() else name
     places = [*names.values()]
-    photos = next((folder / name for name in _IMAGENET_FOLDERS if (folder / name).is_dir()), None)
-    if photos is None:
-        raise DataError(f"{folder}: expected photos in one of {', '.join(_IMAGENET_FOLDERS)}")
+    photos = next(folder / name for name in _IMAGENET_FOLDERS if (folder / name).is_dir())
     parents = {photos / "train": "train", photos / "val": "test"}
     if not (photos / "val").is_dir():
         parents = {photos: "test"}

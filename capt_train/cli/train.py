@@ -138,6 +138,11 @@ def main(
     split_from = options["split_from"]
     if split_from is not None and {"shots", "classes"} & given.keys():
         raise click.UsageError("--split-from brings its own --shots and --classes; leave them out")
+    if split_from is not None:
+        from capt_train.run.folder import read_config
+
+        source, _ = read_config(split_from)
+        given |= {"shots": source.shots, "classes": source.classes}
     config = _config(out, resume, given)
     from capt_train.pipeline import dry_run, train
     from capt_train.run.folder import CONFIG

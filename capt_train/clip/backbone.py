@@ -29,7 +29,7 @@ def all_templates(templates: Sequence[str]) -> tuple[str, ...]:
     for text in templates:
         known = OPENAI_IMAGENET_TEMPLATES if text == CLIP_TEMPLATES else ()
         texts += [template("{}") for template in known] or [text]
-    return tuple(texts)
+    return tuple(dict.fromkeys(texts))
 
 
 class Backbone:

@@ -6,7 +6,7 @@ from typing import Any
 
 from capt_train.compare.plan import Plan
 from capt_train.compare.run import Lines
-from capt_train.compare.tables import main_accuracy, of
+from capt_train.compare.tables import main_accuracy, select
 
 _MARKS = "osD^v<>PX*"
 
@@ -36,7 +36,7 @@ def _over_shots(axes: Any, plan: Plan, cells: Lines, data: str) -> bool:
     if len(counts) < 2:
         return False
     for place, row in enumerate(plan.rows):
-        groups = [(count, of(cells, data=data, row=row, shots=count)) for count in counts]
+        groups = [(count, select(cells, data=data, row=row, shots=count)) for count in counts]
         groups = [(count, group) for count, group in groups if group]
         if not groups:
             continue
@@ -63,14 +63,16 @@ def _errors(axes: Any, plan: Plan, cells: Lines, data: str) -> bool:
     """Draw the ECE of each row with the most shots, one bar for each calibration."""
     counts = [cell.config.shots for cell in plan.cells if cell.data == data]
     most = None if None in counts else max(count for count in counts if count is not None)
-    rows = [row for row in plan.rows if of(cells, data=data, row=row, shots=most)]
+    rows = [row for row in plan.rows if select(cells, data=data, row=row, shots=most)]
     for place, name in enumerate(plan.calibrations):
         values = []
         for row in rows:
             errors = [
-                cell["ece"].get(name) or {} for cell in of(cells, data=data, row=row, shots=most)
+                cell["ece"].get(name) or {}
+                for cell in select(cells, data=data, row=row, shots=most)
             ]
-            values.append(100 * fmean(error.get("all") or 0.0 for error in errors))
+            known = [error["all"] for error in errors if error.get("all") is not None]
+            values.append(100 * fmean(known) if known else float("nan"))
         height = 0.8 / len(plan.calibrations)
         places = [number + place * height for number in range(len(rows))]
         axes.barh(places, values, height, label=name, hatch=["", "//", "..", "xx", "--"][place % 5])

@@ -13,15 +13,15 @@ import torch
 
 from capt_deploy.confidence.calibration import Calibration
 from capt_deploy.confidence.distance_aware import TunedTexts
-from capt_deploy.core.errors import ConfigError
+from capt_deploy.core.errors import CaptError
 from capt_deploy.core.version import __version__
 from capt_deploy.data.datasets import read_dataset
 from capt_deploy.evaluation.evaluate import SCOPES, Scores, evaluate
 from capt_deploy.metrics.calibration import all_metrics, softmax
 from capt_train.calibrate.temperature import fit_temperature
-from capt_train.compare.plan import Cell
+from capt_train.compare.plan import Cell, Target
 from capt_train.data.embedding_cache import EmbeddingCache
-from capt_train.method.class_rows import ClassRows
+from capt_train.method.class_rows import UNCHANGED
 from capt_train.pipeline import Trained, tune_and_measure
 from capt_train.published.zs_norm import normalised
 from capt_train.run.elsewhere import for_classes
@@ -43,13 +43,12 @@ def measure(cell: Cell, calibrations: Sequence[str]) -> Figures:
     Raises:
         CaptError: the data, the model or the settings cannot be used.
     """
+    read_dataset(cell.config.data).items("test")  # before time is spent
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         trained = tune_and_measure(cell.config, Path(folder) / "run")
         seconds = time.perf_counter() - started
         report = trained.report
-        if report["split"] != "test":
-            raise ConfigError(f"{cell.config.data}: expected test images to compare on, found none")
         # vector scaling moves labels, and no paper has it
         raw = report["uncalibrated"]
         figures = {scope: raw[scope] and raw[scope]["accuracy"] for scope in SCOPES}
@@ -58,7 +57,8 @@ def measure(cell: Cell, calibrations: Sequence[str]) -> Figures:
             "harmonic": raw["harmonic_mean"],
             "ece": {name: _errors(trained, name) for name in calibrations},
             "targets": {
-                name: _measure_elsewhere(trained.model, path) for name, path in cell.targets.items()
+                name: _measure_elsewhere(trained.model, target)
+                for name, target in cell.targets.items()
             },
             "parts": report["parts"],
             "numbers": report["trained_parameters"],
@@ -73,6 +73,9 @@ def measure(cell: Cell, calibrations: Sequence[str]) -> Figures:
 def _errors(trained: Trained, name: str) -> dict[str, float | None]:
     """Return the ECE with 15 bins in each scope, under a calibration.
 
+    None where the calibration cannot be: without held-out images, or where the run has fitted the
+    confidence of new classes itself.
+
     - `none`: the logits as they are;
     - `temperature`: one, fitted on held-out images of the tuned classes;
     - `chosen`: as the run calibrates, see `calibrate.choose`;
@@ -86,9 +89,10 @@ def _errors(trained: Trained, name: str) -> dict[str, float | None]:
         return _ece(trained.scores)
     if name == "sals":
         return {scope: _sals(raw, model, scope) for scope in SCOPES}
-    calibration = Calibration()
-    if name in ("temperature", "dac") and len(trained.held_out):
-        held_out = trained.held_out
+    calibration, held_out = Calibration(), trained.held_out
+    if name in ("temperature", "dac"):
+        if not len(held_out) or (name == "dac" and model.fitted.outside != UNCHANGED):
+            return dict.fromkeys(SCOPES)
         calibration = Calibration(fit_temperature(held_out.tuned, held_out.labels))
     if name == "dac":
         calibration = replace(calibration, factors=_distance_factors(model))
@@ -110,15 +114,15 @@ def _sals(raw: Scores, model: TunedModel, scope: str) -> float | None:
         return None
     rows = np.isin(raw.labels, columns)
     labels = np.searchsorted(columns, raw.labels[rows])
-    own, frozen = (torch.from_numpy(z[rows][:, columns]) for z in (raw.tuned, raw.zero_shot))
-    probabilities = softmax(normalised(own, frozen).double().numpy())
+    logits, frozen = (torch.from_numpy(z[rows][:, columns]) for z in (raw.tuned, raw.zero_shot))
+    probabilities = softmax(normalised(logits, frozen).double().numpy())
     return float(all_metrics(probabilities, labels)["ece_15"])
 
 
 def _distance_factors(model: TunedModel) -> tuple[float, ...]:
     """Return γ of DAC: 1 for classes that were tuned on."""
     tuned = np.asarray(model.tuned)
-    rows = ClassRows.cpu(model.class_rows).rows.numpy()
+    rows = model.class_rows.cpu().rows.numpy()
     hand_written = model.zero_shot.detach().cpu().numpy()
     factors = np.ones(len(rows), np.float32)
     texts = TunedTexts(rows[tuned], hand_written[tuned])
@@ -127,11 +131,14 @@ def _distance_factors(model: TunedModel) -> tuple[float, ...]:
     return tuple(factors.tolist())
 
 
-def _measure_elsewhere(model: TunedModel, path: str) -> Figures:
-    """Return accuracy and ECE of a tuned model on the test images of another data set."""
-    dataset = read_dataset(path)
-    other = for_classes(model, dataset.class_names)
-    fingerprint = str(model.backbone.fingerprint())
-    with closing(EmbeddingCache(fingerprint, model.backbone.device.type)) as cache:
-        report = score_model(other, cache, dataset, "test").report("all")
+def _measure_elsewhere(model: TunedModel, target: Target) -> Figures:
+    """Return accuracy and ECE of a tuned model on another data set, or why there are none."""
+    fingerprint = model.backbone.fingerprint()
+    try:
+        dataset = read_dataset(target.path)
+        other = for_classes(model, dataset.class_names, target.template)
+        with closing(EmbeddingCache(fingerprint, model.backbone.device.type)) as cache:
+            report = score_model(other, cache, dataset, "test").report("all")
+    except CaptError as error:
+        return {"all": None, "ece": None, "error": str(error)}
     return {"all": report["all"]["accuracy"], "ece": report["all"]["ece_15"]}

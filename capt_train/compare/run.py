@@ -7,6 +7,7 @@ import os
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,18 +29,18 @@ def read_cells(folder: Path, plan: Plan) -> Lines:
     Raises:
         RunError: a line is no JSON object.
     """
-    wanted = {cell.key: cell.fingerprint for cell in plan.cells}
+    fingerprints = {cell.key: cell.fingerprint for cell in plan.cells}
     known: Lines = {}
     path = folder / CELLS
     for number, line in enumerate(_lines(path), start=1):
         try:
             values = json.loads(line)
-            key, settings = values["key"], values["settings"]
+            key, settings, calibrations = (values[name] for name in ("key", "settings", "ece"))
         except (json.JSONDecodeError, KeyError, TypeError) as cause:
             raise RunError(
                 f"{path}, line {number}: not as capt-compare writes it; remove it"
             ) from cause
-        if wanted.get(key) == settings:
+        if fingerprints.get(key) == settings and {*plan.calibrations} <= {*calibrations}:
             known[key] = values
     return known
 
@@ -97,41 +98,76 @@ def _line(cell: Cell, figures: dict[str, Any]) -> dict[str, Any]:
 def _measured(cells: list[Cell], plan: Plan) -> Iterator[tuple[Cell, dict[str, Any] | str]]:
     """Yield each cell with its figures, or with the reason why there are none."""
     if plan.processes == 1:
+        _begin_worker(None, plan.devices[0])
         for cell in cells:
-            yield cell, _measure_one(_on(cell, plan.devices[0]), plan.calibrations)
+            yield cell, _measure_one(cell, plan.calibrations)
         return
-    threads = max(1, (os.cpu_count() or 1) // plan.processes)
+    remaining = cells
+    while remaining:
+        done = []
+        for cell, outcome in _in_processes(remaining, plan):
+            done.append(cell)
+            yield cell, outcome
+        # a process that was killed takes its pool along; the cells behind it need another one
+        remaining = [cell for cell in remaining if cell not in done]
+
+
+def _in_processes(cells: list[Cell], plan: Plan) -> Iterator[tuple[Cell, dict[str, Any] | str]]:
+    """Yield cells as they end; where a process was killed, the cells that were being measured."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        plan.processes, context, initializer=_begin_worker, initargs=(threads,)
-    ) as pool:
-        jobs: dict[Future[Any], Cell] = {}
-        for place, cell in enumerate(cells):
-            device = plan.devices[place % len(plan.devices)]
-            jobs[pool.submit(_measure_one, _on(cell, device), plan.calibrations)] = cell
+    devices = context.Queue()
+    for place in range(plan.processes):
+        devices.put(plan.devices[place % len(plan.devices)])
+    threads = max(1, (os.cpu_count() or 1) // plan.processes)
+    pool = ProcessPoolExecutor(
+        plan.processes, context, initializer=_take_device, initargs=(threads, devices)
+    )
+    try:
+        jobs = {pool.submit(_measure_one, cell, plan.calibrations): cell for cell in cells}
         for job in as_completed(jobs):
-            yield jobs[job], job.result()
+            try:
+                yield jobs[job], job.result()
+            except BrokenProcessPool:
+                lost = [cell for other, cell in jobs.items() if not other.done() or _broke(other)]
+                for cell in lost[: plan.processes]:
+                    yield cell, "its process was killed; perhaps there is too little memory"
+                return
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _on(cell: Cell, device: str) -> Cell:
-    return replace(cell, config=cell.config.with_settings({"device": device}))
+def _broke(job: Future[Any]) -> bool:
+    return isinstance(job.exception(), BrokenProcessPool)
 
 
-def _begin_worker(threads: int) -> None:
+_device = "auto"  # of this process
+
+
+def _take_device(threads: int, devices: Any) -> None:
+    _begin_worker(threads, devices.get())
+    logging.getLogger("capt").setLevel(logging.ERROR)
+
+
+def _begin_worker(threads: int | None, device: str) -> None:
+    """Set the number of threads, None for the usual one, and the device of this process."""
+    global _device  # noqa: PLW0603 - a process pool hands nothing else to its tasks
+    _device = device
+    if threads is None:
+        return
     # before the libraries are loaded; more threads than cores make all of them slow
     for library in ("OMP", "OPENBLAS", "MKL"):
         os.environ[f"{library}_NUM_THREADS"] = str(threads)
     import torch
 
     torch.set_num_threads(threads)
-    logging.getLogger("capt").setLevel(logging.ERROR)
 
 
 def _measure_one(cell: Cell, calibrations: tuple[str, ...]) -> dict[str, Any] | str:
     from capt_train.compare.measure import measure
 
+    config = cell.config.with_settings({"device": _device})
     try:
-        return measure(cell, calibrations)
+        return measure(replace(cell, config=config), calibrations)
     except CaptError as error:
         return str(error)
     except Exception as error:  # a fault in one method must not end the others

@@ -131,7 +131,10 @@ class Learner(nn.Module):
         """Return the parts in force: those of the settings that this model can have."""
         built = {*self.transforms, *(self.visual.parts if self.visual is not None else ())}
 
-        trains = self.class_map is not None or self.text_parameters or self.visual_parameters
+        rows = [name for name in config.parts if PARTS[name].side == "rows"]
+        by_loss = any(not PARTS[name].closed_form for name in rows)
+        trained = self.class_map is not None or self.text_parameters or self.visual_parameters
+        trains = by_loss or trained
 
         def in_force(name: str) -> bool:
             part = PARTS[name]

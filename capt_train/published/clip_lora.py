@@ -9,9 +9,9 @@ from capt_train.clip.vision_tower import Tower
 from capt_train.method.base import BuildContext
 from capt_train.method.weight_updates import LoRA, LowRank, TextUpdates
 
-# α/r of the authors. They also drop a quarter of what goes into the updates at random, which
-# updates of weights cannot have.
-_RANK, _SCALE = 2, 0.5
+# α/√r of the authors' code, where the paper has α/r. They also drop a quarter of what goes into
+# the updates at random, which updates of weights cannot have.
+_RANK, _SCALE = 2, 2**-0.5
 
 
 class TextLoRA(TextUpdates):

@@ -55,9 +55,10 @@ class TeacherTexts(ClassPrompt):
         )
 
     def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        width = state[f"{prefix}teacher"].shape[1]  # not known without the teacher
-        self.teacher = self.teacher.new_zeros(len(self.teacher), width)
-        self.projector = nn.Parameter(self.projector.new_zeros(width, self.projector.shape[1]))
+        width = state[f"{prefix}teacher"].shape[1]
+        if width != self.teacher.shape[1]:  # not known without the teacher
+            self.teacher = self.teacher.new_zeros(len(self.teacher), width)
+            self.projector = nn.Parameter(self.projector.new_zeros(width, self.projector.shape[1]))
         super()._load_from_state_dict(state, prefix, *rest)
 
 

@@ -13,7 +13,7 @@ from capt_train.method.class_rows import ClassRows, RowPart, RowTask
 from capt_train.published.minibatches import Schedule, minimise
 
 _ALPHA, _BETA = 1.0, 5.5
-_SEARCHED = 20  # values of each of the two, up to 3 and 7, as the authors search them
+_SEARCHED = 20  # values of each of the two, up to 3 and 7; the authors try more of β
 _EPOCHS, _BATCH_SIZE, _RATE = 20, 256, 0.001
 
 

@@ -57,14 +57,22 @@ class VisualNorms(LayerNorms):
 class LinearClassifier(RowPart):
     """Rows `w_c` of `z_c = scale·f·w_c`, trained from the class embeddings."""
 
+    steps = _STEPS_A_SHOT * 16
+
+    @classmethod
+    def build(cls, context: BuildContext) -> "LinearClassifier":
+        """Return rows for as many steps as the settings' shots ask for."""
+        rows = cls(context.tuned, context.zero_shot.shape[1])
+        rows.steps = _STEPS_A_SHOT * (context.config.shots or 16)
+        return rows
+
     def fit(self, task: RowTask) -> None:
         """Train the rows by AdamW at 2e-4 on batches of 32."""
         rows = nn.Parameter(task.texts.clone())
         optimizer = torch.optim.AdamW([rows], 2e-4, weight_decay=0.01)
-        steps = _STEPS_A_SHOT * int(task.labels.bincount().max())
 
         def logits(images: Tensor) -> tuple[Tensor, Tensor]:
             return task.scale * images @ rows.T, functional.normalize(rows, dim=-1)
 
-        minimise(optimizer, logits, task, Schedule(32, steps))
+        minimise(optimizer, logits, task, Schedule(32, self.steps))
         self.weight.copy_(rows.detach())

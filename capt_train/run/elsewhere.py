@@ -21,12 +21,13 @@ def untuned_rows(model: TunedModel, names: Sequence[str]) -> Float[Tensor, "clas
     return model.outside_rows(model.fitted.mixture.rows(embeddings, [False] * len(names)))
 
 
-def for_classes(model: TunedModel, names: Sequence[str]) -> TunedModel:
+def for_classes(model: TunedModel, names: Sequence[str], template: str | None = None) -> TunedModel:
     """Return the model for other classes; one that the run knows by the same name keeps its row.
 
     Args:
         model: the run.
         names: of at least two classes.
+        template: hand-written prompt of the new ones; by default that of the run.
 
     Raises:
         ConfigError: the text side of the run is no constant row for each class.
@@ -35,6 +36,8 @@ def for_classes(model: TunedModel, names: Sequence[str]) -> TunedModel:
         raise ConfigError(
             f"--method {model.config.method}: not measured on other classes: {reason}"
         )
+    if template is not None:
+        model = replace(model, config=model.config.with_settings({"prompt.templates": (template,)}))
     known = {name: place for place, name in enumerate(model.class_names)}
     new = [name for name in names if name not in known]
     places = known | {name: len(known) + number for number, name in enumerate(new)}

@@ -25,6 +25,7 @@ from capt_train.run import folder as runs
 from capt_train.run.fitted import Fitted
 from capt_train.run.folder import TunedModel
 from capt_train.run.setup import Setup
+from capt_train.tune.candidates import folds_answer
 from capt_train.tune.checkpoint import TuningState
 from capt_train.tune.choice import Choice
 from capt_train.tune.cross_validation import out_of_fold_logits
@@ -73,7 +74,8 @@ def fit(setup: Setup, outcome: Outcome, out: Path) -> tuple[TunedModel, HeldOut]
     pairs = {(tuned[a], tuned[b]): round(count) for (a, b), count in before.confusions().items()}
     images = _tuned_images(outcome)
     mixture = _mixture(setup, outcome, images)
-    outside = UNCHANGED if outcome.choice is None else outcome.choice.outside
+    chosen = outcome.choice is not None and folds_answer(setup.config)
+    outside = outcome.choice.outside if outcome.choice is not None and chosen else UNCHANGED
     fitted = Fitted(pairs, mixture, learner.strength, outside=outside)
     rows = runs.mixed_rows(learner, setup.zero_shot, split, fitted)
     model = TunedModel(
@@ -121,13 +123,24 @@ def _tuned_images(outcome: Outcome) -> Float[Tensor, "samples dim"]:
 
 
 @torch.no_grad()
+def _training_images(outcome: Outcome) -> Float[Tensor, "samples dim"]:
+    """Return tuned embeddings of the training images."""
+    task, learner = outcome.task, outcome.learner
+    if learner.visual is None or task.views is None or task.views.tokens is None:
+        return task.train.embeddings
+    return learner.embed_tokens(task.views.tokens[0])
+
+
+@torch.no_grad()
 def _mixture(setup: Setup, outcome: Outcome, validation: Float[Tensor, "samples dim"]) -> Mixture:
     """Fit π on validation images; without any on training images, which favour what was learned."""
     learner, split, config = outcome.learner, setup.split, setup.config
     if "mixture" not in config.parts:
         return Mixture.learned_only(learner.learned)
     task, scale = outcome.task, setup.backbone.scale
-    images, shown = (validation, task.val) if len(task.val) else (task.train.embeddings, task.train)
+    images, shown = (validation, task.val)
+    if not len(task.val):
+        images, shown = _training_images(outcome), task.train
     images = images.to(task.reference.device)
     labels = shown.labels_among(split.tuned).to(images.device)
     texts = runs.all_texts(learner, setup.zero_shot)[:, list(split.tuned)]
@@ -159,11 +172,12 @@ def _held_out(
         return HeldOut(rows, items, labels, frozen(images), logits)
     images = outcome.frozen.train
     if setup.config.needs("teacher"):  # which has seen no label
-        shown = task.train.embeddings
-        if model.visual is not None and task.views is not None and task.views.tokens is not None:
-            shown = outcome.learner.embed_tokens(task.views.tokens[0])
-        logits = model.raw_logits(shown)[:, tuned].cpu()
-    elif model.visual is None and choice is not None and "mixture" not in setup.config.parts:
+        say(
+            "note: no validation images: confidences are too high if the teacher was tuned on the "
+            "training photos"
+        )
+        logits = model.raw_logits(task.train.embeddings)[:, tuned].cpu()
+    elif choice is not None and _answers(model, setup):
         shift = setup.backbone.logit_bias - choice.outside.offset  # as `mixed_rows` has it
         logits = choice.out_of_fold + shift
     else:
@@ -179,6 +193,12 @@ def _held_out(
     kept = images.kept(split.train)
     items = tuple(kept[row] for row in rows.tolist())
     return HeldOut(rows, items, task.labels[rows], frozen(images)[rows], logits[rows])
+
+
+def _answers(model: TunedModel, setup: Setup) -> bool:
+    """Tell whether what was judged on folds is all that the model is made of."""
+    alone = model.visual is None and "mixture" not in setup.config.parts
+    return alone and folds_answer(setup.config)
 
 
 def _calibrated(
@@ -216,7 +236,7 @@ def _write_confusions(
         tuned = list(setup.split.tuned)
         items = tuple(train.kept(setup.split.train))
         frozen = model.zero_shot_logits(train.embeddings)[:, tuned].cpu()
-        logits = model.raw_logits(task.train.embeddings)[:, tuned].cpu()
+        logits = model.raw_logits(_training_images(outcome))[:, tuned].cpu()
         images = HeldOut(torch.arange(len(items)), items, task.labels, frozen, logits)
     before, after = (
         ConfusionBank.fill(logits, images.labels, logits[:, :0])

@@ -1,7 +1,7 @@
 """The run folder: its files, how a run begins, and how a finished one is loaded."""
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -51,7 +51,7 @@ FILES = {
     "validation.safetensors": "embeddings and labels of the held-out images, for the export",
     BANK: "the confusion bank after its last update",
     COLOURS: "the map of the input's colours, and how much zero-shot gains by it",
-    UNLABELLED: "hashes of the photos without labels that a teacher answered",
+    UNLABELLED: "hashes of photos without labels and of a teacher's answers, for distillation",
     TRIAL: "the short trial of the visual side on half of the images, if there was one",
     "sentences.json, llm_answers.json": "sentences about confused pairs; answers of an LLM",
 }
@@ -124,7 +124,8 @@ class TunedModel:
         """Return uncalibrated logits z of tuned image embeddings."""
         if self.learner.obstacle is None:
             return self._logits(embeddings, self.class_rows)
-        return self.learner.logits(embeddings, range(len(self.class_names)))
+        logits = self.learner.logits(embeddings, range(len(self.class_names)))
+        return logits + self.backbone.logit_bias
 
     def zero_shot_logits(
         self, embeddings: Float[Tensor, "batch dim"]
@@ -281,9 +282,19 @@ def read_choice(folder: Path) -> Choice | None:
     return _read(folder / CHOICE, lambda values: Choice.from_dict(values, logits))
 
 
-def write_unlabelled(folder: Path, sha256: Sequence[str]) -> None:
-    """Write the hashes of the photos that the run learns without labels."""
-    write_json(folder / UNLABELLED, sorted(set(sha256)))
+def keep_unlabelled(folder: Path, photos: Collection[str], answers: str) -> None:
+    """Write the hashes of the photos that the run learns without labels, and of the answers.
+
+    Raises:
+        RunError: the run was begun with others.
+    """
+    content = {"photos": sorted(photos), "answers": answers}
+    path = folder / UNLABELLED
+    if path.exists() and read_json(path, RunError) != content:
+        raise RunError(
+            f"{folder}: was begun with other photos without labels, or with another teacher"
+        )
+    write_json(path, content)
 
 
 def read_unlabelled(folder: Path) -> frozenset[str]:
@@ -293,7 +304,9 @@ def read_unlabelled(folder: Path) -> frozenset[str]:
         RunError: the file is malformed.
     """
     path = folder / UNLABELLED
-    return _read(path, lambda values: frozenset(map(str, values))) if path.exists() else frozenset()
+    if not path.exists():
+        return frozenset()
+    return _read(path, lambda values: frozenset(map(str, values["photos"])))
 
 
 def read_trial(folder: Path) -> Trial | None:

@@ -1,5 +1,6 @@
 """The teacher of a distilled run, and its answers to photos without labels."""
 
+import hashlib
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +19,9 @@ from capt_train.clip.backbone import Backbone
 from capt_train.clip.loading import load_backbone
 from capt_train.data.embedding_cache import EmbeddingCache
 from capt_train.data.features import Features, embed
-from capt_train.method.learner import Learner
 from capt_train.run import folder as runs
 from capt_train.run.setup import Setup
 from capt_train.tune.stages import TuningTask, zero_shot_bank
-from capt_train.tune.views import embed_views
 
 
 @dataclass(frozen=True)
@@ -82,27 +81,22 @@ def load_teacher(setup: Setup) -> Teacher:
 
 
 def distilled(
-    setup: Setup,
-    task: TuningTask,
-    teacher: Teacher,
-    learner: Learner,
-    cache: EmbeddingCache,
-    out: Path,
+    setup: Setup, task: TuningTask, teacher: Teacher, cache: EmbeddingCache, out: Path
 ) -> TuningTask:
     """Return the task of learning the teacher's answers, among all classes, without any label.
 
-    The hashes of the photos are written to `unlabelled.json`.
+    The hashes of the photos and of the answers are written to `unlabelled.json`.
 
     Args:
         setup: of the run.
         task: of the labelled photos.
         teacher: whose most probable class stands for the label.
-        learner: decides what is kept of the photos for a visual side.
         cache: of the student's embeddings.
         out: the run folder.
 
     Raises:
         DataError: there are no readable photos.
+        RunError: a resumed run was begun with other photos or another teacher.
     """
     photos = _photos(setup)
     answered, targets = teacher.answers(setup, photos)
@@ -115,23 +109,11 @@ def distilled(
     if features.sha256 != answered.sha256:
         raise DataError(f"{photos.root}: photos changed while they were read; start again")
     say(f"learning the teacher's answers to {counted(len(features), 'photo')} without labels")
-    runs.write_unlabelled(out, features.sha256)
+    known = frozenset() if teacher.run is None else teacher.run.unlabelled
+    answers = hashlib.sha256(targets.numpy().tobytes()).hexdigest()
+    runs.keep_unlabelled(out, known.union(features.sha256), answers)
     features = replace(features, labels=targets.argmax(dim=1))
     everything = tuple(range(len(setup.split.class_names)))
-    views = None
-    if learner.visual is not None:
-        visual = setup.config.visual
-        views = embed_views(
-            setup.backbone,
-            learner,
-            photos,
-            items,
-            views=visual.views,
-            area=visual.view_area,
-            seed=setup.config.seed,
-            label="photos without labels",
-            workers=workers,
-        )
     bank = None
     if task.config.needs("bank"):
         bank = zero_shot_bank(task.scale, features, everything, setup.zero_shot)
@@ -142,9 +124,6 @@ def distilled(
         val=task.val.rows(torch.zeros(0, dtype=torch.long)),
         reference=setup.zero_shot,
         bank=bank,
-        views=views,
-        val_tokens=None,
-        alpha=None,
         targets=targets,
     )
 

@@ -103,4 +103,5 @@ def parts_by_epochs(config: TrainConfig) -> frozenset[str]:
 def folds_answer(config: TrainConfig) -> bool:
     """Tell whether a candidate on a fold is all that the run trains."""
     rows = {name for name in config.parts if PARTS[name].side == "rows"} - {"rows"}
-    return not (rows or config.needs("teacher") or "image-prompt" in config.parts)
+    beyond = config.needs("teacher") or "image-prompt" in config.parts or config.visual.joint
+    return not (rows or beyond)

@@ -83,7 +83,9 @@ class Epochs:
             chosen = None if mined is None else mined[rows]
             step = self._step(rows, size, views, chosen)
             terms = loss_terms(step, weights)
-            guides = None if self._guide is None else self._gradient(self._guide(step))
+            guides = None
+            if self._guide is not None:
+                guides = self._gradient(self._precision.scaled(self._guide(step)))
             for name, value in terms.items():
                 if not torch.isfinite(value):
                     raise FloatingPointError(f"the {name} term became {value.item()}")
@@ -131,7 +133,7 @@ class Epochs:
         task, device = self._task, self._device
         images = frozen = self._images(rows, views)
         gates: tuple[Tensor, ...] = ()
-        embeddings = reference = None
+        embeddings = None
         with self._precision.towers():
             if self._stage.visual:
                 alpha = None if task.alpha is None else task.alpha[rows].to(device)
@@ -139,7 +141,7 @@ class Epochs:
                 images, gates = encoded.embeddings, tuple(part[:size] for part in encoded.gates)
             if self._stage.text:
                 logits, texts = self._learner.answer(images, task.tuned)
-                embeddings, reference = texts.embeddings.float(), task.reference
+                embeddings = texts.embeddings.float()
                 gates += texts.gates
             else:
                 logits = self._class_rows().logits(images, task.scale)[None]
@@ -148,7 +150,7 @@ class Epochs:
             self._labels[rows],
             task.scale,
             embeddings,
-            reference,
+            task.reference,
             mined,
             images=images,
             frozen=frozen,
@@ -172,11 +174,8 @@ class Epochs:
 
     def _class_rows(self) -> ClassRows:
         """Return the class rows in force: those of the task where only the visual side is tuned."""
-        if self._stage.text:
-            return self._learner.class_rows(self._task.tuned)
-        if self._task.class_rows is None:
-            raise ValueError("the visual side is trained against class rows, the task has none")
-        return self._task.class_rows
+        fixed = None if self._stage.text else self._task.class_rows
+        return self._learner.class_rows(self._task.tuned) if fixed is None else fixed
 
     def _mine(self) -> tuple[Tensor | None, Tensor | None]:
         """Return the mined classes of each image, and the confused samples retrieved for it."""

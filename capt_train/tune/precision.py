@@ -47,19 +47,32 @@ class Precision:
             optimizer: of the parameters.
             parameters: what is trained.
             clip_norm: largest norm of the gradient; 0 for any.
-            guides: gradients that no step may oppose, one for each parameter; see `project`.
+            guides: gradients of a `scaled` loss, one for each parameter, that no step may oppose;
+                see `project`.
         """
         optimizer.zero_grad()
         self._scaler.scale(loss).backward()
         self._scaler.unscale_(optimizer)
         if guides is not None:
-            project(parameters, guides)
+            guides = [guide / self._scaler.get_scale() for guide in guides]
+            if all(torch.isfinite(guide).all() for guide in guides):
+                project(parameters, guides)
+            elif self._scaler.get_scale() <= 1:
+                return False
+            else:  # as for the gradient itself: no step, and a smaller scale
+                self._scaler.update(self._scaler.get_scale() / 2)
+                return True
         norm = nn.utils.clip_grad_norm_(parameters, clip_norm or float("inf"))
         if not torch.isfinite(norm) and self._scaler.get_scale() <= 1:  # 1 without fp16
             return False
         self._scaler.step(optimizer)
         self._scaler.update()
         return True
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """Return a loss times the scale that keeps gradients of fp16 from underflow."""
+        scaled: Tensor = self._scaler.scale(loss)
+        return scaled
 
     def state(self) -> dict[str, Tensor]:
         """Return the scaler's state for a resumed run; empty without fp16."""

@@ -27,10 +27,16 @@ from capt_deploy.data.datasets import Dataset, Item
 from capt_train.calibrate.temperature import fit_temperature
 from capt_train.data.embedding_cache import EmbeddingCache
 from capt_train.data.features import embed
-from capt_train.method.class_rows import UNCHANGED, ClassRows
+from capt_train.method.class_rows import ClassRows
 from capt_train.run.folder import TunedModel
 from export.source.classes import hand_written_rows, untuned_rows
-from export.source.model import Source, confusion_pairs, provenance
+from export.source.model import (
+    Source,
+    confidence_outside_fitted,
+    confusion_pairs,
+    provenance,
+    refuse_unfoldable,
+)
 from export.source.photos import Photo, choose_photos
 
 
@@ -73,9 +79,7 @@ def source_from_runs(models: Sequence[TunedModel], gate_data: str | Path | None 
         pairs=confusion_pairs(models),
         training=_provenance(models),
         photos=photos,
-        outside_fitted=any(
-            model.fitted.outside != UNCHANGED or model.learner.rows is not None for model in models
-        ),
+        outside_fitted=any(map(confidence_outside_fitted, models)),
     )
 
 
@@ -87,6 +91,7 @@ def _refuse_misfits(models: Sequence[TunedModel]) -> None:
         names = ", ".join(f"{name} ({sha256}…)" for sha256, name in hashes.items())
         raise ConfigError(f"merging: expected runs of one model and preprocessing, came {names}")
     for number, model in enumerate(models, start=1):
+        refuse_unfoldable(model)
         if model.moves_images:
             raise ConfigError(
                 f"merging: run {number} ({model.config.data}) has a tuned visual side, and runs "

@@ -14,7 +14,7 @@ from capt_deploy.confidence.calibration import Calibration
 from capt_deploy.confidence.distance_aware import TunedTexts
 from capt_deploy.core.errors import ConfigError
 from capt_deploy.core.version import __version__
-from capt_train.method.class_rows import UNCHANGED, ClassRows
+from capt_train.method.class_rows import UNCHANGED, ClassRows, GaussianRows
 from capt_train.method.learner import Learner
 from capt_train.run.folder import TunedModel
 from export.source.fold import FoldedHead, fold
@@ -90,11 +90,7 @@ def source_from_run(model: TunedModel, gate_data: str | Path | None = None) -> S
         ConfigError: the text side of the run cannot be folded.
         DataError: `gate_data` holds no images.
     """
-    if (reason := model.learner.obstacle) is not None:
-        raise ConfigError(
-            f"--method {model.config.method} cannot be exported: {reason}; expected a run of a "
-            "method that folds, such as the default"
-        )
+    refuse_unfoldable(model)
     return Source(
         learner=model.learner,
         class_names=model.class_names,
@@ -108,8 +104,22 @@ def source_from_run(model: TunedModel, gate_data: str | Path | None = None) -> S
         training=provenance(model),
         photos=choose_photos([model], model.class_names, gate_data),
         validation=_validation_images(model),
-        outside_fitted=model.fitted.outside != UNCHANGED or model.learner.rows is not None,
+        outside_fitted=confidence_outside_fitted(model),
     )
+
+
+def refuse_unfoldable(model: TunedModel) -> None:
+    """Raise a ConfigError for a run whose text side is no constant row for each class."""
+    if (reason := model.learner.obstacle) is not None:
+        raise ConfigError(
+            f"--method {model.config.method} cannot be exported: {reason}; expected a run of a "
+            "method that folds, such as the default"
+        )
+
+
+def confidence_outside_fitted(model: TunedModel) -> bool:
+    """Tell whether held-out classes have fitted the confidence of classes without photos."""
+    return model.fitted.outside != UNCHANGED or isinstance(model.learner.rows, GaussianRows)
 
 
 @torch.no_grad()

@@ -86,7 +86,15 @@ def test_a_class_folder_without_a_name_is_an_error(tmp_path: Path) -> None:
         read_dataset(tmp_path)
 
 
-def test_names_without_photos_say_where_they_are_expected(tmp_path: Path) -> None:
+def test_a_folder_that_only_has_such_a_list_is_read_as_usual(tmp_path: Path) -> None:
     (tmp_path / "classnames.txt").write_text(NAMES)
-    with pytest.raises(DataError, match="expected photos in one of images, imagenet-a"):
-        read_dataset(tmp_path)
+    photo(tmp_path / "cats" / "x.png")
+    photo(tmp_path / "dogs" / "x.png")
+    assert read_dataset(tmp_path).class_names == ("cats", "dogs")
+
+
+def test_classes_that_share_a_name_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "classnames.txt").write_text("n01 missile\nn02 missile\n")
+    for label in ("n01", "n02"):
+        photo(tmp_path / "imagenet-r" / label / "x.png")
+    assert read_dataset(tmp_path).class_names == ("missile", "missile (n02)")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,6 +159,20 @@ def test_processes_measure_the_same(write: Write, tmp_path: Path) -> None:
         return {cell["key"]: [cell[name] for name in kept] for cell in lines(folder)}
 
     assert figures(alone) == figures(beside)
+
+
+def test_a_process_that_is_killed_does_not_end_the_others(write: Write, tmp_path: Path) -> None:
+    killer = {"name": "killer", "method": "coop", "settings": {**FEW, "prompt.words": "KILL"}}
+    config = write(methods=[killer, "zeroshot", "class-means"], shots=[1], processes=2)
+    # a worker imports this module by its name, and with it what kills it
+    code = "from tests.capt_train.compare.killing import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(config)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "its process was killed; perhaps there is too little memory" in done.stderr
+    rows = {cell["row"] for cell in lines(tmp_path / "papers")}
+    assert "class-means" in rows and "killer" not in rows
 
 
 def test_two_writers_in_one_folder_are_refused(write: Write, tmp_path: Path) -> None:

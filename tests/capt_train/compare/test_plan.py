@@ -125,7 +125,7 @@ def test_a_data_set_that_is_missing_says_what_to_get(write: Write, tmp_path: Pat
 
 def test_targets_are_measured_with_every_run(write: Write, tmp_path: Path) -> None:
     plan = read_plan(write(targets={"sketch": "other"}))
-    assert plan.cells[0].targets == {"sketch": str(tmp_path / "other")}
+    assert plan.cells[0].targets == {"sketch": (str(tmp_path / "other"), None)}
 
 
 def test_a_teacher_beside_the_configuration_is_found(write: Write, tmp_path: Path) -> None:
@@ -138,7 +138,10 @@ def test_a_teacher_beside_the_configuration_is_found(write: Write, tmp_path: Pat
 def test_the_fingerprint_knows_what_decides_a_result(write: Write) -> None:
     first = read_plan(write()).cells[1]
     assert read_plan(write(processes=2, devices=["cpu"])).cells[1].fingerprint == first.fingerprint
-    assert read_plan(write(settings={"tuning.epochs": 9})).cells[1].fingerprint != first.fingerprint
+    elsewhere = {"data": {"pets": "far/away/photos"}, "model": "local-dir:other/tiny"}
+    assert read_plan(write(**elsewhere)).cells[1].fingerprint == first.fingerprint
+    for changes in ({"settings": {"tuning.epochs": 9}}, {"model": "x"}, {"targets": {"a": "b"}}):
+        assert read_plan(write(**changes)).cells[1].fingerprint != first.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -147,16 +150,27 @@ def test_the_fingerprint_knows_what_decides_a_result(write: Write) -> None:
         ({"shot": [1]}, "shot: no such key; did you mean shots"),
         ({"data": {}}, "data: expected at least one"),
         ({"data": {"pets": {"path": "a", "modle": "x"}}}, "data.pets.modle: no such key"),
-        ({"data": ["pets"]}, "data.pets: expected a path; known without one: imagenet"),
+        ({"data": ["pets"]}, "pets: expected a path; known without one: imagenet"),
         ({"model": None}, "data.pets: expected a model"),
         ({"methods": ["copo"]}, "methods: no method 'copo'; did you mean coop"),
-        ({"methods": [{"name": "x"}]}, "methods: expected a name or an object with method"),
+        ({"methods": [{"name": "x"}]}, "methods: no method ''"),
         ({"methods": ["coop", {"name": "coop", "method": "map"}]}, "two have the same name"),
         ({"methods": [{"method": "coop", "settings": {"epochs": 1}}]}, "no setting 'epochs'"),
         ({"calibrations": ["platt"]}, "calibrations: no 'platt'"),
         ({"seeds": {"4": [1]}}, "seeds: expected a list for each of the shots"),
         ({"reference": "KgCoOp"}, "reference: no row 'KgCoOp'"),
-        ({"variants": ["tcpt"]}, "variants: expected"),
+        ({"variants": ["tcpt"]}, "variants: expected an object"),
+        ({"variants": {"+": "tcpt"}}, r"variants.\+: expected a list of parts"),
+        ({"variants": {"+": ["tcp"]}}, r"variants.\+: no part 'tcp'; did you mean tcpt"),
+        ({"shots": 16}, "shots: expected a list, came 16"),
+        ({"shots": ["x"]}, "expected whole numbers"),
+        ({"seeds": 3}, "seeds: expected a list or an object"),
+        ({"settings": []}, "settings: expected an object"),
+        ({"processes": 0}, "processes: expected 1 or more"),
+        ({"devices": "cuda:0"}, "devices: expected a list"),
+        ({"targets": {"pets": {"path": "x"}}}, "pets: expected a path"),
+        ({"methods": [{"method": "coop", "data": ["cats"]}]}, "methods.data: no data set 'cats'"),
+        ({"methods": [{"method": "coop", "data": "pets"}]}, "methods.data: expected a list"),
     ],
 )
 def test_a_mistake_is_named_with_the_file(

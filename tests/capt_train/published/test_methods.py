@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from capt_deploy.core.errors import ConfigError
 from capt_deploy.data.preprocess import preprocess
 from capt_deploy.serving.classifier import Classifier
 from capt_train.config import TrainConfig
+from capt_train.method.class_rows import UNCHANGED
 from capt_train.methods import METHODS
 from capt_train.pipeline import Trained, tune_and_measure
 from capt_train.run.folder import load_run
@@ -46,6 +48,15 @@ def trained(
         )
 
     return trained
+
+
+@pytest.fixture
+def without_val(photos: Path, tmp_path: Path) -> Path:
+    """Return the photos without validation photos."""
+    folder = tmp_path / "photos"
+    for split in ("train", "test"):
+        shutil.copytree(photos / split, folder / split)
+    return folder
 
 
 @torch.no_grad()
@@ -97,6 +108,38 @@ def test_the_terms_of_tcpt_change_what_a_method_learns(
     (tmp_path / "run").rename(tmp_path / "other")
     other = answers(trained("cocoop", added=("tcpt",)).model, photos)
     assert not np.allclose(plain, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["maple", "2sfs", "cocoop", "clap", "tip-adapter"])
+def test_without_validation_photos_folds_of_the_whole_method_calibrate(
+    name: str, trained: Callable[..., Trained], without_val: Path
+) -> None:
+    done = trained(name, data=str(without_val))
+    assert len(done.held_out) == 6 and done.model.fitted.outside == UNCHANGED
+    assert done.held_out.tuned.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"visual.joint": True, "method": "capt"}, "visual.joint: expected without map and rows"),
+        (
+            {"method": "cocoop", "added": ("mixture",)},
+            "part image-prompt: expected without mixture",
+        ),
+        ({"method": "tac", "prompt.count": 2}, "part cluster-prompt: expected one context"),
+        ({"method": "maple", "prompt.class_specific": True}, "part coupled-prompts: expected one"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig("", "").with_settings(settings)
+
+
+def test_terms_on_rows_are_reported(trained: Callable[..., Trained]) -> None:
+    assert {"margin", "moments", "clap"} == {*trained("clap", added=("tcpt",)).report["parts"]}
 
 
 @pytest.mark.parametrize("name", ["promptsrc", "prograd", "tac"])

@@ -137,10 +137,10 @@ def test_updates_are_those_of_a_model_with_changed_weights(
     assert not torch.allclose(expected, tiny_backbone.class_embeddings(NAMES, ["a photo of a {}."]))
 
 
-def test_lora_of_clip_lora_has_rank_2_and_scale_a_half(tiny_backbone: Backbone) -> None:
+def test_lora_of_clip_lora_has_rank_2_and_the_scale_of_its_code(tiny_backbone: Backbone) -> None:
     products = make(tiny_backbone, "text-lora").prompts[0].products
     for update, up, down in zip(products().values(), products.up, products.down, strict=True):
-        stacked = [0.5 * u @ d for u, d in zip(up, down, strict=True)]
+        stacked = [2**-0.5 * u @ d for u, d in zip(up, down, strict=True)]
         assert [u.shape[1] for u in up] == [2, 2, 2]
         torch.testing.assert_close(update, torch.cat(stacked))
 

@@ -17,7 +17,7 @@ from capt_train.pipeline import Trained, train, tune_and_measure
 from capt_train.run.folder import load_run
 from tests.configs import changed
 
-FEW = {"tuning_epochs": 30, "tuning_batch_size": 8, "tuning_learning_rate": 0.05}
+FEW = {"tuning_epochs": 30, "tuning_batch_size": 8}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_a_student_comes_near_its_teacher_without_labels(
     )
     done = tune_and_measure(student(distillation_unlabelled=str(folder)), tmp_path / "run")
     assert disagreement(done, photos, teacher) < 0.8 * disagreement(start, photos, teacher)
-    hashes = json.loads((tmp_path / "run" / "unlabelled.json").read_text())
+    hashes = json.loads((tmp_path / "run" / "unlabelled.json").read_text())["photos"]
     assert len(hashes) == len(list(folder.iterdir()))
     assert done.report["transductive"] == 0
     loaded = load_run(tmp_path / "run")
@@ -88,6 +88,37 @@ def test_test_photos_without_labels_are_called_transductive(
     report = train(config, tmp_path / "run")
     assert report["transductive"] == len(list((photos / "test").rglob("*.png")))
     assert "note: transductive: 20 test images are among the photos" in capsys.readouterr().err
+
+
+def test_a_resumed_run_keeps_its_teacher_and_its_photos(
+    student: Callable[..., TrainConfig], photos: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from capt_train.tune import tune
+
+    config = student(distillation_unlabelled=str(photos / "train"), tuning_epochs=3)
+    expected = tune_and_measure(config, tmp_path / "whole").model.class_rows.rows
+    epochs = tune._next
+
+    def stop(state: Any, *rest: Any) -> Any:
+        if state.epoch == 1:
+            raise KeyboardInterrupt
+        return epochs(state, *rest)
+
+    monkeypatch.setattr(tune, "_next", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run")
+    monkeypatch.undo()
+    other = changed(config, distillation_unlabelled=str(photos / "test"))
+    with pytest.raises(CaptError, match="was begun with other photos without labels"):
+        train(other, tmp_path / "run", resume=True)
+    found = tune_and_measure(config, tmp_path / "run", resume=True).model.class_rows.rows
+    assert torch.equal(found, expected)
+
+
+def test_parts_that_need_labels_are_refused(student: Callable[..., TrainConfig]) -> None:
+    for name in ("map", "clap", "mixture", "lora"):
+        with pytest.raises(ConfigError, match=f"part distillation: expected without {name}"):
+            student(added=(name,))
 
 
 def test_without_unlabelled_photos_it_learns_from_the_training_photos(
