@@ -1,5 +1,6 @@
 """Figures of a comparison: accuracy over shots, and calibration errors."""
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -9,10 +10,14 @@ from capt_train.compare.run import Lines
 from capt_train.compare.tables import main_accuracy, select
 
 _MARKS = "osD^v<>PX*"
+_Cells = Sequence[Mapping[str, Any]]
 
 
 def draw(folder: Path, plan: Plan, cells: Lines) -> list[str]:
-    """Draw two figures for each data set into a folder and return their names."""
+    """Draw two figures for each data set into a folder and return their names.
+
+    Each row of a figure is a method; marks stand for numbers of shots, or for calibrations.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -20,9 +25,13 @@ def draw(folder: Path, plan: Plan, cells: Lines) -> list[str]:
 
     names = []
     for data in plan.data:
-        for kind, plot in (("shots", _over_shots), ("ece", _errors)):
-            figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-            if plot(axes, plan, cells, data):
+        for kind, plot in (("shots", _accuracies), ("ece", _errors)):
+            groups = {row: select(cells, data=data, row=row) for row in plan.rows}
+            groups = {row: group for row, group in groups.items() if group}
+            height = 2 + 0.22 * len(groups)  # inches, for a line of text each
+            figure, axes = pyplot.subplots(figsize=(9, height), layout="constrained")
+            if groups:
+                plot(axes, plan, groups)
                 axes.set_title(data)
                 names.append(f"{data}-{kind}.png")
                 figure.savefig(folder / names[-1], dpi=120)
@@ -30,54 +39,52 @@ def draw(folder: Path, plan: Plan, cells: Lines) -> list[str]:
     return names
 
 
-def _over_shots(axes: Any, plan: Plan, cells: Lines, data: str) -> bool:
-    """Draw the accuracy of each row over the number of shots, with the range of its seeds."""
-    counts = sorted({cell.config.shots for cell in plan.cells if cell.config.shots is not None})
-    if len(counts) < 2:
-        return False
-    for place, row in enumerate(plan.rows):
-        groups = [(count, select(cells, data=data, row=row, shots=count)) for count in counts]
-        groups = [(count, group) for count, group in groups if group]
-        if not groups:
-            continue
-        values = [[100 * main_accuracy(cell) for cell in group] for _, group in groups]
-        middle = [fmean(group) for group in values]
-        ranges = [
-            [m - min(group) for m, group in zip(middle, values, strict=True)],
-            [max(group) - m for m, group in zip(middle, values, strict=True)],
-        ]
-        mark = _MARKS[place % len(_MARKS)]
-        style = "--" if "+" in row else "-"
-        axes.errorbar(
-            [count for count, _ in groups], middle, ranges, marker=mark, ls=style, lw=1, label=row
-        )
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(counts, [str(count) for count in counts])
-    axes.set_xlabel("photos of each class")
-    axes.set_ylabel("accuracy, %")
-    axes.legend(fontsize=6, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
-    return True
+def _accuracies(axes: Any, plan: Plan, groups: Mapping[str, _Cells]) -> None:
+    """Mark the accuracy of each row with each number of shots; a line is the range of seeds."""
+    for shots in dict.fromkeys(cell.config.shots for cell in plan.cells):
+
+        def value(cell: Mapping[str, Any], shots: int | None = shots) -> float | None:
+            return main_accuracy(cell) if cell["shots"] == shots else None
+
+        _mark(axes, groups, value, "all" if shots is None else str(shots))
+    axes.set_xlabel("accuracy, %; the harmonic mean of tuned and new classes where both are")
+    axes.legend(title="photos of\neach class", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def _errors(axes: Any, plan: Plan, cells: Lines, data: str) -> bool:
-    """Draw the ECE of each row with the most shots, one bar for each calibration."""
-    counts = [cell.config.shots for cell in plan.cells if cell.data == data]
-    most = None if None in counts else max(count for count in counts if count is not None)
-    rows = [row for row in plan.rows if select(cells, data=data, row=row, shots=most)]
-    for place, name in enumerate(plan.calibrations):
-        values = []
-        for row in rows:
-            errors = [
-                cell["ece"].get(name) or {}
-                for cell in select(cells, data=data, row=row, shots=most)
-            ]
-            known = [error["all"] for error in errors if error.get("all") is not None]
-            values.append(100 * fmean(known) if known else float("nan"))
-        height = 0.8 / len(plan.calibrations)
-        places = [number + place * height for number in range(len(rows))]
-        axes.barh(places, values, height, label=name, hatch=["", "//", "..", "xx", "--"][place % 5])
-    axes.set_yticks([number + 0.4 for number in range(len(rows))], rows, fontsize=6)
-    axes.invert_yaxis()
-    axes.set_xlabel("ECE among all classes, 15 bins, %")
-    axes.legend(title="calibration")
-    return bool(rows)
+def _errors(axes: Any, plan: Plan, groups: Mapping[str, _Cells]) -> None:
+    """Mark the ECE of each row with the most shots, under each calibration."""
+    counts = [cell["shots"] for group in groups.values() for cell in group]
+    most = None if None in counts else max(counts)
+    for name in plan.calibrations:
+
+        def value(cell: Mapping[str, Any], name: str = name) -> float | None:
+            error: float | None = (cell["ece"].get(name) or {}).get("all")
+            return error if cell["shots"] == most else None
+
+        _mark(axes, groups, value, name)
+    axes.set_xlabel(f"ECE among all classes, 15 bins, {most or 'all'} photos of each class, %")
+    axes.legend(title="calibration", loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _mark(
+    axes: Any,
+    groups: Mapping[str, _Cells],
+    value: Callable[[Mapping[str, Any]], float | None],
+    label: str,
+) -> None:
+    """Draw one mark in each row: the mean of the values that there are."""
+    points, low, high = [], [], []
+    for height, group in enumerate(groups.values()):
+        known = [100 * v for v in map(value, group) if v is not None]
+        if known:
+            points.append((fmean(known), height))
+            low.append(fmean(known) - min(known))
+            high.append(max(known) - fmean(known))
+    if points:
+        x, y = zip(*points, strict=True)
+        mark = _MARKS[len(axes.containers) % len(_MARKS)]
+        axes.errorbar(x, y, xerr=(low, high), fmt=mark, ms=5, lw=1, alpha=0.8, label=label)
+    axes.set_yticks(range(len(groups)), groups, fontsize=8)
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    axes.grid(axis="y", lw=0.3)
