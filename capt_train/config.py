@@ -170,7 +170,8 @@ class TrainConfig(SettingsGroup):
         """Return the weights in force: 0 where a part is off, or another term replaces one."""
         off = [name for part in {*PARTS} - self.parts for name in PARTS[part].losses]
         terms = [term for part in self.parts for term in PARTS[part].losses.values()]
-        return {**self.losses, **dict.fromkeys([*off, *(t.replaces for t in terms)], 0.0)}
+        replaced = [term.replaces for term in terms if term.replaces]
+        return {**self.losses, **dict.fromkeys([*off, *replaced], 0.0)}
 
     def needs(self, prepared: str) -> bool:
         """Tell whether a part that is on needs something prepared, such as the `bank`."""

@@ -171,13 +171,13 @@ PUBLISHED: dict[str, Part] = {
         average=f"{_PUBLISHED}.promptsrc:gaussian",
     ),
     "text-lora": Part(
-        "low-rank updates of the text tower's attention (CLIP-LoRA)",
+        "CLIP-LoRA in the text tower: updates of its attention",
         "prompt",
         f"{_PUBLISHED}.clip_lora:TextLoRA",
         single_prompt=True,
     ),
     "visual-lora": Part(
-        "low-rank updates of the visual tower's attention (CLIP-LoRA)",
+        "CLIP-LoRA in the visual tower: updates of its attention",
         "visual",
         f"{_PUBLISHED}.clip_lora:VisualLoRA",
     ),

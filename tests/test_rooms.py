@@ -8,12 +8,14 @@ from tests.rooms import PACKAGES, read_packages
 
 ROOT = Path(__file__).parents[1]
 MOST_MODULES = 14
+ONE_FILE_EACH = {"capt_train/published"}  # methods, of which there may be any number
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_folder_is_crowded_and_no_rooms_import_each_other(package: str) -> None:
     rooms = read_packages(ROOT)[package]
-    assert {folder: count for folder, count in rooms.modules.items() if count > MOST_MODULES} == {}
+    crowded = {folder: count for folder, count in rooms.modules.items() if count > MOST_MODULES}
+    assert {*crowded} <= ONE_FILE_EACH
     assert rooms.circles() == []
 
 

@@ -226,8 +226,8 @@ def test_only_terms_of_parts_that_are_on_have_a_weight() -> None:
     }
     for method, terms in on.items():
         in_force = replace(CONFIG, method=method, losses=weights).loss_weights
-        expected = {name: own if name in terms else 0.0 for name, own in weights.items()}
-        assert in_force == expected
+        expected = {name: weights[name] for name in weights if name in terms}
+        assert {name: weight for name, weight in in_force.items() if weight} == expected
     off = replace(CONFIG, method="coop", added=("tcpt",), without=("margin",), losses=weights)
     assert (off.loss_weights["margin"], off.loss_weights["moments"]) == (0.0, weights["moments"])
 
@@ -270,8 +270,8 @@ def test_a_method_given_as_a_setting_brings_its_parts() -> None:
     config = CONFIG.with_settings(changes)
     assert config.method == "coa"
     assert config.parts == {"prompt", "coa"}
-    off = dict.fromkeys(("infonce", "margin", "moments"), 0.0)
-    assert config.loss_weights == {**default_losses(), "coa": 0.5, **off}
+    in_force = {name: weight for name, weight in config.loss_weights.items() if weight}
+    assert in_force == {"cross_entropy": 1.0, "coa": 0.5, "balance": 0.01}
     assert config.losses["margin"] == 9.0  # kept, for the day the part is on
 
 

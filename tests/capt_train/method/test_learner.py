@@ -230,7 +230,7 @@ def test_it_starts_at_the_bits_of_its_backbone(
 
 def test_a_colour_map_is_fitted_and_not_trained(tiny_backbone: Backbone) -> None:
     config = train_config(data="", model="", method="zeroshot", added=("colours", "prompt"))
-    for colours, parts in ((None, {"prompt"}), (MAP, {"prompt", "colours"})):
+    for colours, parts in ((None, set()), (MAP, {"colours"})):
         learner = make(tiny_backbone.recoloured(colours))
         assert not learner.trainable
         assert learner.recoloured == (colours is not None)
@@ -243,7 +243,7 @@ def test_a_colour_map_is_fitted_and_not_trained(tiny_backbone: Backbone) -> None
 def test_a_tower_without_tokens_says_which_parts_it_leaves_out(
     tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = train_config(data="", model="", method="full")
+    config = train_config(data="", model="", method="full", prompt_depth=2)
     assert left_out(tiny_backbone, config) == []
     monkeypatch.setattr(tiny_backbone, "tower", None)
     (notice,) = left_out(tiny_backbone, config)

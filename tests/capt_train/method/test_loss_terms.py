@@ -12,7 +12,8 @@ from capt_train import parts
 from capt_train.method import loss_terms, losses
 from capt_train.method.loss_terms import Retrieved, Step, weighted_sum
 
-ALL = dict.fromkeys(parts.loss_terms(), 1.0)
+PUBLISHED = {name for part in parts.PUBLISHED.values() for name in part.losses}
+ALL = dict.fromkeys((name for name in parts.loss_terms() if name not in PUBLISHED), 1.0)
 
 
 def random(*shape: int, seed: int) -> torch.Tensor:

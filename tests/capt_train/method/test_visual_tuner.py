@@ -53,7 +53,8 @@ def tuner_of(
         ffn = tower.ffn(tower.depth - 1)
         parts["sample-experts"] = SampleExperts(ffn, experts, rank, draw, tower.depth - 1)
     if prompt_depth:
-        parts["visual-prompts"] = VisualPrompts(tower, prompt_depth, prompt_tokens, draw)
+        blocks = range(tower.depth)[-prompt_depth:]
+        parts["visual-prompts"] = VisualPrompts(tower, blocks, prompt_tokens, draw)
     return VisualTuner(tower, parts)
 
 
@@ -219,7 +220,7 @@ def test_new_experts_differ_from_one_another_in_what_they_will_learn():
 
 def test_prompts_stand_behind_the_own_tokens_and_replace_those_of_the_block_before():
     tower = open_tower(small_timm(depth=6, reg_tokens=1), (16, 16))
-    prompts = VisualPrompts(tower, 2, 3, generator())
+    prompts = VisualPrompts(tower, range(tower.depth)[-2:], 3, generator())
     tokens = torch.arange(2 * 6 * 24.0).reshape(2, 6, 24)  # two leading, four patches
     assert torch.equal(prompts.before_attention(3, tokens), tokens)
     first = prompts.before_attention(4, tokens)

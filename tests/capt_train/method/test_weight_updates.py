@@ -85,7 +85,7 @@ def test_lora_adds_a_product_to_query_key_value_and_both_ffn_layers(write_model,
     part: Any = learner.visual.parts["lora"]  # type: ignore[union-attr]
     other = copy.deepcopy(backbone)
     blocks = range(max(0, 4 - depth), 4)
-    factors = zip(part.down, part.up, strict=True)
+    factors = zip(part.products.down, part.products.up, strict=True)
     for block in blocks:
         layers = other.model.visual.transformer.resblocks[block]
         for weight, stack in (

@@ -96,7 +96,7 @@ def test_every_term_is_float32_and_a_step_moves_the_parameters(learner, tiny_bac
     moved: set[str] = set()
     for _ in range(1 if name != "fp16" else 20):  # fp16 looks for its scale first
         terms = loss_terms(a_step(learner, tiny_backbone, precision), WEIGHTS)
-        assert precision.step(weighted_sum(terms, WEIGHTS), optimizer, learner.parameters(), 1.0)
+        assert precision.step(weighted_sum(terms, WEIGHTS), optimizer, [*learner.parameters()], 1.0)
         own = learner.named_parameters()
         moved |= {key for key, value in own if not torch.equal(before[key], value)}
     assert {key.split(".")[0] for key in moved} == {"prompts", "transforms", "tuner"}
