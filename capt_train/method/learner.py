@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from capt_deploy.core.console import counted
 from capt_train.clip.backbone import Backbone
 from capt_train.clip.vision_tower import Tower
 from capt_train.config import TrainConfig
@@ -335,10 +336,8 @@ def left_out(backbone: Backbone, config: TrainConfig) -> list[str]:
         obstacles |= {name: code.obstacle(tower) for name, code in parts.items()}
     notes = [f"{why}; left out: {name}" for name, why in obstacles.items() if why]
     if "text-prompts" in config.parts and prompts and config.prompt.depth > backbone.text.depth:
-        reached = backbone.text.depth
-        notes.append(
-            f"{reached} blocks of the text tower can be reached; all of them have a context"
-        )
+        reached = counted(backbone.text.depth, "block")
+        notes.append(f"{reached} of the text tower can be reached; contexts go no deeper")
     if parts and tower is None:
         kind = type(backbone.model.visual).__name__
         notes.append(

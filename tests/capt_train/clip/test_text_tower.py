@@ -17,8 +17,10 @@ from transformers import BertConfig
 from capt_deploy.core.errors import ModelError
 from capt_train.clip.backbone import Backbone
 from capt_train.clip.loading import load_backbone
+from capt_train.method.learner import left_out
 from capt_train.method.prompt import PromptLearner
 from capt_train.setting_groups import PromptSettings
+from tests.configs import train_config
 from tests.families import family
 
 CPU = torch.device("cpu")
@@ -146,8 +148,11 @@ def test_a_hugging_face_tower_takes_a_prompt_but_no_deeper_one(bert: Path) -> No
     (prompt(range(3)) @ expected[0].flip(0)).sum().backward()
     assert prompt.context.grad is not None
     assert (prompt.context.grad.abs().amax(dim=1) > 0).all()
-    with pytest.raises(ModelError, match=r"prompt.depth: expected at most 1, .* came 2"):
-        PromptLearner(backbone, NAMES, (0, 1), PromptSettings(depth=2))
+    deeper = PromptLearner(backbone, NAMES, (0, 1), PromptSettings(depth=2))
+    torch.testing.assert_close(deeper(range(3)), prompt(range(3)), rtol=0, atol=0)
+    config = train_config(data="", model="", prompt_depth=2, added=("text-prompts",))
+    (notice,) = left_out(backbone, config)
+    assert notice.startswith("1 block of the text tower can be reached; contexts go no deeper")
 
 
 class Aside(nn.Module):
