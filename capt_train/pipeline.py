@@ -29,6 +29,7 @@ from capt_train.run.fitting import HeldOut, Outcome, fit
 from capt_train.run.folder import TunedModel
 from capt_train.run.recolour import recolour
 from capt_train.run.setup import Setup, absolute, load, locked, prepare
+from capt_train.run.suspects import write_suspects
 from capt_train.run.teacher import distilled, load_teacher
 from capt_train.run.visual_side import tune_visual_side, with_tokens
 from capt_train.tune.candidates import candidates, folds_answer
@@ -88,6 +89,8 @@ def tune_and_measure(
             split, scores = _score(setup, model, outcome, held_out, cache)
             report = {**_report(model, outcome, split, scores), "images": images}
             watch.lap("measuring")
+            write_suspects(setup, model, outcome, held_out, cache, out)
+            watch.lap("suspects")
         write_json(out / runs.METRICS, report)
     say(f"time: {watch}")
     return Trained(report, model, scores, held_out)
@@ -166,7 +169,7 @@ def _tune(
         bank if config.needs("bank") else None,
         label_noise=config.tuning.label_noise or 0.0,
     )
-    choice = _choice(task, partial(make_from, config), out)
+    choice = _choice(task, partial(make_from, config), setup.tuned_names, out)
     watch.lap("choosing")
     if choice is not None:
         setup = replace(setup, config=choice.chosen.applied(config))
@@ -196,7 +199,10 @@ def _tune(
 
 
 def _choice(
-    task: TuningTask, make: Callable[[tuple[int, ...]], Learner], out: Path
+    task: TuningTask,
+    make: Callable[[tuple[int, ...]], Learner],
+    class_names: Sequence[str],
+    out: Path,
 ) -> Choice | None:
     """Return the choice on held-out photos; a resumed run reads the one it has written.
 
@@ -207,7 +213,8 @@ def _choice(
         listed = candidates(config, judged=True)
         if len(listed) == 1 and (len(task.val) or not folds_answer(config)):
             return None
-        runs.write_choice(out, choose(task, make, new_classes=config.classes == "base"))
+        new_classes = config.classes == "base"
+        runs.write_choice(out, choose(task, make, class_names, new_classes=new_classes))
     choice = runs.read_choice(out)
     if choice is not None:
         values = choice.to_dict()

@@ -14,6 +14,7 @@ Probabilities are rounded to float32, as graphs return them, and added up in flo
 rank, so that an image has the same scores alone as in a batch, to the last bit.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -233,6 +234,11 @@ def quantile(scores: Floats, coverage: float) -> float:
         ValueError: NaN among them, or a coverage that is not between 0 and 1.
     """
     return float(class_quantiles(scores, np.zeros(len(scores), np.int64), 1, coverage)[0])
+
+
+def fewest_images(coverage: float) -> int:
+    """Return how many calibration images a coverage needs; with fewer, sets hold every class."""
+    return max(1, math.ceil(coverage / (1 - coverage) - 1e-9))
 
 
 def class_quantiles(scores: Floats, labels: Ints, classes: int, coverage: float) -> Floats:

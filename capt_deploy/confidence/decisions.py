@@ -4,6 +4,7 @@ A bundle carries the scores, so that coverage and accuracy can be chosen where i
 8). All promises are about images like the validation images, which are of the classes tuned on.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -12,7 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.confidence.conformal import METHODS, Method, ScoreTable, choose_penalty
+from capt_deploy.confidence.conformal import (
+    METHODS,
+    Method,
+    ScoreTable,
+    choose_penalty,
+    fewest_images,
+)
 from capt_deploy.confidence.familiarity import FamiliarityTable, negative_energy
 from capt_deploy.confidence.monitor import UsageBaseline
 from capt_deploy.confidence.rejection import RejectionTable
@@ -140,12 +147,14 @@ class Decisions:
         return self.reference.images
 
     def check(self, options: DecisionOptions) -> None:
-        """Raise ConfigError where the options cannot be fulfilled.
+        """Raise ConfigError where the options cannot be fulfilled; warn where sets say nothing.
 
         Raises:
             ConfigError: no threshold promises the accuracy, or the images are too few for so low a
                 familiarity.
         """
+        if notice := self._notice(options):
+            warnings.warn(notice, stacklevel=4)
         self.threshold(options)
         least = 1 / (self.images + 1)
         if 0 < options.familiarity <= least:
@@ -153,6 +162,20 @@ class Decisions:
                 f"familiarity {options.familiarity}: with {self.images} validation images none is "
                 f"below {least:.2g}, so that nothing would be rejected; ask for more"
             )
+
+    def _notice(self, options: DecisionOptions) -> str:
+        """Return a sentence where too few images make sets hold every class; else nothing."""
+        needed, start = fewest_images(options.coverage), f"coverage {options.coverage}"
+        if not options.class_conditional:
+            too_few = self.images < needed
+            why = f"it needs {needed} held-out photos, and there are {self.images}"
+            return f"{start}: {why}: most sets will hold every class" if too_few else ""
+        counts = np.bincount(self.sets.labels)
+        known, scarce = int((counts > 0).sum()), int(((counts > 0) & (counts < needed)).sum())
+        why = (
+            f"it needs {needed} held-out photos of a class; {scarce} of {known} classes have fewer"
+        )
+        return f"{start} for each class: {why} and are in every set" if scarce else ""
 
     def threshold(self, options: DecisionOptions) -> float | None:
         """Return the confidence below which predictions are rejected; None where none are.

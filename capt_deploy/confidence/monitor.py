@@ -1,10 +1,14 @@
 """Compare predictions in use with those for the validation images, and tell when they have shifted.
 
-The measure is the population stability index (PSI) of two sets of shares, Σ (a − e)·ln(a / e). It
-is usually read as steady below 0.1 and as shifted above 0.25. But by chance alone, images of the
-same distribution reach about (bins − 1)·(1/n + 1/m), for n images now and m before; it varies like
-χ² with bins − 1 degrees of freedom, times (1/n + 1/m). So a PSI only counts above the value that
-chance exceeds once in a thousand.
+Two measures complete each other. A conformal test martingale, see `FamiliarityTest`, finds photos
+of another kind within a few dozen. The population stability index finds other confidences and
+another mixture of classes, also where each photo looks as familiar as before.
+
+The second measure is the population stability index (PSI) of two sets of shares, Σ (a − e)·ln(a /
+e). It is usually read as steady below 0.1 and as shifted above 0.25. But by chance alone, images of
+the same distribution reach about (bins − 1)·(1/n + 1/m), for n images now and m before; it varies
+like χ² with bins − 1 degrees of freedom, times (1/n + 1/m). So a PSI only counts above the value
+that chance exceeds once in a thousand.
 """
 
 from collections.abc import Sequence
@@ -23,8 +27,53 @@ CONFIDENCE_EDGES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98
 _INNER_EDGES = np.array(CONFIDENCE_EDGES[1:-1])
 _BINS = len(CONFIDENCE_EDGES) - 1
 WATCH, SHIFTED = 0.1, 0.25  # PSI
+ALARM = 100_000.0  # evidence of a `FamiliarityTest`: one false alarm in so many images, or fewer
+_BETS = np.array([-1.0, 0.0, 1.0])  # on p-values that are too small, as they should be, too large
+_CHANGES = 0.01  # share of the capital that changes its bet with every image
+_MOST_EVIDENCE = 1e300
 _ONCE_IN_A_THOUSAND = 3.09  # standard deviations that a normal variable exceeds so often
 Verdict = Literal["no reference", "too few images", "steady", "watch", "shifted"]
+
+
+class FamiliarityTest:
+    """Bets that images in use are not as familiar as the calibration images; keeps the evidence.
+
+    For each image, the p-value of its familiarity among those of the calibration images and of all
+    images before it. While all come from one distribution, these p-values are independent and
+    uniform, whatever the classifier. The Simple Jumper bets on p-values that lean to one side, and
+    the Shiryaev–Roberts procedure R ← (R + 1)·gain keeps the evidence (Vovk et al.,
+    arXiv 2102.10439): without a shift it takes at least c images on average until R reaches c.
+
+    As images in use join those that others are compared with, only a shift within the memory of
+    the test counts, and a difference too small to bet on never adds up.
+
+    Args:
+        images: number of calibration images, behind the familiarities.
+    """
+
+    def __init__(self, images: int) -> None:
+        # images in use between the scores of the calibration images, from below all to above all
+        self._counts = np.zeros(images + 1, np.int64)
+        self._capital = np.full(len(_BETS), 1 / len(_BETS))
+        self._evidence = 0.0
+        self._draw = np.random.default_rng(0)
+        self.highest = 0.0  # evidence so far
+
+    def observe(self, familiarity: Floats) -> None:
+        """Count (images,) familiarities, as `FamiliarityTable.p_value` returns them."""
+        calibrated = len(self._counts) - 1
+        places = np.rint(familiarity * (calibrated + 1)).astype(np.int64) - 1
+        for place, tie in zip(places.tolist(), self._draw.random(len(places)), strict=True):
+            lower, equal = int(self._counts[:place].sum()), int(self._counts[place])
+            known = calibrated + int(self._counts.sum())
+            p = (place + lower + tie * (equal + 1)) / (known + 1)
+            self._counts[place] += 1
+            capital = (1 - _CHANGES) * self._capital + _CHANGES * self._capital.mean()
+            capital *= 1 + _BETS * (p - 0.5)
+            gain = float(capital.sum())
+            self._capital = capital / gain
+            self._evidence = min((self._evidence + 1) * gain, _MOST_EVIDENCE)
+            self.highest = max(self.highest, self._evidence)
 
 
 @dataclass(frozen=True)
@@ -155,6 +204,7 @@ class MonitorSummary:
     class_counts: dict[str, int]
     confidence: Drift | None  # None without a baseline or images
     classes: Drift | None  # among the images of the baseline's classes
+    evidence: float | None  # that images are more or less familiar than before; `ALARM` is one
     rejection_rate: float | None  # None where nothing is rejected
     expected_rejection_rate: float | None
     verdict: Verdict
@@ -179,6 +229,9 @@ class MonitorSummary:
             parts.append(f"confidence {self.confidence}")
         if self.classes is not None:
             parts.append(f"predicted classes {self.classes}")
+        if self.evidence is not None:
+            parts.append(f"evidence of another kind of photos {self.evidence:.3g}")
+            parts[-1] += f" (alarm at {ALARM:,.0f})"
         if self.rejection_rate is not None:
             parts.append(f"{self.rejection_rate:.1%} rejected")
             if self.expected_rejection_rate is not None:
@@ -200,12 +253,17 @@ class Monitor:
         self._bins = np.zeros(_BINS, np.int64)
         self._classes = np.zeros(len(self._names), np.int64)
         self._decided = self._rejected = 0
+        self._test = self._new_test()
+
+    def _new_test(self) -> FamiliarityTest | None:
+        return None if self.baseline is None else FamiliarityTest(self.baseline.images)
 
     def observe(
         self,
         confidence: NDArray[np.floating],
         predicted: Ints,
         rejected: NDArray[np.bool_] | None = None,
+        familiarity: Floats | None = None,
     ) -> None:
         """Count images.
 
@@ -213,13 +271,15 @@ class Monitor:
             confidence: (images,) in 0-1.
             predicted: (images,) columns, also of classes that were added later.
             rejected: (images,), or None where nothing is rejected.
+            familiarity: (images,) among the images of the baseline; None where it is not known.
 
         Raises:
             ValueError: other shapes, NaN, or a negative column; nothing is counted then.
         """
         bins, classes = _counts(confidence, predicted)
-        if rejected is not None and rejected.shape != confidence.shape:
-            raise ValueError(f"expected {confidence.shape} rejected, came {rejected.shape}")
+        for name, values in (("rejected", rejected), ("familiarity", familiarity)):
+            if values is not None and values.shape != confidence.shape:
+                raise ValueError(f"expected {confidence.shape} {name}, came {values.shape}")
         with self._lock:
             self._bins += bins
             self._classes = _padded(self._classes, len(classes))
@@ -227,6 +287,8 @@ class Monitor:
             if rejected is not None:
                 self._decided += len(rejected)
                 self._rejected += int(np.count_nonzero(rejected))
+            if familiarity is not None and self._test is not None:
+                self._test.observe(familiarity)
 
     def extend(self, class_names: Sequence[str]) -> None:
         """Use these names of all classes, now that some were added."""
@@ -239,12 +301,14 @@ class Monitor:
             self._bins[:] = 0
             self._classes[:] = 0
             self._decided = self._rejected = 0
+            self._test = self._new_test()
 
     def summary(self) -> MonitorSummary:
         """Return the counts up to now, and how far they are from the baseline."""
         with self._lock:
             bins, classes, names = self._bins.copy(), self._classes.copy(), self._names
             decided, rejected = self._decided, self._rejected
+            evidence = None if self._test is None else self._test.highest
         baseline, images = self.baseline, int(bins.sum())
         confidence = class_drift = expected = None
         if baseline is not None:
@@ -261,9 +325,10 @@ class Monitor:
             dict(zip(names, counted, strict=True)),
             confidence,
             class_drift,
+            evidence,
             rejected / decided if decided else None,
             expected,
-            _verdict(baseline, images, drifts),
+            "shifted" if (evidence or 0) >= ALARM else _verdict(baseline, images, drifts),
         )
 
 

@@ -11,6 +11,8 @@ NO_ZERO_SHOT = (
     "model; to compare with it, evaluate the run"
 )
 _MOST_NAMES = 3
+_MOST_GAINING = 3
+_LEAST_GAIN = 0.005  # in accuracy, that is worth ten photos
 _STANDARD_ERRORS = 2.0  # a gain must exceed 0 by this many to be called one
 
 
@@ -89,6 +91,25 @@ def choice_notes(choice: Mapping[str, Any]) -> list[str]:
             f"No gain measured over zero-shot: the NLL falls by {frozen['behind']:.3f} ± "
             f"{frozen['error']:.3f}. More photos would help, first of the classes with the fewest."
         )
+    return notes + (curve_notes(choice["learning_curve"]) if choice.get("learning_curve") else [])
+
+
+def curve_notes(curve: Mapping[str, Any]) -> list[str]:
+    """Return sentences on what more photos would bring.
+
+    Args:
+        curve: the entry `learning_curve` of the run's `choice.json`.
+    """
+    photos, now, expected = curve["photos"][-1], curve["accuracy"][-1], curve["expected"]
+    notes = [
+        f"With {photos:.0f} photos a class, {percent(now)} % of held-out photos are right; with "
+        f"{curve['twice']:.0f}, twice what there is, expect {percent(expected)} % "
+        f"({percent(curve['low'])} to {percent(curve['high'])} %)."
+    ]
+    most = [row for row in curve["gains"] if row["gain"] >= _LEAST_GAIN][:_MOST_GAINING]
+    if most:
+        names = ", ".join(f"{row['class']} (+{percent(row['gain'])} points)" for row in most)
+        notes.append(f"Ten more photos of one class gain most there: {names}.")
     return notes
 
 

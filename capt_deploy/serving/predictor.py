@@ -86,7 +86,7 @@ class Predictor:
         elif self.bundle.lone_graph is not None:
             reason = "a lone graph has none; load the whole bundle"
         elif self._scores is None:
-            reason = "the bundle has none; the run needs validation images"
+            reason = "the bundle has none; tune with two photos of each class or more"
         else:
             self._scores.check(options)
             return
@@ -153,7 +153,9 @@ class Predictor:
         if monitor is not None:
             # It expects the share of rejections that the usual options cause.
             rejected = decided.rejected if decided and options == self._usual else None
-            monitor.observe(probabilities[np.arange(len(best)), best], best, rejected)
+            confidence = probabilities[np.arange(len(best)), best]
+            familiarity = None if decided is None else decided.familiarity
+            monitor.observe(confidence, best, rejected, familiarity)
         return [
             self._prediction(shares, int(best[row]), row, classes.names, decided)
             for row, shares in enumerate(probabilities)

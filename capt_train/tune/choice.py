@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -21,8 +23,16 @@ from capt_train.method.class_rows import UNCHANGED, ClassRows, Discriminant, Out
 from capt_train.method.learner import Learner
 from capt_train.tune.candidates import Candidate, candidates
 from capt_train.tune.epochs import train_epochs
-from capt_train.tune.fit_map import fit_maps, map_task
+from capt_train.tune.fit_map import fit_map, fit_maps, map_task
 from capt_train.tune.folds import Fold, make_folds
+from capt_train.tune.learning_curve import (
+    SHARES,
+    Hits,
+    LearningCurve,
+    fit_curve,
+    mean_hits,
+    thinned,
+)
 from capt_train.tune.stages import TuningTask
 
 _FEWEST_CLASSES = 4  # two to tune on and two to hold out
@@ -72,6 +82,7 @@ class Choice:
     # seen the image; NaN for an image that no fold held out. Where photos are too few to judge
     # tuned classes, by a fold that has not even seen the class.
     out_of_fold: Float[Tensor, "samples classes"]
+    curve: LearningCurve | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form, without the logits."""
@@ -81,6 +92,7 @@ class Choice:
             "table": [row.to_dict() for row in self.table],
             "linear_probe": self.linear_probe,
             "images": dict(self.images),
+            "learning_curve": self.curve and self.curve.to_dict(),
         }
 
     @classmethod
@@ -99,6 +111,7 @@ class Choice:
             values["linear_probe"],
             dict(values["images"]),
             out_of_fold,
+            values["learning_curve"] and LearningCurve.from_dict(values["learning_curve"]),
         )
 
 
@@ -122,17 +135,40 @@ class _Fitted:
 
     def logits(self, candidate: Candidate) -> Float[Tensor, "held classes"]:
         """Return scaled logits of the judging images over all tuned classes of the run."""
-        fold = self.fold
         texts = self.texts[candidate.prompt, candidate.side, candidate.ridge]
+        return self._logits(candidate, texts, self.rows)
+
+    def _logits(
+        self, candidate: Candidate, texts: Float[Tensor, "classes dim"], rows: Discriminant
+    ) -> Float[Tensor, "held classes"]:
+        fold = self.fold
         logits = fold.task.scale * fold.images @ texts.T
         if candidate.weight:
-            rows = fold.images @ self.rows.weight.T + self.rows.bias
-            logits[:, fold.inside] += candidate.weight * rows
+            logits[:, fold.inside] += candidate.weight * (fold.images @ rows.weight.T + rows.bias)
         return logits
+
+    def with_photos(
+        self, candidate: Candidate, kept: Bool[Tensor, " photos"]
+    ) -> Float[Tensor, "held classes"]:
+        """Return the same by a map and rows of some of the fold's photos; a prompt stays."""
+        fold = self.fold
+        task = fold.task.with_rows(kept).with_new_bank()
+        texts = self.texts[candidate.prompt, candidate.side, candidate.ridge]
+        if candidate.side is not None:
+            before = self.before[candidate.prompt]
+            part = map_task(task, before[:, fold.inside])
+            matrix = fit_map(part, candidate.side, candidate.ridge)
+            texts = mapped(before, matrix).mean(dim=0).cpu()
+        rows = discriminant(task.train.embeddings, task.labels, len(task.tuned))
+        return self._logits(candidate, texts, rows)
 
 
 def choose(
-    task: TuningTask, make: Callable[[tuple[int, ...]], Learner], *, new_classes: bool
+    task: TuningTask,
+    make: Callable[[tuple[int, ...]], Learner],
+    class_names: Sequence[str],
+    *,
+    new_classes: bool,
 ) -> Choice:
     """Tune all candidates on folds and keep the simplest that is within one standard error.
 
@@ -147,6 +183,7 @@ def choose(
     Args:
         task: all images of the run.
         make: returns a new learner for the given classes.
+        class_names: of the tuned classes.
         new_classes: whether classes without photos matter, as with `--classes base`.
     """
     config, labels = task.config, task.labels
@@ -181,12 +218,13 @@ def choose(
         groups = [fit.fold.places[fit.fold.group(name)] for fit in fitted]
         counts[name] = len(torch.cat(groups).unique())
     probe = _linear_probe([fit.fold for fit in fitted])
+    curve = _learning_curve(whole, chosen, task, class_names)
     outside = UNCHANGED
     if judged and enough:
         if not new_classes:
             fitted = again(held_classes=True)
         outside = _outside(fitted, chosen)
-    return Choice(chosen, outside, table, probe, counts, logits)
+    return Choice(chosen, outside, table, probe, counts, logits, curve)
 
 
 def _fit_all(
@@ -346,6 +384,37 @@ def _outside(fits: Sequence[_Fitted], candidate: Candidate) -> Outside:
         )
 
     return Outside(scale, min(_OFFSETS, key=loss))
+
+
+def _learning_curve(
+    fits: Sequence[_Fitted], chosen: Candidate, task: TuningTask, class_names: Sequence[str]
+) -> LearningCurve | None:
+    """Return the curve through the folds and through the same folds with fewer photos.
+
+    None where photos do not change the answers: zero-shot, or a prompt alone.
+    """
+    if chosen.side is None and not chosen.weight:
+        return None
+    draw = np.random.default_rng(task.config.seed)
+    labels = torch.cat([task.labels, task.val.labels_among(task.tuned)]).numpy()
+    points: list[tuple[float, Hits]] = []
+    judged: NDArray[np.integer] = np.arange(0)
+    for share in (*SHARES, 1.0):
+        sizes, folds = [], []
+        for fit in fits:
+            fold = fit.fold
+            group, columns = fold.group("tuned"), fold.columns("tuned")
+            kept = thinned(fold.task.labels.numpy(), share, draw)
+            logits = fit.logits(chosen)
+            if not kept.all():
+                logits = fit.with_photos(chosen, torch.from_numpy(kept))
+            best = columns[logits[group][:, columns].argmax(dim=1)]
+            folds.append((fold.places[group].numpy(), (best == fold.labels[group]).numpy()))
+            sizes.append(kept.sum() / len(fold.task.tuned))
+        judged, hits = mean_hits(len(labels), folds)
+        points.append((float(np.mean(sizes)), hits))
+    counts = task.labels.bincount(minlength=len(task.tuned)).numpy()
+    return fit_curve(points, labels[judged], counts, class_names, task.config.seed)
 
 
 def _linear_probe(folds: Sequence[Fold]) -> float | None:

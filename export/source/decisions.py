@@ -33,9 +33,13 @@ def decisions_from_validation(source: Source) -> Decisions | None:
     logits = source.rows.cpu().logits(known.embeddings, backbone.scale) + backbone.logit_bias
     # the rows may have been fitted to these images, their logits not
     columns = {label: column for column, label in enumerate(known.tuned)}
-    for place, label in enumerate(known.places):
-        if label in columns:
-            logits[:, place] = known.tuned_logits[:, columns[label]]
+    tuned_places = [place for place, label in enumerate(known.places) if label in columns]
+    if tuned_places:
+        held_out = known.tuned_logits[:, [columns[known.places[place]] for place in tuned_places]]
+        # models of other folds differ in what they add to all logits of an image; the softmax does
+        # not see it, the energy does
+        held_out = held_out - held_out.mean(dim=1, keepdim=True)
+        logits[:, tuned_places] = held_out + logits[:, tuned_places].mean(dim=1, keepdim=True)
     raw = logits.numpy()
     probabilities = np.zeros(raw.shape)
     tuned = known.tuned_logits.numpy(), known.tuned_labels.numpy()

@@ -1,0 +1,108 @@
+"""Find the photos of a run to look at again, and write `suspects.json`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from capt_deploy.core.console import counted, say
+from capt_deploy.data.datasets import Item
+from capt_train.data.embedding_cache import EmbeddingCache
+from capt_train.data.features import embed
+from capt_train.data.suspects import SUSPECTS, SuspectLabel, Suspects, find_copies, rank_labels
+from capt_train.method.losses import right_probabilities
+from capt_train.run.fitting import HeldOut, Outcome
+from capt_train.run.folder import TunedModel
+from capt_train.run.setup import Setup
+
+
+def write_suspects(
+    setup: Setup,
+    model: TunedModel,
+    outcome: Outcome,
+    held_out: HeldOut,
+    cache: EmbeddingCache,
+    out: Path,
+) -> None:
+    """Rank the labels of all photos that a model has not seen, and find copies among all photos.
+
+    Training and validation photos are compared with each other and with test photos, test photos
+    not among themselves.
+    """
+    labels: list[SuspectLabel] = []
+    for split, items, positions, logits in _judged(setup, outcome, held_out):
+        labels += _ranked(setup, model, split, items, positions, logits)
+    labels.sort(key=lambda photo: photo.p_label)
+    dataset, rows = setup.dataset, []
+    embedded = {"train": outcome.frozen.train, "val": outcome.frozen.val}
+    for split, features in embedded.items():
+        rows += [(split, item) for item in features.kept(getattr(setup.split, split))]
+    vectors = [features.embeddings for features in embedded.values()]
+    if dataset.splits["test"]:
+        workers = setup.config.workers
+        test = dataset.splits["test"]
+        features = embed(setup.backbone, cache, dataset, test, "test images", workers=workers)
+        rows += [("test", item) for item in features.kept(test)]
+        vectors.append(features.embeddings)
+
+    def describe(row: int) -> tuple[str, str, str]:
+        split, item = rows[row]
+        return item.path, split, dataset.class_names[item.label]
+
+    copies = find_copies(
+        [dataset.path(item) for _, item in rows],
+        torch.cat(vectors).numpy(),
+        describe,
+        sum(len(features) for features in embedded.values()),
+    )
+    suspects = Suspects(tuple(labels), model.fitted.calibration.label_noise, copies)
+    suspects.save(out / SUSPECTS)
+    found = [counted(suspects.probably_wrong, "label") + " probably wrong"]
+    spoiling = sum(bool(copy.problem) for copy in copies)
+    found.append(counted(spoiling, "photo") + " with a copy in another split or class")
+    if suspects.probably_wrong or spoiling:
+        say(f"note: {' and '.join(found)}: capt-suspects {out}")
+
+
+def _judged(
+    setup: Setup, outcome: Outcome, held_out: HeldOut
+) -> Iterator[tuple[str, list[Item], Int[Tensor, " photos"], Float[Tensor, "photos tuned"]]]:
+    """Yield split, photos, positions of their labels, and logits by models that had not seen them.
+
+    Held-out photos are of the validation split where there is one; then the folds of the choice
+    have judged the training photos as well.
+    """
+    task, choice = outcome.task, outcome.choice
+    split = "val" if len(task.val) else "train"
+    yield split, [*held_out.items], held_out.labels, held_out.tuned
+    if split == "val" and choice is not None:
+        known = ~choice.out_of_fold.isnan().any(dim=1)
+        items = outcome.frozen.train.kept(setup.split.train)
+        judged = [item for item, flag in zip(items, known.tolist(), strict=True) if flag]
+        yield "train", judged, task.labels[known], choice.out_of_fold[known]
+
+
+def _ranked(
+    setup: Setup,
+    model: TunedModel,
+    split: str,
+    items: list[Item],
+    labels: Int[Tensor, " photos"],
+    logits: Float[Tensor, "photos tuned"],
+) -> tuple[SuspectLabel, ...]:
+    if not items:
+        return ()
+    tuned = np.asarray(setup.split.tuned)
+    calibration = model.fitted.calibration.select(tuned)
+    _, probabilities = calibration.apply(logits.double().numpy())
+    right = right_probabilities(
+        logits.double() / calibration.temperature, labels, calibration.label_noise
+    )
+    paths = [item.path for item in items]
+    splits = [split] * len(items)
+    return rank_labels(
+        paths, splits, labels.numpy(), probabilities, 1 - right.numpy(), setup.tuned_names
+    )
