@@ -17,7 +17,7 @@ from capt_train.run.evaluate import evaluate_run
 from examples.demo.world import write_world
 
 _ROOT = Path(__file__).parents[1]
-_SHARED = _ROOT.parent / "shared"
+SHARED = _ROOT.parent / "shared"
 _ALL_CLASSES = ("clothes", "grocery")  # worlds whose users have photos of every class
 _EMBEDDED: set[str] = set()  # data sets whose embeddings this process has cached
 _FITTED = ("temperature", "strength", "trained_parameters")
@@ -44,16 +44,16 @@ def open_world(name: str) -> Iterator[World]:
     name, _, camera = name.partition("@")
     if camera and camera not in CAMERAS:
         raise ConfigError(f"camera {camera!r}: expected one of {', '.join(CAMERAS)}")
-    photos = _SHARED / "data" / name
+    photos = SHARED / "data" / name
     if name != "pictograms" and not (photos / "test").is_dir():
         raise ConfigError(f"world {name!r}: expected pictograms or a folder of {photos.parent}")
     with tempfile.TemporaryDirectory() as folder:
-        model = _SHARED / "models" / "lit-efficientnet"
+        model = SHARED / "models" / "lit-efficientnet"
         if name == "pictograms":
             photos, model = Path(folder) / "pictograms", _ROOT / "examples/demo/model"
             write_world(photos)
         elif name.startswith("cifar100"):
-            model = _SHARED / "models" / "tinyclip-cifar"
+            model = SHARED / "models" / "tinyclip-cifar"
         if camera:
             source, photos = photos, Path(folder) / camera
             write_through(camera, source, photos)

@@ -253,10 +253,7 @@ class Monitor:
         self._bins = np.zeros(_BINS, np.int64)
         self._classes = np.zeros(len(self._names), np.int64)
         self._decided = self._rejected = 0
-        self._test = self._new_test()
-
-    def _new_test(self) -> FamiliarityTest | None:
-        return None if self.baseline is None else FamiliarityTest(self.baseline.images)
+        self._test: FamiliarityTest | None = None
 
     def observe(
         self,
@@ -287,7 +284,8 @@ class Monitor:
             if rejected is not None:
                 self._decided += len(rejected)
                 self._rejected += int(np.count_nonzero(rejected))
-            if familiarity is not None and self._test is not None:
+            if familiarity is not None and self.baseline is not None:
+                self._test = self._test or FamiliarityTest(self.baseline.images)
                 self._test.observe(familiarity)
 
     def extend(self, class_names: Sequence[str]) -> None:
@@ -301,7 +299,7 @@ class Monitor:
             self._bins[:] = 0
             self._classes[:] = 0
             self._decided = self._rejected = 0
-            self._test = self._new_test()
+            self._test = None
 
     def summary(self) -> MonitorSummary:
         """Return the counts up to now, and how far they are from the baseline."""

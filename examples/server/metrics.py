@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from capt_deploy.backends.base import Backend, Outputs
-from capt_deploy.confidence.monitor import MonitorSummary
+from capt_deploy.confidence.monitor import ALARM, MonitorSummary
 from capt_deploy.core.version import __version__
 from capt_deploy.serving.classifier import Classifier
 from capt_deploy.serving.prediction import Prediction
@@ -41,6 +41,10 @@ _WATCHED: dict[str, tuple[str, Callable[[MonitorSummary], float | None]]] = {
     "capt_class_psi_by_chance": (
         "PSI that this few images exceed once in a thousand without a shift.",
         lambda seen: seen.classes.chance if seen.classes else None,
+    ),
+    "capt_familiarity_evidence": (
+        f"Evidence that photos are of another kind than before; {ALARM:,.0f} is an alarm.",
+        lambda seen: seen.evidence,
     ),
     "capt_rejection_rate": ("Share of images rejected.", lambda seen: seen.rejection_rate),
     "capt_expected_rejection_rate": (

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.confidence_tables import ece_table, rest_table, sets_table
+from benchmarks.few_photos_tables import tables as few_photos_tables
 from benchmarks.record import load_cells
 
 ROOT = Path(__file__).parents[2]
@@ -14,3 +15,8 @@ DOCS = (ROOT / "docs" / "confidence.md").read_text()
 @pytest.mark.parametrize("table", [ece_table, sets_table, rest_table])
 def test_the_tables_of_the_docs_are_taken_from_the_cells(table) -> None:
     assert table(load_cells("confidence")) in DOCS
+
+
+def test_the_tables_of_runs_without_validation_photos_as_well() -> None:
+    for table in few_photos_tables(load_cells("few_photos")).values():
+        assert table in DOCS

@@ -9,9 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from capt_deploy.confidence.familiarity import FamiliarityTable
 from capt_deploy.confidence.monitor import (
+    ALARM,
     CONFIDENCE_EDGES,
     Drift,
+    FamiliarityTest,
     Monitor,
     UsageBaseline,
     chance_limit,
@@ -75,6 +78,74 @@ def test_images_of_the_same_world_are_steady_and_all_is_counted() -> None:
     assert max(summary.confidence_psi, summary.class_psi) < 0.03
     assert summary.verdict == "steady"
     assert str(summary).startswith("steady (3000 images so far); confidence PSI 0.0")
+
+
+def familiar(scores: np.ndarray, calibration: np.ndarray) -> np.ndarray:
+    return FamiliarityTable(calibration).p_value(scores)
+
+
+def evidence_of(scores: np.ndarray, calibration: np.ndarray) -> list[float]:
+    """Return R after each image: the jumper on p-values among all scores, written out again."""
+    ties = np.random.default_rng(0).random(len(scores))
+    capital, evidence, found = [1 / 3] * 3, 0.0, []
+    places: list[int] = []  # number of calibration scores that are at most as high
+    for score, tie in zip(scores, ties, strict=True):
+        place = sum(c <= score for c in calibration)
+        lower = place + sum(other < place for other in places)
+        equal = sum(other == place for other in places)
+        p = (lower + tie * (equal + 1)) / (len(calibration) + len(places) + 1)
+        places.append(place)
+        before = sum(capital)
+        moved = [0.99 * part + 0.01 * before / 3 for part in capital]
+        capital = [
+            part * (1 + bet * (p - 0.5)) for part, bet in zip(moved, (-1, 0, 1), strict=True)
+        ]
+        evidence = (evidence + 1) * sum(capital) / before
+        found.append(evidence)
+    return found
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.0])
+def test_the_evidence_is_that_of_the_equations(shift: float) -> None:
+    draw = np.random.default_rng(1)
+    calibration, scores = draw.normal(size=30), draw.normal(shift, size=120)
+    test = FamiliarityTest(30)
+    for start in range(0, 120, 7):
+        test.observe(familiar(scores[start : start + 7], calibration))
+    assert test.highest == pytest.approx(max(evidence_of(scores, calibration)))
+
+
+def test_alarms_without_a_shift_are_rarer_than_promised_and_come_soon_after_one() -> None:
+    alarms, waits = 0, []
+    for seed in range(60):
+        draw = np.random.default_rng(seed)
+        test, calibration = FamiliarityTest(100), draw.normal(size=100)
+        test.observe(familiar(draw.normal(size=1000), calibration))
+        alarms += test.highest >= 1000  # the same images give a lower alarm than the real one
+        shifted = FamiliarityTest(100)
+        shifted.observe(familiar(draw.normal(size=100), calibration))
+        for image in range(200):
+            if shifted.highest >= ALARM:
+                waits.append(image)
+                break
+            shifted.observe(familiar(draw.normal(-1.5, size=1), calibration))
+    # 1000 images, one alarm in 1000 or fewer: at most 1 − 1/e of the streams, were it exact
+    assert alarms <= 60 * 0.63
+    assert len(waits) == 60
+    assert np.median(waits) < 60
+
+
+def test_photos_of_another_kind_are_shifted_until_a_reset() -> None:
+    own = baseline(200)
+    confidence, predicted, _ = stream(12, 150)
+    monitor = Monitor(own, NAMES)
+    monitor.observe(confidence, predicted, familiarity=np.full(150, 0.02))
+    summary = monitor.summary()
+    assert summary.verdict == "shifted"
+    assert summary.evidence is not None and summary.evidence >= ALARM
+    assert "evidence of another kind of photos" in str(summary)
+    monitor.reset()
+    assert monitor.summary().evidence is None
 
 
 def test_the_index_is_that_of_the_counts() -> None:
@@ -213,15 +284,16 @@ def test_memory_does_not_grow_with_the_images() -> None:
 def test_bad_observations_are_refused_and_leave_no_trace() -> None:
     monitor = Monitor(baseline(), NAMES)
     good = np.array([0.5, 0.6])
-    for confidence, predicted, rejected in (
-        (good, np.array([0]), None),
-        (good, np.array([0, -1]), None),
-        (np.array([0.5, np.nan]), np.array([0, 1]), None),
-        (good, np.array([0, 1]), np.array([True])),
-        (np.ones((1, 2)), np.ones((1, 2), np.int64), None),
+    for confidence, predicted, rejected, familiarity in (
+        (good, np.array([0]), None, None),
+        (good, np.array([0, -1]), None, None),
+        (np.array([0.5, np.nan]), np.array([0, 1]), None, None),
+        (good, np.array([0, 1]), np.array([True]), None),
+        (good, np.array([0, 1]), None, np.array([0.5])),
+        (np.ones((1, 2)), np.ones((1, 2), np.int64), None, None),
     ):
         with pytest.raises(ValueError):
-            monitor.observe(confidence, predicted, rejected)
+            monitor.observe(confidence, predicted, rejected, familiarity)
     assert monitor.summary().images == 0
     assert sum(monitor.summary().class_counts.values()) == 0
     monitor.observe(np.empty(0), np.empty(0, np.int64))

@@ -67,7 +67,8 @@ def make(tuned: tuple[int, ...]) -> Learner:
 
 
 def decide(task: TuningTask, *, new_classes: bool = False) -> Choice:
-    return choose(task, make, new_classes=new_classes)
+    names = [f"class {label}" for label in task.tuned]
+    return choose(task, make, names, new_classes=new_classes)
 
 
 def test_names_that_know_nothing_get_rows() -> None:
@@ -103,6 +104,32 @@ def test_the_choice_is_simple_and_never_behind_zero_shot_or_rows(
     simpler = choice.table[: choice.table.index(kept)]
     floor = min(row.nll for row in choice.table if {*row.candidate.family} <= {"rows"})
     assert all(row.behind > row.error or row.nll > floor for row in simpler)
+
+
+@pytest.mark.parametrize(("knows", "without"), [(0.0, ("map",)), (0.3, ("rows",))])
+def test_more_photos_gain_along_a_curve_that_survives_json(
+    knows: float, without: tuple[str, ...]
+) -> None:
+    counts = [12, 12, 6, 12, 12, 12]
+    task = world(counts, knows=knows, blur=0.5, without=("prompt", "colours", *without))
+    choice = decide(task)
+    curve = choice.curve
+    assert curve is not None
+    assert curve.photos == pytest.approx((2.8, 5.5, 8.25), abs=0.4)
+    assert curve.accuracy[0] < curve.accuracy[-1] < curve.expected
+    assert curve.low <= curve.expected <= curve.high
+    assert curve.twice == 2 * sum(counts) / 6
+    known = ~choice.out_of_fold.isnan().any(dim=1)
+    right = (choice.out_of_fold[known].argmax(dim=1) == task.labels[known]).double().mean()
+    assert curve.accuracy[-1] == pytest.approx(float(right))
+    assert sorted(name for name, *_ in curve.gains) == [f"class {label}" for label in range(6)]
+    again = Choice.from_dict(json.loads(json.dumps(choice.to_dict())), choice.out_of_fold)
+    assert again.curve == curve
+    assert "twice what there is, expect" in " ".join(choice_notes(choice.to_dict()))
+
+
+def test_what_photos_do_not_teach_has_no_curve() -> None:
+    assert decide(world([4] * 6, val=30, knows=1.0, blur=0.4)).curve is None
 
 
 @pytest.mark.parametrize("new_classes", [False, True])
@@ -234,7 +261,7 @@ def test_nan_in_a_fold_is_an_error_that_names_the_setting(monkeypatch: pytest.Mo
     task = world([4] * 4)
     task = replace(task, config=replace(task.config, without=("colours",)))
     with pytest.raises(choice_module.RunError, match=r"cross_entropy.*lower tuning\.learning_rate"):
-        choose(task, lambda tuned: None, new_classes=False)  # type: ignore[arg-type, return-value]
+        choose(task, lambda tuned: None, "abcdef", new_classes=False)  # type: ignore[arg-type, return-value]
 
 
 def test_a_map_behind_a_prompt_is_tried_where_the_prompt_is_ahead() -> None:

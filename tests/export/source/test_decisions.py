@@ -111,9 +111,34 @@ def test_logits_of_images_that_were_tuned_on_are_those_out_of_fold(whole_model: 
     logits = model.backbone.scale * embeddings @ rows.T
     model = replace(model, validation=replace(model.validation, logits=logits))
     rolled = replace(model, class_rows=ClassRows.from_texts(rows))
-    expected = out_of_fold(rolled, rows.numpy(), [*range(4)])
+    unscaled, probabilities = out_of_fold(rolled, rows.numpy(), [*range(4)])
+    # what is added to all logits of an image is that of the run's own rows
+    images = embeddings.double().numpy()
+    own = model.backbone.scale * images @ model.class_rows.rows.double().numpy().T
+    columns = [*model.split.tuned]
+    shift = own[:, columns].mean(axis=1) - unscaled[:, columns].mean(axis=1)
+    unscaled[:, columns] += shift[:, None]
+    assert len(columns) == unscaled.shape[1], "else the probabilities change as well"
     labels = model.validation.labels.numpy()
-    check(decisions_from_validation(source_from_run(model)), *expected, labels)
+    check(decisions_from_validation(source_from_run(model)), unscaled, probabilities, labels)
+
+
+def test_what_a_fold_adds_to_all_logits_of_an_image_changes_nothing(
+    whole_model: TunedModel,
+) -> None:
+    model = known(whole_model, "temperature")
+    assert model.validation is not None
+    logits = model.raw_logits(model.validation.embeddings)[:, list(model.split.tuned)]
+    added = logits + 50 * torch.arange(IMAGES)[:, None]
+    found = [
+        decisions_from_validation(
+            source_from_run(replace(model, validation=replace(model.validation, logits=z)))
+        )
+        for z in (logits, added)
+    ]
+    plain, shifted = (decisions.arrays() for decisions in found if decisions is not None)
+    for name, values in plain.items():
+        np.testing.assert_allclose(shifted[name], values, atol=2e-3, err_msg=name)
 
 
 @pytest.mark.parametrize("kind", ["temperature", "isotonic"])
