@@ -15,7 +15,7 @@ from capt_deploy.core.errors import ConfigError
 from capt_deploy.core.files import expand_home, write_json
 from capt_deploy.data.datasets import Item
 from capt_deploy.evaluation.evaluate import Report, Scores
-from capt_deploy.evaluation.summary import choice_notes, choice_rows
+from capt_deploy.evaluation.summary import choice_notes, choice_rows, curve_notes
 from capt_train.calibrate.label_noise import fit_label_noise
 from capt_train.config import TrainConfig
 from capt_train.confusion.bank import ConfusionBank
@@ -218,7 +218,9 @@ def _choice(
     choice = runs.read_choice(out)
     if choice is not None:
         values = choice.to_dict()
-        say("\n".join([table(*choice_rows(values)), *choice_notes(values)]))
+        more = values["learning_curve"]
+        notes = choice_notes(values) + (curve_notes(more) if more else [])
+        say("\n".join([table(*choice_rows(values)), *notes]))
     return choice
 
 
@@ -313,7 +315,7 @@ def _score(
             "note: no test images: measured on training photos, each by a model that had not seen "
             "it; the same photos chose what is kept and calibrate, so expect a little less"
         )
-        return "cross-validation", _cross_validated(model, outcome, held_out)
+        return "cross-validation", _cross_validated(setup, model, outcome, held_out)
     if measured_on != "test":
         say(f"note: no test images: measured on {measured_on} images, which the run has used")
     return measured_on, score_model(model, cache, dataset, measured_on)
@@ -338,7 +340,9 @@ def _report(model: TunedModel, outcome: Outcome, split: str, scores: RunScores) 
     }
 
 
-def _cross_validated(model: TunedModel, outcome: Outcome, held_out: HeldOut) -> RunScores:
+def _cross_validated(
+    setup: Setup, model: TunedModel, outcome: Outcome, held_out: HeldOut
+) -> RunScores:
     """Return the scores of the training photos by models that had not seen them."""
     train, calibration = outcome.frozen.train, model.fitted.calibration
     scores = Scores(
@@ -348,4 +352,4 @@ def _cross_validated(model: TunedModel, outcome: Outcome, held_out: HeldOut) -> 
         calibration,
         model.fitted.zero_shot_temperature,
     )
-    return RunScores(model, scores, (), train.skipped)
+    return RunScores(model, scores, setup.dataset.root, (), train.skipped)

@@ -9,7 +9,7 @@ import numpy as np
 from capt_deploy.bundle.read import is_bundle
 from capt_deploy.core.console import counted
 from capt_deploy.core.errors import ConfigError
-from capt_deploy.evaluation.evaluate import Evaluation
+from capt_deploy.evaluation.evaluate import Evaluation, SuspectPhoto
 from capt_deploy.evaluation.scoring import score_bundle, score_graphs
 from capt_deploy.evaluation.summary import NO_ZERO_SHOT
 
@@ -51,7 +51,7 @@ def score(
         from capt_train.run.evaluate import score_run
 
         scored = score_run(path, data, split, class_names)
-        evaluation = _of_run(scored, path.name)
+        evaluation = _of_run(scored, path)
         if exported is not None:
             file = class_names or scored.model.config.class_names  # a bundle does not know it
             names = None if file is None else Path(file)
@@ -66,7 +66,7 @@ def score(
     return replace(evaluation, notes=notes)
 
 
-def _of_run(scored: "RunScores", name: str) -> Evaluation:
+def _of_run(scored: "RunScores", run: Path) -> Evaluation:
     from export.source.model import provenance
 
     model, notes = scored.model, []
@@ -80,9 +80,32 @@ def _of_run(scored: "RunScores", name: str) -> Evaluation:
         scored.files,
         {"tuned": scored.scores},
         [(file.path, file.reason) for file in scored.skipped],
-        {"run": name, **provenance(model), "calibrated by": model.fitted.calibration.calibrator},
+        {
+            "run": run.name,
+            **provenance(model),
+            "calibrated by": model.fitted.calibration.calibrator,
+        },
         notes,
+        suspects=_suspects(run, scored.root),
     )
+
+
+def _suspects(run: Path, root: Path) -> list[SuspectPhoto]:
+    """Return the photos of a run whose labels are probably wrong, as far as they are at hand."""
+    from capt_train.data.suspects import SUSPECTS, Suspects
+
+    if not (run / SUSPECTS).is_file():
+        return []
+    suspects = Suspects.load(run / SUSPECTS)
+    return [
+        SuspectPhoto(
+            root / photo.path,
+            photo.label,
+            ((photo.likely, photo.p_likely), (f"its label, {photo.label}", photo.p_label)),
+        )
+        for photo in suspects.labels[: suspects.probably_wrong]
+        if photo.likely != photo.label and (root / photo.path).is_file()
+    ]
 
 
 def _beside(run: Evaluation, graphs: Evaluation) -> Evaluation:

@@ -68,6 +68,15 @@ class Scores:
         return calibration.probabilities(logits), np.searchsorted(columns, self.labels[rows])
 
 
+@dataclass(frozen=True)
+class SuspectPhoto:
+    """A photo that the run has used, and whose label is probably wrong."""
+
+    file: Path
+    label: str
+    shares: Sequence[tuple[str, float]]  # class and probability by a model that has not seen it
+
+
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """One or more models scored on the same labelled images."""
@@ -80,7 +89,8 @@ class Evaluation:
     skipped: Sequence[tuple[str, str]] = ()  # path of an unreadable image, and why
     provenance: Mapping[str, Any] = field(default_factory=dict)  # nested, of what JSON can hold
     notes: Sequence[str] = ()  # what a reader has to know before the figures
-    decisions: Decisions | None = None  # of the main model, from its validation images
+    decisions: Decisions | None = None  # of the main model, from its held-out images
+    suspects: Sequence[SuspectPhoto] = ()  # the most suspect first
 
     @property
     def main(self) -> Scores:

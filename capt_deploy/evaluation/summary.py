@@ -91,7 +91,7 @@ def choice_notes(choice: Mapping[str, Any]) -> list[str]:
             f"No gain measured over zero-shot: the NLL falls by {frozen['behind']:.3f} ± "
             f"{frozen['error']:.3f}. More photos would help, first of the classes with the fewest."
         )
-    return notes + (curve_notes(choice["learning_curve"]) if choice.get("learning_curve") else [])
+    return notes
 
 
 def curve_notes(curve: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from capt_deploy.core.errors import ImageError
 from capt_deploy.core.text import printable
 from capt_deploy.data.images import load_shrunk
-from capt_deploy.evaluation.evaluate import Evaluation
+from capt_deploy.evaluation.evaluate import Evaluation, SuspectPhoto
 from capt_deploy.metrics.probabilities import Floats
 from capt_deploy.report.measure import ZERO_SHOT, Predictions
 
@@ -92,10 +92,30 @@ def make_gallery(evaluation: Evaluation, predictions: Predictions) -> list[CardG
         picture, size = thumbnail(evaluation.files[row])
         return Card(files[row], evaluation.class_names[true], top_classes, picture, size)
 
-    return [
+    groups = [
         CardGroup(title, explanation, int(chosen.sum()), list(map(card, _worst(chosen, badness))))
         for title, explanation, chosen, badness in kinds
     ]
+    return [*groups, _suspects(evaluation.suspects)] if evaluation.suspects else groups
+
+
+def _suspects(photos: Sequence[SuspectPhoto]) -> CardGroup:
+    shown = photos[:_MOST_CARDS]
+    names = short_names([photo.file for photo in shown])
+    cards = [
+        Card(
+            name,
+            photo.label,
+            {"a model that has not seen it": photo.shares},
+            *thumbnail(photo.file),
+        )
+        for name, photo in zip(names, shown, strict=True)
+    ]
+    explanation = (
+        "Photos of the run whose labels are probably wrong, the most suspect first. Correct them "
+        "and tune again; capt-suspects lists all."
+    )
+    return CardGroup("Suspect labels", explanation, len(photos), cards)
 
 
 def _worst(chosen: NDArray[np.bool_], badness: Floats) -> list[int]:

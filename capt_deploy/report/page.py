@@ -11,8 +11,9 @@ import numpy as np
 
 from capt_deploy.core.console import counted
 from capt_deploy.core.version import __version__
-from capt_deploy.evaluation.summary import choice_notes, percent
+from capt_deploy.evaluation.summary import choice_notes, curve_notes, percent
 from capt_deploy.report import plots, tables
+from capt_deploy.report.advice import advice
 from capt_deploy.report.confusions import count_confusions, order_by_confusion
 from capt_deploy.report.measure import FEW
 from capt_deploy.report.results import Results
@@ -89,6 +90,7 @@ def _texts(results: Results) -> dict[str, Any]:
     columns, rows = tables.headline(results)
     provenance = dict(results.evaluation.provenance)
     choice = provenance.pop("choice", None)
+    curve = choice and choice.get("learning_curve")
     return {
         "made_by": f"{MADE_BY} {__version__}",
         "results": results,
@@ -105,6 +107,9 @@ def _texts(results: Results) -> dict[str, Any]:
         "classes": tables.class_table(results),
         "choice": tables.choice_table(results),
         "choice_notes": choice_notes(choice) if choice else [],
+        "curve": tables.curve_table(curve) if curve else None,
+        "curve_notes": curve_notes(curve) if curve else [],
+        "advice": advice(results),
         "provenance": tables.Table(("what", "value"), list(tables.flattened(provenance))),
     }
 

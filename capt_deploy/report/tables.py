@@ -182,6 +182,17 @@ def choice_table(results: Results) -> Table | None:
     return Table(header, rows, header[1:])
 
 
+def curve_table(curve: Mapping[str, Any]) -> Table:
+    """Return the accuracy by the number of photos a class, the expected one last."""
+    rows = [
+        [f"{photos:.1f}", f"{percent(accuracy)}, on held-out photos"]
+        for photos, accuracy in zip(curve["photos"], curve["accuracy"], strict=True)
+    ]
+    interval = f"{percent(curve['low'])}–{percent(curve['high'])}"
+    rows.append([f"{curve['twice']:.1f}", f"{percent(curve['expected'])} expected ({interval})"])
+    return Table(["photos a class", _ACCURACY], rows)
+
+
 def flattened(value: Any, *path: str) -> Iterator[tuple[str, str]]:
     """Yield name and text of everything in a nested value; a list is one text."""
     if isinstance(value, Mapping) and value:

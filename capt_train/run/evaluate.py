@@ -22,6 +22,7 @@ class RunScores:
 
     model: TunedModel
     scores: Scores
+    root: Path  # of the data set
     files: tuple[Path, ...]  # in the order of the scores
     skipped: tuple[Skipped, ...]
     seen: int = 0  # number of test images that the run has used
@@ -75,7 +76,7 @@ def score_model(
         fitted.zero_shot_temperature,
     )
     files = tuple(dataset.path(item) for item in features.kept(items))
-    return RunScores(model, scores, files, features.skipped, seen, transductive)
+    return RunScores(model, scores, dataset.root, files, features.skipped, seen, transductive)
 
 
 def evaluate_run(

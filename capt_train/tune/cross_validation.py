@@ -42,7 +42,8 @@ def out_of_fold_logits(
     labels = task.labels
     logits = torch.full((len(labels), len(task.tuned)), torch.nan)
     count = _FOLDS_WITH_VISUAL if strength and task.alpha is not None else _FOLDS
-    folds = photo_folds(labels, torch.full((len(task.tuned),), -1), count)
+    no_class = torch.full((len(task.tuned),), -1)
+    folds = photo_folds(labels, task.train.embeddings, no_class, count)
     for fold in range(count):
         held = folds == fold
         if not held.any():

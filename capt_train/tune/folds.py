@@ -11,6 +11,10 @@ from capt_train.tune.stages import TuningTask
 
 _FOLDS = 4
 _MOST_VALIDATED = 2000  # images that judge; more would hardly decide otherwise
+_ALIKE = 0.4
+# Photos of a class that are compared: two differ from their mean in opposite ways, and the
+# similarities of thousands would fill the memory
+_FEWEST_LINKED, _MOST_LINKED = 3, 2000
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ def make_folds(task: TuningTask, *, held_classes: bool) -> Iterator[Fold]:
     class_fold = torch.full((classes,), -1)
     if held_classes:
         class_fold[torch.randperm(classes, generator=draw)] = torch.arange(classes) % count
-    photo_fold = photo_folds(labels, class_fold, count)
+    photo_fold = photo_folds(labels, task.train.embeddings, class_fold, count)
     validated = torch.randperm(len(task.val), generator=draw)[:_MOST_VALIDATED]
     validation = task.val.rows(validated)
     without_validation = replace(task, val=task.val.rows(validated[:0]))
@@ -61,11 +65,20 @@ def make_folds(task: TuningTask, *, held_classes: bool) -> Iterator[Fold]:
         )
 
 
-def photo_folds(labels: Tensor, class_fold: Tensor, count: int) -> Int[Tensor, " samples"]:
+def photo_folds(
+    labels: Int[Tensor, " samples"],
+    embeddings: Float[Tensor, "samples dim"],
+    class_fold: Int[Tensor, " classes"],
+    count: int,
+) -> Int[Tensor, " samples"]:
     """Return the fold that holds out each photo, one that tunes on its class; -1 for none.
+
+    Photos of one burst, which are nearly the same, are held out together: a model that has seen
+    one of them would answer the others better than any photo in use.
 
     Args:
         labels: positions among the tuned classes.
+        embeddings: by the frozen model, unit norm.
         class_fold: the fold that leaves out each class; -1 for none.
         count: number of folds.
     """
@@ -73,8 +86,35 @@ def photo_folds(labels: Tensor, class_fold: Tensor, count: int) -> Int[Tensor, "
     for label, left_out in enumerate(class_fold.tolist()):
         photos = (labels == label).nonzero().squeeze(1)
         usable = [fold for fold in range(count) if fold != left_out]
-        if len(usable) == 1:  # every second photo is never held out, so that some are tuned on
+        if len(usable) == 1:  # every second burst is never held out, so that some are tuned on
             usable.append(-1)
-        if len(photos) > 1:
-            folds[photos] = torch.tensor(usable)[torch.arange(len(photos)) % len(usable)]
+        bursts = _bursts(embeddings[photos])
+        if len(bursts) < 2:
+            continue
+        loads = dict.fromkeys(usable, 0)
+        for burst in sorted(bursts, key=len, reverse=True):
+            fold = min(loads, key=loads.__getitem__)
+            folds[photos[burst]] = fold
+            loads[fold] += len(burst)
     return folds
+
+
+def _bursts(embeddings: Float[Tensor, "photos dim"]) -> list[list[int]]:
+    """Return the photos of a class in groups whose members are all alike, by complete linkage.
+
+    Photos are alike if they differ from the mean of their class in the same way: a cosine of 0.4 of
+    these differences. Where photos are unrelated, 1 % of the pairs are (training photos of
+    `clothes` and `objects`, 8 and 16 a class; ours).
+    """
+    photos = len(embeddings)
+    if not _FEWEST_LINKED <= photos <= _MOST_LINKED:
+        return [[photo] for photo in range(photos)]
+    differences = embeddings.double().cpu() - embeddings.double().cpu().mean(dim=0)
+    differences /= differences.norm(dim=1, keepdim=True).clamp(min=1e-9)
+    from scipy.cluster.hierarchy import fcluster, linkage
+
+    tree = linkage(differences.numpy(), "complete", metric="sqeuclidean")  # 2 − 2·cosine
+    groups: dict[int, list[int]] = {}
+    for photo, group in enumerate(fcluster(tree, 2 - 2 * _ALIKE, "distance").tolist()):
+        groups.setdefault(group, []).append(photo)
+    return sorted(groups.values())

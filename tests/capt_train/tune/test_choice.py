@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from capt_deploy.evaluation.summary import choice_notes, choice_rows
+from capt_deploy.evaluation.summary import choice_notes, choice_rows, curve_notes
 from capt_train.data.features import Features
 from capt_train.method.class_rows import UNCHANGED, UNJUDGED_WEIGHT
 from capt_train.method.learner import Learner
@@ -125,7 +125,7 @@ def test_more_photos_gain_along_a_curve_that_survives_json(
     assert sorted(name for name, *_ in curve.gains) == [f"class {label}" for label in range(6)]
     again = Choice.from_dict(json.loads(json.dumps(choice.to_dict())), choice.out_of_fold)
     assert again.curve == curve
-    assert "twice what there is, expect" in " ".join(choice_notes(choice.to_dict()))
+    assert "twice what there is, expect" in " ".join(curve_notes(curve.to_dict()))
 
 
 def test_what_photos_do_not_teach_has_no_curve() -> None:
