@@ -1,1 +1,1 @@
-"""Fit and choose calibrations, and estimate label noise."""
+"""Fit and choose calibrations; estimate label noise and the learning curve."""

@@ -20,6 +20,7 @@ from capt_train.clip.backbone import Backbone
 from capt_train.clip.loading import load_backbone
 from capt_train.config import TrainConfig
 from capt_train.data.fewshot import FewShotSplit
+from capt_train.data.suspects import SUSPECTS
 from capt_train.data.validation import VALIDATION, Validation
 from capt_train.method.class_rows import ClassRows
 from capt_train.method.learner import Learner, make_learner
@@ -41,9 +42,10 @@ UNLABELLED = "unlabelled.json"
 FILES = {
     METRICS: "accuracy and calibration, zero-shot beside tuned",
     "confusions.json, confusions.png": "which classes are confused, before and after tuning",
+    SUSPECTS: "labels that are probably wrong, and copies of photos",
     CONFIG: "all settings, versions, the model's fingerprint",
     SPLIT: "the chosen images with their hashes",
-    CHOICE: "what was kept of prompt, map and rows, and how each did on held-out photos",
+    CHOICE: "what was kept of prompt, map and rows, how each did, and the learning curve",
     OUT_OF_FOLD: "logits of the training images, each by a model that has not seen it",
     RESULT: "what was fitted after tuning: strength, mixture, calibration; history of the epochs",
     "best.safetensors, last.safetensors": "parameters of the best epoch; state after the last one",

@@ -17,6 +17,14 @@ from torch.nn import functional
 
 from capt_deploy.core.console import progress
 from capt_deploy.core.errors import RunError
+from capt_train.calibrate.learning_curve import (
+    SHARES,
+    Hits,
+    LearningCurve,
+    fit_curve,
+    mean_hits,
+    thinned,
+)
 from capt_train.calibrate.temperature import calibrated_losses, fit_temperature
 from capt_train.method.class_map import mapped
 from capt_train.method.class_rows import UNCHANGED, ClassRows, Discriminant, Outside, discriminant
@@ -25,14 +33,6 @@ from capt_train.tune.candidates import Candidate, candidates
 from capt_train.tune.epochs import train_epochs
 from capt_train.tune.fit_map import fit_map, fit_maps, map_task
 from capt_train.tune.folds import Fold, make_folds
-from capt_train.tune.learning_curve import (
-    SHARES,
-    Hits,
-    LearningCurve,
-    fit_curve,
-    mean_hits,
-    thinned,
-)
 from capt_train.tune.stages import TuningTask
 
 _FEWEST_CLASSES = 4  # two to tune on and two to hold out

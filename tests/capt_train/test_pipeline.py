@@ -51,6 +51,7 @@ RUN_FILES = {
     runs.README,
     "config.json",
     "split.json",
+    "suspects.json",
     "last.safetensors",
     "best.safetensors",
     "bank.safetensors",

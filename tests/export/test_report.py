@@ -5,11 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from capt_train.data.suspects import SUSPECTS, Suspects
 from export.cli.eval import main
 
 FILES = {"report.html", "report.md", "report.json"}
@@ -168,3 +170,23 @@ def test_a_bundle_of_other_classes_is_refused(tuned_run, photos, tmp_path):
     assert result.exit_code == 2
     assert "expected a bundle with the classes of the run" in result.stderr
     assert not (tmp_path / "p").exists()
+
+
+def test_the_page_of_a_run_shows_suspect_labels_and_what_to_do(tuned_run, photos, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tuned_run, run)
+    suspects = Suspects.load(run / SUSPECTS)
+    first = suspects.labels[0]
+    other = next(photo.label for photo in suspects.labels if photo.label != first.label)
+    doubted = replace(first, likely=other, p_wrong=0.9)
+    gone = replace(doubted, path="train/gone.png")
+    Suspects((doubted, gone), 0.1, ()).save(run / SUSPECTS)
+    result = evaluate(run, "--data", photos, "--report", tmp_path / "page")
+    assert result.exit_code == 0, result.output
+    written = json.loads((tmp_path / "page" / "report.json").read_text())
+    group = written["gallery"][-1]
+    assert (group["title"], group["images"]) == ("Suspect labels", 1)
+    assert group["worst"][0]["true"] == first.label
+    page = (tmp_path / "page" / "report.html").read_text()
+    assert page.count("What to do:") >= 4
+    assert "What to do:" in (tmp_path / "page" / "report.md").read_text()

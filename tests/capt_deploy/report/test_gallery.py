@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from capt_deploy.evaluation.evaluate import SuspectPhoto
 from capt_deploy.report.gallery import make_gallery, short_names, thumbnail
 from capt_deploy.report.measure import Predictions
 
@@ -110,3 +111,16 @@ def test_names_say_nothing_of_the_folders_above():
 
 def test_names_that_are_no_text_can_be_printed():
     assert short_names([Path("/a/b\udcff\n.png")]) == ["b� .png"]
+
+
+def test_suspect_labels_are_a_group_of_their_own(make_data, tmp_path):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    shares = (("dog", 0.9), ("its label, cat", 0.01))
+    photos = [SuspectPhoto(tmp_path / "a.png", "cat", shares)] * 20
+    data = make_data(5, suspects=photos)
+    *_, group = make_gallery(data, Predictions(LABELS, AFTER, BEFORE))
+    assert (group.title, group.images, len(group.cards)) == ("Suspect labels", 20, 12)
+    card = group.cards[0]
+    assert card.true == "cat"
+    assert card.top_classes == {"a model that has not seen it": shares}
+    assert decoded(card.picture).size == (40, 30)

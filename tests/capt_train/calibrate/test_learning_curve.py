@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from capt_train.tune.learning_curve import LearningCurve, fit_curve, mean_hits, thinned
+from capt_train.calibrate.learning_curve import LearningCurve, fit_curve, mean_hits, thinned
 
 NAMES = ("otter", "beaver", "mink")
 COUNTS = np.array([16, 16, 4])
