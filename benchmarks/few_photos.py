@@ -303,7 +303,7 @@ def _noise(photos: Photos, seed: int) -> Cell:
         suspects = Suspects.load(run.folder / SUSPECTS)
         held_out, model = run.trained.held_out, run.trained.model
         count = round(_WRONG * len(suspects.labels))
-        flagged = [photo.path for photo in suspects.labels[: suspects.probably_wrong]]
+        flagged = [photo.path for photo in suspects.probably_wrong]
         found = {"suspects": [photo.path for photo in suspects.labels], "flagged": flagged}
         _, probabilities = model.fitted.calibration.apply(held_out.tuned.double().numpy())
         paths = [item.path for item in held_out.items]

@@ -89,9 +89,9 @@ def tune_and_measure(
             split, scores = _score(setup, model, outcome, held_out, cache)
             report = {**_report(model, outcome, split, scores), "images": images}
             watch.lap("measuring")
+            write_json(out / runs.METRICS, report)
             write_suspects(setup, model, outcome, held_out, cache, out)
-            watch.lap("suspects")
-        write_json(out / runs.METRICS, report)
+            watch.lap("looking for suspects")
     say(f"time: {watch}")
     return Trained(report, model, scores, held_out)
 

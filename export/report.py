@@ -1,5 +1,6 @@
 """Score runs and their bundles on the same images, for `capt-eval`."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ import numpy as np
 from capt_deploy.bundle.read import is_bundle
 from capt_deploy.core.console import counted
 from capt_deploy.core.errors import ConfigError
+from capt_deploy.core.files import sha256_file
 from capt_deploy.evaluation.evaluate import Evaluation, SuspectPhoto
 from capt_deploy.evaluation.scoring import score_bundle, score_graphs
 from capt_deploy.evaluation.summary import NO_ZERO_SHOT
@@ -51,7 +53,7 @@ def score(
         from capt_train.run.evaluate import score_run
 
         scored = score_run(path, data, split, class_names)
-        evaluation = _of_run(scored, path)
+        evaluation = _of_run(scored, path, _suspects(scored, path) if all_graphs else [])
         if exported is not None:
             file = class_names or scored.model.config.class_names  # a bundle does not know it
             names = None if file is None else Path(file)
@@ -66,7 +68,7 @@ def score(
     return replace(evaluation, notes=notes)
 
 
-def _of_run(scored: "RunScores", run: Path) -> Evaluation:
+def _of_run(scored: "RunScores", run: Path, suspects: Sequence[SuspectPhoto]) -> Evaluation:
     from export.source.model import provenance
 
     model, notes = scored.model, []
@@ -86,26 +88,29 @@ def _of_run(scored: "RunScores", run: Path) -> Evaluation:
             "calibrated by": model.fitted.calibration.calibrator,
         },
         notes,
-        suspects=_suspects(run, scored.root),
+        suspects=suspects,
     )
 
 
-def _suspects(run: Path, root: Path) -> list[SuspectPhoto]:
-    """Return the photos of a run whose labels are probably wrong, as far as they are at hand."""
+def _suspects(scored: "RunScores", run: Path) -> list[SuspectPhoto]:
+    """Return the photos of a run whose labels are probably wrong, as far as the data has them.
+
+    Raises:
+        RunError: the run's list of them is damaged.
+    """
     from capt_train.data.suspects import SUSPECTS, Suspects
 
     if not (run / SUSPECTS).is_file():
         return []
-    suspects = Suspects.load(run / SUSPECTS)
-    return [
-        SuspectPhoto(
-            root / photo.path,
-            photo.label,
-            ((photo.likely, photo.p_likely), (f"its label, {photo.label}", photo.p_label)),
-        )
-        for photo in suspects.labels[: suspects.probably_wrong]
-        if photo.likely != photo.label and (root / photo.path).is_file()
-    ]
+    digests = scored.model.split.sha256
+    photos = []
+    for photo in Suspects.load(run / SUSPECTS).probably_wrong:
+        file = scored.root / photo.path
+        if file.is_file() and sha256_file(file) == digests.get(photo.path):
+            named = f"its label, {photo.label}"
+            shares = ((photo.likely, photo.p_likely), (named, photo.p_label))
+            photos.append(SuspectPhoto(file, photo.label, shares))
+    return photos
 
 
 def _beside(run: Evaluation, graphs: Evaluation) -> Evaluation:

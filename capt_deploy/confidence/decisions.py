@@ -154,7 +154,7 @@ class Decisions:
                 familiarity.
         """
         if notice := self._notice(options):
-            warnings.warn(notice, stacklevel=4)
+            warnings.warn(notice, stacklevel=6)
         self.threshold(options)
         least = 1 / (self.images + 1)
         if 0 < options.familiarity <= least:
@@ -169,7 +169,7 @@ class Decisions:
         if not options.class_conditional:
             too_few = self.images < needed
             why = f"it needs {needed} held-out photos, and there are {self.images}"
-            return f"{start}: {why}: most sets will hold every class" if too_few else ""
+            return f"{start}: {why}: every set holds all classes" if too_few else ""
         counts = np.bincount(self.sets.labels)
         known, scarce = int((counts > 0).sum()), int(((counts > 0) & (counts < needed)).sum())
         why = (

@@ -44,8 +44,8 @@ class FamiliarityTest:
     the Shiryaev–Roberts procedure R ← (R + 1)·gain keeps the evidence (Vovk et al.,
     arXiv 2102.10439): without a shift it takes at least c images on average until R reaches c.
 
-    As images in use join those that others are compared with, only a shift within the memory of
-    the test counts, and a difference too small to bet on never adds up.
+    As images in use join those that others are compared with, a small difference never adds up to
+    an alarm; and with fewer than about 50 calibration images no difference does.
 
     Args:
         images: number of calibration images, behind the familiarities.
@@ -204,7 +204,9 @@ class MonitorSummary:
     class_counts: dict[str, int]
     confidence: Drift | None  # None without a baseline or images
     classes: Drift | None  # among the images of the baseline's classes
-    evidence: float | None  # that images are more or less familiar than before; `ALARM` is one
+    # Highest evidence since the last reset that images are less, or more, familiar than before:
+    # `ALARM` is one. None where familiarity is not known
+    evidence: float | None
     rejection_rate: float | None  # None where nothing is rejected
     expected_rejection_rate: float | None
     verdict: Verdict
@@ -277,6 +279,8 @@ class Monitor:
         for name, values in (("rejected", rejected), ("familiarity", familiarity)):
             if values is not None and values.shape != confidence.shape:
                 raise ValueError(f"expected {confidence.shape} {name}, came {values.shape}")
+        if familiarity is not None and not ((familiarity > 0) & (familiarity <= 1)).all():
+            raise ValueError("expected familiarities above 0 and up to 1, came others")
         with self._lock:
             self._bins += bins
             self._classes = _padded(self._classes, len(classes))

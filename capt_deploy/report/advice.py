@@ -6,6 +6,7 @@ from capt_deploy.evaluation.summary import percent
 from capt_deploy.report.results import Results
 
 _WANTED = 0.95  # accuracy of the answers, as an example
+_NEGLIGIBLE = 0.01  # difference of mean confidence and accuracy
 
 
 def advice(results: Results) -> dict[str, str]:
@@ -31,6 +32,8 @@ def _on_confidence(results: Results) -> str:
     right = predictions.main.argmax(axis=1) == predictions.labels
     surplus = float(predictions.main.max(axis=1).mean() - right.mean())
     points = percent(abs(surplus))
+    if abs(surplus) < _NEGLIGIBLE:
+        return "On average it is right; where points lie below the diagonal, trust it less."
     if surplus > 0:
         return (
             f"Subtract about {points} points from what it says, or tune with more photos like "
@@ -45,7 +48,8 @@ def _on_risk(results: Results) -> str:
     order = np.argsort(-confidence, kind="stable")
     right = (predictions.main.argmax(axis=1) == predictions.labels)[order]
     shares = right.cumsum() / np.arange(1, len(right) + 1)
-    enough = np.flatnonzero(shares >= _WANTED)
+    last_of_ties = np.append(np.diff(confidence[order]) != 0, True)
+    enough = np.flatnonzero((shares >= _WANTED) & last_of_ties)
     if not len(enough):
         return f"No confidence is high enough for {_WANTED:.0%} right answers on these photos."
     last = int(enough[-1])

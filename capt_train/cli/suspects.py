@@ -12,7 +12,8 @@ from capt_deploy.core.console import Command, PathInHome, counted, print_json, s
 from capt_deploy.core.version import __version__
 
 if TYPE_CHECKING:
-    from capt_train.data.suspects import Copy, SuspectLabel, Suspects
+    from capt_train.data.copies import Copy
+    from capt_train.data.suspects import SuspectLabel, Suspects
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
@@ -54,7 +55,7 @@ def main(run: Path, top: int, as_json: bool, csv_file: Path | None) -> None:
         )
     if not (run / SUSPECTS).is_file():
         raise RunError(
-            f"{run}: no {SUSPECTS} in it; expected the folder of a finished run of capt-train"
+            f"{run}: no {SUSPECTS} in it; expected the folder of a finished run of this version"
         )
     suspects = Suspects.load(run / SUSPECTS)
     if csv_file is not None and not csv_on_stdout:
@@ -63,9 +64,7 @@ def main(run: Path, top: int, as_json: bool, csv_file: Path | None) -> None:
         write_bytes(csv_file, _csv(suspects.labels).encode(errors="surrogateescape"))
         say(f"wrote {csv_file}")
     if as_json:
-        from dataclasses import asdict
-
-        print_json(asdict(suspects))
+        print_json(suspects.to_dict())
     elif csv_on_stdout:
         click.echo(_csv(suspects.labels), nl=False)
     else:
@@ -76,14 +75,14 @@ def _text(suspects: "Suspects", top: int) -> str:
     """Return both tables, each with a sentence that says what to do."""
     parts = []
     if suspects.labels:
-        wrong = suspects.probably_wrong
+        wrong = len(suspects.probably_wrong)
         shown = suspects.labels[: max(top, wrong)]
         judged = counted(len(suspects.labels), "photo")
         parts.append(
             f"About {suspects.wrong_share:.0%} of the labels of {judged} seem to be wrong; "
             f"look at the first {wrong}."
-            if wrong
-            else f"No label of {judged} is probably wrong; the least probable ones are:"
+            if suspects.wrong_share
+            else f"{judged} cannot tell how many labels are wrong; the least probable ones are:"
         )
         rows = [
             (
@@ -93,7 +92,9 @@ def _text(suspects: "Suspects", top: int) -> str:
             for photo in shown
         ]
         if rows:
-            parts.append(table(["photo", "label", "its %", "rather", "its %"], rows))
+            parts.append(
+                table(["photo", "label", "probability, %", "more probable", "probability, %"], rows)
+            )
     else:
         parts.append("No photo was held out of tuning, so no label could be judged.")
     parts.append(_copies(suspects.copies))

@@ -1,31 +1,23 @@
-"""Photos to look at again: labels that are probably wrong, and copies of one photo.
+"""The photos to look at again: labels that are probably wrong, and copies of one photo.
 
 Every photo is judged by a model that was tuned without it. The less probable its label then is, the
 more suspect it is, as in confident learning (arXiv 1911.00068). Read without torch.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
-from capt_deploy.core.errors import ImageError, RunError
+from capt_deploy.core.errors import RunError
 from capt_deploy.core.files import is_inside, read_json, write_json
-from capt_deploy.data.images import load_shrunk
 from capt_deploy.metrics.probabilities import Floats, Ints
+from capt_train.data.copies import Copy
 
 SUSPECTS = "suspects.json"
 _SCHEMA = 1
-# Embeddings of a photo and of its copy, shrunk or recompressed, are at least so alike; and so are
-# their thumbnails, whatever the brightness. Bursts of one thing are alike up to 0.985.
-_NEAR, _SAME = 0.8, 0.99
-_SIDE = 16  # pixels of a thumbnail
-_MOST_COMPARED = 5  # nearest photos of each
-_BLOCK = 1024  # photos compared at once
 
 
 @dataclass(frozen=True)
@@ -42,24 +34,6 @@ class SuspectLabel:
 
 
 @dataclass(frozen=True)
-class Copy:
-    """Two files with the same photo."""
-
-    first: str
-    second: str
-    splits: tuple[str, str]
-    labels: tuple[str, str]
-    similarity: float  # of their thumbnails, 0.99 to 1
-
-    @property
-    def problem(self) -> str:
-        """Return what the copy spoils; empty if it only counts twice."""
-        if self.labels[0] != self.labels[1]:
-            return "two labels"
-        return "two splits" if self.splits[0] != self.splits[1] else ""
-
-
-@dataclass(frozen=True)
 class Suspects:
     """The content of `suspects.json`."""
 
@@ -68,13 +42,19 @@ class Suspects:
     copies: tuple[Copy, ...]  # those with two labels first, then those in two splits
 
     @property
-    def probably_wrong(self) -> int:
-        """Return the number of labels that are more probably wrong than right."""
-        return sum(photo.p_wrong > 0.5 for photo in self.labels)
+    def probably_wrong(self) -> tuple[SuspectLabel, ...]:
+        """Return the labels that are more probably wrong than right."""
+        return tuple(photo for photo in self.labels if photo.p_wrong > 0.5)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        copies = [{**asdict(copy), "problem": copy.problem} for copy in self.copies]
+        flagged = len(self.probably_wrong)
+        return {"schema": _SCHEMA, "probably_wrong": flagged, **asdict(self), "copies": copies}
 
     def save(self, path: Path) -> None:
         """Write the file, atomically."""
-        write_json(path, {"schema": _SCHEMA, **asdict(self)})
+        write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: Path) -> "Suspects":
@@ -87,22 +67,45 @@ class Suspects:
         try:
             if content["schema"] != _SCHEMA:
                 raise ValueError(f"schema {content['schema']!r}, expected {_SCHEMA}")
-            labels = tuple(SuspectLabel(**row) for row in content["labels"])
-            copies = tuple(_copy(row) for row in content["copies"])
-            paths = [photo.path for photo in labels]
-            paths += [path for copy in copies for path in (copy.first, copy.second)]
-            if not all(map(is_inside, paths)):
-                raise ValueError("a path leaves the folder of the photos")
-            return cls(labels, float(content["wrong_share"]), copies)
+            labels = tuple(map(_label, content["labels"]))
+            return cls(labels, _share(content["wrong_share"]), tuple(map(_copy, content["copies"])))
         except (KeyError, TypeError, ValueError) as cause:
             raise RunError(f"{path}: not as capt-train writes it ({cause!r})") from cause
 
 
+def _label(row: Mapping[str, Any]) -> SuspectLabel:
+    return SuspectLabel(
+        _path(row["path"]),
+        str(row["split"]),
+        str(row["label"]),
+        _share(row["p_label"]),
+        str(row["likely"]),
+        _share(row["p_likely"]),
+        _share(row["p_wrong"]),
+    )
+
+
 def _copy(row: Mapping[str, Any]) -> Copy:
-    first_split, second_split = row["splits"]
-    first_label, second_label = row["labels"]
-    pairs = {"splits": (first_split, second_split), "labels": (first_label, second_label)}
-    return Copy(**{**row, **pairs})
+    (first_split, second_split), (first_label, second_label) = row["splits"], row["labels"]
+    return Copy(
+        _path(row["first"]),
+        _path(row["second"]),
+        (str(first_split), str(second_split)),
+        (str(first_label), str(second_label)),
+        _share(row["similarity"]),
+    )
+
+
+def _path(value: Any) -> str:
+    if not isinstance(value, str) or not is_inside(value):
+        raise ValueError(f"expected a path inside the folder of the photos, came {value!r}")
+    return value
+
+
+def _share(value: Any) -> float:
+    if not 0 <= (share := float(value)) <= 1:
+        raise ValueError(f"expected a share, came {value!r}")
+    return share
 
 
 def rank_labels(
@@ -137,67 +140,3 @@ def rank_labels(
         )
         for row in np.argsort(p_labels, kind="stable").tolist()
     )
-
-
-def find_copies(
-    files: Sequence[Path],
-    embeddings: NDArray[np.floating],
-    describe: Callable[[int], tuple[str, str, str]],
-    among: int,
-) -> tuple[Copy, ...]:
-    """Return the pairs of files that show the same photo, also shrunk, recompressed or brightened.
-
-    A photo that was cropped by a few percent is not found. Of three copies, each pair counts.
-
-    Args:
-        files: of the photos.
-        embeddings: (photos, dim) by the frozen model, unit norm.
-        describe: returns the path to show, the split and the class of a photo.
-        among: compare the first so many photos with all; the others not with each other.
-    """
-    thumbnails: dict[int, NDArray[Any] | None] = {}
-
-    def thumbnail(row: int) -> NDArray[Any] | None:
-        if row not in thumbnails:
-            thumbnails[row] = _thumbnail(files[row])
-        return thumbnails[row]
-
-    copies = []
-    for first, second in _neighbours(embeddings, among):
-        one, other = thumbnail(first), thumbnail(second)
-        if one is None or other is None or (alike := float((one * other).sum())) < _SAME:
-            continue
-        (path, split, label), (path2, split2, label2) = describe(first), describe(second)
-        copies.append(Copy(path, path2, (split, split2), (label, label2), min(alike, 1.0)))
-    order = ("two labels", "two splits", "")
-    return tuple(sorted(copies, key=lambda copy: (order.index(copy.problem), copy.first)))
-
-
-def _neighbours(embeddings: NDArray[np.floating], among: int) -> Iterator[tuple[int, int]]:
-    """Yield pairs of photos with similar embeddings, each once."""
-    found: set[tuple[int, int]] = set()
-    for start in range(0, among, _BLOCK):
-        rows = embeddings[start : min(start + _BLOCK, among)]
-        similar = rows @ embeddings.T
-        similar[np.arange(len(rows)), start + np.arange(len(rows))] = -1
-        most = min(_MOST_COMPARED, similar.shape[1] - 1)
-        nearest = np.argpartition(-similar, most, axis=1)[:, :most] if most else np.empty((0, 0))
-        for place, columns in enumerate(nearest.tolist()):
-            for column in columns:
-                pair = min(start + place, column), max(start + place, column)
-                if similar[place, column] >= _NEAR and pair not in found:
-                    found.add(pair)
-                    yield pair
-
-
-def _thumbnail(file: Path) -> NDArray[np.float64] | None:
-    """Return grey pixels with mean 0 and norm 1; None of a file that cannot be read or is plain."""
-    try:
-        image, box = load_shrunk(file, lambda size: (min(size[0], 64), min(size[1], 64)))
-        grey = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX, box)
-    except (ImageError, OSError, ValueError):
-        return None
-    pixels = np.asarray(grey, np.float64)
-    pixels = pixels - pixels.mean()
-    norm = float(np.linalg.norm(pixels))
-    return pixels / norm if norm > _SIDE else None  # else less than one grey level of contrast

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from capt_deploy.core.console import counted, say
 from capt_deploy.data.datasets import Item
+from capt_deploy.metrics.probabilities import Floats
+from capt_train.calibrate.label_noise import fit_label_noise
+from capt_train.data.copies import find_copies
 from capt_train.data.embedding_cache import EmbeddingCache
 from capt_train.data.features import embed
-from capt_train.data.suspects import SUSPECTS, SuspectLabel, Suspects, find_copies, rank_labels
+from capt_train.data.suspects import SUSPECTS, SuspectLabel, Suspects, rank_labels
 from capt_train.method.losses import right_probabilities
 from capt_train.run.fitting import HeldOut, Outcome
 from capt_train.run.folder import TunedModel
@@ -33,8 +36,12 @@ def write_suspects(
     not among themselves.
     """
     labels: list[SuspectLabel] = []
+    wrong = 0.0
     for split, items, positions, logits in _judged(setup, outcome, held_out):
-        labels += _ranked(setup, model, split, items, positions, logits)
+        noise = fit_label_noise(logits, positions, setup.config.tuning.label_noise)
+        right = right_probabilities(logits.double() / noise.temperature, positions, noise.share)
+        labels += _ranked(setup, model, split, items, positions, logits, 1 - right.numpy())
+        wrong += noise.share * len(items)
     labels.sort(key=lambda photo: photo.p_label)
     dataset, rows = setup.dataset, []
     embedded = {"train": outcome.frozen.train, "val": outcome.frozen.val}
@@ -58,13 +65,16 @@ def write_suspects(
         describe,
         sum(len(features) for features in embedded.values()),
     )
-    suspects = Suspects(tuple(labels), model.fitted.calibration.label_noise, copies)
+    suspects = Suspects(tuple(labels), wrong / max(len(labels), 1), copies)
     suspects.save(out / SUSPECTS)
-    found = [counted(suspects.probably_wrong, "label") + " probably wrong"]
+    wrong_labels = len(suspects.probably_wrong)
     spoiling = sum(bool(copy.problem) for copy in copies)
-    found.append(counted(spoiling, "photo") + " with a copy in another split or class")
-    if suspects.probably_wrong or spoiling:
-        say(f"note: {' and '.join(found)}: capt-suspects {out}")
+    if wrong_labels or spoiling:
+        say(
+            f"note: {counted(wrong_labels, 'label')} probably wrong and "
+            f"{counted(spoiling, 'photo')} with a copy in another split or class: "
+            f"capt-suspects {out}"
+        )
 
 
 def _judged(
@@ -77,12 +87,14 @@ def _judged(
     """
     task, choice = outcome.task, outcome.choice
     split = "val" if len(task.val) else "train"
-    yield split, [*held_out.items], held_out.labels, held_out.tuned
+    if len(held_out):
+        yield split, [*held_out.items], held_out.labels, held_out.tuned
     if split == "val" and choice is not None:
         known = ~choice.out_of_fold.isnan().any(dim=1)
         items = outcome.frozen.train.kept(setup.split.train)
         judged = [item for item, flag in zip(items, known.tolist(), strict=True) if flag]
-        yield "train", judged, task.labels[known], choice.out_of_fold[known]
+        if judged:
+            yield "train", judged, task.labels[known], choice.out_of_fold[known]
 
 
 def _ranked(
@@ -92,17 +104,11 @@ def _ranked(
     items: list[Item],
     labels: Int[Tensor, " photos"],
     logits: Float[Tensor, "photos tuned"],
+    p_wrong: Floats,
 ) -> tuple[SuspectLabel, ...]:
-    if not items:
-        return ()
     tuned = np.asarray(setup.split.tuned)
     calibration = model.fitted.calibration.select(tuned)
     _, probabilities = calibration.apply(logits.double().numpy())
-    right = right_probabilities(
-        logits.double() / calibration.temperature, labels, calibration.label_noise
-    )
     paths = [item.path for item in items]
     splits = [split] * len(items)
-    return rank_labels(
-        paths, splits, labels.numpy(), probabilities, 1 - right.numpy(), setup.tuned_names
-    )
+    return rank_labels(paths, splits, labels.numpy(), probabilities, p_wrong, setup.tuned_names)

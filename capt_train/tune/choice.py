@@ -150,7 +150,10 @@ class _Fitted:
     def with_photos(
         self, candidate: Candidate, kept: Bool[Tensor, " photos"]
     ) -> Float[Tensor, "held classes"]:
-        """Return the same by a map and rows of some of the fold's photos; a prompt stays."""
+        """Return the logits of a map and rows that fit some of the fold's photos.
+
+        A prompt stays as all of the fold's photos have tuned it.
+        """
         fold = self.fold
         task = fold.task.with_rows(kept).with_new_bank()
         texts = self.texts[candidate.prompt, candidate.side, candidate.ridge]

@@ -13,8 +13,8 @@ _FOLDS = 4
 _MOST_VALIDATED = 2000  # images that judge; more would hardly decide otherwise
 _ALIKE = 0.4
 # Photos of a class that are compared: two differ from their mean in opposite ways, and the
-# similarities of thousands would fill the memory
-_FEWEST_LINKED, _MOST_LINKED = 3, 2000
+# similarities of thousands would take minutes
+_FEWEST_LINKED, _MOST_LINKED = 3, 500
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,10 @@ def photo_folds(
         if len(usable) == 1:  # every second burst is never held out, so that some are tuned on
             usable.append(-1)
         bursts = _bursts(embeddings[photos])
-        if len(bursts) < 2:
+        if len(photos) < 2:
             continue
+        if len(bursts) < 2:  # all are the same photo
+            bursts = [[photo] for photo in range(len(photos))]
         loads = dict.fromkeys(usable, 0)
         for burst in sorted(bursts, key=len, reverse=True):
             fold = min(loads, key=loads.__getitem__)

@@ -5,10 +5,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from capt_deploy.confidence.conformal import fewest_images
 from capt_deploy.confidence.decisions import FEWEST_IMAGES, Decisions
 from capt_deploy.core.console import say
 from capt_train.calibrate.choose import cross_fitted
 from export.source.model import Source
+
+_USUAL_COVERAGE = 0.95
 
 
 @torch.no_grad()
@@ -33,14 +36,9 @@ def decisions_from_validation(source: Source) -> Decisions | None:
     logits = source.rows.cpu().logits(known.embeddings, backbone.scale) + backbone.logit_bias
     # the rows may have been fitted to these images, their logits not
     columns = {label: column for column, label in enumerate(known.tuned)}
-    tuned_places = [place for place, label in enumerate(known.places) if label in columns]
-    if tuned_places:
-        held_out = known.tuned_logits[:, [columns[known.places[place]] for place in tuned_places]]
-        # models of other folds differ in what they add to all logits of an image; the softmax does
-        # not see it, the energy does
-        held_out = held_out - held_out.mean(dim=1, keepdim=True)
-        logits[:, tuned_places] = held_out + logits[:, tuned_places].mean(dim=1, keepdim=True)
-    raw = logits.numpy()
+    places = [place for place, label in enumerate(known.places) if label in columns]
+    logits[:, places] = known.tuned_logits[:, [columns[known.places[place]] for place in places]]
+    raw = logits.numpy().copy()
     probabilities = np.zeros(raw.shape)
     tuned = known.tuned_logits.numpy(), known.tuned_labels.numpy()
     calibration = source.calibration
@@ -48,7 +46,13 @@ def decisions_from_validation(source: Source) -> Decisions | None:
         selected = replace(fitted.select(known.places), factors=calibration.factors)
         _, probabilities[rows] = selected.apply(raw[rows])
     # Energies need no labels, and are compared without any temperature.
-    scaled, _ = calibration.apply(raw)
+    logits[:, places] += known.shift[:, None]
+    scaled, _ = calibration.apply(logits.numpy())
     energies = calibration.temperature * scaled
     labels = known.labels.numpy()
+    if count < (needed := fewest_images(_USUAL_COVERAGE)):
+        say(
+            f"note: sets with a coverage of {_USUAL_COVERAGE} need {needed} held-out photos of the "
+            f"exported classes; with {count}, they hold every class"
+        )
     return Decisions.from_validation(probabilities[listed], energies[listed], labels[listed])

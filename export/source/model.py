@@ -34,6 +34,9 @@ class ValidationImages:
     embeddings: Float[Tensor, "images dim"]  # of the tuned model, unit norm
     labels: Int[Tensor, " images"]  # among the exported classes; -1 for any other class
     tuned_logits: Float[Tensor, "images tuned"]  # z of the classes that the run was tuned on
+    # Mean z of these classes by the run's own model, less that of `tuned_logits`: models of other
+    # folds differ in what they add to all logits of an image, and the energy depends on it
+    shift: Float[Tensor, " images"]
     tuned_labels: Int[Tensor, " images"]  # among these
     tuned: tuple[int, ...]  # these, among the run's classes
     places: tuple[int, ...]  # of the exported classes among the run's; new classes come after them
@@ -128,13 +131,13 @@ def _validation_images(model: TunedModel) -> ValidationImages | None:
     if images is None:
         return None
     tuned = list(model.split.tuned)
-    logits = images.logits
-    if logits is None:
-        logits = model.raw_logits(images.embeddings)[:, tuned].cpu()
+    own = model.raw_logits(images.embeddings)[:, tuned].cpu()
+    logits = own if images.logits is None else images.logits
     return ValidationImages(
         images.embeddings,
         images.labels,
         logits,
+        own.mean(dim=1) - logits.mean(dim=1),
         torch.searchsorted(torch.tensor(tuned), images.labels),
         tuple(tuned),
         tuple(range(len(model.class_names))),

@@ -290,6 +290,8 @@ def test_bad_observations_are_refused_and_leave_no_trace() -> None:
         (np.array([0.5, np.nan]), np.array([0, 1]), None, None),
         (good, np.array([0, 1]), np.array([True]), None),
         (good, np.array([0, 1]), None, np.array([0.5])),
+        (good, np.array([0, 1]), None, np.array([0.5, np.nan])),
+        (good, np.array([0, 1]), None, np.array([0.5, 0.0])),
         (np.ones((1, 2)), np.ones((1, 2), np.int64), None, None),
     ):
         with pytest.raises(ValueError):

@@ -7,13 +7,15 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from capt_train.cli.suspects import main
-from capt_train.data.suspects import SUSPECTS, Copy, SuspectLabel, Suspects
+from capt_train.data.copies import Copy
+from capt_train.data.suspects import SUSPECTS, SuspectLabel, Suspects
 
 LABELS = (
     SuspectLabel("train/a.jpg", "train", "otter", 0.01, "mink", 0.9, 0.8),
@@ -55,6 +57,8 @@ def test_json_and_csv_hold_all(run: Path, tmp_path: Path) -> None:
     content = json.loads(suspects(run, "--json").stdout)
     assert [row["path"] for row in content["labels"]] == [photo.path for photo in LABELS]
     assert content["copies"][0]["labels"] == ["otter", "mink"]
+    assert content["copies"][0]["problem"] == "two labels"
+    assert content["probably_wrong"] == 2
     rows = list(csv.DictReader(io.StringIO(suspects(run, "--csv", "-").stdout)))
     assert [row["path"] for row in rows] == [photo.path for photo in LABELS]
     assert float(rows[0]["p_label"]) == 0.01
@@ -68,6 +72,15 @@ def test_a_run_without_anything_suspect_says_so(tmp_path: Path) -> None:
     text = suspects(tmp_path).stdout
     assert "no label could be judged" in text
     assert "No copies of a photo were found." in text
+
+
+def test_without_a_share_of_wrong_labels_nothing_is_called_wrong(tmp_path: Path) -> None:
+    labels = tuple(replace(photo, p_wrong=0.0) for photo in LABELS)
+    Suspects(labels, 0.0, ()).save(tmp_path / SUSPECTS)
+    text = suspects(tmp_path, "--top", "1").stdout
+    assert "3 photos cannot tell how many labels are wrong" in text
+    assert "train/a.jpg" in text
+    assert "val/c.jpg" not in text
 
 
 def test_bad_input_is_refused(run: Path, tmp_path: Path) -> None:

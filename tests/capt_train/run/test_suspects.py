@@ -13,7 +13,7 @@ from capt_deploy.core.files import read_json
 from capt_train.config import TrainConfig
 from capt_train.data.suspects import SUSPECTS, Suspects
 from capt_train.pipeline import train
-from capt_train.run.folder import SPLIT, read_choice
+from capt_train.run.folder import SPLIT
 from tests.conftest import write_photos
 
 Configure = Callable[..., TrainConfig]
@@ -32,7 +32,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def suspects_of(configure: Configure, data: Path, run: Path, **settings: object) -> Suspects:
-    train(configure(data=str(data), method="rows", shots=None, **settings), run)
+    config = configure(data=str(data), method="capt", without=("prompt",), shots=None, **settings)
+    train(config, run)
     return Suspects.load(run / SUSPECTS)
 
 
@@ -44,9 +45,8 @@ def test_all_photos_are_judged_and_copies_found_across_splits(
     used = {name: {path for path, *_ in split[name]} for name in ("train", "val")}
     judged = {(photo.split, photo.path) for photo in found.labels}
     assert {path for name, path in judged if name == "val"} == used["val"]
-    choice = read_choice(tmp_path / "run")
-    if choice is not None:  # the folds have judged the training photos as well
-        assert {path for name, path in judged if name == "train"} == used["train"]
+    # the folds of the choice have judged the training photos as well
+    assert {path for name, path in judged if name == "train"} == used["train"]
     assert [p.p_label for p in found.labels] == sorted(p.p_label for p in found.labels)
     copies = {frozenset((copy.first, copy.second)): copy for copy in found.copies}
     files = sorted(path for pair in copies for path in pair)
