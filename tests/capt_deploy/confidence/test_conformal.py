@@ -15,6 +15,7 @@ from capt_deploy.confidence.conformal import (
     choose_penalty,
     class_quantiles,
     class_scores,
+    fewest_images,
     label_scores,
     quantile,
 )
@@ -237,6 +238,14 @@ def test_a_class_with_too_few_images_is_in_every_set_and_so_is_one_added_later()
         assert sets[:, [2, 4]].all()
         assert not sets[:, [0, 1, 3]].all()
         assert not table.sets(with_added, 0.9, method)[:, 4].all()
+
+
+@pytest.mark.parametrize("coverage", [0.5, 0.8, 0.9, 0.95, 0.99])
+def test_a_coverage_needs_as_many_images_as_make_its_sets_say_something(coverage: float) -> None:
+    images = fewest_images(coverage)
+    scores = np.linspace(0, 1, images)
+    assert np.isfinite(quantile(scores, coverage))
+    assert images == 1 or np.isinf(quantile(scores[1:], coverage))
 
 
 def test_fewer_classes_than_the_tables_are_refused_where_classes_matter() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -138,6 +139,37 @@ def test_sets_hold_what_the_quantile_of_the_scores_lets_in(known: Decisions) -> 
         for row, inside in zip(probabilities.astype(np.float32), found, strict=True):
             expected = {c for c in range(CLASSES) if 1 - row[c] <= limit} | {int(row.argmax())}
             assert {*np.flatnonzero(inside)} == expected
+
+
+def few(images: int) -> Decisions:
+    logits, probabilities, labels = drawn(0, images)
+    return Decisions.from_validation(probabilities, logits, labels)
+
+
+def test_too_few_images_for_a_coverage_are_said_with_the_number_that_would_do() -> None:
+    with pytest.warns(UserWarning, match="needs 99 held-out photos, and there are 98: every set"):
+        few(98).check(DecisionOptions(coverage=0.99))
+    probabilities = drawn(1)[1]
+    assert few(98).sets.sets(probabilities, 0.99).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        few(99).check(DecisionOptions(coverage=0.99))
+    assert not few(99).sets.sets(probabilities, 0.99).all()
+
+
+def test_classes_with_too_few_images_for_sets_of_their_own_are_counted(known: Decisions) -> None:
+    scarce = few(40)
+    counts = np.bincount(scarce.sets.labels)
+    fewer = int((counts < 9).sum())
+    assert 0 < fewer < CLASSES
+    options = DecisionOptions(coverage=0.9, class_conditional=True)
+    with pytest.warns(UserWarning, match=f"needs 9 .*; {fewer} of {CLASSES} classes have fewer"):
+        scarce.check(options)
+    always = scarce.sets.sets(drawn(1)[1], 0.9, class_conditional=True).all(axis=0)
+    assert always.tolist() == (counts < 9).tolist()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        known.check(options)
 
 
 def test_nothing_is_rejected_unless_it_is_asked_for(known: Decisions) -> None:

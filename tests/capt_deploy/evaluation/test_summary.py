@@ -5,7 +5,12 @@ from typing import Any
 import numpy as np
 
 from capt_deploy.evaluation.evaluate import Scores, evaluate
-from capt_deploy.evaluation.summary import confused_pairs_table, summary, worse_than_zero_shot
+from capt_deploy.evaluation.summary import (
+    confused_pairs_table,
+    curve_notes,
+    summary,
+    worse_than_zero_shot,
+)
 
 NAMES = ("ape", "bee", "cow")
 
@@ -80,3 +85,20 @@ def test_confused_pairs_are_listed_worst_first() -> None:
     swapped = report([1, 1, 2, 0, 1], [0, 0, 1, 2, 2], [True] * 3)
     assert len(confused_pairs_table(swapped).split("\n")) == 2 + 4
     assert len(confused_pairs_table(swapped, most=3).split("\n")) == 2 + 3
+
+
+def test_what_more_photos_bring_is_said_with_the_classes_that_gain() -> None:
+    curve = {
+        "photos": [4.0, 8.0, 12.0],
+        "accuracy": [0.5, 0.6, 0.65],
+        "twice": 24.0,
+        "expected": 0.7,
+        "low": 0.66,
+        "high": 0.74,
+        "gains": [{"class": "ape", "gain": 0.03}, {"class": "bee", "gain": 0.004}],
+    }
+    expected, gains = curve_notes(curve)
+    assert "With 12 photos a class, 65.0 % of held-out photos are right" in expected
+    assert "with 24, twice what there is, expect 70.0 % (66.0 to 74.0 %)" in expected
+    assert "ape (+3.0 points)" in gains and "bee" not in gains
+    assert len(curve_notes({**curve, "gains": curve["gains"][1:]})) == 1

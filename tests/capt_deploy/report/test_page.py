@@ -96,6 +96,30 @@ def test_pictures_have_texts_and_tables_captions(make_data):
         assert len([text for text in texts if text.startswith(kind)]) == count
 
 
+def test_the_learning_curve_is_a_section_of_both_reports(make_data):
+    curve = {
+        "photos": [4.0, 12.0],
+        "accuracy": [0.5, 0.65],
+        "twice": 24.0,
+        "expected": 0.7,
+        "low": 0.66,
+        "high": 0.74,
+        "gains": [{"class": EVIL, "gain": 0.03}],
+    }
+    choice = {
+        "chosen": {"prompt": False, "side": None, "weight": 0.0},
+        "table": [],
+        "images": {"tuned": 12, "new": 0},
+        "linear_probe": None,
+        "learning_curve": curve,
+    }
+    data = replace(make_data(), provenance={"choice": choice})
+    page = read(data)
+    assert {"id": "more"} in page.all("h2") and f"{EVIL} (+3.0 points)" in page.text
+    assert "70.0 expected (66.0–74.0)" in page.text
+    assert "70.0 expected (66.0–74.0)" in render_markdown(find_results(data, ""))
+
+
 def test_figures_of_the_headline_are_those_of_the_data(make_data):
     results = find_results(make_data(tuned=(True, True, False, False)), "")
     text = " ".join(Reader(render_html(results)).text.split())
