@@ -199,4 +199,4 @@ def test_a_promise_that_cannot_be_kept_is_an_error(decided_bundle, options, mess
 def test_a_bundle_that_promises_nothing_says_so_when_asked_for_the_usual_coverage():
     result = run(BUNDLE, PHOTOS, "--coverage", "0.9")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "the run needs validation images" in result.stderr
+    assert "tune with two photos of each class or more" in result.stderr

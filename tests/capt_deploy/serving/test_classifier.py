@@ -318,9 +318,9 @@ def test_what_cannot_be_promised_is_refused(decided, classifier, decided_bundle)
         with pytest.raises(ConfigError, match="coverage: expected a share between 0 and 1"):
             decided(PHOTOS[0], coverage=wrong)
     for coverage in (0.8, 0.9):  # also the usual one, once it is asked for
-        with pytest.raises(BundleError, match="the run needs validation images"):
+        with pytest.raises(BundleError, match="tune with two photos of each class or more"):
             classifier(PHOTOS[0], coverage=coverage)
-    with pytest.raises(BundleError, match="the run needs validation images"):
+    with pytest.raises(BundleError, match="tune with two photos of each class or more"):
         Classifier.load(GOLDEN / "tiny.capt", decisions=DecisionOptions())
     assert classifier(PHOTOS[0]).prediction_set is None
 

@@ -106,7 +106,7 @@ def test_without_scores_nothing_is_said_of_sets_and_rejection(manifest: Manifest
     predictor = make(manifest, None)
     assert predictor.options(None, None) == DecisionOptions()
     for shares in ((0.8, None), (None, 0.9), (0.9, None)):
-        with pytest.raises(BundleError, match="the run needs validation images"):
+        with pytest.raises(BundleError, match="tune with two photos of each class or more"):
             predictor.options(*shares)
     with pytest.raises(BundleError, match="load the whole bundle"):
         lone = Bundle(Path("model.onnx"), manifest, StoredGraph(b"", "fp32"))

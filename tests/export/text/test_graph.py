@@ -219,7 +219,7 @@ def test_a_bundle_says_what_is_in_it(bundle: Path, text_model: TunedModel) -> No
 
 def test_no_sets_are_promised_for_more_classes(text_model: TunedModel, tmp_path: Path) -> None:
     out = open_export(text_model, tmp_path / "x.capt")
-    with pytest.raises(BundleError, match="the run needs validation images"):
+    with pytest.raises(BundleError, match="tune with two photos of each class or more"):
         Classifier.load(out, decisions=DecisionOptions(coverage=0.8))
     with Classifier.load(out) as classifier:
         classifier.add_classes(NEW)
