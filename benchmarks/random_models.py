@@ -18,7 +18,7 @@ from open_clip.model import get_model_preprocess_cfg
 from safetensors.torch import save_file
 from torch import nn
 
-from capt_deploy.core.files import visible_files
+from capt_deploy.data.folders import find_files
 from capt_deploy.data.preprocess import PreprocessConfig, preprocess
 from capt_train.clip.backbone import Backbone
 
@@ -79,7 +79,7 @@ def write_random_model(name: str, folder: Path, photos: Path, seed: int = 0) -> 
     """
     network = _random_network(name, seed)
     preprocess = PreprocessConfig.from_dict(get_model_preprocess_cfg(network))
-    _settle(network.visual, preprocess, visible_files(photos))
+    _settle(network.visual, preprocess, find_files(photos).paths)
     folder.mkdir(parents=True)
     _write_config(name, network, folder)
     state = {key: value.contiguous() for key, value in network.state_dict().items()}

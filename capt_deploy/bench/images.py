@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from capt_deploy.core.errors import DataError
-from capt_deploy.core.files import visible_files
-from capt_deploy.data.images import IMAGE_SUFFIXES, load_image
+from capt_deploy.data.folders import find_images
+from capt_deploy.data.images import load_image
 
 _SIZE = (500, 375)  # pixels, width and height; typical of photos in common data sets
 _QUALITY = 90  # of the JPEGs
@@ -58,7 +58,7 @@ def folder_photos(folder: Path) -> Photos:
         DataError: the folder holds no image.
         ImageError: an image cannot be decoded.
     """
-    files = [f for f in visible_files(folder) if f.suffix.lower() in IMAGE_SUFFIXES][:_MAX_PHOTOS]
+    files = find_images(folder)[:_MAX_PHOTOS]
     if not files:
         raise DataError(f"{folder}: holds no image; expected a folder with photos to measure with")
     for file in files:

@@ -70,9 +70,9 @@ def main(
         raise click.UsageError("choose --json or --csv, not both")
     from capt_deploy.confidence.decisions import DecisionOptions
     from capt_deploy.serving.classifier import Classifier
-    from capt_deploy.serving.labelling import find_images, label_files
+    from capt_deploy.serving.labelling import find_images, label_files, read_names
 
-    listed = [line.rstrip("\r\n") for line in sys.stdin] if "-" in paths else []
+    listed = read_names(sys.stdin.buffer.read()) if "-" in paths else []
     files = find_images([path for path in paths if path != "-"], listed)
     decisions = DecisionOptions.from_given(
         coverage=coverage, accuracy=accuracy, familiarity=reject_unfamiliar

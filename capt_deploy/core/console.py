@@ -4,6 +4,7 @@ Library code calls `say`, `warn`, `progress` and `track`, which go to the logger
 print that logger's messages on stderr; other programs see them if they configure logging.
 """
 
+import io
 import json
 import logging
 import os
@@ -160,6 +161,9 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; exit with 2 on bad input and with 1 on a failed gate."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # names may hold what its encoding lacks
+                stream.reconfigure(errors="backslashreplace")
         try:
             with messages_on_stderr(), _sigterm_as_interrupt():
                 return super().invoke(ctx)
@@ -236,8 +240,13 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 
 
 def print_json(value: Any) -> None:
-    """Print `value` as JSON on stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    """Print `value` as JSON on stdout; what its encoding lacks is escaped as JSON does it."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=2, allow_nan=False)
+    click.echo(text)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -55,7 +55,8 @@ def write_json(path: Path, value: Any) -> None:
         ValueError: `value` contains NaN or infinity, which JSON lacks.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    write_bytes(path, text.encode() + b"\n")
+    # a file name that is not UTF-8 becomes a JSON escape, from which Python reads it back
+    write_bytes(path, text.encode("utf-8", "backslashreplace") + b"\n")
 
 
 def read_json(path: Path, error: type[CaptError]) -> Any:
@@ -152,14 +153,12 @@ def expand_home(path: str | Path) -> Path:
         return Path(path)
 
 
-def visible_files(folder: Path) -> list[Path]:
-    """Return every file below `folder`, sorted, without files and folders hidden by a dot."""
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    return [
-        file
-        for file in files
-        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    ]
+def is_file(path: Path) -> bool:
+    """Tell whether a path is that of a file; one that the system refuses, as too long, is not."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def sha256_file(path: Path) -> str:

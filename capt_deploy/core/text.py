@@ -13,6 +13,19 @@ def shortened(name: str, longest: int) -> str:
     return f"{name[: longest // 2]}…{name[1 - longest // 2 :]}"
 
 
+def escaped(name: str) -> str:
+    """Return a file name in which each byte that is not UTF-8 is an escape, such as `\\udce9`."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def composed(text: str) -> str:
+    """Return text in the composed form of Unicode (NFC), as most systems write it; macOS does not.
+
+    "é" can be one character or two, which look alike and have other tokens.
+    """
+    return unicodedata.normalize("NFC", text)
+
+
 def printable(text: str) -> str:
     """Return text on one line, without characters that XML cannot hold."""
     return "".join(map(_printable_char, text))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from capt_deploy.core.errors import ConfigError, DataError
 from capt_deploy.core.files import read_json
+from capt_deploy.core.text import composed
 from capt_deploy.data import label_files
 
 
@@ -21,7 +22,7 @@ def name_classes(
     renamed = {}
     if names_file is not None:
         renamed = _read_names(Path(names_file), labels, strict_names)
-    names = tuple(renamed.get(label, " ".join(label.replace("_", " ").split())) for label in labels)
+    names = tuple(renamed.get(label) or _tidy(label.replace("_", " ")) for label in labels)
     if "" in names:
         label = labels[names.index("")]
         raise DataError(f"{root}: class {label!r} has an empty name; give it one")
@@ -50,7 +51,7 @@ def distinct_names(names: Iterable[str], taken: Sequence[str] = ()) -> tuple[str
     listed = None if isinstance(names, str) else list(names)
     if listed is None or not all(isinstance(name, str) for name in listed):
         raise ConfigError(f"class names: expected a list of texts, came {names!r}")
-    distinct = [" ".join(name.split()) for name in listed]
+    distinct = [_tidy(name) for name in listed]
     if "" in distinct:
         raise ConfigError(f"class names: the name at place {distinct.index('') + 1} is empty")
     known = {plain_spelling(name): name for name in taken}
@@ -65,7 +66,11 @@ def distinct_names(names: Iterable[str], taken: Sequence[str] = ()) -> tuple[str
 
 def plain_spelling(name: str) -> str:
     """Return a name for comparison: in lower case, with single spaces and no underscores."""
-    return " ".join(name.replace("_", " ").split()).casefold()
+    return _tidy(name.replace("_", " ")).casefold()
+
+
+def _tidy(name: str) -> str:
+    return " ".join(composed(name).split())
 
 
 def _read_names(path: Path, labels: tuple[str, ...], strict: bool) -> dict[str, str]:
@@ -76,11 +81,14 @@ def _read_names(path: Path, labels: tuple[str, ...], strict: bool) -> dict[str, 
         texts = isinstance(pairs, dict) and all(isinstance(name, str) for name in pairs.values())
         if not texts:
             raise DataError(f'{path}: expected a JSON object such as {{"aquarium_fish": "fish"}}')
-    for label, name in pairs.items():
+    names = {}
+    for listed, name in pairs.items():
+        label = composed(listed)
         if label not in labels and strict:
             near = get_close_matches(label, labels, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise DataError(f"{path}: {label!r} is no class of the data set{hint}")
         if not name.strip():
             raise DataError(f"{path}: the name of {label!r} is empty")
-    return {label: " ".join(name.split()) for label, name in pairs.items()}
+        names[label] = _tidy(name)
+    return names

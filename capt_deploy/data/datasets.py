@@ -1,6 +1,7 @@
 """Labelled images on disk, in the four forms that people have.
 
-1. A folder with `train/`, `val/`, `test/`, each with a folder per class.
+1. A folder with `train/`, `val/`, `test/`, each with a folder per class; `Training` and the like
+   are understood.
 2. One folder per class, without a split: the caller says which share is for testing. A hash of the
    path decides, so that adding or removing a photo moves hardly another one, and none of another
    class.
@@ -20,7 +21,8 @@ from pathlib import Path
 
 from capt_deploy.core.console import counted
 from capt_deploy.core.errors import DataError
-from capt_deploy.core.files import expand_home, visible_files
+from capt_deploy.core.files import expand_home, is_file
+from capt_deploy.core.text import composed, escaped
 from capt_deploy.data.class_names import name_classes
 from capt_deploy.data.field_layouts import (
     AIRCRAFT_LIST,
@@ -28,14 +30,15 @@ from capt_deploy.data.field_layouts import (
     read_aircraft,
     read_imagenet,
 )
+from capt_deploy.data.folders import find_files, find_folders
 from capt_deploy.data.images import IMAGE_SUFFIXES
 from capt_deploy.data.label_files import (
-    SPLIT_NAMES,
     Listing,
     Row,
     read_csv,
     read_jsonl,
     read_zhou,
+    split_called,
 )
 
 SPLITS = ("train", "val", "test")
@@ -96,12 +99,13 @@ class Dataset:
 
     def _aligned_to(self, class_names: tuple[str, ...]) -> "Dataset":
         """Return the data set with its labels in a model's order of classes."""
-        if unknown := set(self.class_names) - set(class_names):
+        known = [composed(name) for name in class_names]  # an old model has them as they came
+        if unknown := set(self.class_names) - set(known):
             raise DataError(
                 f"{self.root}: classes {sorted(unknown)[:5]} are not among the "
                 f"{len(class_names)} of the model; rename them with --class-names"
             )
-        label = [class_names.index(name) for name in self.class_names]
+        label = [known.index(name) for name in self.class_names]
         splits = {
             split: tuple(Item(item.path, label[item.label]) for item in items)
             for split, items in self.splits.items()
@@ -140,9 +144,10 @@ def read_dataset(
         root, listing = path.parent, _READERS[path.suffix.lower()](path)
     else:
         raise DataError(f"{path}: expected a folder, .csv, .jsonl or .json, came a file")
-    dataset = _build(
-        root, listing, class_names, strict_names=known_classes is None, test_share=test_share
-    )
+    rows, skipped = _images(path, listing)
+    names = name_classes(path, listing.labels, class_names, known_classes is None)
+    index = {label: position for position, label in enumerate(listing.labels)}
+    dataset = Dataset(root, names, _split(rows, index, test_share), tuple(skipped))
     return dataset if known_classes is None else dataset._aligned_to(known_classes)
 
 
@@ -151,66 +156,124 @@ def _read_folder(path: Path) -> Listing:
         return read_aircraft(path)
     if is_imagenet(path):
         return read_imagenet(path)
-    # "train" may also be a class, of vehicles; and a lone test/ is enough to evaluate on
-    folders = _folders(path)
-    splits = [folder for folder in folders if folder.name in SPLIT_NAMES and _folders(folder)]
-    if splits and (len(folders) == len(splits) or path / "train" in splits):
-        return _list_files(path, {folder: SPLIT_NAMES[folder.name] for folder in splits})
     zhou = sorted(path.glob("split_zhou_*.json"))
     if len(zhou) > 1:
         raise DataError(f"{path}: holds {[file.name for file in zhou]}; pass one of them")
-    return read_zhou(zhou[0]) if zhou else _list_files(path, {path: None})
+    folders, skipped = find_folders(path)
+    splits = _split_folders(folders)
+    # "train" may also be a class, of vehicles; and a lone test/ is enough to evaluate on
+    if splits and (len(folders) == len(splits) or "train" in splits.values()):
+        beside = "beside the folders of the splits, not in one"
+        skipped |= {folder: beside for folder in folders if folder not in splits}
+        return _list_files(path, splits, skipped)
+    if zhou:
+        return read_zhou(zhou[0])
+    if splits and len(folders) > 1:
+        raise DataError(
+            f"{path}: expected splits or classes, came both: {[f.name for f in splits]} hold "
+            f"folders of classes, as splits do, and there are {[f.name for f in folders][:5]}; "
+            f"move the others into train/, or rename the classes"
+        )
+    if len(folders) == 1 and (inner := _split_folders(find_folders(folders[0]).paths)):
+        raise DataError(
+            f"{path}: holds {folders[0].name}/ alone, with {[f.name for f in inner]} in it; "
+            f"pass {folders[0]}"
+        )
+    return _list_files(path, {path: None}, skipped)
 
 
-def _list_files(root: Path, parents: Mapping[Path, str | None]) -> Listing:
+def _split_folders(folders: Iterable[Path]) -> dict[Path, str]:
+    """Return the folders that are called as a split and hold others, with the split."""
+    called = {folder: split_called(folder.name) for folder in folders}
+    return {f: split for f, split in called.items() if split and find_folders(f).paths}
+
+
+def _list_files(
+    root: Path, parents: Mapping[Path, str | None], passed_over: Mapping[Path, str]
+) -> Listing:
     """List the files in the class folders of each parent, with the split of that parent."""
-    classes = [(folder, split) for parent, split in parents.items() for folder in _folders(parent)]
-    rows = [
-        Row(file.relative_to(root).as_posix(), folder.name, split)
-        for folder, split in classes
-        for file in visible_files(folder)
-    ]
-    return Listing(tuple(sorted({folder.name for folder, _ in classes})), tuple(rows))
-
-
-def _folders(path: Path) -> list[Path]:
-    return sorted(f for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
-
-
-def _build(
-    root: Path,
-    listing: Listing,
-    names_file: str | Path | None,
-    strict_names: bool,
-    test_share: float,
-) -> Dataset:
+    labels: set[str] = set()
     rows: list[Row] = []
-    skipped: list[Skipped] = []
+    skipped = dict(passed_over)
+    for parent, split in parents.items():
+        folders, others = find_folders(parent)
+        skipped |= others
+        for folder in folders:
+            label = composed(folder.name)
+            files, others = find_files(folder)
+            labels.add(label)
+            skipped |= others
+            rows += [Row(file.relative_to(root).as_posix(), label, split) for file in files]
+    reasons = (
+        (escaped(path.relative_to(root).as_posix()), reason) for path, reason in skipped.items()
+    )
+    return Listing(tuple(sorted(labels)), tuple(rows), tuple(reasons))
+
+
+def _images(path: Path, listing: Listing) -> tuple[list[Row], list[Skipped]]:
+    """Return the listed images, and what is left out.
+
+    Args:
+        path: of the data set, for messages.
+        listing: of its files.
+
+    Raises:
+        DataError: a class has no image, none is there, or one is listed twice.
+    """
+    rows: list[Row] = []
+    skipped = [Skipped(*passed_over) for passed_over in listing.skipped]
     for row in listing.rows:
         if any("\ud800" <= character <= "\udfff" for character in row.path):
-            printable = row.path.encode("utf-8", "backslashreplace").decode()
-            skipped.append(Skipped(printable, "its name is not valid UTF-8"))
+            skipped.append(Skipped(escaped(row.path), "its name is not valid UTF-8"))
         elif Path(row.path).suffix.lower() in IMAGE_SUFFIXES:
             rows.append(row)
         else:
             skipped.append(Skipped(row.path, "not an image by its name"))
     images = Counter(row.label for row in rows)
     if not images:
-        left_out = f" ({counted(len(skipped), 'file')} left out)" if skipped else ""
+        expected = "a folder per class, or train/, val/ and test/ with a folder per class in each"
+        if not path.is_dir():
+            expected = f"rows whose files end in {', '.join(sorted(IMAGE_SUFFIXES))}"
         raise DataError(
-            f"{root}: found no labelled images{left_out}; expected a folder per class, "
-            f"or train/, val/ and test/ with a folder per class in each"
+            f"{path}: found no labelled images{_left_out(skipped)}; expected {expected}"
         )
     if empty := [label for label in listing.labels if not images[label]]:
-        raise DataError(f"{root}: no image in class {empty}; add some or remove the class")
-    names = name_classes(root, listing.labels, names_file, strict_names)
-    repeated = [path for path, times in Counter(row.path for row in rows).items() if times > 1]
-    if repeated:
+        label = escaped(empty[0])
+        own = [file for file in skipped if label in map(composed, Path(file.path).parts)]
         raise DataError(
-            f"{root}: listed twice: {counted(len(repeated), 'image')}, e.g. {repeated[0]}"
+            f"{path}: no image in class {empty}{_left_out(own)}; add some or remove the class"
         )
-    index = {label: position for position, label in enumerate(listing.labels)}
-    return Dataset(root, names, _split(rows, index, test_share), tuple(skipped))
+    if not path.is_dir():
+        _check_list(path, rows)
+    return rows, skipped
+
+
+def _left_out(skipped: Sequence[Skipped]) -> str:
+    if not skipped:
+        return ""
+    first = f"{skipped[0].path}: {skipped[0].reason}"
+    return f" ({counted(len(skipped), 'file')} left out, e.g. {first})"
+
+
+def _check_list(path: Path, rows: Sequence[Row]) -> None:
+    """Check that one listed image is there, and none is listed twice.
+
+    Raises:
+        DataError: it is not so.
+    """
+    if not any(is_file(path.parent / row.path) for row in rows):
+        raise DataError(
+            f"{path}: none of its {counted(len(rows), 'image')} is there; paths start from the "
+            f"list's folder: looked first for {(path.parent / rows[0].path).absolute()}"
+        )
+    labels: dict[str, str] = {}
+    for row in rows:
+        if (other := labels.setdefault(row.path, row.label)) != row.label:
+            raise DataError(f"{path}: {row.path} is listed as {other!r} and as {row.label!r}")
+    if len(labels) < len(rows):
+        repeated, _ = Counter(row.path for row in rows).most_common(1)[0]
+        number = counted(len(rows) - len(labels), "image")
+        raise DataError(f"{path}: listed twice: {number}, e.g. {repeated}; list each one once")
 
 
 def _split(

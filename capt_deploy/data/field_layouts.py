@@ -6,7 +6,7 @@ The other nine that the papers use come with a `split_zhou_*.json`, see `label_f
 from pathlib import Path
 
 from capt_deploy.core.errors import DataError
-from capt_deploy.core.files import visible_files
+from capt_deploy.data.folders import find_files, find_folders
 from capt_deploy.data.label_files import Listing, Row
 
 AIRCRAFT_LIST = "images_variant_{}.txt"
@@ -68,18 +68,22 @@ def read_imagenet(folder: Path) -> Listing:
     parents = {photos / "train": "train", photos / "val": "test"}
     if not (photos / "val").is_dir():
         parents = {photos: "test"}
-    rows = []
+    rows, skipped = [], dict[Path, str]()
     for parent, split in parents.items():
-        for classes in sorted(child for child in parent.glob("*") if child.is_dir()):
+        folders, others = find_folders(parent)
+        skipped |= others
+        for classes in folders:
             label = names.get(classes.name)
             if label is None and classes.name.isdecimal() and int(classes.name) < len(places):
                 label = places[int(classes.name)]
             if label is None:
                 raise DataError(f"{classes}: no name for it in {folder / IMAGENET_NAMES}")
-            for file in visible_files(classes):
-                rows.append(Row(file.relative_to(folder).as_posix(), label, split))
+            files, others = find_files(classes)
+            skipped |= others
+            rows += [Row(file.relative_to(folder).as_posix(), label, split) for file in files]
     found = {row.label for row in rows}
-    return Listing(tuple(name for name in places if name in found), tuple(rows))
+    reasons = ((path.relative_to(folder).as_posix(), reason) for path, reason in skipped.items())
+    return Listing(tuple(name for name in places if name in found), tuple(rows), tuple(reasons))
 
 
 def _lines(path: Path) -> list[str]:

@@ -2,14 +2,27 @@
 
 import csv
 import json
+import unicodedata
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from capt_deploy.core.console import counted
 from capt_deploy.core.errors import DataError
-from capt_deploy.core.files import is_inside, read_json
+from capt_deploy.core.files import is_file, is_inside, read_json
+from capt_deploy.core.text import composed
 
-SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+
+
+def split_called(name: str) -> str | None:
+    """Return the split that people mean by a name, in any case; None for any other name."""
+    return _SPLIT_NAMES.get(name.strip().casefold())
 
 
 class Row(NamedTuple):
@@ -21,10 +34,11 @@ class Row(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """Labels in label order, and every file with its label."""
+    """Labels in label order, every file with its label, and what was passed over, with reasons."""
 
     labels: tuple[str, ...]
     rows: tuple[Row, ...]
+    skipped: tuple[tuple[str, str], ...] = ()
 
 
 def read_csv(path: Path) -> Listing:
@@ -44,10 +58,14 @@ def read_jsonl(path: Path) -> Listing:
 def _lines(path: Path) -> list[str]:
     """Return lines with their ends; not `splitlines`, for JSON texts may hold other separators."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            return list(file)
+        with path.open("rb") as file:
+            start = file.read(2)
+        encoding = "utf-16" if start in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf-8-sig"
+        with path.open(newline="", encoding=encoding) as file:
+            lines = list(file)
     except (OSError, UnicodeDecodeError) as cause:
         raise DataError(f"{path}: not a readable UTF-8 file ({cause})") from cause
+    return lines[1:] if lines and lines[0].startswith("#TYPE ") else lines  # of PowerShell 5
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -83,7 +101,7 @@ def read_zhou(path: Path) -> Listing:
     """Read `{"train": [[path, label index, class name], …], "val": …, "test": …}`.
 
     Paths are relative to a folder beside the file (`images/`, `jpg/`, …), whose name is not in the
-    file: it is the folder that holds the first image.
+    file: it is the folder that holds the first image that is there.
     """
     content = read_json(path, DataError)
     if not isinstance(content, dict) or not set(content) <= {"train", "val", "test"}:
@@ -96,27 +114,31 @@ def read_zhou(path: Path) -> Listing:
         for entry in entries:
             try:
                 file, index, name = entry
-                index, name = int(index), str(name)
-            except (TypeError, ValueError) as cause:
+                index, name = int(index), composed(str(name))
+            except (TypeError, ValueError, OverflowError) as cause:
                 raise DataError(
                     f"{path}: expected [path, label, class name], came {entry}"
                 ) from cause
             if names.setdefault(index, name) != name:
                 raise DataError(f"{path}: label {index} is both {names[index]!r} and {name!r}")
-            rows.append(Row(str(file), name, split))
+            rows.append(Row(str(file).replace("\\", "/").removeprefix("/"), name, split))
     folder = _image_folder(path, rows)
     rows = [row._replace(path=_inside(path.parent, folder + row.path, str(path))) for row in rows]
     return Listing(tuple(names[index] for index in sorted(names)), tuple(rows))
 
 
 def _image_folder(path: Path, rows: list[Row]) -> str:
-    if not rows or (path.parent / rows[0].path).exists():
+    folders = ["", *(f"{name}/" for name in sorted(child.name for child in path.parent.iterdir()))]
+    for row in rows:
+        for folder in folders:
+            if is_file(path.parent / folder / row.path):
+                return folder
+    if not rows:
         return ""
-    for folder in sorted(path.parent.iterdir()):
-        if folder.is_dir() and (folder / rows[0].path).exists():
-            return folder.name + "/"
     raise DataError(
-        f"{path}: {rows[0].path} lies neither beside the file nor in a folder beside it"
+        f"{path}: none of its {counted(len(rows), 'image')} lies beside the file or in a folder "
+        f"beside it; "
+        f"looked first for {(path.parent / rows[0].path).absolute()}"
     )
 
 
@@ -127,10 +149,10 @@ def _listing(path: Path, entries: Iterable[tuple[int, Mapping[str, Any]]]) -> Li
         file, label, split = (entry.get(key) for key in ("path", "label", "split"))
         if not file or label is None or label == "":
             raise DataError(f"{place}: expected the columns path and label, came {dict(entry)}")
-        if split and str(split).lower() not in SPLIT_NAMES:
+        known = split_called(str(split)) if split else None
+        if split and known is None:
             raise DataError(f"{place}: expected split train, val or test, came {split!r}")
-        split = SPLIT_NAMES[str(split).lower()] if split else None
-        rows.append(Row(_inside(path.parent, str(file), place), str(label), split))
+        rows.append(Row(_inside(path.parent, str(file), place), composed(str(label)), known))
     if len({row.split is None for row in rows}) > 1:
         raise DataError(f"{path}: some rows have a split and some have none; fill in all or none")
     return Listing(tuple(sorted({row.label for row in rows})), tuple(rows))
@@ -138,11 +160,15 @@ def _listing(path: Path, entries: Iterable[tuple[int, Mapping[str, Any]]]) -> Li
 
 def _inside(folder: Path, name: str, place: str) -> str:
     """Return a listed path with forward slashes, or refuse one that leads out of the folder."""
-    if "\\" in name and not (folder / name).exists():
+    if "\\" in name and not is_file(folder / name):
         name = name.replace("\\", "/")  # the list was made on Windows
     if not is_inside(name):
         raise DataError(
             f"{place}: {name!r} leads out of {folder}; "
             f"paths must be relative to the file and stay in its folder"
         )
-    return Path(name).as_posix()
+    path = Path(name).as_posix()
+    if not (path.isascii() or is_file(folder / path)):
+        forms = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))
+        path = next((form for form in forms if is_file(folder / form)), path)
+    return path

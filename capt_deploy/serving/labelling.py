@@ -1,14 +1,17 @@
 """Label many files; an unreadable file costs only its own row."""
 
 import glob
+import os
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from capt_deploy.core.errors import DataError, ImageError
-from capt_deploy.core.files import expand_home, visible_files
-from capt_deploy.data.images import IMAGE_SUFFIXES
+from capt_deploy.core.files import expand_home
+from capt_deploy.core.text import escaped
+from capt_deploy.data import folders
 from capt_deploy.serving.classifier import Classifier
 from capt_deploy.serving.prediction import Prediction
 
@@ -28,28 +31,33 @@ class LabelledFile:
     @property
     def error(self) -> str | None:
         """Return why the file could not be read; None if it was."""
-        return str(self.result) if isinstance(self.result, ImageError) else None
+        return escaped(str(self.result)) if isinstance(self.result, ImageError) else None
+
+    @property
+    def shown_path(self) -> str:
+        """Return the path, with an escape for each byte that is not UTF-8."""
+        return escaped(self.path)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row's JSON form."""
         if isinstance(self.result, ImageError):
-            return {"path": self.path, "error": str(self.result)}
-        return {"path": self.path, **self.result.to_dict(self.top_k)}
+            return {"path": self.shown_path, "error": self.error}
+        return {"path": self.shown_path, **self.result.to_dict(self.top_k)}
 
     def fields(self) -> tuple[str, ...]:
         """Return the row's CSV fields, in the order of CSV_HEADER."""
         prediction = self.result
         if isinstance(prediction, ImageError):
-            return self.path, "", "", str(prediction), "", ""
+            return self.shown_path, "", "", self.error or "", "", ""
         names = "; ".join(prediction.prediction_set or ())
         rejected = "" if prediction.rejected is None else str(prediction.rejected).lower()
         confidence = f"{prediction.confidence:.6f}"
-        return self.path, prediction.label, confidence, "", names, rejected
+        return self.shown_path, prediction.label, confidence, "", names, rejected
 
     def __str__(self) -> str:
         prediction = self.result
         if isinstance(prediction, ImageError):
-            return f"{self.path}: error: {prediction}"
+            return f"{self.shown_path}: error: {self.error}"
         line = ", ".join(f"{label} {share:.3f}" for label, share in prediction.top(self.top_k))
         familiarity = prediction.familiarity
         if familiarity is not None and familiarity < LOW_FAMILIARITY:
@@ -58,7 +66,7 @@ class LabelledFile:
             line += " (rejected)"
         if self.show_set and prediction.prediction_set:
             line += f"; one of: {'; '.join(prediction.prediction_set)}"
-        return f"{self.path}: {line}"
+        return f"{self.shown_path}: {line}"
 
 
 def find_images(paths: Iterable[str], listed: Iterable[str] = ()) -> list[str]:
@@ -76,8 +84,7 @@ def find_images(paths: Iterable[str], listed: Iterable[str] = ()) -> list[str]:
             raise DataError("one of the paths is empty; is a shell variable unset?")
         path = expand_home(name)
         if path.is_dir():
-            images = [f for f in visible_files(path) if f.suffix.lower() in IMAGE_SUFFIXES]
-            files |= dict.fromkeys(map(str, images))
+            files |= dict.fromkeys(map(str, folders.find_images(path)))
         elif path.exists():
             files[str(path)] = None
         elif matches := sorted(glob.glob(str(path), recursive=True)):
@@ -88,6 +95,18 @@ def find_images(paths: Iterable[str], listed: Iterable[str] = ()) -> list[str]:
     if not files:
         raise DataError("found no image in what was given; expected images or folders of images")
     return list(files)
+
+
+def read_names(lines: bytes) -> list[str]:
+    """Return the file names in a list, one a line, in the encoding of file names.
+
+    A byte-order mark, as PowerShell writes it, says that it is UTF-8 or UTF-16.
+    """
+    if lines.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+        text = lines.decode("utf-16", "replace")
+    else:
+        text = os.fsdecode(lines.removeprefix(BOM_UTF8))
+    return [name.removesuffix("\r") for name in text.split("\n")]
 
 
 def label_files(

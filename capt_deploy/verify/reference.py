@@ -15,7 +15,8 @@ from capt_deploy.backends.base import Outputs
 from capt_deploy.bundle.read import REFERENCE, Bundle
 from capt_deploy.core.console import track
 from capt_deploy.core.errors import BundleError, DataError
-from capt_deploy.core.files import sha256_file, visible_files
+from capt_deploy.core.files import sha256_file
+from capt_deploy.data.folders import find_files
 
 PATTERNS = 8
 
@@ -83,7 +84,7 @@ class ReferenceOutputs:
         """
         rows = {digest: row for row, digest in enumerate(self.sha256)}
         files = {}
-        for file in track(visible_files(folder), "looking for the images", "files"):
+        for file in track(find_files(folder).paths, "looking for the images", "files"):
             if (row := rows.get(sha256_file(file))) is not None:
                 files[row] = file
         if not files:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from capt_deploy.core.console import counted, track
 from capt_deploy.core.errors import DataError, ImageError, RunError
-from capt_deploy.core.files import is_inside, read_json, sha256_file, write_json
+from capt_deploy.core.files import is_file, is_inside, read_json, sha256_file, write_json
 from capt_deploy.data.datasets import Dataset, Item, Skipped
 from capt_deploy.data.images import load_image
 
@@ -140,12 +140,13 @@ def choose(dataset: Dataset, classes: str, shots: int | None, seed: int) -> FewS
         chosen += _first_readable(dataset, items, shots or len(items), skipped)
     counts = Counter(item.label for item in chosen)
     if missing := [dataset.class_names[label] for label in tuned if not counts[label]]:
-        raise DataError(f"{dataset.root}: no readable training image of {missing}; add some")
+        why = f" ({skipped[0].path}: {skipped[0].reason})" if skipped else ""
+        raise DataError(f"{dataset.root}: no readable training image of {missing}{why}; add some")
     unused = sum(map(len, candidates.values())) - len(chosen) - len(skipped)
     val: list[Item] = []
     # Decoding all of these would take too long here; unreadable ones are left out later.
     for item in (item for item in dataset.splits["val"] if item.label in candidates):
-        if dataset.path(item).is_file():
+        if is_file(dataset.path(item)):
             val.append(item)
         else:
             skipped.append(Skipped(item.path, "no such file"))

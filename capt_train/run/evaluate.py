@@ -8,11 +8,13 @@ import torch
 
 from capt_deploy.core.console import say
 from capt_deploy.core.errors import DataError
+from capt_deploy.core.files import expand_home, sha256_file
 from capt_deploy.data.datasets import Dataset, Skipped, read_dataset
 from capt_deploy.evaluation.evaluate import Report, Scores, evaluate
 from capt_train.clip.loading import choose_device
 from capt_train.data.embedding_cache import EmbeddingCache
 from capt_train.data.features import embed
+from capt_train.data.fewshot import FewShotSplit
 from capt_train.run.folder import TunedModel, load_run
 
 
@@ -103,10 +105,18 @@ def score_run(
         CaptError: the run or the data cannot be used.
     """
     model = load_run(run, choose_device("auto"))
-    # photos without a split are all for testing; those that the run has used are counted in a note
-    share = model.config.test_share or 1.0
+    # Without a split all photos are for testing; of the run's own, those that it kept for it
+    share = (model.config.test_share if _holds_photos(Path(data), model.split) else 0) or 1.0
     names = class_names or model.config.class_names
     dataset = read_dataset(data, names, model.class_names, test_share=share)
     fingerprint = str(model.provenance["model_sha256"])
     with closing(EmbeddingCache(fingerprint, model.backbone.device.type)) as cache:
         return score_model(model, cache, dataset, split)
+
+
+def _holds_photos(data: Path, split: FewShotSplit) -> bool:
+    """Tell whether a data set holds a photo that a run was tuned on."""
+    root = expand_home(data)
+    root = root if root.is_dir() else root.parent
+    files = ((root / item.path, split.sha256[item.path]) for item in split.train)
+    return any(file.is_file() and sha256_file(file) == digest for file, digest in files)

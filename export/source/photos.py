@@ -8,8 +8,9 @@ import torch
 
 from capt_deploy.core.console import counted, say
 from capt_deploy.core.errors import DataError
-from capt_deploy.core.files import expand_home, sha256_file, visible_files
+from capt_deploy.core.files import expand_home, sha256_file
 from capt_deploy.data.datasets import SPLITS, read_dataset
+from capt_deploy.data.folders import find_files
 from capt_train.data.fewshot import FewShotSplit
 from capt_train.run.folder import TunedModel
 
@@ -105,7 +106,7 @@ def _find_photos(root: Path, class_names: tuple[str, ...]) -> tuple[Photo, ...]:
         say(f"note: checked on {counted(len(items), 'labelled image')} of another data set, {root}")
         return tuple(Photo(dataset.path(item), item.label) for item in items)
     except DataError:
-        files = visible_files(root) if root.is_dir() else []
+        files = find_files(root).paths if root.is_dir() else []
     if not files:
         raise DataError(f"{root}: expected a data set or a folder of images, found no image")
     say(f"note: checked on {counted(len(files), 'image')} without known classes, below {root}")

@@ -20,7 +20,6 @@ from capt_deploy.core.files import (
     new_folder,
     read_json,
     sha256_file,
-    visible_files,
     write_bytes,
     write_json,
 )
@@ -152,15 +151,6 @@ def test_the_hash_is_that_of_the_content(tmp_path: Path) -> None:
     data = bytes(range(256)) * 5000
     (tmp_path / "a.bin").write_bytes(data)
     assert sha256_file(tmp_path / "a.bin") == hashlib.sha256(data).hexdigest()
-
-
-def test_hidden_files_and_files_in_hidden_folders_are_not_visible(tmp_path: Path) -> None:
-    root = tmp_path / ".root"
-    for name in ("b.txt", "a/c.txt", ".d.txt", ".cache/e.txt", "a/.git/f/g.txt", "a.b/h.txt"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
-    found = [file.relative_to(root).as_posix() for file in visible_files(root)]
-    assert found == ["a/c.txt", "a.b/h.txt", "b.txt"]
 
 
 def test_home_is_expanded_and_an_unknown_user_left_alone() -> None:

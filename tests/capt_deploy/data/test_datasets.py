@@ -32,6 +32,86 @@ def test_split_folders_are_read_as_they_stand(put_images: Callable[..., Path]) -
     assert dataset.path(dataset.items("val")[0]).is_file()
 
 
+@pytest.mark.parametrize(
+    "names", [("Train", "Val", "Test"), ("TRAINING", "valid", "Testing"), ("train", "Val", "TEST")]
+)
+def test_split_folders_are_known_in_any_case(
+    put_images: Callable[..., Path], names: tuple[str, str, str]
+) -> None:
+    dataset = read_dataset(put_images(*(f"{name}/{c}/1.png" for name in names for c in "ab")))
+    assert dataset.class_names == ("a", "b")
+    expected = {split: f"{name}/a/1.png" for split, name in zip(SPLITS, names, strict=True)}
+    assert {split: dataset.items(split)[0].path for split in SPLITS} == expected
+
+
+def test_what_lies_beside_the_splits_is_left_out_with_a_word(
+    put_images: Callable[..., Path],
+) -> None:
+    dataset = read_dataset(put_images("train/a/1.png", "test/a/1.png", "extra/b/1.png"))
+    assert dataset.class_names == ("a",)
+    (left_out,) = dataset.skipped
+    assert left_out == Skipped("extra", "beside the folders of the splits, not in one")
+
+
+def test_folders_of_the_system_and_results_of_capt_are_no_classes(
+    put_images: Callable[..., Path],
+) -> None:
+    thumbnail = "cat/@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg"
+    run = ("run1/config.json", "run1/split.json", "run1/confusions.png")
+    root = put_images("cat/1.jpg", "dog/1.jpg", thumbnail, "__MACOSX/cat/._1.jpg", *run)
+    dataset = read_dataset(root)
+    assert dataset.class_names == ("cat", "dog")
+    assert sorted(side(dataset)) == ["cat/1.jpg", "dog/1.jpg"]
+    assert {file.path: file.reason for file in dataset.skipped} == {
+        "cat/@eaDir": "a folder of the system",
+        "__MACOSX": "a folder of the system",
+        "run1": "holds a run of capt",
+    }
+
+
+def test_both_forms_of_a_letter_are_one_class(put_images: Callable[..., Path]) -> None:
+    two, one = "cafe\u0301", "caf\xe9"
+    root = put_images(
+        f"train/{two}/1.png", f"train/{one}/2.png", f"test/{one}/3.png", "train/t/4.png"
+    )
+    dataset = read_dataset(root)
+    assert dataset.class_names == (one, "t")
+    assert [item.path for item in dataset.items("train")][:2] == [
+        f"train/{two}/1.png",
+        f"train/{one}/2.png",
+    ]
+    (root / "names.json").write_text(json.dumps({two: "coffee house"}))
+    assert read_dataset(root, root / "names.json").class_names == ("coffee house", "t")
+    assert read_dataset(root, known_classes=("t", two)).items("test")[0].label == 1
+
+
+def test_a_listed_file_is_found_in_either_form_of_its_letters(
+    put_images: Callable[..., Path],
+) -> None:
+    two, one = "e\u0301.png", "\xe9.png"
+    root = put_images(two, "a.png")
+    (root / "list.csv").write_text(f"path,label\n{one},x\na.png,y\n")
+    assert [item.path for item in read_dataset(root / "list.csv").items("test")] == [two, "a.png"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [
+        (["b/1.png,x", "b/2.png,y"], r"none of its 2 images is there; .* looked first for /.*b/1"),
+        ([], r"list\.csv: found no labelled images; expected rows whose files end in .*\.jpg"),
+        (["1,x"], r"list\.csv: found no labelled images \(1 file left out, e\.g\. 1: not an image"),
+        (["1.png,x", "1.png,y"], r"1\.png is listed as 'x' and as 'y'"),
+    ],
+)
+def test_a_list_that_leads_nowhere_says_where_it_looked(
+    put_images: Callable[..., Path], rows: list[str], named: str
+) -> None:
+    root = put_images("1.png")
+    (root / "list.csv").write_text("\n".join(["path,label", *rows, ""]))
+    with pytest.raises(DataError, match=named):
+        read_dataset(root / "list.csv")
+
+
 def test_a_class_may_be_called_train(put_images: Callable[..., Path]) -> None:
     dataset = read_dataset(put_images("train/1.png", "train/2.png", "bus/1.png"))
     assert dataset.class_names == ("bus", "train")
@@ -162,8 +242,13 @@ def test_files_that_are_no_images_are_counted_and_hidden_ones_ignored(
     [
         ([], "found no labelled images; expected a folder per class, or train/"),
         (["1.png", "2.png"], "found no labelled images"),
-        (["a/1.txt"], r"found no labelled images \(1 file left out\)"),
-        (["a/1.png", "b/1.txt"], r"no image in class \['b'\]"),
+        (["a/1.txt"], r"images \(1 file left out, e\.g\. a/1\.txt: not an image by its name\)"),
+        (["a/1.png", "b/1.txt"], r"in class \['b'\] \(1 file left out, e\.g\. b/1\.txt: not an"),
+        (["photos/train/a/1.png", "photos/test/a/2.png"], r"with \['test', 'train'\] in it; pass"),
+        (
+            ["Test/a/1.png", "Val/a/1.png", "a/1.png"],
+            r"splits or classes, came both: \['Test', 'Val'",
+        ),
         (["train/a/1.png", "train/b/.1.png"], r"no image in class \['b'\]"),
         (["a_b/1.png", "a b/1.png"], r"\['a b', 'a_b'\] have the same name 'a b'"),
         (["Cat/1.png", "cat/1.png"], r"\['Cat', 'cat'\] have the same name 'cat'"),
@@ -180,7 +265,7 @@ def test_a_folder_without_usable_classes_is_refused(
 
 def test_an_image_listed_twice_is_named(put_images: Callable[..., Path]) -> None:
     root = put_images("1.png")
-    (root / "a.csv").write_text("path,label\n1.png,ape\n./1.png,bee\n")
+    (root / "a.csv").write_text("path,label\n1.png,ape\n./1.png,ape\n")
     with pytest.raises(DataError, match=r"listed twice: 1 image, e\.g\. 1\.png"):
         read_dataset(root / "a.csv")
 

@@ -41,7 +41,10 @@ def test_byte_order_mark_and_line_ends_of_windows_are_taken(
 
 @pytest.mark.parametrize(
     ("given", "meant"),
-    [("train", "train"), ("VAL", "val"), ("valid", "val"), ("validation", "val"), ("Test", "test")],
+    [
+        *(("train", "train"), ("Training", "train"), ("VAL", "val"), ("valid", "val")),
+        *(("validation", "val"), ("Test", "test"), ("testing ", "test")),
+    ],
 )
 def test_split_names_are_understood(tmp_path: Path, given: str, meant: str) -> None:
     table = write(tmp_path, "a.csv", f"path,label,split\na.jpg,cat,{given}\n")
@@ -188,9 +191,12 @@ def test_coop_images_may_lie_beside_the_file(tmp_path: Path) -> None:
         ({"train": [["a.jpg", 0]]}, "expected .path, label, class name., came .'a.jpg', 0."),
         ({"train": [["a.jpg", "x", "ape"]]}, "expected .path, label, class name."),
         ({"train": [["a.jpg", 0, "ape"], ["a.jpg", 0, "bee"]]}, "label 0 is both 'ape' and 'bee'"),
-        ({"train": [["gone.jpg", 0, "ape"]]}, "gone.jpg lies neither beside the file nor"),
+        (
+            {"train": [["gone.jpg", 0, "ape"]]},
+            "none of its 1 image lies beside the file or in .*first for .*/gone.jpg",
+        ),
         ({"train": [["a.jpg", 0, "ape"], ["../b.jpg", 0, "ape"]]}, "'../b.jpg' leads out of"),
-        ({"train": [["/etc/passwd", 0, "ape"]]}, "'/etc/passwd' leads out of"),
+        ({"train": [["a.jpg", 0, "ape"], ["//etc/b", 0, "ape"]]}, "'/etc/b' leads out of"),
     ],
 )
 def test_a_bad_coop_split_is_told_what_is_wrong(
@@ -199,3 +205,37 @@ def test_a_bad_coop_split_is_told_what_is_wrong(
     (tmp_path / "a.jpg").touch()
     with pytest.raises(DataError, match=f"split_zhou_Pets.json.*{named}"):
         read_zhou(zhou(tmp_path, content))
+
+
+def windows_zhou(folder: Path, separator: str, lead: str = "", encoding: str = "utf-8") -> Path:
+    """Write a split with an image of each class, and the images; return the file."""
+    for name in ("apple", "bear"):
+        (folder / "images" / name).mkdir(parents=True)
+        (folder / "images" / name / "1.png").touch()
+    rows = [[f"{lead}{name}{separator}1.png", i, name] for i, name in enumerate(("apple", "bear"))]
+    path = folder / "split_zhou_A.json"
+    path.write_text(json.dumps({"train": rows, "test": []}), encoding=encoding)
+    return path
+
+
+@pytest.mark.parametrize(("separator", "lead"), [("/", ""), ("\\", ""), ("\\", "\\"), ("/", "/")])
+def test_a_split_of_coop_may_come_from_windows(tmp_path: Path, separator: str, lead: str) -> None:
+    listing = read_zhou(windows_zhou(tmp_path, separator, lead))
+    assert [row.path for row in listing.rows] == ["images/apple/1.png", "images/bear/1.png"]
+
+
+def test_the_folder_of_a_split_of_coop_is_that_of_any_image(tmp_path: Path) -> None:
+    path = windows_zhou(tmp_path, "/")
+    (tmp_path / "images" / "apple" / "1.png").unlink()
+    assert [row.path for row in read_zhou(path).rows][1] == "images/bear/1.png"
+    (tmp_path / "images" / "bear" / "1.png").unlink()
+    with pytest.raises(DataError, match=r"none of its 2 images lies .* looked first for .*/apple"):
+        read_zhou(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-8-sig"])
+def test_a_list_from_powershell_is_read(tmp_path: Path, encoding: str) -> None:
+    text = '#TYPE System.Management\r\n"path","label"\r\n"a.jpg","Käse"\r\n'
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    path = write(tmp_path, "a.csv", (mark + text).encode(encoding))
+    assert read_csv(path).rows == (Row("a.jpg", "Käse", None),)
