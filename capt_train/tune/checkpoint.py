@@ -8,8 +8,8 @@ from textwrap import shorten
 from types import MappingProxyType
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from capt_deploy.core.errors import RunError
@@ -60,14 +60,15 @@ def load_checkpoint(
         RunError: the file is missing, damaged, or belongs to another module.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            values = json.loads(file.metadata()["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        content = path.read_bytes()  # safetensors opens no path that is not UTF-8
+        tensors = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        values = json.loads(header["__metadata__"]["state"])
         state = TuningState(**{**values, "history": tuple(values["history"])})
         module.load_state_dict(part_of(tensors, "module"))
         if optimizer is not None:
             _load_optimizer(optimizer, part_of(tensors, "optimizer"))
-    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as cause:
+    except (OSError, SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as cause:
         reason = shorten(str(cause), 300)
         raise RunError(f"{path}: not a checkpoint of this run ({reason})") from cause
     return state, part_of(tensors, "extra")

@@ -35,6 +35,7 @@ from capt_train.parts import OWN
 from capt_train.pipeline import dry_run, train
 from capt_train.run import folder as runs
 from capt_train.run import visual_side
+from capt_train.run.evaluate import evaluate_run
 from capt_train.run.fitting import HeldOut, Outcome, fit
 from capt_train.run.folder import TunedModel, load_run
 from capt_train.run.setup import Setup
@@ -337,6 +338,9 @@ def test_a_share_of_an_unsplit_folder_can_be_kept_for_testing(
     assert report["split"] == "test"
     assert report["images"]["train"] + report["all"]["n"] == 24
     assert report["all"]["n"] == 12
+    # the run's own photos: those kept; photos of another folder: all of them, whatever their names
+    assert evaluate_run(tmp_path / "run", photos / "train")["all"]["n"] == 12
+    assert evaluate_run(tmp_path / "run", photos / "test")["all"]["n"] == 20
 
 
 def test_with_classes_that_no_photo_shows_training_photos_measure_without_test_images(

@@ -199,4 +199,34 @@ def test_a_promise_that_cannot_be_kept_is_an_error(decided_bundle, options, mess
 def test_a_bundle_that_promises_nothing_says_so_when_asked_for_the_usual_coverage():
     result = run(BUNDLE, PHOTOS, "--coverage", "0.9")
     assert (result.exit_code, result.stdout) == (2, "")
+<<<<<<< HEAD
     assert "tune with two photos of each class or more" in result.stderr
+=======
+    assert "the run needs validation images" in result.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="only POSIX has file names that are no text")
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "cp1252:strict"])
+def test_names_that_the_output_cannot_hold_are_escaped_and_no_row_is_lost(tmp_path, encoding):
+    for name in (b"caf\xe9.png", "żółw.png".encode(), b"z.png"):
+        shutil.copy(next(PHOTOS.rglob("*.png")), os.fsencode(tmp_path) + b"/" + name)
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    command = [sys.executable, "-c", "from capt_deploy.cli.predict import main; main()", BUNDLE]
+    listed = b"\n".join(os.fsencode(file) for file in sorted(tmp_path.iterdir()))
+    for arguments, text in (([tmp_path], None), (["-"], listed)):
+        for form in ("--json", "--csv", "--top-k=1"):
+            done = subprocess.run(
+                [*command, *arguments, form],
+                input=text,
+                capture_output=True,
+                env=environment,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr
+            out = done.stdout.decode(encoding.split(":", maxsplit=1)[0])
+            if form == "--json":
+                names = [Path(row["path"]).name for row in json.loads(out)]
+                assert names == ["caf\\udce9.png", "z.png", "żółw.png"]
+            else:
+                assert "caf\\udce9.png" in out and "z.png" in out and len(out.splitlines()) >= 3
+>>>>>>> 8fa7e1f (Names that are no text get their rows; a run's own share of a folder is for its own photos)

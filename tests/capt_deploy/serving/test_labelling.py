@@ -1,6 +1,7 @@
 """Finding images in what people pass, and a row for each of them whatever it holds."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +13,10 @@ from PIL import Image
 from capt_deploy.backends.base import Outputs
 from capt_deploy.bundle.manifest import Graph, Manifest
 from capt_deploy.bundle.read import Bundle
-from capt_deploy.core.errors import DataError
+from capt_deploy.core.errors import DataError, ImageError
 from capt_deploy.data.preprocess import PreprocessConfig
 from capt_deploy.serving.classifier import Classifier
-from capt_deploy.serving.labelling import LabelledFile, find_images, label_files
+from capt_deploy.serving.labelling import LabelledFile, find_images, label_files, read_names
 from capt_deploy.serving.prediction import Prediction
 from capt_deploy.serving.predictor import Predictor
 
@@ -174,6 +175,28 @@ def test_names_from_a_list_are_taken_as_they_are(put_images: Callable[..., Path]
     assert find_images([], ["gone.png", here, ""]) == ["gone.png", here]
     with pytest.raises(DataError, match="found no image"):
         find_images([], [""])
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "a.png\nkäse x.png\n".encode(),
+        b"\xef\xbb\xbf" + "a.png\r\nkäse x.png\r\n".encode(),
+        "a.png\r\nkäse x.png\r\n".encode("utf-16"),
+    ],
+)
+def test_lists_of_names_are_read_as_shells_write_them(lines: bytes) -> None:
+    assert read_names(lines) == ["a.png", "käse x.png", ""]
+
+
+def test_a_name_that_is_no_text_stays_the_name_of_its_file(tmp_path: Path) -> None:
+    (name, _) = read_names(os.fsencode(tmp_path) + b"/caf\xe9.png\n")
+    Path(name).touch()
+    assert [os.fsencode(path.name) for path in tmp_path.iterdir()] == [b"caf\xe9.png"]
+    row = LabelledFile(name, ImageError(f"{name}: damaged"), 1)
+    assert "caf\\udce9.png" in row.shown_path and "caf\\udce9" in str(row.error)
+    for shown in (str(row), json.dumps(row.to_dict(), ensure_ascii=False), *row.fields()):
+        shown.encode()
 
 
 def test_an_empty_path_does_not_mean_the_current_folder() -> None:

@@ -120,7 +120,8 @@ def test_an_unreadable_image_is_skipped_listed_and_replaced_by_the_next(own_phot
 def test_a_class_without_any_readable_training_image_is_named(own_photos: Path) -> None:
     for file in (own_photos / "train" / "red_ball").iterdir():
         file.write_bytes(b"")
-    with pytest.raises(DataError, match=r"no readable training image of \['red ball'\]"):
+    named = r"no readable training image of \['red ball'\] \(train/red_ball/\d\.png: .*image"
+    with pytest.raises(DataError, match=named):
         choose(read_dataset(own_photos), "all", shots=2, seed=1)
 
 
