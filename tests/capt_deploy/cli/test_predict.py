@@ -199,10 +199,7 @@ def test_a_promise_that_cannot_be_kept_is_an_error(decided_bundle, options, mess
 def test_a_bundle_that_promises_nothing_says_so_when_asked_for_the_usual_coverage():
     result = run(BUNDLE, PHOTOS, "--coverage", "0.9")
     assert (result.exit_code, result.stdout) == (2, "")
-<<<<<<< HEAD
     assert "tune with two photos of each class or more" in result.stderr
-=======
-    assert "the run needs validation images" in result.stderr
 
 
 @pytest.mark.skipif(os.name != "posix", reason="only POSIX has file names that are no text")
@@ -229,4 +226,3 @@ def test_names_that_the_output_cannot_hold_are_escaped_and_no_row_is_lost(tmp_pa
                 assert names == ["caf\\udce9.png", "z.png", "żółw.png"]
             else:
                 assert "caf\\udce9.png" in out and "z.png" in out and len(out.splitlines()) >= 3
->>>>>>> 8fa7e1f (Names that are no text get their rows; a run's own share of a folder is for its own photos)
