@@ -13,6 +13,7 @@ from capt_deploy.confidence.calibration import (
     VectorScaling,
 )
 from capt_deploy.core.errors import BundleError
+from capt_deploy.core.files import parse_json
 from capt_deploy.data.preprocess import PreprocessConfig
 
 SCHEMA_VERSION = 1
@@ -151,7 +152,9 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> "Manifest":
         """Build a manifest from JSON text; see `from_dict`."""
+        values = parse_json(text, where, BundleError)
         try:
-            return cls.from_dict(json.loads(text), where)
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as cause:
-            raise BundleError(f"{where}: not JSON ({cause})") from cause
+            json.dumps(values, ensure_ascii=False).encode()
+        except UnicodeEncodeError as cause:  # half a surrogate pair, which nothing can print
+            raise BundleError(f"{where}: not a text in UTF-8 ({cause})") from cause
+        return cls.from_dict(values, where)

@@ -7,12 +7,18 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from math import isfinite
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from capt_deploy.core.errors import CaptError, ConfigError
+
+_LARGEST_JSON = 2**28  # bytes; a million listed images are less
+_DEEPEST_JSON = 100  # lists and objects in each other; what reads them may recurse
+_NESTING = (dict, list)
+_INTEGERS = range(-(2**63), 2**64)  # that fit into 64 bits, as arrays and files need them
 
 
 def _sync(path: Path) -> None:
@@ -60,15 +66,105 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, error: type[CaptError]) -> Any:
-    """Return the content of a JSON file.
+    """Return the content of a JSON file in UTF-8, with or without a byte-order mark.
 
     Raises:
-        error: the file is missing, unreadable, or not JSON.
+        error: the file is missing, unreadable or too large; or as `parse_json`.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as cause:
+        return _value_of(read_file(path, _LARGEST_JSON))
+    except (OSError, ValueError) as cause:
         raise error(f"{path}: expected a readable JSON file ({cause})") from cause
+
+
+def parse_json(text: str | bytes, where: str, error: type[CaptError]) -> Any:
+    """Return the value of JSON text; bytes are UTF-8, with or without a byte-order mark.
+
+    Args:
+        text: the JSON text.
+        where: named in errors.
+        error: raised for whatever the text may hold.
+
+    Raises:
+        error: it is no JSON; or it holds NaN, infinity, an integer of more than 64 bits, or lists
+            and objects more than 100 deep.
+    """
+    try:
+        return _value_of(text)
+    except ValueError as cause:
+        raise error(f"{where}: not JSON ({cause})") from cause
+
+
+def _value_of(text: str | bytes) -> Any:
+    """Return the value of JSON text; raises ValueError where `parse_json` raises its error."""
+    if isinstance(text, bytes):
+        text = text.decode("utf-8-sig")
+    too_deep = f"lists and objects are more than {_DEEPEST_JSON} deep"
+    try:
+        value = json.loads(
+            text, parse_constant=_refuse, parse_float=_finite_float, parse_int=_short_integer
+        )
+    except RecursionError as cause:
+        raise ValueError(too_deep) from cause
+    level = [value]
+    for _ in range(_DEEPEST_JSON):
+        level = [inner for outer in level for inner in _parts(outer) if isinstance(inner, _NESTING)]
+        if not level:
+            return value
+    raise ValueError(too_deep)
+
+
+def _refuse(text: str) -> Any:
+    shown = text if len(text) < 30 else f"{text[:20]}… of {len(text)} characters"
+    raise ValueError(f"the number {shown} cannot be used")
+
+
+def _finite_float(text: str) -> float:
+    number = float(text)
+    return number if isfinite(number) else _refuse(text)
+
+
+def _short_integer(text: str) -> int:
+    # Python refuses to convert some thousands of digits, which would take it very long.
+    return number if len(text) <= 20 and (number := int(text)) in _INTEGERS else _refuse(text)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """Open a regular file for reading.
+
+    Raises:
+        OSError: it cannot be opened; or it is a pipe or a device, which reading may never end.
+    """
+    return open(path, "rb", opener=_open_regular)
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """Return the content of a regular file of at most `limit` bytes.
+
+    Raises:
+        OSError: it cannot be read, is larger, or is no regular file.
+    """
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise OSError(f"expected at most {limit:,} bytes, came {size:,}")
+        return file.read(size)
+
+
+def _open_regular(path: str, flags: int) -> int:
+    # without waiting for somebody to write into a pipe
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(f"expected a regular file, came {stat.filemode(mode)}")
 
 
 def refuse_existing(path: Path, error: type[CaptError]) -> None:

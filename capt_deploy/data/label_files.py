@@ -1,7 +1,6 @@
 """Files that list labelled images: CSV, JSONL and CoOp's `split_zhou_*.json`."""
 
 import csv
-import json
 import unicodedata
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 
 from capt_deploy.core.console import counted
 from capt_deploy.core.errors import DataError
-from capt_deploy.core.files import is_file, is_inside, read_json
+from capt_deploy.core.files import is_file, is_inside, parse_json, read_json
 from capt_deploy.core.text import composed
 
 _SPLIT_NAMES = {
@@ -70,13 +69,11 @@ def _lines(path: Path) -> list[str]:
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     for number, line in enumerate(_lines(path), start=1):
-        try:
-            value = json.loads(line) if line.strip() else None
-        except json.JSONDecodeError as cause:
-            raise DataError(f"{path}, line {number}: not JSON ({cause})") from cause
+        place = f"{path}, line {number}"
+        value = parse_json(line, place, DataError) if line.strip() else None
         if value is not None:
             if not isinstance(value, dict):
-                raise DataError(f'{path}, line {number}: expected {{"path": …, "label": …}}')
+                raise DataError(f'{place}: expected {{"path": …, "label": …}}')
             yield number, value
 
 

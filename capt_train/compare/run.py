@@ -36,7 +36,7 @@ def read_cells(folder: Path, plan: Plan) -> Lines:
         try:
             values = json.loads(line)
             key, settings, calibrations = (values[name] for name in ("key", "settings", "ece"))
-        except (json.JSONDecodeError, KeyError, TypeError) as cause:
+        except (ValueError, RecursionError, KeyError, TypeError) as cause:
             raise RunError(
                 f"{path}, line {number}: not as capt-compare writes it; remove it"
             ) from cause

@@ -282,8 +282,6 @@ def _read_object(path: Path, form: str) -> dict[str, Any]:
         content = read_json(path, DataError)
     except DataError as error:
         raise DataError(f"{error}; expected {form}") from error
-    except (RecursionError, ValueError) as error:  # nested too deep, numbers of endless digits
-        raise DataError(f"{path}: expected {form}, came JSON that cannot be read") from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected {form}, came {reprlib.repr(content)}")
     return content

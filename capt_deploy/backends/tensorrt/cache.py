@@ -2,14 +2,14 @@
 
 An entry is one file, written atomically: a line of JSON (format, key, size and SHA-256 of the
 body), then the body. Every read checks all of it, and a damaged entry is built again: losing the
-cache costs time, never a result. Files with other names are never touched.
+cache costs time, never a result. Whatever the folder is, only regular files whose names are the
+cache's own are ever removed; no folder, and nothing that a link leads to.
 """
 
 import hashlib
 import json
 import os
 import re
-import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from capt_deploy.core.console import say
 from capt_deploy.core.errors import BackendError, ConfigError
-from capt_deploy.core.files import cache_folder, write_bytes
+from capt_deploy.core.files import cache_folder, open_file, write_bytes
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ _FORMAT = 2
 _LONGEST_HEADER = 2**16  # bytes
 _ENTRY, _LOCK = ".entry", ".lock"
 _NAME = r"(?:engine|timing|runtime)-[0-9a-f]{32}"
-_LEFTOVER = re.compile(rf"\.?({_NAME})(?:{_LOCK}|{_ENTRY}\.\w+\.tmp)")
+_LEFTOVER = re.compile(rf"({_NAME}){_LOCK}|\.({_NAME}){_ENTRY}\.[0-9a-f]+\.tmp")
 
 
 class DamagedError(Exception):
@@ -137,10 +137,10 @@ class EngineCache:
         """Return the entries, the most recently used first."""
         entries = []
         for path in self.folder.glob(f"*{_ENTRY}"):
-            if not re.fullmatch(_NAME, path.stem) or path.is_dir():
+            if not re.fullmatch(_NAME, path.stem) or not _is_regular(path):
                 continue
             with suppress(OSError):  # removed meanwhile
-                status = path.stat()
+                status = path.lstat()
                 try:
                     key = read_key(path)
                 except DamagedError:
@@ -183,9 +183,10 @@ class EngineCache:
     @contextmanager
     def _locked(self, key: EngineKey) -> Iterator[None]:
         """Keep others from building the same entry; where that is impossible, go on without."""
-        lock = FileLock(self.folder / f"{key.name}{_LOCK}")
+        lock = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            lock = _lock_of(self.folder / f"{key.name}{_LOCK}")
             try:
                 lock.acquire(blocking=False)
             except Timeout:
@@ -196,18 +197,34 @@ class EngineCache:
         try:
             yield
         finally:
-            lock.release()  # does nothing if it is not held
+            if lock is not None:
+                lock.release()  # does nothing if it is not held
 
     def _remove_leftovers(self) -> None:
         """Remove locks without an entry, and half-written entries that nobody writes any more."""
-        matches = [_LEFTOVER.fullmatch(path.name) for path in self.folder.glob("*")]
-        for name in {match[1] for match in matches if match}:
-            path = self.folder / f"{name}{_LOCK}"
-            with suppress(OSError, Timeout), FileLock(path, blocking=False):
-                for half in self.folder.glob(f".{name}{_ENTRY}.*.tmp"):
-                    half.unlink(missing_ok=True)
-                if not (self.folder / f"{name}{_ENTRY}").exists():
+        for path in [*self.folder.glob("*")]:
+            match = _LEFTOVER.fullmatch(path.name)
+            if match is None or not _is_regular(path):
+                continue
+            name = match[1] or match[2]
+            lock = self.folder / f"{name}{_LOCK}"
+            with suppress(OSError, Timeout), _lock_of(lock).acquire(blocking=False):
+                if path != lock:
                     path.unlink(missing_ok=True)
+                if not (self.folder / f"{name}{_ENTRY}").exists() and _is_regular(lock):
+                    lock.unlink(missing_ok=True)
+
+
+def _is_regular(path: Path) -> bool:
+    """Return whether a path is a file itself, not a link to one."""
+    return path.is_file() and not path.is_symlink()
+
+
+def _lock_of(path: Path) -> FileLock:
+    """Return a lock; raises OSError where its file is a link, which locking might empty."""
+    if path.is_symlink():
+        raise OSError(f"{path} is a link")
+    return FileLock(path)
 
 
 def encode(key: EngineKey, body: bytes) -> bytes:
@@ -224,7 +241,7 @@ def read_key(path: Path) -> dict[str, Any]:
         OSError: the file cannot be read.
         DamagedError: the header is damaged, or the file is cut off.
     """
-    with _open(path) as file:
+    with open_file(path) as file:
         return _read_header(file)[0]
 
 
@@ -233,7 +250,7 @@ def _read_body(path: Path, key: EngineKey) -> bytes:
 
     Engines are code, and a hash does not tell who wrote them: only this user and root are trusted.
     """
-    with _open(path) as file:
+    with open_file(path) as file:
         if hasattr(os, "geteuid") and os.fstat(file.fileno()).st_uid not in (os.geteuid(), 0):
             raise DamagedError("it belongs to another user")
         stored_key, size, digest = _read_header(file)
@@ -243,12 +260,6 @@ def _read_body(path: Path, key: EngineKey) -> bytes:
     if hashlib.sha256(body).hexdigest() != digest:
         raise DamagedError("its content was changed")
     return body
-
-
-def _open(path: Path) -> IO[bytes]:
-    if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would never end
-        raise DamagedError("it is not a file")
-    return path.open("rb")
 
 
 def _read_header(file: IO[bytes]) -> tuple[dict[str, Any], int, str]:

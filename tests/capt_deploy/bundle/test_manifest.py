@@ -163,9 +163,18 @@ def test_bad_preprocessing_is_a_bundle_error() -> None:
         Manifest.from_dict(as_json(preprocess=5), "here")
 
 
-@pytest.mark.parametrize("text", ["", "{", b"\xff\xfe", "[" * 100_000, "nonsense"])
+NO_JSON = ["", "{", b"\xff\xfe", "[" * 100_000, "nonsense", "1" * 5000, "NaN", "-1e999"]
+
+
+@pytest.mark.parametrize("text", NO_JSON)
 def test_text_that_is_no_json_is_refused(text: str | bytes) -> None:
     with pytest.raises(BundleError, match=r"^here: not JSON"):
+        Manifest.from_json(text, "here")
+
+
+def test_half_a_surrogate_pair_is_refused() -> None:
+    text = json.dumps(as_json(class_names=["ape", "\ud800"]))
+    with pytest.raises(BundleError, match=r"^here: not a text in UTF-8"):
         Manifest.from_json(text, "here")
 
 

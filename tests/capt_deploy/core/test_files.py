@@ -1,6 +1,7 @@
 """Files are whole or not there at all, also when the disk or the process gives up."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from capt_deploy.core.files import (
     expand_home,
     is_inside,
     new_folder,
+    open_file,
+    parse_json,
     read_json,
     sha256_file,
     write_bytes,
@@ -109,6 +112,65 @@ def test_unreadable_json_raises_the_callers_error(
         (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(error, match=r"a\.json: expected a readable JSON file"):
         read_json(tmp_path / "a.json", error)
+
+
+def test_a_byte_order_mark_is_no_part_of_json(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": "\xc3\xa4"}')
+    assert read_json(tmp_path / "a.json", DataError) == {"a": "ä"}
+
+
+def test_what_fits_into_64_bits_and_100_levels_is_read() -> None:
+    text = f"[{-(2**63)}, {2**64 - 1}, 1e308, {'[' * 99}3{']' * 99}]"
+    assert json.dumps(parse_json(text, "here", DataError)) == text.replace("1e308", "1e+308")
+
+
+UNUSABLE = {
+    "an integer of 5000 digits": ("9" * 5000, "number 9{20}… of 5000 characters"),
+    "an integer of 65 bits": (str(2**64), str(2**64)),
+    "a negative one": (str(-(2**63) - 1), str(-(2**63) - 1)),
+    "too large for a float": ("1e999", "1e999"),
+    "infinity": ("Infinity", "Infinity"),
+    "minus infinity": ("-Infinity", "-Infinity"),
+    "NaN": ("NaN", "NaN"),
+    "101 levels": ("[" * 101 + "]" * 101, "more than 100 deep"),
+    "101 objects": ('{"a":' * 100 + "{}" + "}" * 100, "more than 100 deep"),
+    "too deep for Python": ("[" * 200_000, "more than 100 deep"),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_json_that_cannot_be_used_raises_the_readers_error(tmp_path: Path, kind: str) -> None:
+    text, reason = UNUSABLE[kind]
+    for content in (text, f'{{"a": [{text}]}}'):
+        (tmp_path / "a.json").write_text(content)
+        with pytest.raises(BundleError, match=rf"a\.json: expected a readable JSON .*{reason}"):
+            read_json(tmp_path / "a.json", BundleError)
+        for form in (content, content.encode()):
+            with pytest.raises(DataError, match=f"line 3: not JSON .*{reason}") as caught:
+                parse_json(form, "line 3", DataError)
+            assert len(str(caught.value)) < 200
+
+
+def test_json_that_is_too_large_is_not_read_whole(tmp_path: Path) -> None:
+    with (tmp_path / "a.json").open("wb") as file:
+        file.truncate(2**40)  # without content on the disk
+    with pytest.raises(DataError, match="at most 268,435,456 bytes, came 1,099,511,627,776"):
+        read_json(tmp_path / "a.json", DataError)
+
+
+@posix_only
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    (tmp_path / "whole").write_bytes(b"whole")
+    (tmp_path / "good").symlink_to(tmp_path / "whole")
+    for path in (tmp_path / "pipe", tmp_path / "link", tmp_path, Path(os.devnull)):
+        with pytest.raises(OSError, match=r"expected a regular file, came [pcd]"):
+            open_file(path)
+        with pytest.raises(DataError, match="expected a regular file"):
+            read_json(path, DataError)
+    with open_file(tmp_path / "good") as file:
+        assert file.read() == b"whole"
 
 
 def test_a_new_folder_appears_only_when_its_block_ends(tmp_path: Path) -> None:

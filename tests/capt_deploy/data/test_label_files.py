@@ -81,6 +81,9 @@ def test_a_bad_csv_names_the_line_and_what_is_wrong(
     ("content", "named"),
     [
         ('{"path": "a.jpg", "label": "cat"}\n\n{"path": \n', "line 3: not JSON"),
+        ('{"path": ' + "1" * 5000 + "}", "line 1: not JSON"),
+        ("[" * 200_000, "line 1: not JSON"),
+        ('{"path": "a.jpg", "label": 1e999}', "line 1: not JSON"),
         ('\n\n["a.jpg", "cat"]\n', "line 3: expected"),
         ('\n\n{"path": "a.jpg"}\n', "line 3: expected the columns path and label"),
         ('\n{"path": "a.jpg", "label": null}\n', "line 2: expected the columns"),

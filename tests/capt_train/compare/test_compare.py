@@ -129,9 +129,12 @@ def test_a_part_of_a_line_that_a_kill_has_left_is_measured_again(
     ]
 
 
-def test_a_line_that_is_no_cell_is_an_error_with_its_place(write: Write, tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", ['{"key": 1}', "{", "[" * 100_000, "1" * 5000])
+def test_a_line_that_is_no_cell_is_an_error_with_its_place(
+    line: str, write: Write, tmp_path: Path
+) -> None:
     (tmp_path / "papers").mkdir()
-    (tmp_path / "papers" / "cells.jsonl").write_text('{"key": 1}\n')
+    (tmp_path / "papers" / "cells.jsonl").write_text(f"{line}\n")
     done = compare(write())
     assert done.exit_code == 2
     assert "cells.jsonl, line 1: not as capt-compare writes it" in done.stderr

@@ -186,12 +186,11 @@ def test_names_may_hold_a_bar(file: Path) -> None:
 WRONG = [
     ("", "readable JSON"),
     ("{", "readable JSON"),
-    ("\ufeff{}", "readable JSON"),
     ("[]", r"came \[\]"),
     ("3", "came 3"),
     ("null", "came None"),
-    ("[" * 100_000, "came JSON that cannot be read"),
-    (f'{{"a": {"9" * 5000}}}', "came JSON that cannot be read"),
+    ("[" * 100_000, "more than 100 deep"),
+    (f'{{"a": {"9" * 5000}}}', "number 9+… of 5000 characters"),
 ]
 
 

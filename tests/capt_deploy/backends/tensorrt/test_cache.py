@@ -416,6 +416,36 @@ def test_files_of_others_are_never_pruned(cache, builder, monkeypatch):
     assert (cache.folder / "diary.entry" / "page").read_text() == "mine"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows asks for rights to make links")
+def test_links_and_folders_with_its_own_names_are_not_pruned(cache, tmp_path, builder, monkeypatch):
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine")
+    name, other = cache.path_of(KEY).stem, cache.path_of(replace(KEY, sm=75)).stem
+    cache.folder.mkdir()
+    kept = [f"{name}.lock", f"{other}.entry", f".{name}.entry.0123abcd.tmp"]
+    for link in kept:
+        (cache.folder / link).symlink_to(notes)
+    folders = [
+        f"engine-{'0' * 32}.lock",
+        f"engine-{'1' * 32}.entry",
+        f".{other}.entry.89abcdef.tmp",
+    ]
+    for folder in folders:
+        (cache.folder / folder).mkdir()
+        (cache.folder / folder / "page").write_text("mine")
+    kept += [*folders, f".{other}.entry.my-notes.tmp", f"{other}.entry.0123abcd.tmp"]
+    for file in kept[-2:]:
+        (cache.folder / file).write_text("mine")
+    (cache.folder / f"engine-{'2' * 32}.lock").touch()  # the only one that goes besides
+    assert get(cache, builder) == builder.engine
+    monkeypatch.setenv(LIMIT, "0")
+    cache = EngineCache(cache.folder)
+    assert [entry.path for entry in cache.prune()] == [cache.path_of(KEY)]
+    assert {path.name for path in cache.folder.iterdir()} == {*kept}
+    assert notes.read_text() == "mine"
+    assert all((cache.folder / folder / "page").read_text() == "mine" for folder in folders)
+
+
 @pytest.mark.parametrize("text", ["ten", "-1", "nan", ""])
 def test_a_limit_that_is_no_size_is_refused(text, monkeypatch):
     monkeypatch.setenv(LIMIT, text)
