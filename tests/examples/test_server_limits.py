@@ -145,7 +145,7 @@ def test_no_rate_is_no_limit_and_memory_is_bounded(monkeypatch: pytest.MonkeyPat
     assert buckets.seconds_to_wait("a", 0.0) == 0, "who was quiet longest is forgotten"
 
 
-@pytest.mark.parametrize("wrong", [{"pixels": 0}, {"body_seconds": 0.0}, {"rate": -1.0}])
+@pytest.mark.parametrize("wrong", [{"pixels": 0}, {"seconds": 0.0}, {"rate": -1.0}])
 def test_limits_are_checked(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="expected counts from 1 on"):
         Limits(**wrong)
