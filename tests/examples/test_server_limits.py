@@ -195,7 +195,9 @@ def test_costly_images_of_one_client_keep_no_other_waiting(
         senders = [server.connect() for _ in range(4)]
         for connection in senders:
             connection.request("POST", "/predict", form(*[image] * 12), headers)
+        deadline = time.monotonic() + 10
         while "capt_waiting_images 48.0" not in metrics(server):
+            assert time.monotonic() < deadline, "some were sent away: there was no room"
             time.sleep(0.01)
         start = time.monotonic()
         assert post_file(server.connect(), photo)[0] == 200
