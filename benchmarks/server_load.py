@@ -49,13 +49,19 @@ class Server:
 
 
 @contextmanager
-def running_server(bundle: Path, *options: object) -> Iterator[Server]:
+def running_server(
+    bundle: Path, *options: object, descriptors: int | None = None
+) -> Iterator[Server]:
     """Start `python -m examples.server BUNDLE` at a free port; end it as an operator would.
+
+    `descriptors` is how many files it may have open, where not as many as this process.
 
     Raises:
         BackendError: it ends instead of listening.
     """
     command = [sys.executable, "-m", "examples.server", str(bundle), "--port", "0", "--rate", "0"]
+    if descriptors is not None:
+        command = ["sh", "-c", f'ulimit -n {descriptors} && exec "$@"', "sh", *command]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with log.open("wb") as sink:

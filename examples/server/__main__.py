@@ -2,12 +2,13 @@
 
 import socket
 from contextlib import suppress
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import click
 
-from capt_deploy.core.console import Command, PathInHome, say
+from capt_deploy.core.console import Command, PathInHome, say, warn
 from capt_deploy.core.errors import ConfigError
 from capt_deploy.core.install import install_hint
 
@@ -23,7 +24,9 @@ _STOP_SECONDS = 60  # for requests under way, once the server has been told to e
 @click.option("--coverage", type=float, help="Coverage of prediction sets, 0-1; 0.9 by default.")
 @click.option("--accuracy", type=float, help="Reject what is too unsure for this accuracy, 0-1.")
 @click.option("--max-bytes", default=10 * 2**20, show_default=True, help="Largest request.")
-@click.option("--max-seconds", default=30.0, show_default=True, help="Longest wait for a body.")
+@click.option(
+    "--max-seconds", default=30.0, show_default=True, help="Longest wait for a head or body."
+)
 @click.option("--max-pixels", default=50_000_000, show_default=True, help="Largest image.")
 @click.option("--max-images", default=16, show_default=True, help="In one request.")
 @click.option("--max-requests", default=256, show_default=True, help="At once; 1/8 per client.")
@@ -63,17 +66,26 @@ def main(
     """
     _check_installed()
     import numpy as np
-    import uvicorn
 
     from capt_deploy.confidence.decisions import DecisionOptions
     from capt_deploy.serving.batcher import BatcherOptions
     from capt_deploy.serving.classifier import Classifier
     from examples.server.app import make_app
+    from examples.server.connections import IdleConnections, Server, file_descriptors, room
     from examples.server.limits import Limits
+    from examples.server.logs import bound_log
 
     limits = Limits(
         max_bytes, max_seconds, max_pixels, max_images, max_requests, rate=rate, burst=burst
     )
+    descriptors = file_descriptors()
+    connections, requests = room(max_requests, descriptors)
+    if requests < max_requests:
+        limits = replace(limits, requests=requests)
+        warn(
+            f"{requests} requests at once, not {max_requests}: only {descriptors} files may be "
+            f"open; raise the limit, with `ulimit -n` for example"
+        )
     batcher = BatcherOptions(max_batch, max_wait_ms, max_waiting)
     decisions = DecisionOptions.from_given(coverage=coverage, accuracy=accuracy)
     listener = _bind(host, port)  # before an engine is built, which can take minutes
@@ -83,8 +95,10 @@ def main(
     ):
         classifier(np.zeros((8, 8, 3), np.uint8))  # a backend's first run is its slowest
         app = make_app(classifier, limits)
-        config = uvicorn.Config(
+        server = Server(
             app,
+            IdleConnections(connections, limits.seconds),
+            log_config=None,
             log_level="warning",
             access_log=False,
             server_header=False,
@@ -92,12 +106,13 @@ def main(
             forwarded_allow_ips=proxy,
             timeout_graceful_shutdown=_STOP_SECONDS,
         )
+        bound_log()
         say(f"{classifier.backend.name} on {classifier.backend.device}")
-        listener.listen(config.backlog)
+        listener.listen()
         shown = f"[{host}]" if ":" in host else host
         say(f"listening on http://{shown}:{listener.getsockname()[1]}")
         with suppress(KeyboardInterrupt):  # uvicorn repeats the signal that it has obeyed
-            uvicorn.Server(config).run(sockets=[listener])
+            server.run(sockets=[listener])
     cut_off = app.state.door.cut_off  # by a second Ctrl-C, or after _STOP_SECONDS
     left = f"left without an answer: {cut_off}" if cut_off else "all that waited has been answered"
     say(f"ended; {left}")

@@ -7,8 +7,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,8 +23,8 @@ from capt_deploy.core.errors import BackendError, BusyError, ImageError
 from capt_deploy.core.version import __version__
 from capt_deploy.serving.classifier import Classifier
 from capt_deploy.serving.prediction import Prediction
-from examples.server.bodies import BODY, read_images
-from examples.server.limits import Limits, RefusedError, TokenBuckets
+from examples.server.bodies import BODY, EncodedImage, read_images
+from examples.server.limits import Limits, PixelShare, RefusedError, TokenBuckets
 from examples.server.metrics import MeasuredRequests, Metrics
 
 PAGE = Path(__file__).with_name("page.html")
@@ -44,9 +44,9 @@ def make_app(classifier: Classifier, limits: Limits = _LIMITS) -> FastAPI:
 
     @app.post("/predict", openapi_extra=BODY)
     async def predict(request: Request, top_k: Annotated[int, Query(ge=1)] = 5) -> dict[str, Any]:
-        with door.entered(request):
+        with door.entered(request) as share:
             images = await read_images(request, limits, parsing)
-            predictions = await _answers(classifier, images, metrics)
+            predictions = await _answers(classifier, images, share, metrics)
         return {"predictions": [_to_dict(prediction, top_k) for prediction in predictions]}
 
     @app.get("/healthz")
@@ -84,11 +84,12 @@ class Door:
     def __init__(self, limits: Limits) -> None:
         self._limits, self.cut_off = limits, 0
         self._inside: Counter[str] = Counter()  # requests of each client that has any
+        self._shares: dict[str, PixelShare] = {}  # of the same clients
         self._buckets = TokenBuckets(limits.rate, limits.burst)
 
     @contextmanager
-    def entered(self, request: Request) -> Iterator[None]:
-        """Count a request as under way.
+    def entered(self, request: Request) -> Iterator[PixelShare]:
+        """Count a request as under way, and yield its client's share of the decoding.
 
         Raises:
             RefusedError: 429 if the client has too many requests, 503 if all clients have.
@@ -102,33 +103,40 @@ class Door:
         if self._inside[client] >= self._limits.requests_of_a_client:
             raise RefusedError(429, "too many requests of yours at once; try again", 1)
         self._inside[client] += 1
+        if client not in self._shares:
+            self._shares[client] = PixelShare(self._limits.pixels_of_a_client)
         try:
-            yield
+            yield self._shares[client]
         except asyncio.CancelledError:
             self.cut_off += 1
             raise
         finally:
             self._inside[client] -= 1
             if not self._inside[client]:
-                del self._inside[client]  # memory does not grow with clients
+                del self._inside[client], self._shares[client]  # memory does not grow with clients
 
 
 async def _answers(
-    classifier: Classifier, images: list[bytes], metrics: Metrics
+    classifier: Classifier, images: list[EncodedImage], share: PixelShare, metrics: Metrics
 ) -> list[Prediction]:
     """Classify the images of a request, all of them or none."""
-    futures: list[Future[Prediction]] = []
+    futures: list[asyncio.Future[Prediction]] = []
+    metrics.waiting.inc(len(images))
     try:
         for image in images:
-            futures.append(classifier.submit(image))
+            await share.take(image.pixels)
+            try:
+                future = asyncio.wrap_future(classifier.submit(image.data))
+            except BaseException:
+                share.give_back(image.pixels)
+                raise
+            future.add_done_callback(partial(share.give_back, image.pixels))
+            futures.append(future)
+        answers = await asyncio.gather(*futures, return_exceptions=True)
     except BusyError:
         for future in futures:
             future.cancel()
         raise RefusedError(503, "busy: too many images wait; try again", 1) from None
-    metrics.waiting.inc(len(images))
-    try:
-        waiting = map(asyncio.wrap_future, futures)
-        answers = await asyncio.gather(*waiting, return_exceptions=True)
     finally:
         metrics.waiting.dec(len(images))
     predictions = []
@@ -172,9 +180,11 @@ def _explain_errors(app: FastAPI) -> None:
     def add(kind: type[Exception], explain: Callable[[Any], RefusedError]) -> None:
         async def handler(_: Request, error: Exception) -> Response:
             refusal = explain(error)
-            headers = (
-                {} if refusal.retry_after is None else {"Retry-After": str(refusal.retry_after)}
-            )
+            headers = {}
+            if refusal.retry_after is not None:
+                headers["Retry-After"] = str(refusal.retry_after)
+            if refusal.status == 400:  # where a body ends is unsure, and so what follows
+                headers["Connection"] = "close"
             return JSONResponse({"error": refusal.reason}, refusal.status, headers)
 
         app.add_exception_handler(kind, handler)

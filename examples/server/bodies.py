@@ -11,6 +11,7 @@ import binascii
 import io
 import json
 import warnings
+from typing import NamedTuple
 
 from fastapi import Request
 from PIL import Image, UnidentifiedImageError
@@ -46,7 +47,16 @@ BODY = {  # for OpenAPI
 }
 
 
-async def read_images(request: Request, limits: Limits, parsing: asyncio.Semaphore) -> list[bytes]:
+class EncodedImage(NamedTuple):
+    """An image as it came, and how many pixels its header declares."""
+
+    data: bytes
+    pixels: int
+
+
+async def read_images(
+    request: Request, limits: Limits, parsing: asyncio.Semaphore
+) -> list[EncodedImage]:
     """Return the encoded images of a request, at least one.
 
     `parsing` is common to all requests: a body takes several times its size while it is parsed.
@@ -69,26 +79,32 @@ async def read_images(request: Request, limits: Limits, parsing: asyncio.Semapho
 
 
 async def _read(request: Request, limits: Limits) -> bytearray:
-    """Return the body, counting bytes as they come: Content-Length may be wrong."""
+    """Return the body; its length is checked as declared, and again as it comes."""
+    if "transfer-encoding" in request.headers and "content-length" in request.headers:
+        raise RefusedError(400, "expected one length of the body, came Content-Length and chunks")
+    too_large = RefusedError(413, f"expected a body of at most {limits.body_bytes} bytes")
+    if int(request.headers.get("content-length", 0)) > limits.body_bytes:
+        raise too_large
     body = bytearray()
     try:
-        async with asyncio.timeout(limits.body_seconds):
+        async with asyncio.timeout(limits.seconds):
             async for chunk in request.stream():
                 if len(body) + len(chunk) > limits.body_bytes:
-                    raise RefusedError(413, f"expected a body of at most {limits.body_bytes} bytes")
+                    raise too_large
                 body += chunk
     except TimeoutError:
-        raise RefusedError(408, f"the body was not here within {limits.body_seconds:g} s") from None
+        raise RefusedError(408, f"the body was not here within {limits.seconds:g} s") from None
     except ClientDisconnect:
         raise RefusedError(400, "the connection ended before the body did") from None
     return body
 
 
-def _parse(body: bytearray, boundary: bytes | None, limits: Limits) -> list[bytes]:
+def _parse(body: bytearray, boundary: bytes | None, limits: Limits) -> list[EncodedImage]:
     images = _from_json(body, limits) if boundary is None else _from_form(body, boundary, limits)
-    for number, image in enumerate(images):
-        _check(image, number, limits)
-    return images
+    return [
+        EncodedImage(image, _count_pixels(image, number, limits))
+        for number, image in enumerate(images)
+    ]
 
 
 def _from_json(body: bytearray, limits: Limits) -> list[bytes]:
@@ -163,8 +179,8 @@ def _too_many(limits: Limits) -> RefusedError:
     return RefusedError(413, f"expected at most {limits.images} images in a request")
 
 
-def _check(image: bytes, number: int, limits: Limits) -> None:
-    """Check format and size in an image's header, before its pixels are decoded."""
+def _count_pixels(image: bytes, number: int, limits: Limits) -> int:
+    """Return the pixels of an image by its header, and refuse what is not to be decoded."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is stricter
@@ -180,3 +196,4 @@ def _check(image: bytes, number: int, limits: Limits) -> None:
         raise RefusedError(422, f"image {number}: damaged image ({cause})") from None
     if width * height > limits.pixels:
         raise RefusedError(413, f"image {number}: expected at most {limits.pixels} pixels")
+    return width * height

@@ -97,6 +97,53 @@ def test_a_body_without_a_length_is_counted_as_it_comes(server: Server) -> None:
     assert read(connection)[0] == 413
 
 
+def lengths(server: Server, *heads: str, body: bytes = b"") -> tuple[int, Any, dict[str, str]]:
+    """Send a head with these lines about the body's length; return the answer."""
+    connection = server.connect()
+    connection.putrequest("POST", "/predict")
+    connection.putheader("Content-Type", JSON)
+    for head in heads:
+        connection.putheader(*head.split(": "))
+    connection.endheaders(body)
+    return read(connection)
+
+
+@pytest.mark.parametrize("length", ["300001", "99999999999999999999"])
+@pytest.mark.parametrize("more", [(), ("Expect: 100-continue",)])
+def test_a_declared_length_beyond_the_limit_is_refused_before_the_body_comes(
+    server: Server, length: str, more: tuple[str, ...]
+) -> None:
+    start = time.monotonic()
+    status, answer, _ = lengths(server, f"Content-Length: {length}", *more)
+    assert (status, answer["error"]) == (413, "expected a body of at most 300000 bytes")
+    assert time.monotonic() - start < 5, "nothing else has been sent"
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [
+        ("Content-Length: -1",),
+        ("Content-Length: 1e3",),
+        ("Content-Length: 9" + "9" * 20,),
+        ("Content-Length: 5", "Content-Length: 6"),
+        ("Content-Length: 5", "Transfer-Encoding: chunked"),
+        ("Transfer-Encoding: gzip",),
+        ("Transfer-Encoding: chunked", "Transfer-Encoding: chunked"),
+    ],
+)
+def test_a_length_that_is_none_or_two_is_refused_and_the_connection_ended(
+    server: Server, heads: tuple[str, ...]
+) -> None:
+    status, answer, headers = lengths(server, *heads, body=b"hello")
+    assert (status, [*answer]) == (400, ["error"])
+    assert "close" in (headers.get("Connection"), headers.get("connection"))
+
+
+def test_no_length_is_no_body(server: Server) -> None:
+    status, answer, _ = lengths(server)
+    assert (status, answer["error"][:14]) == (400, "not valid JSON")
+
+
 def test_what_else_is_wrong_with_a_request(server: Server) -> None:
     assert send(server, form(GOOD), FORM, Content_Encoding="gzip")[0] == 415
     status, answer, _ = send(server, form(GOOD), FORM, "/predict?top_k=0")
@@ -138,7 +185,7 @@ def test_bodies_are_parsed_one_at_a_time(
 
     inside, most = [], 0
 
-    def parse(body: bytearray, *_: object) -> list[bytes]:
+    def parse(body: bytearray, *_: object) -> list[Any]:
         nonlocal most
         inside.append(body)
         most = max(most, len(inside))
@@ -146,7 +193,7 @@ def test_bodies_are_parsed_one_at_a_time(
         inside.remove(body)
         return [bytes(body)]
 
-    async def read_all() -> list[list[bytes]]:
+    async def read_all() -> list[list[Any]]:
         parsing = asyncio.Semaphore(1)
         requests = [Request(scope, receive(str(number))) for number in range(6)]
         return await asyncio.gather(

@@ -1,6 +1,8 @@
 """When the server refuses, how it starts and how it ends."""
 
+import asyncio
 import json
+import math
 import signal
 import socket
 import sys
@@ -14,12 +16,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from benchmarks.server_attacks import png_of_16_bits
 from benchmarks.server_load import Server, post_file, running_server
 from capt_deploy.core.errors import ConfigError
 from capt_deploy.core.install import install_hint
 from examples.server import limits
 from examples.server.__main__ import main
-from examples.server.limits import Limits, TokenBuckets
+from examples.server.limits import Limits, PixelShare, TokenBuckets
+from tests.examples.clients import FORM, form
 
 PHOTO = Path(__file__).parents[1] / "golden" / "photos" / "test" / "blue_sky" / "0.png"
 
@@ -145,10 +149,62 @@ def test_no_rate_is_no_limit_and_memory_is_bounded(monkeypatch: pytest.MonkeyPat
     assert buckets.seconds_to_wait("a", 0.0) == 0, "who was quiet longest is forgotten"
 
 
-@pytest.mark.parametrize("wrong", [{"pixels": 0}, {"body_seconds": 0.0}, {"rate": -1.0}])
+@pytest.mark.parametrize("wrong", [{"pixels": 0}, {"seconds": 0.0}, {"rate": -1.0}])
 def test_limits_are_checked(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="expected counts from 1 on"):
         Limits(**wrong)
+
+
+def test_images_of_a_client_wait_for_their_share_in_order() -> None:
+    async def run() -> list[int]:
+        share, begun = PixelShare(100), []
+
+        async def decode(pixels: int) -> None:
+            await share.take(pixels)
+            begun.append(pixels)
+
+        tasks = [asyncio.create_task(decode(pixels)) for pixels in (60, 40, 500, 1)]
+        seen = []
+        for pixels in (60, 40, 500):
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            seen.append(len(begun))
+            share.give_back(pixels)
+        await asyncio.gather(*tasks)
+        assert begun == [60, 40, 500, 1]
+        return seen
+
+    assert asyncio.run(run()) == [2, 2, 3]
+
+
+def test_pixels_of_a_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, images in ((1, 1), (2, 1), (16, 8)):
+        monkeypatch.setattr(limits, "usable_cores", lambda cores=cores: cores)
+        assert Limits(pixels=1000).pixels_of_a_client == 1000 * images
+    assert Limits(rate=0.0).pixels_of_a_client == math.inf
+
+
+def test_costly_images_of_one_client_keep_no_other_waiting(
+    server_extra: None, golden: Path
+) -> None:
+    """Without shares, as many of them as may wait are decoded before the other client's."""
+    image, photo = png_of_16_bits(3000), PHOTO.read_bytes()
+    options = ("--rate", 1000, "--burst", 1000, "--max-waiting", 24, "--proxy", "127.0.0.1")
+    with running_server(golden, *options, "--max-pixels", 9_000_000) as server:
+        headers = {"Content-Type": FORM, "X-Forwarded-For": "192.0.2.1"}
+        senders = [server.connect() for _ in range(4)]
+        for connection in senders:
+            connection.request("POST", "/predict", form(*[image] * 12), headers)
+        deadline = time.monotonic() + 10
+        while "capt_waiting_images 48.0" not in metrics(server):
+            assert time.monotonic() < deadline, "some were sent away: there was no room"
+            time.sleep(0.01)
+        start = time.monotonic()
+        assert post_file(server.connect(), photo)[0] == 200
+        assert time.monotonic() - start < 2
+        waiting = float(metrics(server).split("\ncapt_waiting_images ")[1].split()[0])
+        assert waiting > 24, "the other's still wait"
+        server.process.kill()
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
