@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from shutil import get_terminal_size
@@ -161,7 +162,9 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; exit with 2 on bad input and with 1 on a failed gate."""
         try:
-            with messages_on_stderr(), _sigterm_as_interrupt():
+            with messages_on_stderr(), _sigterm_as_interrupt(), warnings.catch_warnings():
+                # Words about harmless oddities of photos; `python -W` may still ask for them.
+                warnings.filterwarnings("ignore", module=r"PIL\.", append=True)
                 return super().invoke(ctx)
         except CaptError as error:
             click.echo(f"Error: {error}", err=True)
