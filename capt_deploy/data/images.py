@@ -11,7 +11,7 @@ from typing import IO, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
 from capt_deploy.core.errors import ImageError
 from capt_deploy.core.install import install_hint
@@ -92,9 +92,9 @@ def load_image(source: ImageInput) -> Image.Image:
     that cannot be read means no orientation, never no image.
 
     Files and bytes of more than `LARGEST_PIXELS` or `MOST_SCANS` are refused before they are
-    decoded; arrays and Pillow images are taken as large as they are. So memory is bounded, by
-    bytes a pixel and a few times the file. Time is not: it grows with pixels and file, and a
-    decoder cannot be stopped.
+    decoded; arrays and Pillow images are taken as large as they are. This bounds memory: 4 bytes a
+    pixel, twice that to turn an image, 16 for WebP, and some times the file for its metadata. Time
+    grows with pixels, scans and file, and has no bound of its own: a decoder cannot be stopped.
 
     Raises:
         ImageError: a URL, an array of another form, an image of an unknown format, truncated or
@@ -218,8 +218,8 @@ def _identified(stream: IO[bytes], name: str) -> ImageFile.ImageFile:
     image = Image.open(stream, formats=formats)
     if image.format in ("JPEG", "MPO"):
         _check_scans(stream, name)
-    elif image.format == "PNG":
-        _forgive_metadata(image)
+    elif type(image) is PngImagePlugin.PngImageFile:
+        image.__class__ = _Png
     return image
 
 
@@ -249,15 +249,13 @@ def _check_scans(stream: IO[bytes], name: str) -> None:
         place += int.from_bytes(jpeg[place : place + 2], "big")
 
 
-def _forgive_metadata(png: ImageFile.ImageFile) -> None:
-    """Let damaged text or profiles behind the pixels of a PNG not cost the pixels."""
-    read_rest = png.load_end
+class _Png(PngImagePlugin.PngImageFile):
+    """A PNG whose pixels are not lost for damaged text or profiles behind them."""
 
-    def load_end() -> None:
+    def load_end(self) -> None:
+        """Read what follows the pixels, as far as that goes."""
         with suppress(Exception):
-            read_rest()
-
-    png.load_end = load_end  # type: ignore[method-assign]
+            super().load_end()
 
 
 def _describe(source: ImageInput) -> str:
