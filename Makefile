@@ -1,5 +1,6 @@
 # make demo: set up, then tune, export and predict on the embedded pictograms, offline
 # make test: set up, then run every check and every test
+# make fuzz: give damaged input to every reader for some minutes; `make test` does so for seconds
 # make docs: build the documentation into build/site
 # make wheel: build dist/capt-….whl, to be installed anywhere
 
@@ -8,7 +9,7 @@ VENV ?= .venv
 DEPLOY_VENV ?= .venv-deploy
 BIN = $(VENV)/bin
 
-.PHONY: demo test check docs wheel install clean
+.PHONY: demo test check fuzz docs wheel install clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.demo.run
@@ -22,6 +23,9 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+fuzz: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/fuzz --hypothesis-profile=fuzz
 
 docs: $(VENV)/.docs
 	rm -rf build/docs && mkdir -p build/docs

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from shutil import get_terminal_size
@@ -165,7 +166,9 @@ class Command(click.Command):
             if isinstance(stream, io.TextIOWrapper):  # names may hold what its encoding lacks
                 stream.reconfigure(errors="backslashreplace")
         try:
-            with messages_on_stderr(), _sigterm_as_interrupt():
+            with messages_on_stderr(), _sigterm_as_interrupt(), warnings.catch_warnings():
+                # Words about harmless oddities of photos; `python -W` may still ask for them.
+                warnings.filterwarnings("ignore", module=r"PIL\.", append=True)
                 return super().invoke(ctx)
         except CaptError as error:
             click.echo(f"Error: {error}", err=True)

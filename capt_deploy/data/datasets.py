@@ -31,7 +31,7 @@ from capt_deploy.data.field_layouts import (
     read_imagenet,
 )
 from capt_deploy.data.folders import find_files, find_folders
-from capt_deploy.data.images import IMAGE_SUFFIXES
+from capt_deploy.data.images import HEIC_SUFFIXES, IMAGE_SUFFIXES, heic_obstacle
 from capt_deploy.data.label_files import (
     Listing,
     Row,
@@ -225,10 +225,12 @@ def _images(path: Path, listing: Listing) -> tuple[list[Row], list[Skipped]]:
     for row in listing.rows:
         if any("\ud800" <= character <= "\udfff" for character in row.path):
             skipped.append(Skipped(escaped(row.path), "its name is not valid UTF-8"))
-        elif Path(row.path).suffix.lower() in IMAGE_SUFFIXES:
-            rows.append(row)
-        else:
+        elif (suffix := Path(row.path).suffix.lower()) not in IMAGE_SUFFIXES:
             skipped.append(Skipped(row.path, "not an image by its name"))
+        elif suffix in HEIC_SUFFIXES and (obstacle := heic_obstacle()):
+            skipped.append(Skipped(row.path, obstacle))
+        else:
+            rows.append(row)
     images = Counter(row.label for row in rows)
     if not images:
         expected = "a folder per class, or train/, val/ and test/ with a folder per class in each"

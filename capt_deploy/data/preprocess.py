@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from capt_deploy.core.errors import CaptError, ConfigError
-from capt_deploy.data.images import ImageInput, Size, load_shrunk
+from capt_deploy.data.images import Box, ImageInput, Size, load_shrunk, with_image_errors
 
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _RESIZE_MODES = ("shortest", "longest", "squash")
@@ -103,6 +103,11 @@ def preprocess(
         ImageError: the image cannot be decoded.
     """
     image, box = load_shrunk(source, partial(_enough, config=config) if fast_decode else None)
+    return with_image_errors(source, lambda: _fitted(image, box, config))
+
+
+def _fitted(image: Image.Image, box: Box | None, config: PreprocessConfig) -> NDArray[np.uint8]:
+    """Resize, crop and convert the part of a decoded image that `box` bounds, None for all."""
     extent = image.size if box is None else (box[2] - box[0], box[3] - box[1])
     target = _target(extent, config)
     resampling = _RESAMPLING[config.interpolation]

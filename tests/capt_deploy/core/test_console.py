@@ -116,6 +116,25 @@ def test_messages_of_a_command_are_plain_and_printed_once() -> None:
     assert (done.stdout, done.stderr) == ("", "a note\na warning\n")
 
 
+@pytest.mark.parametrize(("option", "shown"), [((), False), (("-W", "always"), True)])
+def test_words_of_pillow_do_not_stand_between_answers(option: tuple[str, ...], shown: bool) -> None:
+    script = (
+        "import click, threading, warnings\n"
+        "from capt_deploy.core.console import Command\n"
+        "@click.command(cls=Command)\n"
+        "def run():\n"
+        "    for module in ('PIL.TiffImagePlugin', 'elsewhere'):\n"
+        "        words = ('Corrupt EXIF of ' + module, UserWarning, 'file.py', 1, module)\n"
+        "        thread = threading.Thread(target=warnings.warn_explicit, args=words)\n"
+        "        thread.start(); thread.join()\n"
+        "run()\n"
+    )
+    command = [sys.executable, "-B", *option, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ("Corrupt EXIF of PIL" in done.stderr) == shown
+    assert "Corrupt EXIF of elsewhere" in done.stderr
+
+
 @pytest.mark.parametrize(("number", "text"), [(0, "0 entries"), (1, "1 entry"), (2, "2 entries")])
 def test_numbers_agree_with_their_nouns(number: int, text: str) -> None:
     assert console.counted(number, "entry", "entries") == text

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from capt_deploy.core.errors import DataError
+from capt_deploy.data import datasets
 from capt_deploy.data.datasets import SPLITS, Dataset, Item, Skipped, read_dataset
 
 NAMES = [f"{label}/{number:02}.jpg" for label in ("ape", "big_cat") for number in range(20)]
@@ -110,6 +111,17 @@ def test_a_list_that_leads_nowhere_says_where_it_looked(
     (root / "list.csv").write_text("\n".join(["path,label", *rows, ""]))
     with pytest.raises(DataError, match=named):
         read_dataset(root / "list.csv")
+
+
+def test_heic_photos_that_cannot_be_read_here_are_left_out_with_the_way_out(
+    put_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = put_images("a/1.png", "b/1.HEIC", "b/2.heif")
+    monkeypatch.setattr(datasets, "heic_obstacle", lambda: None)
+    assert len(read_dataset(root).items("test")) == 3
+    monkeypatch.setattr(datasets, "heic_obstacle", lambda: "HEIC: convert it")
+    with pytest.raises(DataError, match=r"class \['b'\] \(2 files left out, .* HEIC: convert it"):
+        read_dataset(root)
 
 
 def test_a_class_may_be_called_train(put_images: Callable[..., Path]) -> None:

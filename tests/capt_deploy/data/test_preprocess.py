@@ -200,6 +200,16 @@ def test_a_broken_image_is_an_image_error() -> None:
         preprocess(b"no image", config())
 
 
+@pytest.mark.parametrize("step", ["resize", "convert", "crop"])
+def test_what_fails_behind_the_decoder_is_an_image_error(
+    step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grey = np.zeros((40, 50), np.uint8)
+    monkeypatch.setattr(Image.Image, step, lambda *_: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(ImageError, match=r"<array uint8 \(40, 50\)>: damaged .* \(MemoryError\)"):
+        preprocess(grey, config())
+
+
 def test_config_survives_its_own_json_and_has_open_clips_defaults() -> None:
     wanted = config((24, 40), resize_mode="squash", interpolation="bilinear", fill_color=3)
     assert PreprocessConfig.from_dict(json.loads(json.dumps(wanted.to_dict()))) == wanted
