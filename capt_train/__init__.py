@@ -2,5 +2,5 @@
 
 from capt_train.config import TrainConfig
 from capt_train.pipeline import train
-report = train(TrainConfig(data="photos", model="ViT-B-16", pretrained="openai"), "runs/mine")
+report = train(TrainConfig(data="photos", model="ViT-B-16-quickgelu", pretrained="openai"), "runs/mine")
 """

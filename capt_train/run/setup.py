@@ -19,7 +19,7 @@ from capt_deploy.core.errors import ConfigError, RunError
 from capt_deploy.core.files import expand_home
 from capt_deploy.data.datasets import Dataset, read_dataset
 from capt_train.clip.backbone import Backbone
-from capt_train.clip.loading import choose_device, load_backbone
+from capt_train.clip.loading import choose_device, find_model, load_backbone
 from capt_train.clip.text_tokens import whole_words
 from capt_train.config import TrainConfig
 from capt_train.confusion.bank import ConfusionBank
@@ -98,7 +98,7 @@ def prepare(config: TrainConfig, out: Path, resume: bool, split_from: Path | Non
         _check_model(out, setup.model_sha256)
     else:
         setup.split.save(out / runs.SPLIT)
-    runs.begin(out, config, setup.model_sha256)  # a resumed run may have moved
+    runs.begin(out, setup.config, setup.model_sha256)  # a resumed run may have moved
     return setup
 
 
@@ -120,6 +120,8 @@ def load(config: TrainConfig, split_from: Path | None = None, *, sources: bool =
         split.check(dataset)
     else:
         split = choose(dataset, config.classes, config.shots, config.seed)
+    # what is written and exported names the model that computes
+    config = replace(config, model=find_model(config.model, config.pretrained))
     backbone = load_backbone(config.model, config.pretrained, device)
     for notice in (*split.notices, *left_out(backbone, config)):
         say(f"note: {notice}")
