@@ -1,5 +1,6 @@
 """Reading, and writing atomically: a file or folder is complete or absent."""
 
+import errno
 import hashlib
 import json
 import os
@@ -14,7 +15,9 @@ from typing import Any
 
 from capt_deploy.core.errors import CaptError, ConfigError
 
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _LFS = b"version https://git-lfs.github.com/spec/"
+
 
 def _sync(path: Path) -> None:
     """Flush a file or folder to the disk, so that a later rename is not stored before it."""
@@ -38,7 +41,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path` atomically: readers see the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_sibling(path)
-    with _naming(path):
+    with naming(path):
         try:
             with temporary.open("wb") as file:
                 file.write(data)
@@ -51,12 +54,12 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Put `path` into errors that name no file, as those of a full disk do."""
+def naming(path: Path) -> Iterator[None]:
+    """Name what was being written in the errors of a full or broken disk, which name no file."""
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno in _DISK_ERRORS:
             error.filename = str(path)
         raise
 
@@ -108,7 +111,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_sibling(path)
     temporary.mkdir()
-    with _naming(path):
+    with naming(path):
         try:
             yield temporary
             for file in temporary.rglob("*"):

@@ -137,7 +137,7 @@ class Backbone:
             return embeddings
         state = self.model.state_dict().items()
         damaged = [name for name, tensor in state if not tensor.isfinite().all()]
-        found = f"NaN or infinity in {', '.join(damaged[:3])}" if damaged else "its activations overflow"
+        found = f"NaN or infinity in {', '.join(damaged[:3])}" if damaged else "too large weights"
         raise ModelError(
             f"the model's own embeddings are not finite ({found}); its file is damaged or was "
             "trained without success, and no setting helps: load other weights"

@@ -64,7 +64,10 @@ def load_backbone(model: str, pretrained: str | None, device: torch.device) -> B
             f"({shorten(str(cause), 300)}); {_help(str(cause), model, pretrained)}"
         ) from cause
     if size is not None:
-        say(f"note: {model} gets images of {size} pixels, as its name says; open_clip's entry is wrong")
+        say(
+            f"note: {model} gets images of {size} x {size} pixels, as its name says; open_clip's "
+            "own configuration names another size"
+        )
     if _is_file(model, pretrained) and open_clip.list_pretrained_tags_by_model(model):
         whose = "CLIP's" if preprocessing is None else f"that of {model}'s tags"
         say(
