@@ -38,6 +38,7 @@ class Backbone:
     """An open_clip model in float32 and evaluation mode whose parameters never change."""
 
     colours: ColourMap | None = None  # in front of the visual tower
+    name = ""  # of the model in open_clip, as --model takes it
 
     def __init__(self, model: Any, tokenizer: Any, preprocess: PreprocessConfig) -> None:
         self.model: Any = model.eval().requires_grad_(False)

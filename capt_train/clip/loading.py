@@ -43,7 +43,8 @@ def load_backbone(model: str, pretrained: str | None, device: torch.device) -> B
     import open_clip
     from open_clip.model import get_model_preprocess_cfg
 
-    model = find_model(model, pretrained)
+    model = _checked(model, pretrained)
+    quick_gelu = _lacks_quick_gelu(model, pretrained)
     size, preprocessing = _misstated_size(model), _preprocessing_of_file(model, pretrained)
     try:
         with _quiet_and_careful():
@@ -52,6 +53,7 @@ def load_backbone(model: str, pretrained: str | None, device: torch.device) -> B
                 model,
                 pretrained=pretrained,
                 device=device,
+                force_quick_gelu=quick_gelu,
                 force_image_size=size,
                 force_preprocess_cfg=preprocessing,
                 require_pretrained=True,
@@ -63,6 +65,12 @@ def load_backbone(model: str, pretrained: str | None, device: torch.device) -> B
             f"model {model!r}, pretrained {pretrained!r}: cannot be loaded "
             f"({shorten(str(cause), 300)}); {_help(str(cause), model, pretrained)}"
         ) from cause
+    name = f"{model}-quickgelu" if quick_gelu else model
+    if quick_gelu:
+        say(
+            f"note: the weights {pretrained!r} were trained with QuickGELU: {model} is loaded as "
+            f"{name}"
+        )
     if size is not None:
         say(
             f"note: {model} gets images of {size} x {size} pixels, as its name says; open_clip's "
@@ -74,9 +82,10 @@ def load_backbone(model: str, pretrained: str | None, device: torch.device) -> B
             f"note: {pretrained} does not say how its weights were trained: the activation is that "
             f"of {model}, the preprocessing {whose}; {_LOCAL}FOLDER with a {_CONFIG} can say both"
         )
-    return Backbone(
-        network, tokenizer, PreprocessConfig.from_dict(get_model_preprocess_cfg(network))
-    )
+    preprocess = PreprocessConfig.from_dict(get_model_preprocess_cfg(network))
+    backbone = Backbone(network, tokenizer, preprocess)
+    backbone.name = name
+    return backbone
 
 
 @contextmanager
@@ -100,16 +109,8 @@ def _quiet_and_careful() -> Iterator[None]:
         root.setLevel(level)
 
 
-def find_model(model: str, pretrained: str | None) -> str:
-    """Return open_clip's name of the model that is meant; a note says where it is another one.
-
-    open_clip computes weights that were trained with QuickGELU with GELU where the architecture
-    has the plain name, and only warns. A tag that does not say QuickGELU proves nothing: then the
-    architecture's activation holds.
-
-    Args:
-        model: as for `load_backbone`.
-        pretrained: as for `load_backbone`.
+def _checked(model: str, pretrained: str | None) -> str:
+    """Return the model as open_clip names it.
 
     Raises:
         ModelError: there is no such architecture, tag or file.
@@ -132,21 +133,28 @@ def find_model(model: str, pretrained: str | None) -> str:
     listed = f"known for {name}: {', '.join(tags) or 'none'}"
     if pretrained is None:
         raise ModelError(f"model {model!r}: pass --pretrained with a tag or a file; {listed}")
-    tag = open_clip.get_pretrained_cfg(name, pretrained)
-    if not tag and not Path(pretrained).is_file():
+    if _is_file(name, pretrained) and not Path(pretrained).is_file():
         others = open_clip.list_pretrained_models_by_tag(pretrained)
         owners = f"; it is a tag of {', '.join(others)}" if others else _near(pretrained, tags)
         raise ModelError(
             f"pretrained {pretrained!r}: expected a tag or a checkpoint file{owners}; {listed}"
         )
-    config = open_clip.get_model_config(name) or {}
-    if tag.get("quick_gelu") and not config.get("quick_gelu"):
-        say(
-            f"note: the weights {pretrained!r} were trained with QuickGELU: {model} is loaded as "
-            f"{name}-quickgelu"
-        )
-        return f"{name}-quickgelu"
     return name
+
+
+def _lacks_quick_gelu(model: str, pretrained: str | None) -> bool:
+    """Return whether a pretrained tag says QuickGELU and the architecture does not.
+
+    open_clip warns of it, but computes with GELU. A tag that says nothing proves nothing: then the
+    architecture's own activation holds.
+    """
+    import open_clip
+
+    tag = open_clip.get_pretrained_cfg(model, pretrained or "")
+    if not tag.get("quick_gelu"):
+        return False
+    config = open_clip.get_model_config(model) or {}
+    return not config.get("quick_gelu")
 
 
 def _is_file(model: str, pretrained: str | None) -> bool:

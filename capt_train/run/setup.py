@@ -19,7 +19,7 @@ from capt_deploy.core.errors import ConfigError, RunError
 from capt_deploy.core.files import expand_home
 from capt_deploy.data.datasets import Dataset, read_dataset
 from capt_train.clip.backbone import Backbone
-from capt_train.clip.loading import choose_device, find_model, load_backbone
+from capt_train.clip.loading import choose_device, load_backbone
 from capt_train.clip.text_tokens import whole_words
 from capt_train.config import TrainConfig
 from capt_train.confusion.bank import ConfusionBank
@@ -120,9 +120,8 @@ def load(config: TrainConfig, split_from: Path | None = None, *, sources: bool =
         split.check(dataset)
     else:
         split = choose(dataset, config.classes, config.shots, config.seed)
-    # what is written and exported names the model that computes
-    config = replace(config, model=find_model(config.model, config.pretrained))
     backbone = load_backbone(config.model, config.pretrained, device)
+    config = replace(config, model=backbone.name)  # for the run and what is exported from it
     for notice in (*split.notices, *left_out(backbone, config)):
         say(f"note: {notice}")
     zero_shot = backbone.class_embeddings(split.class_names, config.prompt.templates)
