@@ -2,5 +2,6 @@
 
 from capt_train.config import TrainConfig
 from capt_train.pipeline import train
-report = train(TrainConfig(data="photos", model="ViT-B-16", pretrained="openai"), "runs/mine")
+config = TrainConfig(data="photos", model="ViT-B-16-quickgelu", pretrained="openai")
+report = train(config, "runs/mine")
 """

@@ -1,5 +1,6 @@
 """Reading, and writing atomically: a file or folder is complete or absent."""
 
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +20,8 @@ _LARGEST_JSON = 2**28  # bytes; a million listed images are less
 _DEEPEST_JSON = 100  # lists and objects in each other; what reads them may recurse
 _NESTING = (dict, list)
 _INTEGERS = range(-(2**63), 2**64)  # that fit into 64 bits, as arrays and files need them
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_LFS = b"version https://git-lfs.github.com/spec/"
 
 
 def _sync(path: Path) -> None:
@@ -43,15 +46,27 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path` atomically: readers see the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_sibling(path)
+    with naming(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name what was being written in the errors of a full or broken disk, which name no file."""
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in _DISK_ERRORS:
+            error.filename = str(path)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -192,16 +207,17 @@ def new_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_sibling(path)
     temporary.mkdir()
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _sync(file)
-        _sync_folder(temporary)
-        temporary.rename(path)
-        _sync_folder(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with naming(path):
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+            _sync_folder(temporary)
+            temporary.rename(path)
+            _sync_folder(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def cache_folder() -> Path:
@@ -261,6 +277,14 @@ def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Return whether a file is a Git LFS pointer: a few lines that stand for the real content."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_LFS)) == _LFS
 
 
 def is_inside(name: str) -> bool:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -12,6 +13,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional
 
+from capt_deploy.core.errors import ModelError
 from capt_deploy.data.preprocess import PreprocessConfig
 from capt_train.clip.colour_map import ColourMap
 from capt_train.clip.open_tower import open_tower
@@ -36,6 +38,7 @@ class Backbone:
     """An open_clip model in float32 and evaluation mode whose parameters never change."""
 
     colours: ColourMap | None = None  # in front of the visual tower
+    name = ""  # of the model in open_clip, as --model takes it
 
     def __init__(self, model: Any, tokenizer: Any, preprocess: PreprocessConfig) -> None:
         self.model: Any = model.eval().requires_grad_(False)
@@ -70,8 +73,13 @@ class Backbone:
     def image_embeddings(
         self, pixels: UInt8[Tensor, "batch height width 3"]
     ) -> Float[Tensor, "batch dim"]:
-        """Return unit-norm embeddings f(x) of preprocessed pixels, RGB 0-255."""
-        return functional.normalize(self.model.encode_image(self.normalise(pixels)), dim=-1)
+        """Return unit-norm embeddings f(x) of preprocessed pixels, RGB 0-255.
+
+        Raises:
+            ModelError: they are not finite.
+        """
+        features = self.model.encode_image(self.normalise(pixels))
+        return self._finite(functional.normalize(features, dim=-1))
 
     def normalise(
         self, pixels: UInt8[Tensor, "batch height width 3"]
@@ -100,8 +108,12 @@ class Backbone:
 
     @torch.no_grad()
     def text_embeddings(self, texts: Sequence[str]) -> Float[Tensor, "texts dim"]:
-        """Return unit-norm embeddings of sentences."""
-        return self.text.encode(self.tokenize(texts))
+        """Return unit-norm embeddings of sentences.
+
+        Raises:
+            ModelError: a text is too long for the model, or its embedding is not finite.
+        """
+        return self._finite(self.text.encode(self.tokenize(texts)))
 
     @torch.no_grad()
     def sentence_embeddings(self, texts: Sequence[str]) -> Float[Tensor, "texts dim"]:
@@ -119,6 +131,18 @@ class Backbone:
             for template in all_templates(templates)
         ]
         return functional.normalize(torch.stack(per_template).mean(dim=0), dim=-1)
+
+    def _finite(self, embeddings: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
+        """Return the embeddings of the model as it came, which later steps could not repair."""
+        if embeddings.isfinite().all() and math.isfinite(self.scale):
+            return embeddings
+        state = self.model.state_dict().items()
+        damaged = [name for name, tensor in state if not tensor.isfinite().all()]
+        found = f"NaN or infinity in {', '.join(damaged[:3])}" if damaged else "too large weights"
+        raise ModelError(
+            f"the model's own embeddings are not finite ({found}); its file is damaged or was "
+            "trained without success, and no setting helps: load other weights"
+        )
 
     def tokenize(self, texts: Sequence[str], places: int = 0) -> Int[Tensor, "texts tokens"]:
         """Return token ids, with `places` for context vectors in front of each text.

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from capt_deploy.core.console import counted, progress, say, warn
 from capt_deploy.core.errors import CaptError, RunError
-from capt_deploy.core.files import write_bytes
+from capt_deploy.core.files import naming, write_bytes
 from capt_train.compare.plan import Cell, Plan
 
 CELLS = "cells.jsonl"
@@ -176,7 +176,7 @@ def _measure_one(cell: Cell, calibrations: tuple[str, ...]) -> dict[str, Any] | 
 
 def _append(path: Path, values: dict[str, Any]) -> None:
     """Append a line and wait until it is on the disk."""
-    with path.open("a", encoding="utf-8") as file:
+    with naming(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(values, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())

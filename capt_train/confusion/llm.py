@@ -5,6 +5,8 @@ import json
 import os
 import re
 import time
+import unicodedata
+from base64 import b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
@@ -18,6 +20,7 @@ from capt_train.parts import SENTENCE_KINDS
 
 KEY_VARIABLE = "CAPT_LLM_KEY"
 _SHORTEST_SECRET = 8  # characters; a shorter key is a placeholder such as "none"
+_MOST_ESCAPES = 3  # one within the other, as %2541
 _MAX_RESPONSE_BYTES = 2**20
 _MAX_ANSWER_CHARACTERS = 100_000
 _MAX_SENTENCES, _MAX_SENTENCE_CHARACTERS = 20, 400
@@ -135,7 +138,10 @@ class LlmClient:
 
         async def read(response: Any) -> None:
             """Read the body before the openai library does, which sets no limit to its size."""
-            async for part in response.aiter_bytes():
+            encoding = response.headers.get("Content-Encoding", "")
+            if encoding.lower() not in ("", "identity"):  # a few bytes could unpack to gigabytes
+                raise _RetryableError(f"an answer packed as {self._excerpt(encoding)}, unasked for")
+            async for part in response.aiter_raw():
                 body.extend(part)
                 if len(body) > _MAX_RESPONSE_BYTES:
                     raise _RetryableError(f"more than {_MAX_RESPONSE_BYTES} bytes")
@@ -220,12 +226,31 @@ class LlmClient:
         return repr(text[-200:] if ending else text[:200]) if text else "nothing"
 
     def _holds_key(self, text: str) -> bool:
-        """Tell whether a text holds the key: plain, escaped (JSON, URL, HTML) or with blanks."""
+        """Tell whether a text holds the key or a part of it, as it is or in a usual encoding."""
         if self.key is None or len(self.key) < _SHORTEST_SECRET:
             return False
-        text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text)
-        text = html.unescape(text.replace("\\/", "/"))
-        return any(self.key in "".join(form.split()) for form in (text, unquote(text)))
+        key, folded = self.key.encode(), _folded(text)
+        forms = [key.decode(), key.decode()[::-1], key.hex()]
+        # Base64 differs by the place of the key in what is encoded; its ends hold neighbours.
+        forms += [b64encode(bytes(shift) + key).decode()[shift and 4 : -4] for shift in range(3)]
+        return any(
+            form[start : start + _SHORTEST_SECRET] in folded
+            for form in map(_folded, forms)
+            for start in range(len(form) - _SHORTEST_SECRET + 1)
+        )
+
+
+def _folded(text: str) -> str:
+    """Return a text without escapes (JSON, URL, HTML), blanks and case, in printable ASCII."""
+    for _ in range(_MOST_ESCAPES):
+        text = re.sub(r"\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2}))", _character, text)
+        text = unquote(html.unescape(text))
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return re.sub(r"[^!-\[\]-~]", "", text)  # nor backslashes
+
+
+def _character(code: re.Match[str]) -> str:
+    return chr(int(code[1] or code[2], 16))
 
 
 def prompt(pair: NamePair) -> str:

@@ -98,7 +98,7 @@ def prepare(config: TrainConfig, out: Path, resume: bool, split_from: Path | Non
         _check_model(out, setup.model_sha256)
     else:
         setup.split.save(out / runs.SPLIT)
-    runs.begin(out, config, setup.model_sha256)  # a resumed run may have moved
+    runs.begin(out, setup.config, setup.model_sha256)  # a resumed run may have moved
     return setup
 
 
@@ -121,6 +121,7 @@ def load(config: TrainConfig, split_from: Path | None = None, *, sources: bool =
     else:
         split = choose(dataset, config.classes, config.shots, config.seed)
     backbone = load_backbone(config.model, config.pretrained, device)
+    config = replace(config, model=backbone.name)  # for the run and what is exported from it
     for notice in (*split.notices, *left_out(backbone, config)):
         say(f"note: {notice}")
     zero_shot = backbone.class_embeddings(split.class_names, config.prompt.templates)

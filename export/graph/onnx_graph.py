@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from capt_deploy.backends.base import Outputs
 from capt_deploy.bundle.manifest import METADATA_KEY, PRECISION_KEY, Graph
 from capt_deploy.core.errors import ModelError
-from capt_deploy.core.files import write_bytes
+from capt_deploy.core.files import naming, write_bytes
 from export.source.fold import FoldedHead
 
 OPSET = 20
@@ -88,7 +88,8 @@ class OnnxGraph:
         import onnx_ir
 
         self._set_metadata(manifest_json)
-        onnx_ir.save(self.model, path, external_data=external_name(path.name))
+        with naming(path):
+            onnx_ir.save(self.model, path, external_data=external_name(path.name))
 
     def record(self, file: str) -> Graph:
         """Return the graph's entry in a manifest, for a file of that name."""

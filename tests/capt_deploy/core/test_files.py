@@ -1,5 +1,6 @@
 """Files are whole or not there at all, also when the disk or the process gives up."""
 
+import errno
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from capt_deploy.core.files import (
     cache_folder,
     expand_home,
     is_inside,
+    is_lfs_pointer,
     new_folder,
     open_file,
     parse_json,
@@ -54,6 +56,7 @@ def test_a_full_disk_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> 
     command = [sys.executable, "-B", "-c", script, str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("failed midway:")
+    assert str(path) in done.stdout
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -191,6 +194,27 @@ def test_an_error_in_the_block_leaves_nothing_behind(
         (folder / "a.txt").write_text("a")
         raise error("midway")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_names_the_folder_but_other_errors_keep_their_words(tmp_path: Path) -> None:
+    named = pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/run'")
+    with named, new_folder(tmp_path / "run"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for error in (
+        OSError(errno.ENOSPC, "full", "other"),
+        ConnectionError(errno.ECONNRESET, "gone"),
+    ):
+        said = str(error)
+        with pytest.raises(OSError) as caught, new_folder(tmp_path / "run"):
+            raise error
+        assert str(caught.value) == said
+
+
+def test_a_git_lfs_pointer_is_known_by_its_first_line(tmp_path: Path) -> None:
+    (tmp_path / "pointer").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    (tmp_path / "text").write_text("version 2")
+    assert is_lfs_pointer(tmp_path / "pointer")
+    assert not any(is_lfs_pointer(tmp_path / name) for name in ("text", "missing", ""))
 
 
 def test_an_existing_folder_is_never_overwritten(tmp_path: Path) -> None:

@@ -120,6 +120,20 @@ def test_text_that_does_not_fit_is_refused_by_name(
         tiny_backbone.tokenize(["cat", "dog " * 15])
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["visual.proj", "text_projection", "logit_scale"])
+def test_embeddings_that_are_not_finite_name_the_damaged_weights(
+    name: str, value: float, own_model: Path
+) -> None:
+    state = load_file(own_model / WEIGHTS)
+    state[name].view(-1)[0] = value
+    save_file(state, own_model / WEIGHTS)
+    backbone = load_backbone(str(own_model), None, CPU)
+    pixels = torch.tensor(preprocess(photo(16, 16), backbone.preprocess))[None]
+    with pytest.raises(ModelError, match=rf"not finite \(NaN or infinity in {name}\)"):
+        backbone.image_embeddings(pixels), backbone.text_embeddings(TEXTS)
+
+
 def test_fingerprint_is_that_of_content_not_of_place(
     own_model: Path, tiny_backbone: Backbone
 ) -> None:

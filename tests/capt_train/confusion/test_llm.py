@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 import time
+from base64 import b64encode
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from typing import Any
@@ -194,6 +196,28 @@ def test_answers_of_any_size_are_read_only_so_far(
         client.ask(PAIR)
 
 
+def test_an_answer_that_would_unpack_to_any_size_is_not_unpacked(
+    client: LlmClient, server: Any
+) -> None:
+    def bomb(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Encoding", "gzip")
+        handler.end_headers()
+        handler.wfile.write(gzip.compress(JSON.encode()))
+
+    server.replies = [bomb]
+    with pytest.raises(RunError, match="an answer packed as 'gzip', unasked for"):
+        with_timeout(client, 5.0, retries=0).ask(PAIR)
+
+
+@pytest.mark.parametrize("reason", ["no such model", "the key is not valid: sk-very***=="])
+def test_an_error_without_the_key_is_shown(reason: str, client: LlmClient, server: Any) -> None:
+    server.replies = [http(401, reason)]
+    with pytest.raises(ConfigError) as caught:
+        client.ask(PAIR)
+    assert reason in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("asked", "waited"),
     [("7", 7.0), ("0.5", 1.0), ("86400", 60.0), ("soon", 1.0), ("-5", 1.0), ("nan", 1.0)],
@@ -245,6 +269,22 @@ def test_a_server_that_drips_headers_is_left(client: LlmClient, server: Any) -> 
         for _ in range(50):
             if not server.closing.wait(0.05):
                 handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    server.replies = [drip]
+    started = time.monotonic()
+    with pytest.raises(RunError, match="no whole answer within"):
+        with_timeout(client, 0.2, retries=0).ask(PAIR)
+    assert time.monotonic() - started < 2
+
+
+def test_a_server_that_drips_a_chunk_extension_is_left(client: LlmClient, server: Any) -> None:
+    def drip(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        for _ in range(50):
+            if not server.closing.wait(0.05):
+                handler.wfile.write(b"1;" + b"a")
 
     server.replies = [drip]
     started = time.monotonic()
@@ -318,7 +358,22 @@ def test_redirects_are_not_followed(code: int, client: LlmClient, server: Any) -
 def test_the_key_is_never_shown(client: LlmClient, server: Any) -> None:
     escaped = KEY.replace("/", "\\/")
     encoded = (quote(KEY, safe=""), KEY.replace("+", "\\u002b"), KEY.replace("+", "&#43;"))
-    encoded += (f"{KEY[:9]}\n{KEY[9:]}",)
+    encoded += (
+        f"{KEY[:9]}\n{KEY[9:]}",
+        quote(quote(KEY, safe="")),
+        "".join(f"%{ord(c):02x}" for c in KEY),
+    )
+    encoded += ("".join(f"\\u{ord(c):04X}" for c in KEY), "".join(f"\\x{ord(c):02x}" for c in KEY))
+    encoded += (
+        "".join(f"&#x{ord(c):x};" for c in KEY),
+        "\u200b".join(KEY),
+        KEY.swapcase(),
+        KEY[::-1],
+    )
+    encoded += (KEY.encode().hex(), "".join(chr(ord(c) + 0xFEE0) for c in KEY), f"{KEY[2:11]}…")
+    encoded += tuple(
+        b64encode(f"{before}{KEY}:".encode()).decode() for before in ("", "me:", "you:")
+    )
     long = "x" * 190 + KEY  # half of it would lie within the excerpt
     ending = KEY + "y" * 190
     for reply in (
@@ -338,7 +393,7 @@ def test_the_key_is_never_shown(client: LlmClient, server: Any) -> None:
             client.ask(PAIR)
         seen: BaseException | None = caught.value
         while seen is not None:
-            for half in (KEY[:8], KEY[-8:]):
+            for half in (KEY[:8], KEY[-8:], *encoded):
                 assert half not in f"{seen!r} {seen}"
             seen = seen.__cause__
         server.replies = []

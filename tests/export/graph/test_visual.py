@@ -12,6 +12,7 @@ from export.source.fold import FoldedHead
 
 TOWERS = {
     "vit": ({}, False),
+    "vit with quick gelu": ({"quick_gelu": True}, False),
     "timm vit": (
         {
             "vision_cfg": {
