@@ -200,8 +200,8 @@ def _notices(
         yield f"{classes} fewer than {counted(shots, 'image')}: {listed}{more}"
     if skipped:
         yield (
-            f"left out {counted(len(skipped), 'file')} that cannot be read as images, e.g. "
-            f"{skipped[0].path}; the run's split.json lists all"
+            f"left out {counted(len(skipped), 'file or folder', 'files or folders')}, e.g. "
+            f"{skipped[0].path}: {skipped[0].reason}; the run's split.json lists all"
         )
     if unused > 0:
         yield (
