@@ -72,6 +72,32 @@ def test_the_report_holds_the_gates_figures(bundle):
     assert report["graphs"]["fp32"]["nodes"] > 0
 
 
+def test_a_lone_graph_that_was_changed_is_refused(bundle, tmp_path):
+    content = (bundle / "model.onnx").read_bytes()
+    lone = tmp_path / "model.onnx"
+    lone.write_bytes(content)
+    pixels = np.full((16, 16, 3), 90, np.uint8)
+    with Classifier.load(lone, "onnxruntime-cpu") as classifier:
+        assert classifier(pixels).label in classifier.class_names
+    random = np.random.default_rng(0)
+    for place in random.integers(0, len(content), 200):
+        changed = bytearray(content)
+        changed[place] ^= 1 << random.integers(8)
+        lone.write_bytes(changed)
+        with pytest.raises(BundleError, match=r"model\.onnx"):
+            open_bundle(lone)
+
+
+def test_a_name_that_ends_in_zip_gives_a_zip_of_the_same_bundle(bundle, tuned_run, tmp_path):
+    written = export_run(tuned_run, tmp_path / "x.zip")
+    assert list(tmp_path.iterdir()) == [written]
+    found, expected = open_bundle(written), open_bundle(bundle)
+    assert found.manifest.files.keys() == expected.manifest.files.keys()
+    assert found.graph("fp32").onnx == expected.graph("fp32").onnx
+    with pytest.raises(BundleError, match="already exists"):
+        export_run(tuned_run, tmp_path / "x.zip")
+
+
 def test_nothing_is_overwritten(bundle, tuned_run):
     before = (bundle / "manifest.json").read_bytes()
     with pytest.raises(BundleError, match="already exists"):
