@@ -6,7 +6,7 @@ need, and its nodes and weights are skipped.
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from capt_deploy.bundle.manifest import METADATA_KEY
@@ -33,6 +33,7 @@ class StoredGraph:
     onnx: bytes
     precision: str
     weights_folder: Path | None = None  # of weights that are not in the graph's own file
+    owner: object = field(default=None, compare=False)  # whose end removes that folder
 
 
 def read_metadata(onnx: bytes, key: str = METADATA_KEY) -> str | None:
@@ -97,8 +98,8 @@ def _size(dimension: memoryview) -> int | None:
 
 def _messages(message: memoryview, number: int) -> Iterator[memoryview]:
     """Yield the contents of one field: messages, texts or bytes."""
-    for field, content in _fields(message):
-        if field == number and isinstance(content, memoryview):
+    for found, content in _fields(message):
+        if found == number and isinstance(content, memoryview):
             yield content
 
 

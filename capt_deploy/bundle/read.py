@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ CALIBRATION = "calibration.safetensors"
 
 _MANIFEST_LIMIT = 64 * 2**20  # bytes; a zip of nothing but zeros must not fill the memory
 _FILE_LIMIT = 2**31 - 1  # bytes of a file that is held in memory; see docs/FORMAT.md
+_BLOCK = 2**22  # bytes copied at once
 _NO_ARRAY = np.empty(0)
 _PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
@@ -94,8 +96,10 @@ class Bundle:
                 f"{self.path}: its manifest was changed after the export; export it again"
             )
         self.check_fit(onnx)
-        folder = None if record.weights is None else self.verified_folder(record.weights)
-        return StoredGraph(onnx, precision, folder)
+        if record.weights is None:
+            return StoredGraph(onnx, precision)
+        folder = self.private_copy(record.weights)
+        return StoredGraph(onnx, precision, Path(folder.name), folder)
 
     def check_fit(self, onnx: bytes) -> None:
         """Raise BundleError where a graph or the text side does not fit the manifest."""
@@ -118,27 +122,45 @@ class Bundle:
                     f"{_in_words(expected[name])} by its manifest; export it again"
                 )
 
-    def verified_folder(self, name: str) -> Path:
-        """Check a file without loading it into memory, and return its folder.
+    def private_copy(self, name: str) -> "TemporaryDirectory[str]":
+        """Return a folder with a copy of a file, for files too large to be held in memory.
+
+        Libraries read such files by their path, when somebody may have changed them since they were
+        hashed. Nobody else can access the folder; it is removed with the object that is returned.
 
         Raises:
-            BundleError: the file is missing or changed, or the bundle is a zip.
+            BundleError: as `copy`.
         """
-        record = self.manifest.files.get(name)
+        folder = TemporaryDirectory(prefix="capt-", ignore_cleanup_errors=True)
+        target = Path(folder.name, name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.copy(name, target)
+        return folder
+
+    def copy(self, name: str, target: Path) -> None:
+        """Copy a file without loading it into memory; it is read once, and hashed meanwhile.
+
+        Raises:
+            BundleError: the file is missing or changed, the bundle is a zip, or the copy cannot be
+                written. What was written until then is not to be used.
+        """
+        record = self._record(name)
         if not self.path.is_dir():
             raise BundleError(f"{self.path}: too large to run from a zip; unpack it first")
+        digest = hashlib.sha256()
         try:
-            with open_file(self.path / name) as file:
-                unchanged = (
-                    record is not None
-                    and os.fstat(file.fileno()).st_size == record.bytes
-                    and hashlib.file_digest(file, "sha256").hexdigest() == record.sha256
-                )
+            with open_file(self.path / name) as file, target.open("wb") as copy:
+                changed = os.fstat(file.fileno()).st_size != record.bytes
+                while not changed and (block := file.read(_BLOCK)):
+                    digest.update(block)
+                    copy.write(block)
         except OSError as cause:
-            raise BundleError(f"{self.path}: {name} cannot be read ({cause})") from cause
-        if not unchanged:
+            raise BundleError(
+                f"{self.path}: {name} cannot be copied to {target} ({cause}); $TMPDIR may name a "
+                f"disk with more space"
+            ) from cause
+        if changed or digest.hexdigest() != record.sha256:
             raise BundleError(f"{self.path}: {name} was changed after the export; export it again")
-        return self.path
 
     def arrays(self, name: str) -> dict[str, NDArray[Any]]:
         """Return the arrays of a safetensors file; docs/FORMAT.md lists them.

@@ -122,8 +122,11 @@ class TextEncoder:
                 f"{bundle.path}: its classes are fixed; export the run with --open-vocab, or with "
                 f"--classes and a list of the wanted ones"
             )
-        folder = None if record.weights is None else bundle.verified_folder(record.weights)
-        return cls(record, bundle.read(record.tokenizer), bundle.read(record.file), folder)
+        tokenizer, onnx = bundle.read(record.tokenizer), bundle.read(record.file)
+        if record.weights is None:
+            return cls(record, tokenizer, onnx)
+        with bundle.private_copy(record.weights) as folder:
+            return cls(record, tokenizer, onnx, Path(folder))
 
     def rows(self, names: Sequence[str]) -> NDArray[np.float32]:
         """Return scale·Ŵ_c of classes that were not tuned on, (classes, dim); never renormalised.

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import shutil
+import tempfile
 from dataclasses import replace
 
 import numpy as np
@@ -240,7 +241,12 @@ def test_weights_beyond_one_file_go_into_a_second_one(tuned_run, tmp_path, monke
     assert manifest.graphs["fp32"].weights == "model.onnx.data"
     assert {"model.onnx", "model.onnx.data"} <= set(manifest.files)
     assert (out / "model.onnx").stat().st_size < (out / "model.onnx.data").stat().st_size
-    assert Classifier.load(out).class_names == load_run(tuned_run).class_names
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    with Classifier.load(out) as classifier:
+        assert classifier.class_names == load_run(tuned_run).class_names
+        assert not list((tmp_path / "temporary").iterdir())  # the copy of the weights has gone
+        assert classifier(np.zeros((16, 16, 3), np.uint8)).label in classifier.class_names
     with pytest.raises(BundleError, match="load the whole bundle"):
         Classifier.load(out / "model.onnx")
     (out / "model.onnx.data").write_bytes(b"\0" * manifest.files["model.onnx.data"].bytes)

@@ -257,7 +257,29 @@ def test_kind_and_size_of_weights_are_checked_before_they_are_read(
 ) -> None:
     put(folder / "half.onnx")
     with pytest.raises(BundleError, match=r"half\.onnx"):
-        open_bundle(folder).verified_folder("half.onnx")
+        open_bundle(folder).private_copy("half.onnx")
+
+
+def test_large_files_are_read_once_into_a_private_copy(folder: Path) -> None:
+    copied = open_bundle(folder).private_copy("half.onnx")
+    place = Path(copied.name)
+    (folder / "half.onnx").write_bytes(b"other content")
+    assert [file.read_bytes() for file in place.iterdir()] == [FILES["half.onnx"]]
+    if os.name == "posix":
+        assert place.stat().st_mode & 0o777 == 0o700
+    copied.cleanup()
+    assert not place.exists()
+    for content in (b"other content", FILES["half.onnx"][::-1]):
+        (folder / "half.onnx").write_bytes(content)
+        with pytest.raises(BundleError, match=r"half\.onnx was changed after the export"):
+            open_bundle(folder).private_copy("half.onnx")
+
+
+@posix_only
+def test_a_copy_that_cannot_be_written_is_a_bundle_error(folder: Path, tmp_path: Path) -> None:
+    for target in (tmp_path / "gone" / "x", Path("/dev/full")):
+        with pytest.raises(BundleError, match="cannot be copied"):
+            open_bundle(folder).copy("half.onnx", target)
 
 
 @posix_only
