@@ -23,7 +23,7 @@ from capt_deploy.bundle.manifest import PRECISION_KEY, FileRecord, Manifest
 from capt_deploy.confidence.calibration import DISTANCE_AWARE, Calibration
 from capt_deploy.confidence.decisions import Decisions
 from capt_deploy.core.errors import BundleError
-from capt_deploy.core.files import expand_home, is_inside, open_file, read_file
+from capt_deploy.core.files import TooLargeError, expand_home, is_inside, open_file, read_file
 
 MANIFEST = "manifest.json"
 TEXT_EMBEDDINGS = "text_embeddings.safetensors"
@@ -305,6 +305,10 @@ def _read_member(path: Path, name: str, limit: int) -> bytes:
             for member in archive.namelist():
                 if member == name or member.split("/", 1)[1:] == [name]:
                     return _unpack(archive, archive.getinfo(member), limit)
+    except TooLargeError as cause:
+        raise BundleError(
+            f"{path}: {name} is not the file that was exported ({cause}); export it again"
+        ) from cause
     except Exception as cause:  # zipfile raises a dozen types for damaged archives
         raise BundleError(f"{path}: cannot read {name} ({cause}); is it a bundle?") from cause
     raise BundleError(f"{path}: holds no {name}; is it a bundle?")
@@ -312,7 +316,7 @@ def _read_member(path: Path, name: str, limit: int) -> bytes:
 
 def _unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) -> bytes:
     if member.file_size > limit:
-        raise OSError(f"expected at most {limit:,} bytes, came {member.file_size:,}")
+        raise TooLargeError(f"expected at most {limit:,} bytes, came {member.file_size:,}")
     if member.compress_type not in _PACKED:
         raise OSError(f"expected it stored or deflated, came method {member.compress_type}")
     return archive.read(member)

@@ -24,6 +24,10 @@ _NESTING = (dict, list)
 _INTEGERS = range(-(2**63), 2**64)  # that fit into 64 bits, as arrays and files need them
 
 
+class TooLargeError(OSError):
+    """A file has more bytes than it may have."""
+
+
 def _sync(path: Path) -> None:
     """Flush a file or folder to the disk, so that a later rename is not stored before it."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -150,12 +154,13 @@ def read_file(path: Path, limit: int) -> bytes:
     """Return the content of a regular file of at most `limit` bytes.
 
     Raises:
-        OSError: it cannot be read, is larger, or is no regular file.
+        TooLargeError: it has more.
+        OSError: it cannot be read, or is no regular file.
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
-            raise OSError(f"expected at most {limit:,} bytes, came {size:,}")
+            raise TooLargeError(f"expected at most {limit:,} bytes, came {size:,}")
         return file.read(size)
 
 

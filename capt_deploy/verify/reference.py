@@ -72,7 +72,7 @@ class ReferenceOutputs:
         for outputs, rows in ((images, count), (patterns, PATTERNS)):
             shapes = {outputs.logits.shape, outputs.probabilities.shape}
             fits = shapes == {(rows, classes)} and outputs.embedding.shape == (rows, *dim)
-            fits &= all(np.isfinite(array).all() for array in outputs)
+            fits &= all(a.dtype == np.float32 and np.isfinite(a).all() for a in outputs)
             fits &= labels.shape == (count,) and labels.dtype.kind == "i"
             if not fits or not ((labels >= -1) & (labels < classes)).all():
                 raise BundleError(
