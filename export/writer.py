@@ -18,6 +18,7 @@ from capt_deploy.core.errors import BundleError, ConfigError, GateError
 from capt_deploy.core.files import (
     expand_home,
     new_folder,
+    new_zip,
     refuse_existing,
     sha256_file,
     write_bytes,
@@ -79,7 +80,7 @@ def export_run(
 
     Args:
         run: a run folder; or several over one backbone, which become one model.
-        out: the bundle folder to write; it must not exist.
+        out: the bundle folder to write, or a zip of it, by its name; it must not exist.
         gate_data: where the run's data set lies now, if it has moved; or other images.
         options: contents of the bundle; defaults of `ExportOptions`.
         class_names: classes of the bundle, in this order, instead of the run's own.
@@ -131,7 +132,7 @@ def export(
 
     Args:
         source: the model to export.
-        out: the bundle folder to write.
+        out: the bundle folder or zip to write.
         options: contents of the bundle.
         write_text_side: called with the bundle's folder before anything else is written.
         release: frees the torch model; called before a runtime takes as much memory again.
@@ -139,7 +140,7 @@ def export(
     out = expand_home(out)
     refuse_existing(out, BundleError)
     say(f"exporting {source.training['model']} with {len(source.class_names)} classes")
-    with new_folder(out) as folder:
+    with new_zip(out) if out.suffix == ".zip" else new_folder(out) as folder:
         text_side = write_text_side(folder)
         inputs = run_torch_model(source, options.gate_images)
         traced = [
@@ -167,6 +168,8 @@ def export(
         manifest = _manifest(source, written, text_side, verified=not (failed and options.force))
         _write_files(source, written, results, inputs, manifest, folder)
         verify_bundle(folder, written, inputs)
+        if out.suffix == ".zip" and any(graph.weights for graph in manifest.graphs.values()):
+            say(f"note: {out} must be unpacked before it is used: its weights are in second files")
     if failed and not options.force:
         raise GateError(
             f"{out} was written with {', '.join(passed)} only: {problem}. Drop "

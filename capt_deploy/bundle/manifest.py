@@ -1,6 +1,7 @@
 """The manifest: `manifest.json` of a bundle, and the same JSON inside each of its graphs."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from capt_deploy.bundle.records import read_record
 from capt_deploy.confidence.calibration import (
     DISTANCE_AWARE,
+    LARGEST,
     Calibration,
     TopLabelMap,
     VectorScaling,
@@ -19,6 +21,10 @@ from capt_deploy.data.preprocess import PreprocessConfig
 SCHEMA_VERSION = 1
 METADATA_KEY = "capt_manifest"  # metadata key of the manifest inside an ONNX file
 PRECISION_KEY = "capt_precision"  # metadata key of the graph's precision
+CLEANING_NAMES = ("whitespace", "lower", "canonicalize")  # of texts, by their names in open_clip
+_LONGEST_TEXT = 2**16  # tokens
+_LARGEST_FILE = 2**40  # bytes
+_SHA256 = re.compile("[0-9a-f]{64}")
 # The second temperature needs embeddings that are those of the frozen model.
 _TEMPERATURES = ({"temperature", "zero_shot_temperature"}, {"temperature"})
 
@@ -49,7 +55,7 @@ class OpenVocabulary:
     context_length: int  # the most tokens of a text, start and end included
     pad: int  # token id behind the end
     cuttable: bool  # whether the graph also takes shorter token rows
-    cleaning: str  # of texts before tokenization; see `open_vocabulary.CLEANINGS`
+    cleaning: str  # of texts before tokenization; one of CLEANING_NAMES
     logit_bias: float = 0.0
     file: str = "text.onnx"
     tokenizer: str = "tokenizer.json"
@@ -58,6 +64,15 @@ class OpenVocabulary:
     def __post_init__(self) -> None:
         if not self.prompts or not all("{}" in prompt for prompt in self.prompts):
             raise ValueError("expected prompts with {} for the name")
+        if self.cleaning not in CLEANING_NAMES:
+            raise ValueError(f"cleaning {self.cleaning!r}: unknown; upgrade capt to read it")
+        if not (1 <= self.context_length <= _LONGEST_TEXT and 0 <= self.pad < 2**31):
+            raise ValueError(
+                f"expected a context_length of 1 to {_LONGEST_TEXT} and a pad that is a token, "
+                f"came {self.context_length} and {self.pad}"
+            )
+        if not abs(self.logit_bias) <= LARGEST:
+            raise ValueError(f"logit_bias: expected a logit, came {self.logit_bias}")
 
 
 @dataclass(frozen=True)
@@ -66,6 +81,12 @@ class FileRecord:
 
     sha256: str
     bytes: int
+
+    def __post_init__(self) -> None:
+        if not _SHA256.fullmatch(self.sha256):
+            raise ValueError(f"sha256: expected 64 hexadecimal digits, came {self.sha256!r}")
+        if not 0 <= self.bytes <= _LARGEST_FILE:
+            raise ValueError(f"bytes: expected the size of a file, came {self.bytes}")
 
 
 @dataclass(frozen=True)
@@ -104,14 +125,23 @@ class Manifest:
                 raise ValueError(f"expected {sorted(_TEMPERATURES[0])} of {precision}")
             if calibration.get(DISTANCE_AWARE, True) is not True:
                 raise ValueError(f"{DISTANCE_AWARE} of {precision}: expected true or none")
-            self.calibration_of(precision)  # raises where the temperature is not above 0
+            for name in {*calibration} - {DISTANCE_AWARE}:
+                value = calibration[name]
+                if isinstance(value, bool) or not 1 / LARGEST <= value <= LARGEST:
+                    raise ValueError(
+                        f"{name} of {precision}: expected {1 / LARGEST:g} to {LARGEST:g}, "
+                        f"came {value!r}"
+                    )
+        classes = {*self.class_names}
         for pair in self.confusion_pairs:
-            if unknown := {pair.get("true"), pair.get("predicted")} - {*self.class_names}:
-                raise ValueError(
-                    f"confusion pairs name unknown classes {sorted(map(str, unknown))}"
-                )
-            if type(pair.get("count", 1)) is not int:
-                raise ValueError(f"a confusion pair's count is {pair['count']!r}")
+            names = {str(pair.get(key)) for key in ("true", "predicted")}
+            if unknown := names - classes:
+                raise ValueError(f"confusion pairs name unknown classes {sorted(unknown)}")
+            if keys := {*pair} - {"true", "predicted", "count"}:
+                raise ValueError(f"confusion pairs have unknown keys {sorted(keys)}")
+            count = pair.get("count", 1)
+            if type(count) is not int or count < 0:
+                raise ValueError(f"a confusion pair's count is {count!r}")
 
     def calibration_of(self, precision: str) -> Calibration:
         """Return the calibration inside one graph, without the factors of DAC."""

@@ -14,7 +14,7 @@ Steps 2 and 3 never change which class is most probable.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from math import inf, isfinite
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ Array = NDArray[np.floating]
 NONE = "none"  # calibrator of a model that could not be calibrated
 DISTANCE_AWARE = "distance_aware"  # key in the manifest of a graph that contains DAC factors
 LEAD = 1e-3  # by which the most probable class stays ahead of the second one in step 3
+LARGEST = 1e9  # number of a calibration, with which float32 can still calculate
 NEGLIGIBLE = -1e9  # a logit that adds nothing to a sum of exponentials
 
 
@@ -40,9 +41,11 @@ class VectorScaling:
     def __post_init__(self) -> None:
         if len(self.scales) != len(self.biases):
             raise ValueError("vector scaling: expected as many biases as scales")
-        finite = all(map(isfinite, (*self.scales, *self.biases)))
-        if not finite or not all(scale > 0 for scale in self.scales):
-            raise ValueError("vector scaling: expected finite numbers, and scales above 0")
+        scaled = all(1 / LARGEST <= scale <= LARGEST for scale in self.scales)
+        if not scaled or not all(abs(bias) <= LARGEST for bias in self.biases):
+            raise ValueError(
+                f"vector scaling: expected finite numbers up to {LARGEST:g}, and scales above 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,8 @@ class TopLabelMap:
         numbers = (*self.positions, *self.values, self.below, self.above)
         if not self.positions or len(self.positions) != len(self.values):
             raise ValueError("top-label map: expected as many values as positions, at least one")
-        if not all(isinstance(n, int | float) and isfinite(n) for n in numbers):
-            raise ValueError("top-label map: expected finite numbers")
+        if not all(isinstance(n, int | float) and abs(n) <= LARGEST for n in numbers):
+            raise ValueError(f"top-label map: expected finite numbers up to {LARGEST:g}")
         if (np.diff(self.positions) <= 0).any() or (np.diff(self.values) < 0).any():
             raise ValueError("top-label map: expected rising positions, and values that never fall")
         if min(self.below, self.above) < 0:

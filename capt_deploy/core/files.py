@@ -4,10 +4,12 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
 import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from math import isfinite
@@ -16,12 +18,17 @@ from typing import IO, Any
 
 from capt_deploy.core.errors import CaptError, ConfigError
 
+_IN_USE = "in_use"  # name of a lock; processes that are killed hold none
 _LARGEST_JSON = 2**28  # bytes; a million listed images are less
 _DEEPEST_JSON = 100  # lists and objects in each other; what reads them may recurse
 _NESTING = (dict, list)
 _INTEGERS = range(-(2**63), 2**64)  # that fit into 64 bits, as arrays and files need them
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _LFS = b"version https://git-lfs.github.com/spec/"
+
+
+class TooLargeError(OSError):
+    """A file has more bytes than it may have."""
 
 
 def _sync(path: Path) -> None:
@@ -163,12 +170,13 @@ def read_file(path: Path, limit: int) -> bytes:
     """Return the content of a regular file of at most `limit` bytes.
 
     Raises:
-        OSError: it cannot be read, is larger, or is no regular file.
+        TooLargeError: it has more.
+        OSError: it cannot be read, or is no regular file.
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
-            raise OSError(f"expected at most {limit:,} bytes, came {size:,}")
+            raise TooLargeError(f"expected at most {limit:,} bytes, came {size:,}")
         return file.read(size)
 
 
@@ -199,25 +207,70 @@ def refuse_existing(path: Path, error: type[CaptError]) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block ends without an error.
 
+    What a killed process left of such a folder is removed.
+
     Raises:
         FileExistsError: `path` exists; nothing is overwritten.
     """
     if path.exists():
         raise FileExistsError(f"{path} already exists")
+    with naming(path), _workplace(path) as work:
+        folder = work / "new"
+        folder.mkdir()
+        yield folder
+        for file in folder.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        _sync_folder(folder)
+        folder.rename(path)
+    _sync_folder(path.parent)
+
+
+@contextmanager
+def new_zip(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder whose files become the zip `path` when the block ends well.
+
+    The files are stored as they are: weights do not get smaller.
+
+    Raises:
+        FileExistsError: `path` exists; nothing is overwritten.
+    """
+    with naming(path), _workplace(path) as work:
+        folder = work / "new"
+        folder.mkdir()
+        yield folder
+        packed = work / "packed"
+        with zipfile.ZipFile(packed, "w") as archive:
+            for file in sorted(folder.iterdir()):
+                archive.write(file, file.name)
+        _sync(packed)
+        if path.exists():
+            raise FileExistsError(f"{path} already exists")
+        packed.rename(path)
+    _sync_folder(path.parent)
+
+
+@contextmanager
+def _workplace(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, and remove it and those of killed processes."""
+    from filelock import FileLock, Timeout  # takes longer than all of this module
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_sibling(path)
-    temporary.mkdir()
-    with naming(path):
-        try:
-            yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    _sync(file)
-            _sync_folder(temporary)
-            temporary.rename(path)
-            _sync_folder(path.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
+    for other in [*path.parent.iterdir()]:
+        if pattern.fullmatch(other.name) and (other / _IN_USE).is_file():
+            with suppress(OSError, Timeout), FileLock(other / _IN_USE, blocking=False):
+                shutil.rmtree(other, ignore_errors=True)
+    work = _temporary_sibling(path)
+    work.mkdir()
+    in_use = FileLock(work / _IN_USE)
+    try:
+        with suppress(OSError, NotImplementedError):  # a disk without locks
+            in_use.acquire(blocking=False)
+        yield work
+    finally:
+        in_use.release()
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def cache_folder() -> Path:

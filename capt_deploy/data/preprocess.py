@@ -3,6 +3,7 @@
 Pixel normalisation is not here: it is folded into the graph's first convolution.
 """
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -20,6 +21,7 @@ _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling
 _RESIZE_MODES = ("shortest", "longest", "squash")
 # A 1 x 20000 image would be blown up to gigabytes before its centre is cropped.
 _LARGEST_RESIZED_PIXELS = 64_000_000
+_LARGEST_SIDE = 8192  # of the graph's input
 _MARGIN = 2
 
 
@@ -40,15 +42,19 @@ class PreprocessConfig:
             (self.mode == "RGB", "mode", "RGB"),
             (self.interpolation in _RESAMPLING, "interpolation", ", ".join(_RESAMPLING)),
             (self.resize_mode in _RESIZE_MODES, "resize_mode", ", ".join(_RESIZE_MODES)),
-            (len(self.size) == 2 and min(self.size) >= 1, "size", "height and width"),
+            (self._has_size(), "size", f"height and width, 1 to {_LARGEST_SIDE} pixels"),
             (len(self.mean) == 3, "mean", "three values"),
             (len(self.std) == 3, "std", "three values"),
             (all(value > 0 for value in self.std), "std", "values above 0"),
+            (0 <= self.fill_color <= 255, "fill_color", "0 to 255"),
         ]
         for fine, name, expected in checks:
             if not fine:
                 value = getattr(self, name)
                 raise ConfigError(f"preprocessing: {name}: expected {expected}, came {value!r}")
+
+    def _has_size(self) -> bool:
+        return len(self.size) == 2 and all(1 <= side <= _LARGEST_SIDE for side in self.size)
 
     @classmethod
     def from_dict(
@@ -76,8 +82,8 @@ class PreprocessConfig:
             )
         except ConfigError as cause:
             raise error(str(cause)) from cause
-        except (TypeError, ValueError) as cause:
-            raise error(f"preprocessing: {cause} in {dict(values)}") from cause
+        except (TypeError, ValueError, OverflowError) as cause:
+            raise error(f"preprocessing: {cause} in {reprlib.repr(dict(values))}") from cause
 
     def to_dict(self) -> dict[str, Any]:
         """Return open_clip's dictionary form, JSON-ready."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.backends.onnxruntime import start_session
+from capt_deploy.backends.onnxruntime import start_session, typed_errors
 from capt_deploy.bundle.manifest import OpenVocabulary
 from capt_deploy.bundle.read import Bundle
 from capt_deploy.confidence.calibration import Calibration
@@ -51,8 +51,6 @@ class PromptTokenizer:
         Raises:
             BundleError: it cannot be read, or a library is missing.
         """
-        if record.cleaning not in CLEANINGS:
-            raise BundleError(f"cleaning {record.cleaning!r}: unknown; upgrade capt to read it")
         self._record = record
         self._tokenizer, self._fix_text = _open_tokenizer(tokenizer)
 
@@ -124,8 +122,11 @@ class TextEncoder:
                 f"{bundle.path}: its classes are fixed; export the run with --open-vocab, or with "
                 f"--classes and a list of the wanted ones"
             )
-        folder = None if record.weights is None else bundle.verified_folder(record.weights)
-        return cls(record, bundle.read(record.tokenizer), bundle.read(record.file), folder)
+        tokenizer, onnx = bundle.read(record.tokenizer), bundle.read(record.file)
+        if record.weights is None:
+            return cls(record, tokenizer, onnx)
+        with bundle.private_copy(record.weights) as folder:
+            return cls(record, tokenizer, onnx, Path(folder))
 
     def rows(self, names: Sequence[str]) -> NDArray[np.float32]:
         """Return scale·Ŵ_c of classes that were not tuned on, (classes, dim); never renormalised.
@@ -145,7 +146,9 @@ class TextEncoder:
 
     def _run(self, names: Sequence[str], outputs: Sequence[str]) -> list[NDArray[np.float32]]:
         batches = [names[start : start + _BATCH] for start in range(0, len(names), _BATCH)]
-        parts = [self._session.run([*outputs], {"tokens": self.tokens.rows(b)}) for b in batches]
+        tokens = [self.tokens.rows(batch) for batch in batches]
+        with typed_errors("run the text graph"):
+            parts = [self._session.run([*outputs], {"tokens": batch}) for batch in tokens]
         return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
 
@@ -169,8 +172,6 @@ class ClassHead:
         calibration = bundle.calibration_of(precision)
         factor = np.float32(first / calibration.temperature)
         weight, bias = (tensors[name] * factor for name in ("text_embeddings", "bias"))
-        if len(weight) != len(manifest.class_names):
-            raise BundleError(f"{bundle.path}: has {len(weight)} rows, expected one for each class")
         head = cls(manifest.class_names, manifest.tuned, weight, bias, calibration)
         if calibration.factors is None:
             return head
@@ -196,6 +197,11 @@ class ClassHead:
         else:
             rows, hand_written = texts.both_rows(new)
             factors += tuple(self.tuned_texts.factors(rows, hand_written).tolist())
+        if rows.shape[1:] != self.weight.shape[1:]:
+            raise BundleError(
+                f"the text graph returns rows of shape {rows.shape[1:]}, expected "
+                f"{self.weight.shape[1:]} as the image embeddings have; export the bundle again"
+            )
         class_names = (*self.class_names, *new)
         calibration = self.calibration.select(range(len(class_names)))
         bias = np.full(len(new), texts.logit_bias / temperature, np.float32)

@@ -1,5 +1,6 @@
 """Run the export's gate again, on any machine, against the reference in the bundle."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def _check_files(bundle: Bundle) -> None:
     texts = bundle.manifest.open_vocabulary
     for name in {*bundle.manifest.files} - {file for g in graphs for file in (g.file, g.weights)}:
         if texts is not None and name == texts.weights:
-            bundle.verified_folder(name)  # too large to be held in memory
+            bundle.copy(name, Path(os.devnull))  # too large to be held in memory
         else:
             bundle.read(name)
 

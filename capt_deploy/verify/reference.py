@@ -15,7 +15,7 @@ from capt_deploy.backends.base import Outputs
 from capt_deploy.bundle.read import REFERENCE, Bundle
 from capt_deploy.core.console import track
 from capt_deploy.core.errors import BundleError, DataError
-from capt_deploy.core.files import sha256_file
+from capt_deploy.core.files import parse_json, sha256_file
 from capt_deploy.data.folders import find_files
 
 PATTERNS = 8
@@ -56,20 +56,26 @@ class ReferenceOutputs:
         tensors, data = bundle.arrays(REFERENCE), bundle.read(REFERENCE)
         try:
             # safetensors reads metadata from files only: 8 bytes of length, then a JSON header.
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            sha256 = tuple(json.loads(header["__metadata__"]["sha256"]))
+            header = parse_json(
+                data[8 : 8 + int.from_bytes(data[:8], "little")], REFERENCE, BundleError
+            )
+            listed = parse_json(header["__metadata__"]["sha256"], REFERENCE, BundleError)
+            sha256 = tuple(map(str, listed))
             images, patterns = (
                 Outputs(*(tensors[f"{kind}.{name}"] for name in Outputs._fields))
                 for kind in ("images", "patterns")
             )
             reference = cls(sha256, tensors["labels"], images, patterns)
-        except (KeyError, ValueError, TypeError) as cause:
+        except (KeyError, ValueError, TypeError, BundleError) as cause:
             raise BundleError(f"{bundle.path}: {REFERENCE} is damaged ({cause})") from cause
         classes, count = len(bundle.manifest.class_names), len(sha256)
+        labels, dim = reference.labels, bundle.text_embeddings()["text_embeddings"].shape[1:]
         for outputs, rows in ((images, count), (patterns, PATTERNS)):
-            shapes = (outputs.logits.shape, outputs.probabilities.shape, len(outputs.embedding))
-            fits = shapes == ((rows, classes), (rows, classes), rows)
-            if not fits or reference.labels.shape != (count,):
+            shapes = {outputs.logits.shape, outputs.probabilities.shape}
+            fits = shapes == {(rows, classes)} and outputs.embedding.shape == (rows, *dim)
+            fits &= all(a.dtype == np.float32 and np.isfinite(a).all() for a in outputs)
+            fits &= labels.shape == (count,) and labels.dtype.kind == "i"
+            if not fits or not ((labels >= -1) & (labels < classes)).all():
                 raise BundleError(
                     f"{bundle.path}: {REFERENCE} does not answer for {count} images, {PATTERNS} "
                     f"patterns and {classes} classes; export it again"

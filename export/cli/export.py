@@ -25,7 +25,7 @@ _gate = partial(section_option, "Check")
 
 @click.command(cls=SectionedCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("runs", type=PathInHome(), nargs=-1, metavar="RUN...")
-@_bundle("--out", type=PathInHome(), help="Bundle to write.")
+@_bundle("--out", type=PathInHome(), help="Bundle to write; a zip if its name ends in .zip.")
 @_bundle("--classes", type=PathInHome(), help="File of class names, one a line.")
 @_bundle("--open-vocab", "open_vocabulary", is_flag=True, help="Let classes be added later.")
 @_bundle("--dac", "distance_aware", is_flag=True, help="Calibrate new classes by distance.")
@@ -108,7 +108,7 @@ def _export(
 ) -> Any:
     from capt_deploy.bundle.read import REPORT, open_bundle
     from capt_deploy.core.errors import BundleError, ConfigError, GateError
-    from capt_deploy.core.files import read_json, refuse_existing
+    from capt_deploy.core.files import parse_json, refuse_existing
     from export.graph.lower import FP32, PRECISIONS
     from export.source.classes import read_class_list
     from export.triton.repository import write_triton
@@ -127,13 +127,13 @@ def _export(
         export_run(runs, out, gate_data, ExportOptions(precisions, **options), names)
         say(f"bundle written to {out}")
     except GateError as error:
-        if not (out / REPORT).is_file():
+        if not out.exists():
             raise
         failure = error  # some graphs have passed and are written
     if triton is not None:
         write_triton(open_bundle(out), triton)
         say(f"model repository for Triton written to {triton}")
-    report = read_json(out / REPORT, BundleError)
+    report = parse_json(open_bundle(out).read(REPORT), f"{out}, {REPORT}", BundleError)
     if failure is not None:
         if as_json:
             print_json(report)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from capt_deploy.backends.base import Outputs
+from capt_deploy.bundle.graphs import HASHED_KEY, with_hash
 from capt_deploy.bundle.manifest import METADATA_KEY, PRECISION_KEY, Graph
 from capt_deploy.core.errors import ModelError
 from capt_deploy.core.files import naming, write_bytes
@@ -74,11 +75,11 @@ class OnnxGraph:
                 del self.model.graph.initializers[old.name]
 
     def to_bytes(self, manifest_json: str = "") -> bytes:
-        """Return the ONNX file, with its manifest and precision as metadata."""
+        """Return the ONNX file, with its manifest, precision and hash as metadata."""
         import onnx_ir
 
         self._set_metadata(manifest_json)
-        return onnx_ir.to_proto(self.model).SerializeToString()  # type: ignore[no-any-return]
+        return with_hash(onnx_ir.to_proto(self.model).SerializeToString())
 
     def write(self, path: Path, manifest_json: str = "") -> None:
         """Write the ONNX file, and the weights of an `external` graph to `PATH.data`."""
@@ -90,6 +91,7 @@ class OnnxGraph:
         self._set_metadata(manifest_json)
         with naming(path):
             onnx_ir.save(self.model, path, external_data=external_name(path.name))
+        write_bytes(path, with_hash(path.read_bytes()))
 
     def record(self, file: str) -> Graph:
         """Return the graph's entry in a manifest, for a file of that name."""
@@ -98,7 +100,7 @@ class OnnxGraph:
     def _set_metadata(self, manifest_json: str) -> None:
         self.model.metadata_props.clear()
         metadata = {METADATA_KEY: manifest_json, PRECISION_KEY: self.precision}
-        self.model.metadata_props.update(metadata)
+        self.model.metadata_props.update(metadata | {HASHED_KEY: "at the end"})
 
 
 def external_name(file: str) -> str:

@@ -125,7 +125,7 @@ def _write_graph(
         version = _write_model(folder, config, labels)
         (version / ONNX).write_bytes(data)
         if weights:  # of over 2 GB; ONNX's readers refuse links to them
-            shutil.copyfile(bundle.verified_folder(weights) / weights, version / weights)
+            bundle.copy(weights, version / weights)
     plan = folder / tensorrt / "configs" / "plan.pbtxt"
     plan.parent.mkdir()
     plan.write_text(to_pbtxt(plan_config(tensorrt, signature, BATCHES)), encoding="utf-8")

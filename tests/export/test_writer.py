@@ -1,6 +1,7 @@
 import hashlib
 import json
 import shutil
+import tempfile
 from dataclasses import replace
 
 import numpy as np
@@ -70,6 +71,32 @@ def test_the_report_holds_the_gates_figures(bundle):
     assert report["gate"]["fp32"]["passed"] is True
     assert report["gate"]["fp32"]["images"] == 8  # all validation images of the tuned classes
     assert report["graphs"]["fp32"]["nodes"] > 0
+
+
+def test_a_lone_graph_that_was_changed_is_refused(bundle, tmp_path):
+    content = (bundle / "model.onnx").read_bytes()
+    lone = tmp_path / "model.onnx"
+    lone.write_bytes(content)
+    pixels = np.full((16, 16, 3), 90, np.uint8)
+    with Classifier.load(lone, "onnxruntime-cpu") as classifier:
+        assert classifier(pixels).label in classifier.class_names
+    random = np.random.default_rng(0)
+    for place in random.integers(0, len(content), 200):
+        changed = bytearray(content)
+        changed[place] ^= 1 << random.integers(8)
+        lone.write_bytes(changed)
+        with pytest.raises(BundleError, match=r"model\.onnx"):
+            open_bundle(lone)
+
+
+def test_a_name_that_ends_in_zip_gives_a_zip_of_the_same_bundle(bundle, tuned_run, tmp_path):
+    written = export_run(tuned_run, tmp_path / "x.zip")
+    assert list(tmp_path.iterdir()) == [written]
+    found, expected = open_bundle(written), open_bundle(bundle)
+    assert found.manifest.files.keys() == expected.manifest.files.keys()
+    assert found.graph("fp32").onnx == expected.graph("fp32").onnx
+    with pytest.raises(BundleError, match="already exists"):
+        export_run(tuned_run, tmp_path / "x.zip")
 
 
 def test_nothing_is_overwritten(bundle, tuned_run):
@@ -214,7 +241,12 @@ def test_weights_beyond_one_file_go_into_a_second_one(tuned_run, tmp_path, monke
     assert manifest.graphs["fp32"].weights == "model.onnx.data"
     assert {"model.onnx", "model.onnx.data"} <= set(manifest.files)
     assert (out / "model.onnx").stat().st_size < (out / "model.onnx.data").stat().st_size
-    assert Classifier.load(out).class_names == load_run(tuned_run).class_names
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    with Classifier.load(out) as classifier:
+        assert classifier.class_names == load_run(tuned_run).class_names
+        assert not list((tmp_path / "temporary").iterdir())  # the copy of the weights has gone
+        assert classifier(np.zeros((16, 16, 3), np.uint8)).label in classifier.class_names
     with pytest.raises(BundleError, match="load the whole bundle"):
         Classifier.load(out / "model.onnx")
     (out / "model.onnx.data").write_bytes(b"\0" * manifest.files["model.onnx.data"].bytes)

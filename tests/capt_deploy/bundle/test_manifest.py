@@ -50,7 +50,7 @@ names = st.lists(st.tuples(st.text(), st.booleans()), min_size=1, max_size=6)
 
 
 @settings(deadline=None)
-@given(names, st.floats(0, exclude_min=True, allow_infinity=False))
+@given(names, st.floats(1e-9, 1e9))
 def test_any_names_and_numbers_survive(classes: list[tuple[str, bool]], temperature: float) -> None:
     wanted = manifest(
         class_names=tuple(name for name, _ in classes),
@@ -121,6 +121,11 @@ def test_a_missing_key_is_named(key: str) -> None:
         Manifest.from_dict(values, "here")
 
 
+PAIR = {"true": "ape", "predicted": "käse"}
+TEXTS = {
+    **{"prompts": ["a {}"], "context_length": 16, "pad": 0, "cuttable": True},
+    "cleaning": "lower",
+}
 RECORD = {"sha256": "ab", "bytes": 7}
 GRAPH = {"file": "model.onnx", "opset": 20}
 
@@ -146,6 +151,34 @@ GRAPH = {"file": "model.onnx", "opset": 20}
         ({"tuned": [True]}, "one `tuned` flag for each"),
         ({"tuned": "ab"}, "tuned: expected a list"),
         ({"confusion_pairs": {"a": 1}}, "confusion_pairs: expected a list"),
+        ({"confusion_pairs": [{**PAIR, "count": -1}]}, "count is -1"),
+        ({"confusion_pairs": [{**PAIR, "true": ["ape"]}]}, r"unknown classes \[\"\['ape'\]\"\]"),
+        ({"confusion_pairs": [{"true": "ape"}]}, r"unknown classes \['None'\]"),
+        ({"confusion_pairs": [{**PAIR, "share": 1}]}, r"unknown keys \['share'\]"),
+        ({"files": {"a": RECORD}}, "sha256: expected 64 hexadecimal digits"),
+        ({"files": {"a": {"sha256": "ab" * 32, "bytes": -1}}}, "bytes: expected the size"),
+        ({"files": {"a": {"sha256": "ab" * 32, "bytes": 2**41}}}, "bytes: expected the size"),
+        *(
+            ({"calibration": {"fp32": {**CALIBRATION, name: number}, "fp16": CALIBRATION}}, named)
+            for name in CALIBRATION
+            for number, named in (
+                *((-1, "came -1"), (0, "came 0"), (1e-10, "came 1e-10"), (1e10, "came")),
+                *((10**400, "came 1000"), (True, "came True"), ("1", f"{name}: expected float")),
+            )
+        ),
+        ({"vector_scaling": {"scales": [1, 1e10], "biases": [0, 0]}}, "scales above 0"),
+        ({"vector_scaling": {"scales": [1, 1], "biases": [0, -1e10]}}, "numbers up to 1e"),
+        ({"vector_scaling": {"scales": [1], "biases": [0]}}, "a scale for each class"),
+        ({"top_label": {"positions": [0], "values": [0], "below": 1e10, "above": 1}}, "up to 1e"),
+        *(
+            ({"open_vocabulary": {**TEXTS, name: value}}, named)
+            for name, value, named in (
+                *(("context_length", 0, "context_length"), ("context_length", 2**17, "context")),
+                *(("pad", -1, "a pad that is a token"), ("pad", 2**31, "a pad that is a token")),
+                *(("logit_bias", 1e10, "logit_bias"), ("cleaning", "soap", "'soap': unknown")),
+                ("prompts", ["a"], "prompts with {} for the name"),
+            )
+        ),
     ],
 )
 def test_what_is_unknown_or_of_wrong_form_is_refused(changes: dict[str, Any], named: str) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -201,6 +202,115 @@ def test_damage_inside_the_compressed_data_is_a_bundle_error(folder: Path) -> No
     path.write_bytes(data)
     with pytest.raises(BundleError, match=r"cannot read model\.onnx"):
         open_bundle(path).read("model.onnx")
+
+
+posix_only = pytest.mark.skipif(os.name != "posix", reason="needs pipes and sparse files")
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def sparse(path: Path) -> None:
+    with path.open("ab") as file:
+        file.truncate(20 << 30)
+
+
+def other_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@posix_only
+@pytest.mark.parametrize("put", [pipe, device, sparse, other_folder])
+@pytest.mark.parametrize("name", ["model.onnx", MANIFEST, TEXT_EMBEDDINGS])
+def test_kind_and_size_of_a_file_are_checked_before_it_is_read(
+    folder: Path, put: Callable[[Path], None], name: str
+) -> None:
+    put(folder / name)
+    with pytest.raises(BundleError, match=rf"pets\.capt: .*{name} .*\(expected .*came"):
+        open_bundle(folder).read(name)
+
+
+@posix_only
+@pytest.mark.parametrize("put", [pipe, device, sparse])
+@pytest.mark.parametrize("name", ["x.zip", "x.onnx", "x.capt"])
+def test_kind_and_size_of_a_bundle_are_checked_before_it_is_read(
+    tmp_path: Path, put: Callable[[Path], None], name: str
+) -> None:
+    (tmp_path / name).touch()
+    put(tmp_path / name)
+    with pytest.raises(BundleError, match=r"expected a regular file|at most|is it a bundle"):
+        open_bundle(tmp_path / name)
+
+
+@posix_only
+@pytest.mark.parametrize("put", [pipe, device, sparse])
+def test_kind_and_size_of_weights_are_checked_before_they_are_read(
+    folder: Path, put: Callable[[Path], None]
+) -> None:
+    put(folder / "half.onnx")
+    with pytest.raises(BundleError, match=r"half\.onnx"):
+        open_bundle(folder).private_copy("half.onnx")
+
+
+def test_large_files_are_read_once_into_a_private_copy(folder: Path) -> None:
+    copied = open_bundle(folder).private_copy("half.onnx")
+    place = Path(copied.name)
+    (folder / "half.onnx").write_bytes(b"other content")
+    assert [file.read_bytes() for file in place.iterdir()] == [FILES["half.onnx"]]
+    if os.name == "posix":
+        assert place.stat().st_mode & 0o777 == 0o700
+    copied.cleanup()
+    assert not place.exists()
+    for content in (b"other content", FILES["half.onnx"][::-1]):
+        (folder / "half.onnx").write_bytes(content)
+        with pytest.raises(BundleError, match=r"half\.onnx was changed after the export"):
+            open_bundle(folder).private_copy("half.onnx")
+
+
+@posix_only
+def test_a_copy_that_cannot_be_written_is_a_bundle_error(folder: Path, tmp_path: Path) -> None:
+    for target in (tmp_path / "gone" / "x", Path("/dev/full")):
+        with pytest.raises(BundleError, match="cannot be copied"):
+            open_bundle(folder).copy("half.onnx", target)
+
+
+@posix_only
+def test_a_declared_size_beyond_the_format_is_not_read(tmp_path: Path) -> None:
+    files = {"model.onnx": {"sha256": "0" * 64, "bytes": 20 << 30}}
+    folder = write_folder(tmp_path / "big.capt", files=files)
+    sparse(folder / "model.onnx")
+    with pytest.raises(BundleError, match="expected at most 2,147,483,647 bytes, came 21,4"):
+        open_bundle(folder).read("model.onnx")
+
+
+def test_a_member_of_a_zip_that_grows_is_not_unpacked(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "pets.capt")
+    (folder / "model.onnx").write_bytes(bytes(50_000_000))
+    path = write_zip(folder, tmp_path / "pets.zip", "")
+    with pytest.raises(BundleError, match=r"expected at most 10,240 bytes, came 50,000,000"):
+        open_bundle(path).read("model.onnx")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_only_stored_and_deflated_members_are_unpacked(folder: Path, method: int) -> None:
+    with zipfile.ZipFile(folder.with_suffix(".zip"), "w", method) as archive:
+        archive.write(folder / MANIFEST, MANIFEST)
+    with pytest.raises(BundleError, match=r"manifest\.json \(expected it stored or deflated"):
+        open_bundle(folder.with_suffix(".zip"))
+
+
+@pytest.mark.parametrize("name", ["x" * 5000 + ".capt", "x" * 5000 + ".onnx", "a\0b.capt"])
+def test_a_name_that_no_file_can_have_is_a_bundle_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(BundleError, match=r"cannot be read|no such bundle"):
+        open_bundle(tmp_path / name)
 
 
 AWARE = {"fp32": {**CALIBRATION, "distance_aware": True}, "fp16": CALIBRATION}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from capt_deploy.core.files import (
     is_inside,
     is_lfs_pointer,
     new_folder,
+    new_zip,
     open_file,
     parse_json,
     read_json,
@@ -231,6 +233,69 @@ def test_a_folder_that_appears_meanwhile_is_not_overwritten_either(tmp_path: Pat
         (tmp_path / "run" / "a.txt").write_text("theirs")
     assert (tmp_path / "run" / "a.txt").read_text() == "theirs"
     assert list(tmp_path.iterdir()) == [tmp_path / "run"]
+
+
+def test_a_new_zip_appears_only_when_its_block_ends(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "run.zip"
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error), new_zip(target) as folder:
+            (folder / "a.txt").write_text("a")
+            raise error
+        assert list(target.parent.iterdir()) == []
+    with new_zip(target) as folder:
+        (folder / "a.txt").write_text("a")
+        assert not target.exists()
+    with zipfile.ZipFile(target) as archive:
+        assert [(info.filename, archive.read(info)) for info in archive.infolist()] == [
+            ("a.txt", b"a")
+        ]
+    before = target.read_bytes()
+    with pytest.raises(FileExistsError), new_zip(target):
+        pass
+    assert list(target.parent.iterdir()) == [target]
+    assert target.read_bytes() == before
+
+
+WRITER = """
+import sys, time; from pathlib import Path
+from capt_deploy.core.files import new_folder
+with new_folder(Path(sys.argv[1])) as folder:
+    (folder / "half").write_text("half")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+@posix_only
+def test_what_a_killed_process_left_is_removed_but_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    command = [sys.executable, "-B", "-c", WRITER]
+    started = []
+    for place in (target, target, tmp_path / "other"):
+        arguments = [*command, str(place)]
+        process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None and process.stdout.readline() == "writing\n"
+        started.append(process)
+    killed, alive, other = started
+    for process in (killed, other):
+        process.kill()
+        process.communicate()
+    (tmp_path / ".run.0123abcd.tmp").mkdir()  # not made here: without a lock
+    (tmp_path / ".run.my notes.tmp").mkdir()
+    (tmp_path / ".run.89abcdef.tmp").symlink_to(tmp_path / ".run.my notes.tmp")
+    before = {path.name for path in tmp_path.iterdir()}
+    try:
+        with new_folder(target) as folder:
+            (folder / "a.txt").write_text("a")
+        after = {path.name for path in tmp_path.iterdir()}
+    finally:
+        alive.kill()
+        alive.communicate()
+    assert len(before - after) == 1 and len(before) == 6
+    assert after - before == {"run"}
+    with new_folder(tmp_path / "other"):
+        pass
+    assert not list(tmp_path.glob(".other.*"))
 
 
 def test_the_hash_is_that_of_the_content(tmp_path: Path) -> None:

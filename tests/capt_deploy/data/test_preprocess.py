@@ -239,6 +239,11 @@ GOOD = {"size": [224, 224], "mean": list(MEAN), "std": list(STD)}
         ({"mean": ["a", 0.5, 0.5]}, "could not convert"),
         ({"std": [0.5, 0.0, 0.5]}, "std: expected values above 0"),
         ({"std": [0.5, float("nan"), 0.5]}, "std: expected values above 0"),
+        ({"std": [10**400, 1, 1]}, "too large"),
+        ({"size": 10**30}, "size: expected height and width, 1 to 8192"),
+        ({"size": [16, 8193]}, "size: expected height and width, 1 to 8192"),
+        ({"fill_color": 256}, "fill_color: expected 0 to 255"),
+        ({"fill_color": -1}, "fill_color: expected 0 to 255"),
     ],
 )
 @pytest.mark.parametrize("error", [ConfigError, BundleError])

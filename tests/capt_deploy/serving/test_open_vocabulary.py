@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from capt_deploy.bundle.manifest import CLEANING_NAMES
 from capt_deploy.bundle.read import Bundle, open_bundle
 from capt_deploy.core.errors import BundleError, ConfigError
 from capt_deploy.data.preprocess import preprocess
@@ -242,6 +243,7 @@ print(classifier({str(PHOTOS[0])!r}).label)
 
 
 def test_cleanings_are_open_clips() -> None:
+    assert tuple(CLEANINGS) == CLEANING_NAMES
     text = " An_Old\tDog's  \n"
     cleaned = {name: clean(text) for name, clean in CLEANINGS.items()}
     assert cleaned == {

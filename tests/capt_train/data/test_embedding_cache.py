@@ -113,6 +113,59 @@ def test_a_database_damaged_inside_is_put_aside_when_that_shows(
     assert file.with_suffix(".damaged").exists()
 
 
+def test_flipped_bits_never_give_another_embedding(tmp_path: Path) -> None:
+    embeddings = some(40)
+    file = filled(tmp_path, embeddings)
+    content = file.read_bytes()
+    random = np.random.default_rng(0)
+    lost = 0
+    for place in random.integers(100, len(content), 200):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << random.integers(8)
+        file.write_bytes(damaged)
+        cache = EmbeddingCache("model", folder=tmp_path)
+        for _ in range(2):
+            found = cache.get(list(embeddings))
+            assert all(np.array_equal(found[key], embeddings[key]) for key in found)
+            lost += len(found) < len(embeddings)
+            cache.put(embeddings)
+        cache.close()
+    assert lost
+
+
+WRONG = {
+    "another length": lambda data: data[:-1],
+    "half of it": lambda data: data[: len(data) // 2],
+    "no bytes": lambda _: b"",
+    "a text": lambda _: "text",
+    "a number": lambda _: 3,
+    "another bit": lambda data: bytes([data[0] ^ 1]) + data[1:],
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_row_that_does_not_fit_its_checksum_is_missing_until_it_is_put_again(
+    tmp_path: Path, kind: str
+) -> None:
+    embeddings = some(2)
+    file = filled(tmp_path, embeddings)
+    first, second = embeddings
+    database = sqlite3.connect(file)
+    ((data,),) = database.execute("SELECT embedding FROM embeddings WHERE image = ?", [first])
+    change = "UPDATE embeddings SET embedding = ? WHERE image = ?"
+    with database:
+        database.execute(change, [WRONG[kind](data), first])
+    cache = EmbeddingCache("model", folder=tmp_path)
+    assert list(cache.get([first, second])) == [second]
+    cache.put({first: embeddings[first]})
+    assert np.array_equal(cache.get([first])[first], embeddings[first])
+    with database:
+        database.execute(change, [data, second])  # another image's, whole
+    assert list(cache.get([first, second])) == [first]
+    cache.close()
+    database.close()
+
+
 def test_an_unwritable_folder_is_done_without(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
