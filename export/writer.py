@@ -24,6 +24,7 @@ from capt_deploy.core.files import (
     write_bytes,
     write_json,
 )
+from capt_deploy.core.text import escaped
 from capt_deploy.verify.gate import GateResult, gate_table
 from capt_train.run.folder import load_run
 from export.graph.lower import FP32, PRECISIONS
@@ -139,6 +140,8 @@ def export(
     """
     out = expand_home(out)
     refuse_existing(out, BundleError)
+    if escaped(str(out.absolute())) != str(out.absolute()):
+        raise BundleError(f"{out}: expected a path in UTF-8; ONNX Runtime opens no other")
     say(f"exporting {source.training['model']} with {len(source.class_names)} classes")
     with new_zip(out) if out.suffix == ".zip" else new_folder(out) as folder:
         text_side = write_text_side(folder)

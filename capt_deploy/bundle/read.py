@@ -23,7 +23,14 @@ from capt_deploy.bundle.manifest import PRECISION_KEY, FileRecord, Manifest
 from capt_deploy.confidence.calibration import DISTANCE_AWARE, Calibration
 from capt_deploy.confidence.decisions import Decisions
 from capt_deploy.core.errors import BundleError
-from capt_deploy.core.files import TooLargeError, expand_home, is_inside, open_file, read_file
+from capt_deploy.core.files import (
+    LFS_START,
+    TooLargeError,
+    expand_home,
+    is_inside,
+    open_file,
+    read_file,
+)
 
 MANIFEST = "manifest.json"
 TEXT_EMBEDDINGS = "text_embeddings.safetensors"
@@ -57,9 +64,11 @@ class Bundle:
         record = self._record(name)
         data = _read_member(self.path, name, min(record.bytes, _FILE_LIMIT))
         if len(data) != record.bytes or hashlib.sha256(data).hexdigest() != record.sha256:
+            pointer = data.startswith(LFS_START)
+            way_out = "fetch its content with `git lfs pull`" if pointer else "export it again"
             raise BundleError(
                 f"{self.path}: {name} is not the file that was exported ({len(data)} bytes, "
-                f"expected {record.bytes} with SHA-256 {record.sha256[:12]}…); export it again"
+                f"expected {record.bytes} with SHA-256 {record.sha256[:12]}…); {way_out}"
             )
         return data
 

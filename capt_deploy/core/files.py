@@ -24,7 +24,7 @@ _DEEPEST_JSON = 100  # lists and objects in each other; what reads them may recu
 _NESTING = (dict, list)
 _INTEGERS = range(-(2**63), 2**64)  # that fit into 64 bits, as arrays and files need them
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-_LFS = b"version https://git-lfs.github.com/spec/"
+LFS_START = b"version https://git-lfs.github.com/spec/"
 
 
 class TooLargeError(OSError):
@@ -337,7 +337,7 @@ def is_lfs_pointer(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        return file.read(len(_LFS)) == _LFS
+        return file.read(len(LFS_START)) == LFS_START
 
 
 def is_inside(name: str) -> bool:

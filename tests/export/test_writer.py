@@ -99,6 +99,12 @@ def test_a_name_that_ends_in_zip_gives_a_zip_of_the_same_bundle(bundle, tuned_ru
         export_run(tuned_run, tmp_path / "x.zip")
 
 
+def test_a_path_that_no_runtime_can_open_is_refused_at_once(tuned_run, tmp_path):
+    with pytest.raises(BundleError, match="expected a path in UTF-8"):
+        export_run(tuned_run, tmp_path / "caf\udce9.capt")
+    assert not [*tmp_path.iterdir()]
+
+
 def test_nothing_is_overwritten(bundle, tuned_run):
     before = (bundle / "manifest.json").read_bytes()
     with pytest.raises(BundleError, match="already exists"):

@@ -112,6 +112,12 @@ def test_a_changed_file_is_refused(folder: Path, change: Callable[[bytes], bytes
         open_bundle(folder).read("model.onnx")
 
 
+def test_a_pointer_of_git_lfs_is_to_be_fetched(folder: Path) -> None:
+    (folder / "model.onnx").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid x\n")
+    with pytest.raises(BundleError, match=r"model\.onnx is not the file .*`git lfs pull`"):
+        open_bundle(folder).read("model.onnx")
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_missing_file_is_named(folder: Path, form: str) -> None:
     (folder / "model.onnx").unlink()
