@@ -36,7 +36,8 @@ class LearningCurve:
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
         gains = [{"class": name, "photos": n, "gain": gain} for name, n, gain in self.gains]
-        return {**asdict(self), "gains": gains}
+        lists = {"photos": [*self.photos], "accuracy": [*self.accuracy], "gains": gains}
+        return asdict(self) | lists
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LearningCurve":
