@@ -179,7 +179,7 @@ def running_proxy(server: Server, nginx: str) -> Iterator[Server]:
 
 def write_proxy_config(folder: Path, port: int, server_port: int) -> Path:
     """Write the example's configuration, for other ports and inside `http`; return the file."""
-    text = PROXY.read_text().replace("listen 80;", f"listen 127.0.0.1:{port};")
+    text = PROXY.read_text().replace("listen 80 default_server;", f"listen 127.0.0.1:{port};")
     text = text.replace("127.0.0.1:8000", f"127.0.0.1:{server_port}")
     text = text.replace("/var/log/nginx/capt.log", str(folder / "error.log"))
     paths = "\n".join(

@@ -63,8 +63,8 @@ def score(
     if split in _USES:
         notes.append(f"these are {split} images, which were used {_USES[split]}")
     if evaluation.skipped:
-        count = counted(len(evaluation.skipped), "image")
-        notes.append(f"{count} could not be read and are left out")
+        count = counted(len(evaluation.skipped), "file or folder", "files or folders")
+        notes.append(f"left out {count}; --json names them")
     return replace(evaluation, notes=notes)
 
 

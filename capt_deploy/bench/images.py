@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from capt_deploy.core.errors import DataError
-from capt_deploy.data.folders import find_images
+from capt_deploy.data.folders import images_below
 from capt_deploy.data.images import load_image
 
 _SIZE = (500, 375)  # pixels, width and height; typical of photos in common data sets
@@ -58,7 +58,7 @@ def folder_photos(folder: Path) -> Photos:
         DataError: the folder holds no image.
         ImageError: an image cannot be decoded.
     """
-    files = find_images(folder)[:_MAX_PHOTOS]
+    files = images_below(folder)[:_MAX_PHOTOS]
     if not files:
         raise DataError(f"{folder}: holds no image; expected a folder with photos to measure with")
     for file in files:

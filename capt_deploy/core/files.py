@@ -10,6 +10,7 @@ import shutil
 import stat
 import tempfile
 import zipfile
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from math import isfinite
@@ -19,7 +20,7 @@ from typing import IO, Any
 from capt_deploy.core.errors import CaptError, ConfigError
 
 _IN_USE = "in_use"  # name of a lock; processes that are killed hold none
-_LARGEST_JSON = 2**28  # bytes; a million listed images are less
+_LARGEST_TEXT = 2**28  # bytes; a million listed images are less
 _DEEPEST_JSON = 100  # lists and objects in each other; what reads them may recurse
 _NESTING = (dict, list)
 _INTEGERS = range(-(2**63), 2**64)  # that fit into 64 bits, as arrays and files need them
@@ -94,7 +95,7 @@ def read_json(path: Path, error: type[CaptError]) -> Any:
         error: the file is missing, unreadable or too large; or as `parse_json`.
     """
     try:
-        return _value_of(read_file(path, _LARGEST_JSON))
+        return _value_of(read_file(path, _LARGEST_TEXT))
     except (OSError, ValueError) as cause:
         raise error(f"{path}: expected a readable JSON file ({cause})") from cause
 
@@ -120,7 +121,7 @@ def parse_json(text: str | bytes, where: str, error: type[CaptError]) -> Any:
 def _value_of(text: str | bytes) -> Any:
     """Return the value of JSON text; raises ValueError where `parse_json` raises its error."""
     if isinstance(text, bytes):
-        text = text.decode("utf-8-sig")
+        text = decoded(text)
     too_deep = f"lists and objects are more than {_DEEPEST_JSON} deep"
     try:
         value = json.loads(
@@ -155,6 +156,25 @@ def _parts(value: Any) -> Iterable[Any]:
     if isinstance(value, dict):
         return value.values()
     return value if isinstance(value, list) else ()
+
+
+def decoded(data: bytes) -> str:
+    """Return text in UTF-8; or in UTF-16, as PowerShell writes it, where a byte-order mark says so.
+
+    Raises:
+        UnicodeDecodeError: it is neither.
+    """
+    utf_16 = data.startswith((BOM_UTF16_LE, BOM_UTF16_BE))
+    return data.decode("utf-16" if utf_16 else "utf-8-sig")
+
+
+def read_text(path: Path) -> str:
+    """Return the content of a text file of at most 256 MiB, as `decoded`.
+
+    Raises:
+        OSError, UnicodeDecodeError: it cannot be read, is too large, no regular file or no text.
+    """
+    return decoded(read_file(path, _LARGEST_TEXT))
 
 
 def open_file(path: Path) -> IO[bytes]:
@@ -255,17 +275,18 @@ def _workplace(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`, and remove it and those of killed processes."""
     from filelock import FileLock, Timeout  # takes longer than all of this module
 
+    no_lock = OSError, NotImplementedError  # a disk without locks
     path.parent.mkdir(parents=True, exist_ok=True)
     pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
     for other in [*path.parent.iterdir()]:
         if pattern.fullmatch(other.name) and (other / _IN_USE).is_file():
-            with suppress(OSError, Timeout), FileLock(other / _IN_USE, blocking=False):
+            with suppress(*no_lock, Timeout), FileLock(other / _IN_USE, blocking=False):
                 shutil.rmtree(other, ignore_errors=True)
     work = _temporary_sibling(path)
     work.mkdir()
     in_use = FileLock(work / _IN_USE)
     try:
-        with suppress(OSError, NotImplementedError):  # a disk without locks
+        with suppress(*no_lock):
             in_use.acquire(blocking=False)
         yield work
     finally:

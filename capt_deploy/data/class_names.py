@@ -7,7 +7,7 @@ from pathlib import Path
 
 from capt_deploy.core.errors import ConfigError, DataError
 from capt_deploy.core.files import read_json
-from capt_deploy.core.text import composed
+from capt_deploy.core.text import composed, escaped
 from capt_deploy.data import label_files
 
 
@@ -23,6 +23,8 @@ def name_classes(
     if names_file is not None:
         renamed = _read_names(Path(names_file), labels, strict_names)
     names = tuple(renamed.get(label) or _tidy(label.replace("_", " ")) for label in labels)
+    if unprintable := [name for name in names if escaped(name) != name]:
+        raise DataError(f"{root}: class names {unprintable} are no text in UTF-8; rename them")
     if "" in names:
         label = labels[names.index("")]
         raise DataError(f"{root}: class {label!r} has an empty name; give it one")

@@ -162,7 +162,8 @@ def _read_folder(path: Path) -> Listing:
     folders, skipped = find_folders(path)
     splits = _split_folders(folders)
     # "train" may also be a class, of vehicles; and a lone test/ is enough to evaluate on
-    if splits and (len(folders) == len(splits) or "train" in splits.values()):
+    named = {*splits.values()}
+    if splits and (len(folders) == len(splits) or ("train" in named and len(named) > 1)):
         beside = "beside the folders of the splits, not in one"
         skipped |= {folder: beside for folder in folders if folder not in splits}
         return _list_files(path, splits, skipped)
@@ -200,7 +201,7 @@ def _list_files(
         skipped |= others
         for folder in folders:
             label = composed(folder.name)
-            files, others = find_files(folder)
+            files, others = find_files(folder, root)
             labels.add(label)
             skipped |= others
             rows += [Row(file.relative_to(root).as_posix(), label, split) for file in files]

@@ -21,6 +21,7 @@ _RESULTS = {
     "a run": ("config.json", "split.json"),
     "a bundle": ("manifest.json", "model.onnx"),
     "a report": ("report.html", "report.json"),
+    "a comparison": ("cells.jsonl",),
 }
 
 
@@ -31,22 +32,26 @@ class Found(NamedTuple):
     skipped: dict[Path, str]
 
 
-def find_files(folder: Path) -> Found:
+def find_files(folder: Path, root: Path | None = None) -> Found:
     """Return every file below a folder; links are followed.
 
     Passed over without a word is what a dot hides; with a reason: folders of the system and those
-    that hold a run, a bundle or a report; what cannot be entered; links that lead to a folder a
-    second time; and what is no file, such as a pipe.
+    that hold results of capt; what cannot be entered; links to a folder that is read anyway; and
+    what is no file, such as a pipe.
+
+    Args:
+        folder: where to look.
+        root: of the data set of which the folder is a part, all of which is read.
     """
     paths: list[Path] = []
     skipped: dict[Path, str] = {}
-    top = folder.resolve()
+    top = (root or folder).resolve()
     entered: set[Path] = set()
     folders, links = [folder], list[Path]()
     while folders or links:
         current = folders.pop() if folders else links.pop(0)
         target = current.resolve()
-        if current != folder and (target in entered or top.is_relative_to(target)):
+        if current != folder and (target in entered or _is_read(target, top, current)):
             skipped[current] = f"a link to {target}, whose files are there already"
             continue
         entered.add(target)
@@ -60,12 +65,24 @@ def find_files(folder: Path) -> Found:
     return Found(sorted(paths), skipped)
 
 
-def find_images(folder: Path) -> list[Path]:
+def _is_read(target: Path, top: Path, path: Path) -> bool:
+    """Tell whether a link leads to a folder that is read anyway, or to one around it."""
+    if not path.is_symlink():
+        return False
+    if top.is_relative_to(target):
+        return True
+    inside = target.relative_to(top).parts if target.is_relative_to(top) else (".",)
+    return not any(part.startswith(".") for part in inside)
+
+
+def images_below(folder: Path) -> list[Path]:
     """Return the images below a folder by their names, sorted; say what else is there."""
     files, skipped = find_files(folder)
     images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
-    others = Counter(file.suffix.lower() or file.name for file in files) - Counter(
-        file.suffix.lower() for file in images
+    others = Counter(
+        file.suffix.lower() or file.name
+        for file in files
+        if file.suffix.lower() not in IMAGE_SUFFIXES
     )
     if others:
         kinds = ", ".join(f"{kind} ({count})" for kind, count in others.most_common(3))

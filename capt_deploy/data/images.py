@@ -2,6 +2,7 @@
 
 import io
 import re
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -48,14 +49,15 @@ MOST_SCANS = 100
 """Scans of a JPEG that is decoded; libtiff has the same limit. Progressive JPEGs have about 10, and
 each more is another pass over all pixels that costs an attacker some bytes."""
 
-# Markers of a JPEG but those without a length; within entropy-coded data, 0 follows each 0xFF.
-_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
+# Markers of a JPEG with a length behind them. Decoders skip others as noise within a scan.
+_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 _AVIF_BRANDS = {b"avif", b"avis"}
 _HEIC_BRANDS = {b"heic", b"heim", b"heis", b"heix", b"hevc", b"hevm", b"hevs", b"hevx"}
 _HEIC_BRANDS |= {b"mif1", b"msf1"}  # AVIF has these as well, but never alone
 _EXIF_ITEM = re.compile(rb"(infe.{8})Exif", re.DOTALL)
 _BLOCK = 1024  # pixels a side
+_LARGEST_TILE = 2**22  # pixels, of a TIFF that is smaller
 
 _UPRIGHT = {  # the transposition that undoes each EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -94,8 +96,9 @@ def load_image(source: ImageInput) -> Image.Image:
 
     Files and bytes of more than `LARGEST_PIXELS` or `MOST_SCANS` are refused before they are
     decoded; arrays and Pillow images are taken as large as they are. This bounds memory: 4 bytes a
-    pixel, twice that to turn an image, 16 for WebP, and some times the file for its metadata. Time
-    grows with pixels, scans and file, and has no bound of its own: a decoder cannot be stopped.
+    pixel, 8 to turn an image, 10 for progressive JPEG, 12 for AVIF and HEIC, 16 for WebP, and some
+    times the file for its metadata. Time grows with pixels, scans and file, and has no bound of its
+    own: a decoder cannot be stopped.
 
     Raises:
         ImageError: a URL, an array of another form, an image of an unknown format, truncated or
@@ -129,18 +132,19 @@ def with_image_errors(source: ImageInput, work: Callable[[], R]) -> R:
 
     Decoders report damage by errors of any type: OSError, struct.error, IndexError, MemoryError, …
     """
+    handled = sys.exc_info()[1]  # by the caller, whose frames are not ours
     try:
         return work()
     except Exception as cause:
-        _free_locals(cause)
+        _free_locals(cause, handled)
         if isinstance(cause, ImageError):
             raise
         raise ImageError(f"{_describe(source)}: {_reason(cause)}") from cause
 
 
-def _free_locals(error: BaseException | None) -> None:
+def _free_locals(error: BaseException | None, handled: BaseException | None) -> None:
     """Free the pixels that frames of an error hold: a caller may keep thousands of errors."""
-    while error is not None:
+    while error is not None and error is not handled:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
 
@@ -163,7 +167,7 @@ def _load(
     name = _describe(source)
     if isinstance(source, np.ndarray):
         return _from_array(source), None
-    opened = nullcontext(source) if isinstance(source, Image.Image) else _opened(source, name)
+    opened = nullcontext(source) if isinstance(source, Image.Image) else open_image(source)
     with opened as image:
         shrunk = None
         if enough is not None and image is not source and image.format in ("JPEG", "MPO"):
@@ -177,12 +181,14 @@ def _load(
 
 
 @contextmanager
-def _opened(source: str | Path | bytes, name: str) -> Iterator[Image.Image]:
+def open_image(source: str | Path | bytes) -> Iterator[Image.Image]:
     """Yield the image in a file or in bytes; its pixels are not decoded yet.
 
     Raises:
         ImageError: a URL, another type, or more pixels or scans than are decoded.
+        Exception: whatever Pillow raises for a header that is damaged or of no known format.
     """
+    name = _describe(source)
     with _stream(source, name) as stream:
         image = _identified(stream, name)
         width, height = image.size
@@ -190,6 +196,13 @@ def _opened(source: str | Path | bytes, name: str) -> Iterator[Image.Image]:
             raise ImageError(
                 f"{name}: too many pixels: expected at most {LARGEST_PIXELS}, came {width} x "
                 f"{height}; make it smaller"
+            )
+        # A decoder holds whole tiles of a TIFF, whose size the file says as well.
+        tags = getattr(image, "tag_v2", {})
+        tile = tags.get(ExifTags.Base.TileWidth, 0) * tags.get(ExifTags.Base.TileLength, 0)
+        if tile > max(width * height, _LARGEST_TILE):
+            raise ImageError(
+                f"{name}: expected tiles of at most {_LARGEST_TILE} pixels, came {tile}"
             )
         yield image
 
@@ -328,7 +341,8 @@ def _in_eight_bits(image: Image.Image, name: str) -> Image.Image:
                 f"{name}: expected 8 or 16 bits a channel, came 32-bit integers from {low} to "
                 f"{high}; convert it first"
             )
-        divisor = 257 if high > 255 else 1
+        # Netpbm's values are scaled to 16 bits when they are read.
+        divisor = 257 if high > 255 or image.format == "PPM" else 1
     elif getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample) == (12,):  # of a TIFF
         divisor = 16
     grey = Image.new("L", image.size)

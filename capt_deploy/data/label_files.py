@@ -1,15 +1,15 @@
 """Files that list labelled images: CSV, JSONL and CoOp's `split_zhou_*.json`."""
 
 import csv
-import unicodedata
-from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Iterator, Mapping
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 from capt_deploy.core.console import counted
 from capt_deploy.core.errors import DataError
-from capt_deploy.core.files import is_file, is_inside, parse_json, read_json
+from capt_deploy.core.files import is_file, is_inside, parse_json, read_json, read_text
 from capt_deploy.core.text import composed
 
 _SPLIT_NAMES = {
@@ -57,11 +57,7 @@ def read_jsonl(path: Path) -> Listing:
 def _lines(path: Path) -> list[str]:
     """Return lines with their ends; not `splitlines`, for JSON texts may hold other separators."""
     try:
-        with path.open("rb") as file:
-            start = file.read(2)
-        encoding = "utf-16" if start in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf-8-sig"
-        with path.open(newline="", encoding=encoding) as file:
-            lines = list(file)
+        lines = list(StringIO(read_text(path), newline=""))
     except (OSError, UnicodeDecodeError) as cause:
         raise DataError(f"{path}: not a readable UTF-8 file ({cause})") from cause
     return lines[1:] if lines and lines[0].startswith("#TYPE ") else lines  # of PowerShell 5
@@ -128,7 +124,7 @@ def _image_folder(path: Path, rows: list[Row]) -> str:
     folders = ["", *(f"{name}/" for name in sorted(child.name for child in path.parent.iterdir()))]
     for row in rows:
         for folder in folders:
-            if is_file(path.parent / folder / row.path):
+            if _found(path.parent / folder, row.path) is not None:
                 return folder
     if not rows:
         return ""
@@ -165,7 +161,10 @@ def _inside(folder: Path, name: str, place: str) -> str:
             f"paths must be relative to the file and stay in its folder"
         )
     path = Path(name).as_posix()
-    if not (path.isascii() or is_file(folder / path)):
-        forms = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))
-        path = next((form for form in forms if is_file(folder / form)), path)
-    return path
+    return _found(folder, path) or path
+
+
+def _found(folder: Path, name: str) -> str | None:
+    """Return the name of a file in the form of Unicode that it has on the disk, if it is there."""
+    forms = [name] if name.isascii() else [name, *(normalize(f, name) for f in ("NFC", "NFD"))]
+    return next((form for form in forms if is_file(folder / form)), None)

@@ -86,7 +86,7 @@ class Evaluation:
     pairs: Sequence[ClassPair]  # confusions mined from the training images
     files: Sequence[Path]  # (images,)
     scores: Mapping[str, Scores]  # by name of the model, the main one first
-    skipped: Sequence[tuple[str, str]] = ()  # path of an unreadable image, and why
+    skipped: Sequence[tuple[str, str]] = ()  # path of what was left out, and why
     provenance: Mapping[str, Any] = field(default_factory=dict)  # nested, of what JSON can hold
     notes: Sequence[str] = ()  # what a reader has to know before the figures
     decisions: Decisions | None = None  # of the main model, from its held-out images

@@ -38,11 +38,11 @@ def score_bundle(
     labels: list[int] = []
     batches: list[Outputs] = []
     files: list[Path] = []
-    skipped: list[tuple[str, str]] = []
     with Classifier.load(path, backend, precision) as classifier:
         say(classifier.running_on)
         manifest, precision = classifier.manifest, classifier.precision
         dataset = read_dataset(data, class_names, classifier.class_names)
+        skipped = [(file.path, file.reason) for file in dataset.skipped]
         items = {str(dataset.path(item)): item for item in dataset.items(split)}
         with progress(f"predicting {split} images", len(items), "images") as counter:
             for batch in preprocess_files(list(items), manifest.preprocess, _BATCH):

@@ -46,7 +46,8 @@ def summary(report: Report) -> str:
     if skipped := report["skipped"]:
         names = ", ".join(path for path, _ in skipped[:_MOST_NAMES])
         more = ", …" if len(skipped) > _MOST_NAMES else ""
-        lines.append(f"{counted(len(skipped), 'image')} could not be read: {names}{more}")
+        left_out = counted(len(skipped), "file or folder", "files or folders")
+        lines.append(f"left out {left_out}: {names}{more}")
     return "\n".join(lines)
 
 

@@ -84,7 +84,7 @@ def find_images(paths: Iterable[str], listed: Iterable[str] = ()) -> list[str]:
             raise DataError("one of the paths is empty; is a shell variable unset?")
         path = expand_home(name)
         if path.is_dir():
-            files |= dict.fromkeys(map(str, folders.find_images(path)))
+            files |= dict.fromkeys(map(str, folders.images_below(path)))
         elif path.exists():
             files[str(path)] = None
         elif matches := sorted(glob.glob(str(path), recursive=True)):

@@ -2,7 +2,7 @@
 
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from capt_deploy.core.console import say
 from capt_deploy.core.errors import ModelError
 from capt_deploy.core.files import is_lfs_pointer
 
+_OWN = "logit_scale"  # a weight that all models of open_clip have, outside of their towers
 _SAVE_TENSORS = "save its state_dict alone, for example with safetensors.torch.save_file"
 
 
@@ -29,6 +30,8 @@ def read_checkpoint(checkpoint_path: str, device: Any = "cpu", **_: Any) -> dict
             the pointer of Git LFS.
     """
     file = Path(checkpoint_path)
+    if not file.stat().st_size:
+        raise ModelError(f"{file}: expected weights, came an empty file; fetch it again")
     if is_lfs_pointer(file):
         raise ModelError(
             f"{file}: expected weights, came a Git LFS pointer; fetch them with `git lfs pull`"
@@ -54,10 +57,14 @@ def read_checkpoint(checkpoint_path: str, device: Any = "cpu", **_: Any) -> dict
     if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
         came = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else "none"
         raise ModelError(f"{file}: expected tensors by name, came the names {came or 'none'}")
-    prefix = _common_prefix(list(content))
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    prefix = _prefix(tensors)
     if prefix:
-        say(f"note: {file.name}: the names of all weights begin with {prefix!r}, which is left out")
-    return {name.removeprefix(prefix): value for name, value in content.items()}
+        say(f"note: {file.name}: the names of the weights begin with {prefix!r}, which is left out")
+    others = [name for name in tensors if not name.startswith(prefix)]
+    if others:
+        say(f"note: {file.name}: not of the model, and not read: {', '.join(others[:3])}")
+    return {name.removeprefix(prefix): tensors[name] for name in tensors if name not in others}
 
 
 def _is_torchscript(file: Path) -> bool:
@@ -67,10 +74,7 @@ def _is_torchscript(file: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-def _common_prefix(names: list[str]) -> str:
-    """Return the parts before a dot that all names begin with, such as `model.module.`."""
-    first, *others = [name.split(".")[:-1] for name in names]
-    for count in range(len(first), 0, -1):
-        if all(parts[:count] == first[:count] for parts in others):
-            return ".".join(first[:count]) + "."
-    return ""
+def _prefix(names: Iterable[str]) -> str:
+    """Return what stands before the model's own names, such as `model.module.`."""
+    own = next((name for name in names if name.split(".")[-1] == _OWN), _OWN)
+    return own.removesuffix(_OWN)

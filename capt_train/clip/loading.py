@@ -96,16 +96,21 @@ def _quiet_and_careful() -> Iterator[None]:
     """
     from open_clip import factory
 
-    root, read = logging.getLogger(), factory.load_state_dict
+    root, read, tokenizer = logging.getLogger(), factory.load_state_dict, factory.HFTokenizer
     level = root.level
+
+    def without_code(*arguments: Any, **options: Any) -> Any:
+        """Return a tokenizer; a configuration may not ask to run Python that lies beside it."""
+        return tokenizer(*arguments, **{**options, "trust_remote_code": False})
+
     try:
         root.setLevel(logging.CRITICAL)  # through which open_clip logs
-        factory.load_state_dict = read_checkpoint
+        factory.load_state_dict, factory.HFTokenizer = read_checkpoint, without_code
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        factory.load_state_dict = read
+        factory.load_state_dict, factory.HFTokenizer = read, tokenizer
         root.setLevel(level)
 
 

@@ -214,7 +214,7 @@ class LlmClient:
             raise _RetryableError(
                 f"a message that does not end with the JSON asked for, but {excerpt}"
             )
-        if self._holds_key("\n".join(sentences.commonality + sentences.difference)):
+        if self._holds_key("\n".join(sentences.commonality + sentences.difference), whole=True):
             raise _RetryableError("sentences that hold the key")
         return sentences
 
@@ -225,8 +225,11 @@ class LlmClient:
         text = " ".join(text.split())
         return repr(text[-200:] if ending else text[:200]) if text else "nothing"
 
-    def _holds_key(self, text: str) -> bool:
-        """Tell whether a text holds the key or a part of it, as it is or in a usual encoding."""
+    def _holds_key(self, text: str, *, whole: bool = False) -> bool:
+        """Tell whether a text holds the key or a part of it, as it is or in a usual encoding.
+
+        Words of a sentence may well be parts of a key such as "sk-no-key-required".
+        """
         if self.key is None or len(self.key) < _SHORTEST_SECRET:
             return False
         key, folded = self.key.encode(), _folded(text)
@@ -234,9 +237,10 @@ class LlmClient:
         # Base64 differs by the place of the key in what is encoded; its ends hold neighbours.
         forms += [b64encode(bytes(shift) + key).decode()[shift and 4 : -4] for shift in range(3)]
         return any(
-            form[start : start + _SHORTEST_SECRET] in folded
+            form[start : start + length] in folded
             for form in map(_folded, forms)
-            for start in range(len(form) - _SHORTEST_SECRET + 1)
+            for length in [len(form) if whole else _SHORTEST_SECRET]
+            for start in range(len(form) - length + 1)
         )
 
 

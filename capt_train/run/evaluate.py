@@ -1,7 +1,7 @@
 """Evaluate a tuned model in torch, as it was trained."""
 
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -111,7 +111,8 @@ def score_run(
     dataset = read_dataset(data, names, model.class_names, test_share=share)
     fingerprint = str(model.provenance["model_sha256"])
     with closing(EmbeddingCache(fingerprint, model.backbone.device.type)) as cache:
-        return score_model(model, cache, dataset, split)
+        scored = score_model(model, cache, dataset, split)
+    return replace(scored, skipped=(*dataset.skipped, *scored.skipped))
 
 
 def _holds_photos(data: Path, split: FewShotSplit) -> bool:

@@ -14,7 +14,7 @@ from capt_deploy.core.console import counted, say
 from capt_deploy.core.errors import ConfigError, DataError
 from capt_deploy.core.files import expand_home
 from capt_deploy.data.datasets import Dataset, Item
-from capt_deploy.data.folders import find_images
+from capt_deploy.data.folders import images_below
 from capt_train.clip.backbone import Backbone
 from capt_train.clip.loading import load_backbone
 from capt_train.data.embedding_cache import EmbeddingCache
@@ -137,7 +137,7 @@ def _photos(setup: Setup) -> Dataset:
     root = expand_home(folder)
     if not root.is_dir():
         raise DataError(f"--unlabelled {root}: expected a folder of photos")
-    files = find_images(root)
+    files = images_below(root)
     if not files:
         raise DataError(f"--unlabelled {root}: expected photos in the folder, found none")
     items = tuple(Item(file.relative_to(root).as_posix(), 0) for file in files)

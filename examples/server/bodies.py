@@ -8,7 +8,6 @@ parsed, but does not hold what is expected.
 import asyncio
 import base64
 import binascii
-import io
 import json
 import warnings
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import File, FormParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
+from capt_deploy.data.images import open_image
 from examples.server.limits import Limits, RefusedError
 
 # Fewer than Pillow reads: its EPS reader, for example, starts another program.
@@ -181,19 +181,21 @@ def _too_many(limits: Limits) -> RefusedError:
 
 def _count_pixels(image: bytes, number: int, limits: Limits) -> int:
     """Return the pixels of an image by its header, and refuse what is not to be decoded."""
+    foreign = RefusedError(415, f"image {number}: not an image of the types {', '.join(FORMATS)}")
+    too_large = RefusedError(413, f"image {number}: expected at most {limits.pixels} pixels")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is stricter
-            with Image.open(io.BytesIO(image), formats=FORMATS) as header:
-                width, height = header.size
+            with open_image(image) as header:
+                (width, height), kind = header.size, header.format
     except Image.DecompressionBombError:
-        width = height = limits.pixels + 1
+        raise too_large from None
     except UnidentifiedImageError:
-        raise RefusedError(
-            415, f"image {number}: not an image of the types {', '.join(FORMATS)}"
-        ) from None
+        raise foreign from None
     except Exception as cause:  # Pillow's readers report damaged headers in many ways
         raise RefusedError(422, f"image {number}: damaged image ({cause})") from None
+    if kind not in (*FORMATS, "MPO"):  # several JPEGs, of which the first is read
+        raise foreign
     if width * height > limits.pixels:
-        raise RefusedError(413, f"image {number}: expected at most {limits.pixels} pixels")
+        raise too_large
     return width * height

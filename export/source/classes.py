@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from capt_deploy.core.errors import ConfigError, DataError
-from capt_deploy.core.files import expand_home, read_json
+from capt_deploy.core.files import expand_home, read_json, read_text
 from capt_deploy.data.class_names import distinct_names, plain_spelling
 from capt_train.method.class_rows import ClassRows, joined
 from capt_train.run import elsewhere
@@ -33,7 +33,7 @@ def read_class_list(path: str | Path) -> tuple[str, ...]:
             raise DataError(f'{path}: expected a JSON list such as ["otter", "beaver"]')
         return tuple(names)
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as cause:
         raise DataError(f"{path}: expected a UTF-8 file, one name a line ({cause})") from cause
     return tuple(line for line in lines if line.strip())

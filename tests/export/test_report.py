@@ -114,7 +114,7 @@ def test_what_takes_from_the_figures_is_said_on_the_page(tuned_run, bundle, phot
     result = evaluate(bundle, "--data", own, "--split", "val", "--report", page)
     assert result.exit_code == 0, result.output
     notes = json.loads((page / "report.json").read_text())["notes"]
-    assert any("1 image could not be read" in note for note in notes)
+    assert any("left out 1 file or folder" in note for note in notes)
     assert any("used to choose and calibrate the model" in note for note in notes)
     assert any("to compare with it, evaluate the run" in note for note in notes)
     shutil.copy(own / "train" / "red_ball" / "0.png", own / "test" / "red_ball" / "0.png")

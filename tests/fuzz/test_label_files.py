@@ -70,6 +70,7 @@ def test_a_mutated_list_gives_files_of_its_folder_or_a_data_error(
         file.unlink()
     labels = range(len(dataset.class_names))
     assert len(set(dataset.class_names)) == len(labels) and all(dataset.class_names)
+    "".join(dataset.class_names).encode()
     for items in dataset.splits.values():
         for item in items:
             assert item.label in labels

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -122,6 +123,22 @@ def test_heic_photos_that_cannot_be_read_here_are_left_out_with_the_way_out(
     monkeypatch.setattr(datasets, "heic_obstacle", lambda: "HEIC: convert it")
     with pytest.raises(DataError, match=r"class \['b'\] \(2 files left out, .* HEIC: convert it"):
         read_dataset(root)
+
+
+@pytest.mark.parametrize("name", ["list.jsonl", "names.json"])
+def test_a_name_that_is_no_text_is_refused(put_images: Callable[..., Path], name: str) -> None:
+    root = put_images("a/1.png", "b/1.png")
+    row = {"path": "a/1.png", "label": "\ud800"}
+    (root / name).write_text(json.dumps(row if name == "list.jsonl" else {"a": "\ud800"}))
+    with pytest.raises(DataError, match=r"class names .* are no text in UTF-8; rename them"):
+        read_dataset(root / name) if name == "list.jsonl" else read_dataset(root, root / name)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes need POSIX")
+def test_a_list_that_is_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "list.csv")
+    with pytest.raises(DataError, match=r"list\.csv: not a readable UTF-8 file"):
+        read_dataset(tmp_path / "list.csv")
 
 
 def test_a_class_may_be_called_train(put_images: Callable[..., Path]) -> None:

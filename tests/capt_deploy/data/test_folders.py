@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from capt_deploy.data.folders import find_files, find_folders, find_images
+from capt_deploy.data.folders import find_files, find_folders, images_below
 
 posix = pytest.mark.skipif(os.name != "posix", reason="links and pipes need POSIX")
 
@@ -50,6 +50,16 @@ def test_links_are_followed_once_and_never_in_a_circle(put_images: Callable[...,
 
 
 @posix
+def test_a_link_into_the_same_data_is_passed_over(put_images: Callable[..., Path]) -> None:
+    root = put_images("train/a/1.png", "test/a/2.png", ".store/3.png")
+    (root / "train" / "a" / "more").symlink_to(root / "test" / "a")
+    (root / "train" / "a" / "kept").symlink_to(root / ".store")  # which is read by no other way
+    files, skipped = find_files(root / "train" / "a", root)
+    assert [file.name for file in files] == ["1.png", "3.png"]
+    assert [path.name for path in skipped] == ["more"]
+
+
+@posix
 def test_what_is_no_file_is_not_opened(put_images: Callable[..., Path]) -> None:
     root = put_images("a/1.png")
     os.mkfifo(root / "a" / "2.png")
@@ -77,6 +87,7 @@ def test_a_folder_that_cannot_be_entered_is_named(
         (["x/config.json", "x/split.json", "x/1.png"], "holds a run of capt"),
         (["x/manifest.json", "x/model.onnx", "x/1.png"], "holds a bundle of capt"),
         (["x/report.html", "x/report.json", "x/1.png"], "holds a report of capt"),
+        (["x/cells.jsonl", "x/photos-accuracy.png"], "holds a comparison of capt"),
         (["x/config.json", "x/1.png"], ""),
         (["@eaDir/1.png"], "a folder of the system"),
         (["Lost+Found/1.png"], "a folder of the system"),
@@ -100,7 +111,7 @@ def test_what_is_left_out_beside_images_is_said(
     logger.addHandler(caplog.handler)
     try:
         with caplog.at_level("INFO", logger="capt"):
-            found = find_images(root)
+            found = images_below(root)
     finally:
         logger.removeHandler(caplog.handler)
     assert [path.name for path in found] == ["1.JPG", "2.png"]

@@ -530,6 +530,47 @@ def progressive(scans: int) -> bytes:
     return data + (segment(0xDA, b"\1\1\0\1\x3f\0") + b"\x1f") * (scans - 1) + b"\xff\xd9"
 
 
+def test_scans_are_not_hidden_behind_what_decoders_skip_as_noise() -> None:
+    jpeg = progressive(500)
+    start = jpeg.index(b"\xff\xda")
+    restarts = segment(0xDD, b"\0\1")
+    # a length behind a marker that has none, as long as the rest of the file
+    noise = b"\xff\x02" + (len(jpeg) - start).to_bytes(2, "big")
+    hidden = jpeg[:start] + restarts + jpeg[start : start + 10] + noise + jpeg[start + 10 :]
+    with pytest.raises(ImageError, match="scans"):
+        load_image(hidden)
+
+
+def test_a_small_tiff_of_huge_tiles_is_refused() -> None:
+    def tiff(tile: int) -> bytes:
+        tags = {256: 16, 257: 16, 258: 8, 259: 1, 262: 1, 277: 1, 322: tile, 323: tile}
+        tags |= {324: 200, 325: tile * tile}
+        entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+        head = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4)
+        return head.ljust(200, b"\0") + bytes(16 * 16)
+
+    assert load_image(tiff(16)).size == (16, 16)
+    with pytest.raises(ImageError, match="tiles of at most 4194304 pixels, came 256000000"):
+        load_image(tiff(16_000))
+
+
+def test_deep_netpbm_is_dark_where_its_values_are(tmp_path: Path) -> None:
+    header = b"P5 2 1 65535\n"
+    assert np.asarray(load_image(header + bytes([0, 200, 0, 200]))).max() == 0
+    assert np.asarray(load_image(header + bytes([128, 0, 255, 255]))).tolist() == [[127, 255]]
+
+
+def test_an_error_leaves_those_alone_that_the_caller_handles() -> None:
+    try:
+        own = [1, 2]
+        raise ValueError(own)
+    except ValueError as error:
+        with pytest.raises(ImageError):
+            load_image(b"junk")
+        assert error.__traceback__ is not None
+        assert "own" in error.__traceback__.tb_frame.f_locals
+
+
 def test_a_jpeg_of_too_many_scans_is_refused_before_it_is_decoded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -71,9 +71,9 @@ def test_nothing_is_said_of_no_images() -> None:
 def test_unreadable_images_are_counted_and_the_first_named() -> None:
     skipped = [[f"a/{number}.jpg", "truncated"] for number in range(5)]
     text = summary({**BETTER, "skipped": skipped})
-    assert text.endswith("\n5 images could not be read: a/0.jpg, a/1.jpg, a/2.jpg, …")
+    assert text.endswith("\nleft out 5 files or folders: a/0.jpg, a/1.jpg, a/2.jpg, …")
     text = summary({**BETTER, "skipped": skipped[:1]})
-    assert text.endswith("\n1 image could not be read: a/0.jpg")
+    assert text.endswith("\nleft out 1 file or folder: a/0.jpg")
 
 
 def test_confused_pairs_are_listed_worst_first() -> None:

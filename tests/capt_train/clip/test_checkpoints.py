@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from capt_deploy.core.errors import ModelError
 from capt_train.clip.checkpoints import read_checkpoint
 
-STATE = {"visual.proj": torch.ones(2), "visual.ln.weight": torch.zeros(3), "scale": torch.ones(())}
+STATE = {
+    "visual.proj": torch.ones(2),
+    "visual.ln.weight": torch.zeros(3),
+    "logit_scale": torch.ones(()),
+}
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -31,6 +35,22 @@ def test_what_stands_in_front_of_all_names_is_removed_and_said(
     assert_same(read_checkpoint(str(tmp_path / "file.pt")), STATE)
     said = capsys.readouterr().err
     assert (f"begin with {prefix!r}" in said) == bool(prefix)
+
+
+def test_weights_that_are_not_of_the_model_are_left_out_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {f"model.{name}": value for name, value in STATE.items()}
+    state |= {"criterion.weight": torch.ones(2)}
+    torch.save({"state_dict": state | {"epoch": 3}}, tmp_path / "file.pt")
+    assert_same(read_checkpoint(str(tmp_path / "file.pt")), STATE)
+    assert "not of the model, and not read: criterion.weight" in capsys.readouterr().err
+
+
+def test_an_empty_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file.pt").touch()
+    with pytest.raises(ModelError, match=r"file\.pt: .*came an empty file"):
+        read_checkpoint(str(tmp_path / "file.pt"))
 
 
 def test_a_module_that_is_called_so_stays(tmp_path: Path) -> None:

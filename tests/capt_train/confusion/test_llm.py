@@ -6,6 +6,7 @@ import sys
 import time
 from base64 import b64encode
 from collections.abc import Callable
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import quote
@@ -163,6 +164,14 @@ UNUSABLE = {
     "429": http(429),
     "hangs up": lambda handler: handler.connection.close(),
 }
+
+
+def test_words_that_a_key_has_too_are_no_key(server: Any, client: LlmClient) -> None:
+    words = "Good light is required to tell them apart."
+    server.replies = [answer(commonality=[words])]
+    found = replace(client, key="sk-no-key-required").ask(PAIR)
+    assert [*found.commonality] == [words]
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize("reply", UNUSABLE.values(), ids=UNUSABLE.keys())
