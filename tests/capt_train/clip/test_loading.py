@@ -324,3 +324,21 @@ def test_device_auto_works_and_others_are_checked(monkeypatch: pytest.MonkeyPatc
     for name in ("gpu", "cuda:99", ""):
         with pytest.raises(ModelError, match=f"device '{name}' cannot be used here"):
             choose_device(name)
+
+
+def test_a_tokenizer_that_brings_python_is_not_run(tiny_model_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"] |= {
+        "hf_tokenizer_name": "own",
+        "tokenizer_kwargs": {"trust_remote_code": True},
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_backbone(f"local-dir:{folder}", None, torch.device("cpu"))
+    assert not (tmp_path / "ran").exists()
