@@ -71,5 +71,5 @@ def test_damaged_files_are_refused(key: str, value: object, tmp_path: Path) -> N
     content = json.loads(path.read_text())
     (content["labels"][0] if key in content["labels"][0] else content)[key] = value
     path.write_text(json.dumps(content))
-    with pytest.raises(RunError, match="not as capt-train writes it|the number NaN"):
+    with pytest.raises(RunError, match=r"not as capt-train writes it|the number NaN"):
         Suspects.load(path)
