@@ -22,6 +22,8 @@ Floats = NDArray[np.float32]
 _PIXELS_VERSION = 1  # raise it when decoding or preprocessing changes the pixels
 _FORMAT = 2  # of the file
 _CHECKSUM = 16  # bytes behind each embedding
+# A damaged file may hold bytes that are no text where sqlite3 reports what is wrong.
+_DAMAGED = (OSError, sqlite3.Error, UnicodeDecodeError)
 _SELECT = (  # SQLite limits the variables of a statement, but not the length of a JSON list
     "SELECT image, embedding FROM embeddings WHERE image IN (SELECT value FROM json_each(?))"
 )
@@ -40,7 +42,7 @@ class EmbeddingCache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._database = _connect(str(self._path))
-        except (OSError, sqlite3.Error) as cause:
+        except _DAMAGED as cause:
             self._database = self._replacement(cause)
 
     def get(self, keys: Sequence[str]) -> dict[str, Floats]:
@@ -51,7 +53,7 @@ class EmbeddingCache:
                 data = stored[:-_CHECKSUM] if isinstance(stored, bytes) else b""
                 if data and stored == _with_checksum(key, data):
                     embeddings[key] = np.frombuffer(data, dtype="<f4")
-        except sqlite3.Error as cause:
+        except _DAMAGED as cause:
             self._database.close()
             self._database = self._replacement(cause)
         return embeddings
@@ -65,7 +67,7 @@ class EmbeddingCache:
         try:
             with self._database:
                 self._database.executemany("INSERT OR REPLACE INTO embeddings VALUES (?, ?)", rows)
-        except sqlite3.Error as cause:
+        except _DAMAGED as cause:
             self._database.close()
             self._database = self._replacement(cause)
 
@@ -77,7 +79,7 @@ class EmbeddingCache:
             try:
                 self._path.replace(aside)
                 return _connect(str(self._path))
-            except (OSError, sqlite3.Error) as second:
+            except _DAMAGED as second:
                 cause = second
         say(f"embedding cache: {self._path} cannot be used ({cause}); embedding without it")
         return _connect(":memory:")

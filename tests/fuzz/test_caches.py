@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from capt_train.data.embedding_cache import EmbeddingCache
@@ -28,6 +28,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     damage=st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=40)), max_size=4),
     kept=st.floats(0, 1),
 )
+@example(damage=[(0.1944075897517808, b" \x80")], kept=1.0)  # sqlite3's own message is no text
 def test_a_damaged_embedding_is_missing(
     stored: Path, tmp_path_factory: pytest.TempPathFactory, damage: Damage, kept: float
 ) -> None:
