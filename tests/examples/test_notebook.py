@@ -22,7 +22,10 @@ def test_it_is_committed_without_outputs(notebook: Any) -> None:
     assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
 
 
-def test_it_runs_from_top_to_bottom(notebook: Any) -> None:
+def test_it_runs_from_top_to_bottom(
+    notebook: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))  # not in a home that may be read-only
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     # As Jupyter does: in the notebook's own folder.
