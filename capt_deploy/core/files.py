@@ -89,7 +89,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, error: type[CaptError]) -> Any:
-    """Return the content of a JSON file in UTF-8, with or without a byte-order mark.
+    """Return the content of a JSON file, in an encoding that `decoded` knows.
 
     Raises:
         error: the file is missing, unreadable or too large; or as `parse_json`.
@@ -101,7 +101,7 @@ def read_json(path: Path, error: type[CaptError]) -> Any:
 
 
 def parse_json(text: str | bytes, where: str, error: type[CaptError]) -> Any:
-    """Return the value of JSON text; bytes are UTF-8, with or without a byte-order mark.
+    """Return the value of JSON text, or of bytes in an encoding that `decoded` knows.
 
     Args:
         text: the JSON text.
@@ -156,6 +156,18 @@ def _parts(value: Any) -> Iterable[Any]:
     if isinstance(value, dict):
         return value.values()
     return value if isinstance(value, list) else ()
+
+
+def safetensors_metadata(data: bytes, where: str, error: type[CaptError]) -> dict[str, str]:
+    """Return the texts in the header of a safetensors file, which the library reads by path only.
+
+    Raises:
+        error: the header is no JSON.
+        KeyError, TypeError: it has no texts.
+    """
+    header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")], where, error)
+    texts: dict[str, str] = header["__metadata__"]
+    return texts
 
 
 def decoded(data: bytes) -> str:

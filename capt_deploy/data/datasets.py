@@ -224,8 +224,8 @@ def _images(path: Path, listing: Listing) -> tuple[list[Row], list[Skipped]]:
     rows: list[Row] = []
     skipped = [Skipped(*passed_over) for passed_over in listing.skipped]
     for row in listing.rows:
-        if any("\ud800" <= character <= "\udfff" for character in row.path):
-            skipped.append(Skipped(escaped(row.path), "its name is not valid UTF-8"))
+        if (shown := escaped(row.path)) != row.path:
+            skipped.append(Skipped(shown, "its name is not valid UTF-8"))
         elif (suffix := Path(row.path).suffix.lower()) not in IMAGE_SUFFIXES:
             skipped.append(Skipped(row.path, "not an image by its name"))
         elif suffix in HEIC_SUFFIXES and (obstacle := heic_obstacle()):
@@ -242,9 +242,9 @@ def _images(path: Path, listing: Listing) -> tuple[list[Row], list[Skipped]]:
         )
     if empty := [label for label in listing.labels if not images[label]]:
         label = escaped(empty[0])
-        own = [file for file in skipped if label in map(composed, Path(file.path).parts)]
+        left_out = [file for file in skipped if label in map(composed, Path(file.path).parts)]
         raise DataError(
-            f"{path}: no image in class {empty}{_left_out(own)}; add some or remove the class"
+            f"{path}: no image in class {empty}{_left_out(left_out)}; add some or remove the class"
         )
     if not path.is_dir():
         _check_list(path, rows)

@@ -108,7 +108,7 @@ def find_folders(folder: Path) -> Found:
 
 
 def _children(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Yield what a folder holds but hidden things, each with the reason not to read it, if any."""
+    """Yield the visible files and folders in a folder, with the reason to pass each over, or ""."""
     try:
         children = sorted(folder.iterdir())
     except OSError as cause:

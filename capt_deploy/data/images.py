@@ -128,7 +128,7 @@ def load_shrunk(
 
 
 def with_image_errors(source: ImageInput, work: Callable[[], R]) -> R:
-    """Return what `work` returns; raise what it raises as an `ImageError` that names the image.
+    """Call `work` and return its result; turn its errors into an `ImageError` of the image.
 
     Decoders report damage by errors of any type: OSError, struct.error, IndexError, MemoryError, …
     """
@@ -236,7 +236,7 @@ def _identified(stream: IO[bytes], name: str) -> ImageFile.ImageFile:
 
 
 def _brands(stream: IO[bytes]) -> set[bytes]:
-    """Return what a file of the ISO base media format, such as AVIF, says that it is."""
+    """Return the brands that a file of the ISO base media format names, such as `avif`."""
     head = stream.read(256)
     stream.seek(0)
     if head[4:8] != b"ftyp":

@@ -15,7 +15,7 @@ from capt_deploy.backends.base import Outputs
 from capt_deploy.bundle.read import REFERENCE, Bundle
 from capt_deploy.core.console import track
 from capt_deploy.core.errors import BundleError, DataError
-from capt_deploy.core.files import parse_json, sha256_file
+from capt_deploy.core.files import parse_json, safetensors_metadata, sha256_file
 from capt_deploy.data.folders import find_files
 
 PATTERNS = 8
@@ -55,11 +55,8 @@ class ReferenceOutputs:
             )
         tensors, data = bundle.arrays(REFERENCE), bundle.read(REFERENCE)
         try:
-            # safetensors reads metadata from files only: 8 bytes of length, then a JSON header.
-            header = parse_json(
-                data[8 : 8 + int.from_bytes(data[:8], "little")], REFERENCE, BundleError
-            )
-            listed = parse_json(header["__metadata__"]["sha256"], REFERENCE, BundleError)
+            texts = safetensors_metadata(data, REFERENCE, BundleError)
+            listed = parse_json(texts["sha256"], REFERENCE, BundleError)
             sha256 = tuple(map(str, listed))
             images, patterns = (
                 Outputs(*(tensors[f"{kind}.{name}"] for name in Outputs._fields))

@@ -14,7 +14,7 @@ from capt_deploy.core.console import say
 from capt_deploy.core.errors import ModelError
 from capt_deploy.core.files import is_lfs_pointer
 
-_OWN = "logit_scale"  # a weight that all models of open_clip have, outside of their towers
+_SCALE = "logit_scale"  # a weight that all models of open_clip have, outside of their towers
 _SAVE_TENSORS = "save its state_dict alone, for example with safetensors.torch.save_file"
 
 
@@ -75,6 +75,6 @@ def _is_torchscript(file: Path) -> bool:
 
 
 def _prefix(names: Iterable[str]) -> str:
-    """Return what stands before the model's own names, such as `model.module.`."""
-    own = next((name for name in names if name.split(".")[-1] == _OWN), _OWN)
-    return own.removesuffix(_OWN)
+    """Return the wrappers' part of the names, such as `model.module.`; empty without one."""
+    scale = next((name for name in names if name.split(".")[-1] == _SCALE), _SCALE)
+    return scale.removesuffix(_SCALE)

@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from capt_deploy.core.errors import RunError
-from capt_deploy.core.files import write_bytes
+from capt_deploy.core.files import safetensors_metadata, write_bytes
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,7 @@ def load_checkpoint(
     try:
         content = path.read_bytes()  # safetensors opens no path that is not UTF-8
         tensors = load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        values = json.loads(header["__metadata__"]["state"])
+        values = json.loads(safetensors_metadata(content, str(path), RunError)["state"])
         state = TuningState(**{**values, "history": tuple(values["history"])})
         module.load_state_dict(part_of(tensors, "module"))
         if optimizer is not None:

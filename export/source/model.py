@@ -131,13 +131,13 @@ def _validation_images(model: TunedModel) -> ValidationImages | None:
     if images is None:
         return None
     tuned = list(model.split.tuned)
-    own = model.raw_logits(images.embeddings)[:, tuned].cpu()
-    logits = own if images.logits is None else images.logits
+    whole = model.raw_logits(images.embeddings)[:, tuned].cpu()
+    logits = whole if images.logits is None else images.logits
     return ValidationImages(
         images.embeddings,
         images.labels,
         logits,
-        own.mean(dim=1) - logits.mean(dim=1),
+        whole.mean(dim=1) - logits.mean(dim=1),
         torch.searchsorted(torch.tensor(tuned), images.labels),
         tuple(tuned),
         tuple(range(len(model.class_names))),
