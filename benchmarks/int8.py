@@ -82,10 +82,10 @@ def rows(run: Path, modelopt: str | None, folder: Path) -> Iterator[dict[str, An
             nodes_to_exclude=[*fixed, *left_out],
         )
 
-    traced = trace_precision(source, "int8", 20, inputs.patterns)
+    traced, _ = trace_precision(source, "int8", 20, inputs.patterns)
     traced.graph.write(path)
     yield judged("capt", f"{traced.to_dict()['int8']['work']:.0%} of the multiply-adds")
-    trace_precision(source, "fp32", 20, inputs.patterns).graph.write(float32)
+    trace_precision(source, "fp32", 20, inputs.patterns)[0].graph.write(float32)
     graph = onnx.load(float32).graph
     weights = {tensor.name for tensor in graph.initializer} - {"weight", "visual.proj"}
     nodes = [node for node in graph.node if node.op_type in OPERATORS]

@@ -1,7 +1,7 @@
 """Write a bundle, whole or not at all."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from capt_deploy.core.files import (
 from capt_deploy.core.text import escaped
 from capt_deploy.verify.gate import GateResult, gate_table
 from capt_train.run.folder import load_run
-from export.graph.lower import FP32, PRECISIONS
+from export.graph.lower import FP32, INT8, INT8_CPU, PRECISIONS
 from export.graph.onnx_graph import OPSET, OPSETS
 from export.precision.trace import trace_precision
 from export.proof.verify import (
@@ -49,7 +49,7 @@ from export.text.graph import write_open_vocabulary
 class ExportOptions:
     """Contents of a bundle and strictness of its check."""
 
-    precisions: tuple[str, ...] = (FP32,)  # one graph each; the first is `model.onnx`
+    precisions: tuple[str, ...] = (FP32,)  # a graph each, int8 two; the first is `model.onnx`
     opset: int = OPSET
     gate_images: int = 256  # at most
     force: bool = False  # write graphs that fail the gate too, and mark the bundle
@@ -147,8 +147,9 @@ def export(
         text_side = write_text_side(folder)
         inputs = run_torch_model(source, options.gate_images)
         traced = [
-            trace_precision(source, precision, options.opset, inputs.patterns)
+            graph
             for precision in options.precisions
+            for graph in trace_precision(source, precision, options.opset, inputs.patterns)
         ]
         if release is not None:
             release()
@@ -176,10 +177,15 @@ def export(
     if failed and not options.force:
         raise GateError(
             f"{out} was written with {', '.join(passed)} only: {problem}. Drop "
-            f"{' '.join(f'--{name}' for name in failed)} next time; or remove the bundle and add "
+            f"{' '.join(_flags(failed))} next time; or remove the bundle and add "
             f"--force, to write all graphs, marked as unverified"
         )
     return out
+
+
+def _flags(precisions: Iterable[str]) -> list[str]:
+    """Return the options that write these precisions."""
+    return [*dict.fromkeys(f"--{INT8 if name == INT8_CPU else name}" for name in precisions)]
 
 
 def _describe_failures(failed: Mapping[str, GateResult], images: int) -> str:

@@ -69,7 +69,7 @@ def _warn(
     if not used.needs_gpu and on_gpu & skipped.keys() and nvidia_gpu_is_here():
         text = f"an NVIDIA GPU is here, but the CPU is used: {_listed(skipped)}"
     elif failed:
-        text = f"{used.name} is used, as {_listed(failed)}"
+        text = f"{used.name if used.needs_gpu else 'the CPU'} is used, as {_listed(failed)}"
     else:
         return
     warnings.warn(text, stacklevel=4)

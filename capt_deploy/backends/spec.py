@@ -35,6 +35,7 @@ class BackendSpec:
     packages: tuple[str, ...]  # distributions that contain the library; any one of them
     factory: str  # returns the backend; arguments as described at `base.Backend`
     precisions: tuple[str, ...]  # the best suited first
+    tried: tuple[str, ...] = ()  # of these, what `auto` compares by measuring, on CPUs
     extra: str | None = None  # of capt, which installs the library; None: every install has it
     oldest: tuple[int, int] = (0, 0)  # version of the library that works
     needs_gpu: bool = False  # whether it needs an NVIDIA GPU
@@ -81,6 +82,10 @@ class BackendSpec:
         backend: Backend = _resolve(self.factory)(onnx, precision, weights_folder, options)
         return backend
 
+    def worth_trying(self, available: Collection[str]) -> tuple[str, ...]:
+        """Return the available precisions that may be the fastest on this machine; at least one."""
+        return tuple(n for n in self.tried if n in available) or (self.preferred(available),)
+
     def preferred(self, available: Iterable[str]) -> str:
         """Return the available precision that suits the backend best."""
         names = list(available)
@@ -107,7 +112,7 @@ def _resolve(reference: str) -> Any:
     return getattr(import_module(module), name)
 
 
-# On GPUs half precision is faster and loses nothing. On CPUs it is slower, and bfloat16 is missing.
+# On GPUs half precision is faster and loses nothing. CPUs have no arithmetic of float16.
 _GPU_PRECISIONS = ("fp16", "bf16", "fp32", "int8")
 
 TENSORRT = BackendSpec(
@@ -146,20 +151,32 @@ ONNXRUNTIME_CUDA = BackendSpec(
     check=f"{_ROOM}.onnxruntime:cuda_provider_problem",
     advice=f"{_ROOM}.onnxruntime:advise",
 )
+OPENVINO = BackendSpec(
+    name="openvino",
+    module="openvino",
+    packages=("openvino",),
+    extra="openvino",
+    factory=f"{_ROOM}.openvino:OpenVino",
+    precisions=("fp32", "bf16", "int8-cpu", "fp16", "int8"),
+    tried=("fp32", "bf16", "int8-cpu"),
+)
 ONNXRUNTIME_CPU = BackendSpec(
     name="onnxruntime-cpu",
     module="onnxruntime",
     packages=("onnxruntime", "onnxruntime-gpu"),
     factory=f"{_ROOM}.onnxruntime:OnnxRuntime",
-    precisions=("fp32", "fp16", "int8"),
+    precisions=("fp32", "int8-cpu", "fp16", "int8"),
+    tried=("fp32", "int8-cpu"),
     group="onnxruntime",
     advice=f"{_ROOM}.onnxruntime:advise",
 )
 
-BACKENDS: tuple[BackendSpec, ...] = (  # the fastest first: the order in which `auto` tries them
+# Those for GPUs first: the order in which `auto` tries them. Those for CPUs it measures.
+BACKENDS: tuple[BackendSpec, ...] = (
     TENSORRT,
     TENSORRT_RTX,
     ONNXRUNTIME_CUDA,
+    OPENVINO,
     ONNXRUNTIME_CPU,
 )
 
@@ -173,7 +190,7 @@ def backend_names() -> tuple[str, ...]:
 
 
 def find_backends(name: str = AUTO) -> tuple[BackendSpec, ...]:
-    """Return the backends that a name stands for, the fastest first.
+    """Return the backends that a name stands for, those for GPUs first.
 
     Raises:
         BackendError: the name is unknown.

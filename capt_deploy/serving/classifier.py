@@ -13,10 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from capt_deploy.backends.base import Backend
-from capt_deploy.backends.choice import first_that_works
 from capt_deploy.backends.options import DEFAULT_OPTIONS, RuntimeOptions
-from capt_deploy.backends.spec import BackendSpec, find_backends
-from capt_deploy.bundle.graphs import StoredGraph
+from capt_deploy.backends.spec import find_backends
 from capt_deploy.bundle.read import open_bundle
 from capt_deploy.confidence.decisions import DecisionOptions
 from capt_deploy.confidence.monitor import Monitor
@@ -26,6 +24,7 @@ from capt_deploy.data.batches import in_batches
 from capt_deploy.data.images import ImageInput
 from capt_deploy.data.preprocess import preprocess
 from capt_deploy.serving.batcher import Batcher, BatcherOptions
+from capt_deploy.serving.opening import open_backend
 from capt_deploy.serving.prediction import Prediction
 from capt_deploy.serving.predictor import Predictor
 
@@ -75,7 +74,8 @@ class Classifier:
         Args:
             path: of the bundle.
             backend: one of `capt_deploy.backends.spec.backend_names()`.
-            precision: of the bundle's graphs; by default the one that suits the backend.
+            precision: of the bundle's graphs; by default the one that suits the backend, or with
+                "auto" on a CPU the fastest, see `open_backend`.
             options: how to use the machine.
             fast_decode: read large JPEGs at a lower resolution, see `preprocess`.
             batcher: batches of `submit`.
@@ -89,28 +89,17 @@ class Classifier:
             BackendError: the requested backend cannot run here.
             ConfigError: `decisions` cannot be promised.
         """
-        specs = find_backends(backend)
+        find_backends(backend)  # a wrong name is an error before a large file is read
         bundle = open_bundle(path)
         if not bundle.manifest.verified:
             warnings.warn(f"{path}: was exported although its check had failed", stacklevel=2)
         predictor = Predictor(bundle, decisions)
-        loaded: list[StoredGraph] = []  # the last graph, in case the next backend takes it too
-
-        def start(spec: BackendSpec) -> tuple[Backend, str]:
-            selected = precision or spec.preferred(bundle.precisions)
-            if not loaded or loaded[0].precision != selected:
-                loaded.clear()  # so that two graphs are never in memory
-                loaded.append(bundle.graph(selected))
-            graph = loaded[0]
-            opened = spec.open(graph.onnx, graph.precision, graph.weights_folder, options)
-            return opened, graph.precision
-
-        (engine, chosen), skipped = first_that_works(specs, start)
+        opened = open_backend(bundle, backend, precision, options)
         return cls(
             predictor,
-            engine,
-            chosen,
-            skipped=skipped,
+            opened.backend,
+            opened.precision,
+            skipped=opened.skipped,
             fast_decode=fast_decode,
             batcher=batcher,
         )

@@ -2,19 +2,22 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from capt_deploy.backends.base import Backend, Outputs, concatenate
+from capt_deploy.backends.choice import first_that_works
+from capt_deploy.backends.spec import BackendSpec, find_backends
+from capt_deploy.bundle.graphs import StoredGraph
 from capt_deploy.bundle.read import Bundle, open_bundle
 from capt_deploy.core.console import progress, say
 from capt_deploy.core.errors import DataError, GateError, UnavailableError
 from capt_deploy.core.files import expand_home
 from capt_deploy.data.batches import frugal_batch, preprocess_files
 from capt_deploy.data.preprocess import PreprocessConfig
-from capt_deploy.serving.classifier import Classifier
 from capt_deploy.verify.gate import GateResult, compare_outputs, gate_table
 from capt_deploy.verify.reference import ReferenceOutputs, draw_patterns
 
@@ -41,6 +44,7 @@ def check_bundle(
         UnavailableError: none of the graphs can run here.
         CaptError: bundle, images or backend cannot be used.
     """
+    specs = find_backends(backend)
     bundle = open_bundle(path)
     _check_files(bundle)
     reference = ReferenceOutputs.from_bundle(bundle)
@@ -50,13 +54,13 @@ def check_bundle(
     report: dict[str, Any] = {}
     for precision in bundle.manifest.graphs:
         try:
-            classifier = Classifier.load(path, backend, precision)
+            engine = _open(specs, bundle.graph(precision))
         except UnavailableError as cause:
             say(f"{precision}: not checked: {cause}")
             report[precision] = {"not_checked": str(cause)}
             continue
-        with classifier:
-            checked = _check_graph(classifier, bundle, reference, files)
+        with closing(engine):
+            checked = _check_graph(engine, precision, bundle, reference, files)
         results |= {f"{precision}, {kind}": result for kind, result in checked.items()}
         report[precision] = {kind: result.to_dict() for kind, result in checked.items()}
     if not results:
@@ -90,12 +94,22 @@ def _check_rows(bundle: Bundle, patterns: Outputs) -> None:
         raise GateError(f"{bundle.path}: its text embeddings are not those of its {first} graph")
 
 
+def _open(specs: Sequence[BackendSpec], graph: StoredGraph) -> Backend:
+    def start(spec: BackendSpec) -> Backend:
+        return spec.open(graph.onnx, graph.precision, graph.weights_folder)
+
+    return first_that_works(specs, start)[0]
+
+
 def _check_graph(
-    classifier: Classifier, bundle: Bundle, reference: ReferenceOutputs, files: dict[int, Path]
+    engine: Backend,
+    precision: str,
+    bundle: Bundle,
+    reference: ReferenceOutputs,
+    files: dict[int, Path],
 ) -> dict[str, GateResult]:
-    precision, preprocess = classifier.precision, classifier.manifest.preprocess
-    calibration = bundle.calibration_of(precision)
-    outputs = classifier.backend.run(draw_patterns(preprocess.size))
+    preprocess, calibration = bundle.manifest.preprocess, bundle.calibration_of(precision)
+    outputs = engine.run(draw_patterns(preprocess.size))
     unknown = np.full(len(outputs.logits), -1)
     results = {
         "patterns": compare_outputs(precision, reference.patterns, outputs, unknown, calibration)
@@ -104,7 +118,7 @@ def _check_graph(
         rows = [*files]
         expected = Outputs(*(part[rows] for part in reference.images))
         label = f"asking the {precision} graph"
-        outputs = run_on_files(classifier.backend, preprocess, [*files.values()], label)
+        outputs = run_on_files(engine, preprocess, [*files.values()], label)
         labels = reference.labels[rows]
         results["images"] = compare_outputs(precision, expected, outputs, labels, calibration)
     return results

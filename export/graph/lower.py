@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 FP32, FP16, BF16, INT8 = "fp32", "fp16", "bf16", "int8"
 PRECISIONS = (FP32, FP16, BF16, INT8)
+INT8_CPU = "int8-cpu"  # comes with INT8: CPUs have no arithmetic of half precision
 # The type of everything but islands and int8 layers.
 DTYPES = {FP32: torch.float32, FP16: torch.float16, BF16: torch.bfloat16, INT8: torch.float16}
 

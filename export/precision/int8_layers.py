@@ -1,9 +1,12 @@
 """Layers with int8 weights and int8 inputs: the torch form of a graph's Q/DQ pairs.
 
-Zero points are 0, for TensorRT takes no others. Scales are representable in half precision, and
-codes are made with these very scales, so lowering a network changes neither.
+Zero points are 0, for TensorRT takes no others; `use_unsigned_inputs` is for CPUs. Scales are
+representable in half precision, and codes are made with these very scales, so lowering a network
+changes neither.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +42,23 @@ class Int8Layer(nn.Module):
     def outputs(self, values: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
         """Return the layer's outputs with its rounded weights."""
         raise NotImplementedError
+
+
+@contextmanager
+def use_unsigned_inputs(network: nn.Module) -> Iterator[None]:
+    """Write the codes of inputs as uint8 around 128 meanwhile, which changes no value.
+
+    x86 processors multiply unsigned by signed bytes: VNNI's vpdpbusd takes no others.
+    """
+    layers = [module for module in network.modules() if isinstance(module, Int8Layer)]
+    signed = [layer.zero for layer in layers]
+    for layer in layers:
+        layer.zero = torch.full_like(layer.zero, LARGEST + 1, dtype=torch.uint8)
+    try:
+        yield
+    finally:
+        for layer, zero in zip(layers, signed, strict=True):
+            layer.zero = zero
 
 
 class Int8Linear(Int8Layer):
@@ -129,7 +149,7 @@ def _rounded(values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     if not torch.onnx.is_in_onnx_export():
         return fake_quantised(values.float(), scale.float()).to(values.dtype)
     symbolic, shape = torch.onnx.ops.symbolic, values.shape
-    codes = symbolic("QuantizeLinear", (values, scale, zero), dtype=torch.int8, shape=shape)
+    codes = symbolic("QuantizeLinear", (values, scale, zero), dtype=zero.dtype, shape=shape)
     return symbolic("DequantizeLinear", (codes, scale, zero), dtype=scale.dtype, shape=shape)
 
 

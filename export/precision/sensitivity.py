@@ -94,7 +94,7 @@ def measure(
     zero = torch.zeros((), device=images.device, requires_grad=True)
     draw = torch.Generator().manual_seed(0)
     with ExitStack() as stack, torch.enable_grad():
-        stack.enter_context(_differentiable(network))
+        stack.enter_context(written_out(network))
         for probe in probes:
             layer = probe.candidate.layer
             stack.callback(layer.register_forward_pre_hook(partial(probe.inputs, zero)).remove)
@@ -179,8 +179,8 @@ class _Probe:
 
 
 @contextmanager
-def _differentiable(network: nn.Module) -> Iterator[None]:
-    """Write attention out, for torch cannot differentiate ONNX's operator."""
+def written_out(network: nn.Module) -> Iterator[None]:
+    """Write attention out meanwhile: torch cannot differentiate ONNX's operator."""
     modules = [m for m in network.modules() if isinstance(m, SelfAttention) and m.fused]
     for module in modules:
         module.fused = False

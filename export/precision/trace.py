@@ -1,5 +1,6 @@
 """Trace the graph of one precision."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,12 @@ from capt_deploy.core.errors import DataError, GateError
 from capt_deploy.data.batches import preprocess_files
 from capt_deploy.verify.gate import LIMITS
 from capt_deploy.verify.reference import draw_patterns
-from export.graph.lower import BF16, DTYPES, FP32, INT8
+from export.graph.lower import BF16, DTYPES, FP32, INT8, INT8_CPU
 from export.graph.onnx_graph import BF16_OPSET, OnnxGraph, trace
 from export.graph.visual import VisualClassifier
+from export.precision.int8_layers import use_unsigned_inputs
 from export.precision.quantize import Quantisation, quantize
+from export.precision.sensitivity import written_out
 from export.source.model import Source
 from export.source.photos import spread_evenly
 
@@ -48,8 +51,12 @@ class TracedGraph:
         }
 
 
-def trace_precision(source: Source, precision: str, opset: int, expected: Outputs) -> TracedGraph:
+def trace_precision(
+    source: Source, precision: str, opset: int, expected: Outputs
+) -> tuple[TracedGraph, ...]:
     """Return the graph of one precision, with the temperature of float32.
+
+    For int8 a second one follows, for CPUs: what is not int8 in it is float32.
 
     Before its precision is lowered, the network must give the trained model's outputs for the
     patterns: rounding errors would hide a wrong mean or weight.
@@ -66,6 +73,7 @@ def trace_precision(source: Source, precision: str, opset: int, expected: Output
         DataError: int8 finds none of the run's training images.
     """
     say(f"tracing the {precision} graph")
+    graphs: list[TracedGraph] = []
     backbone = source.learner.backbone
     if precision == BF16:
         opset = max(opset, BF16_OPSET)
@@ -76,6 +84,12 @@ def trace_precision(source: Source, precision: str, opset: int, expected: Output
         fused_attention=opset >= _FUSED_OPSET and precision != FP32,
     ).eval()
     quantisation, factors = None, network.factors
+
+    def add(network: VisualClassifier, precision: str) -> None:
+        graph = trace(network, *backbone.preprocess.size, precision, opset)
+        explicit = "explicit" if network.normalises else "folded into the patch convolution"
+        graphs.append(TracedGraph(graph, explicit, quantisation))
+
     with torch.no_grad():
         _compare_network(network, backbone.preprocess.size, expected)
         if precision == INT8:
@@ -84,10 +98,12 @@ def trace_precision(source: Source, precision: str, opset: int, expected: Output
             quantisation = quantize(network, calibration_pixels(source))
             network.factors = factors
             say(f"int8: {100 * quantisation.work:.0f} % of the multiply-adds")
+            float32 = copy.deepcopy(network)  # a graph holds the network's own tensors
+            with use_unsigned_inputs(float32), written_out(float32):
+                add(float32, INT8_CPU)
         network.lower(DTYPES[precision])
-    graph = trace(network, *backbone.preprocess.size, precision, opset)
-    explicit = "explicit" if network.normalises else "folded into the patch convolution"
-    return TracedGraph(graph, explicit, quantisation)
+    add(network, precision)
+    return tuple(reversed(graphs))
 
 
 def _compare_network(network: VisualClassifier, size: tuple[int, int], expected: Outputs) -> None:

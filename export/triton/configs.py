@@ -7,6 +7,7 @@ from typing import Any
 
 from capt_deploy.bundle.read import Bundle
 from capt_deploy.data.preprocess import PreprocessConfig
+from export.graph.lower import FP32, INT8_CPU
 
 LABELS = "labels.txt"
 _QUEUE_DELAY_US = 1000  # how long a request may wait for others to share a batch with
@@ -59,7 +60,7 @@ def onnx_config(
 ) -> dict[str, Any]:
     """Return the model that ONNX Runtime runs, on GPUs where there are some, else on the CPU."""
     config = _graph_config(name, signature, batches, "onnxruntime_onnx", "KIND_AUTO")
-    if precision != "fp32":
+    if precision not in (FP32, INT8_CPU):
         # Triton's name for "basic"; see capt_deploy/backends/onnxruntime.py.
         config["optimization"] = {"graph": {"level": -1}}
     return config

@@ -11,6 +11,7 @@ from capt_deploy.bundle.read import Bundle
 from capt_deploy.core.errors import BundleError
 from capt_deploy.core.files import expand_home, new_folder, refuse_existing
 from capt_deploy.core.version import __version__
+from export.graph.lower import BF16, INT8_CPU
 from export.triton.configs import (
     LABELS,
     Signature,
@@ -63,9 +64,9 @@ def write_triton(bundle: Bundle, out: str | Path) -> Path:
     """Write a model repository, whole or not at all.
 
     It holds `NAME_onnx` and `NAME_tensorrt` for the bundle's first graph, `NAME_PRECISION_onnx`
-    and `NAME_PRECISION_tensorrt` for each further one, `NAME_preprocess`, which decodes and
-    preprocesses images, and `NAME`, which runs that and then the first graph. NAME is the
-    bundle's.
+    and `NAME_PRECISION_tensorrt` for each further one (as far as the runtime suits the precision),
+    `NAME_preprocess`, which decodes and preprocesses images, and `NAME`, which runs that and then
+    the first graph. NAME is the bundle's.
 
     Args:
         bundle: the bundle to serve.
@@ -85,11 +86,12 @@ def write_triton(bundle: Bundle, out: str | Path) -> Path:
     rows, plans = [], []
     with new_folder(out) as folder:
         for place, precision in enumerate(bundle.manifest.graphs):
-            graph_name = f"{name}_{precision}" if place else name
+            graph_name = f"{name}_{precision.replace('-', '_')}" if place else name
             models = _write_graph(folder, bundle, precision, graph_name, signature, labels)
             served = served or next(iter(models))
             rows += [f"| {model} | pixels | {run}, {precision} |" for model, run in models.items()]
-            plans.append(_plan_command(f"{graph_name}_tensorrt/1/model", signature))
+            if f"{graph_name}_tensorrt" in models:
+                plans.append(_plan_command(f"{graph_name}_tensorrt/1/model", signature))
         largest = BATCHES[-1]
         config = preprocess_config(preprocess, signature, largest, bundle.manifest.preprocess)
         shutil.copyfile(_PREPROCESS_MODEL, _write_model(folder, config) / "model.py")
@@ -114,11 +116,14 @@ def _write_graph(
     """Write the models of one graph; return their names and the runtimes that run them."""
     tensorrt, onnx = f"{name}_tensorrt", f"{name}_onnx"
     cache = f"{_CACHE}/{name}_{_fingerprint(bundle, precision)}"
-    models = {tensorrt: "TensorRT"}
-    configs = [tensorrt_config(tensorrt, signature, BATCHES, cache)]
-    if precision != "bf16":  # ONNX Runtime has no bfloat16 products or convolutions for the CPU
-        models = {onnx: "ONNX Runtime", **models}
+    models: dict[str, str] = {}
+    configs: list[dict[str, Any]] = []
+    if precision != BF16:  # ONNX Runtime has no bfloat16 products or convolutions for the CPU
+        models[onnx] = "ONNX Runtime"
         configs.append(onnx_config(onnx, signature, BATCHES, precision))
+    if precision != INT8_CPU:
+        models[tensorrt] = "TensorRT"
+        configs.append(tensorrt_config(tensorrt, signature, BATCHES, cache))
     graph = bundle.manifest.graphs[precision]
     data, weights = bundle.read(graph.file), graph.weights
     for config in configs:
@@ -126,9 +131,10 @@ def _write_graph(
         (version / ONNX).write_bytes(data)
         if weights:  # of over 2 GB; ONNX's readers refuse links to them
             bundle.copy(weights, version / weights)
-    plan = folder / tensorrt / "configs" / "plan.pbtxt"
-    plan.parent.mkdir()
-    plan.write_text(to_pbtxt(plan_config(tensorrt, signature, BATCHES)), encoding="utf-8")
+    if tensorrt in models:
+        plan = folder / tensorrt / "configs" / "plan.pbtxt"
+        plan.parent.mkdir()
+        plan.write_text(to_pbtxt(plan_config(tensorrt, signature, BATCHES)), encoding="utf-8")
     return models
 
 

@@ -46,7 +46,8 @@ def test_bad_input_is_one_line_and_exit_code_2(argument):
 
 @pytest.mark.skipif(gpu_problem() is None, reason="a backend on the GPU may work")
 def test_the_exit_code_is_1_where_no_backend_works(tmp_path):
-    (tmp_path / "onnxruntime.py").write_text("raise ImportError('broken')\n")
+    for name in ("onnxruntime", "openvino"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('broken')\n")
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     done = subprocess.run(
         [sys.executable, "-c", "from capt_deploy.cli.doctor import main; main()"],

@@ -76,7 +76,7 @@ def test_precisions_classes_and_triton_in_one_go(text_run, tmp_path):
     )
     assert result.exit_code == 0, result.stderr
     manifest = json.loads((tmp_path / "x.capt" / "manifest.json").read_text())
-    assert list(manifest["graphs"]) == ["fp16", "int8"]
+    assert list(manifest["graphs"]) == ["fp16", "int8", "int8-cpu"]
     assert manifest["class_names"] == ["red ball", "zebra", "blue sky"]
     assert (tmp_path / "triton" / "x_onnx" / "config.pbtxt").is_file()
 

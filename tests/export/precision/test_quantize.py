@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import onnx
 import onnxruntime
@@ -16,7 +17,12 @@ from capt_train.run.folder import load_run
 from export.graph.attention import SelfAttention
 from export.graph.onnx_graph import OUTPUTS, trace
 from export.graph.visual import VisualClassifier
-from export.precision.int8_layers import Int8Convolution, Int8Layer, Int8Linear
+from export.precision.int8_layers import (
+    Int8Convolution,
+    Int8Layer,
+    Int8Linear,
+    use_unsigned_inputs,
+)
 from export.precision.quantize import quantize
 from export.source.fold import FoldedHead
 from export.source.model import source_from_run
@@ -83,18 +89,36 @@ def session(data):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", TOWERS)
-def test_onnx_runtime_computes_what_torch_simulates(backbones, name):
+@pytest.mark.parametrize(
+    ("name", "unsigned"), [*((name, False) for name in TOWERS), ("vit", True), ("resnet", True)]
+)
+def test_onnx_runtime_computes_what_torch_simulates(backbones, name, unsigned):
     network, images, expected, done = make(backbones, name)
     simulated = network(images)
     assert done.work > 0.8 and noise_of(simulated[0], expected[0]) > 1e-3
-    graph = trace(network, *backbones[name].preprocess.size, "int8")
+    with use_unsigned_inputs(network) if unsigned else nullcontext():
+        graph = trace(network, *backbones[name].preprocess.size, "int8")
     found = session(graph.to_bytes()).run(OUTPUTS, {"images": images.numpy()})
     logits = torch.from_numpy(found[0])
     # A value that lies between two codes may fall to either side, and then moves others.
     differences = (logits - simulated[0]).abs().amax(dim=1)
     assert differences.quantile(0.25) < 1e-5
     assert noise_of(logits, simulated[0]) < 0.6 * done.noise
+
+
+@torch.no_grad()
+def test_unsigned_codes_lie_around_128_and_only_while_they_are_asked_for(backbones):
+    network, *_ = make(backbones, "vit")
+    graphs = []
+    for context in (use_unsigned_inputs(network), nullcontext()):
+        with context:
+            data = trace(network, *backbones["vit"].preprocess.size, "int8").to_bytes()
+        graphs.append(onnx.load_from_string(data).graph)
+    for graph, kind, zero in zip(graphs, ("UINT8", "INT8"), (128, 0), strict=True):
+        held = {one.name: one for one in graph.initializer}
+        zeros = [held[n.input[2]] for n in graph.node if n.op_type == "QuantizeLinear"]
+        assert {z.data_type for z in zeros} == {onnx.TensorProto.DataType.Value(kind)}
+        assert {int(onnx.numpy_helper.to_array(z)) for z in zeros} == {zero}
 
 
 @torch.no_grad()

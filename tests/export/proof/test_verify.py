@@ -161,7 +161,8 @@ def test_a_network_that_is_wrong_is_caught_before_rounding_hides_it(source, faul
         else:
             kernel.data[0] *= 1.01
 
-    assert trace_precision(source, "int8", 20, expected).graph.precision == "int8"
+    traced = trace_precision(source, "int8", 20, expected)
+    assert [graph.graph.precision for graph in traced] == ["int8", "int8-cpu"]
     monkeypatch.setattr(VisualClassifier, "__init__", wrong)
     with pytest.raises(GateError, match="float32 network differs from the trained model"):
         trace_precision(source, "int8", 20, expected)

@@ -261,6 +261,14 @@ def test_bfloat16_goes_to_tensorrt_alone(altered, tmp_path):
     assert "pets_onnx" not in (folder / "README.md").read_text()
 
 
+def test_int8_for_cpus_goes_to_onnx_runtime_alone_fully_optimised(altered, tmp_path):
+    folder = write_triton(altered(("fp16", "int8-cpu")), tmp_path / "models")
+    found = configs(folder)
+    assert {name for name in found if "int8" in name} == {"pets_int8_cpu_onnx"}
+    assert not found["pets_int8_cpu_onnx"].HasField("optimization")
+    assert "int8_cpu_tensorrt" not in (folder / "README.md").read_text()
+
+
 @pytest.fixture
 def split(tmp_path):
     """The golden graph with its weights in `weights.bin`: the content of both files."""
