@@ -36,8 +36,9 @@ class PlainOpenClip:
         texts = opened.text_embeddings()["text_embeddings"]
         self.class_names = opened.manifest.class_names
         network, _, self.transform = open_clip.create_model_and_transforms(
-            f"local-dir:{model}", precision=precision, device=device
+            f"local-dir:{model}", precision="fp16" if precision == "fp16" else "fp32", device=device
         )
+        self.autocast = precision.endswith("autocast")
         self.network = network.eval()
         self.device = torch.device(device)
         self.dtype = torch.float16 if precision == "fp16" else torch.float32
@@ -57,7 +58,9 @@ class PlainOpenClip:
     @torch.inference_mode()
     def probabilities(self, images: Tensor) -> Tensor:
         """Return probabilities, (batch, classes), on the device of the model."""
-        features = functional.normalize(self.encode(images.to(self.device, self.dtype)), dim=-1)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            features = self.encode(images.to(self.device, self.dtype))
+        features = functional.normalize(features.to(self.dtype), dim=-1)
         return (self.scale * features @ self.texts.T).softmax(dim=-1)
 
     def label(self, encoded: Sequence[bytes]) -> list[str]:
@@ -71,7 +74,7 @@ def same_labels(
 ) -> dict[str, float]:
     """Return the share of the photos, 0-1, for which a measured graph gives open_clip's label.
 
-    By precision; on a GPU, where several backends were measured, by `backend precision`.
+    By `backend precision`.
     """
     plain = PlainOpenClip(model, bundle, device).label(photos.encoded)
     shares: dict[str, float] = {}
@@ -81,7 +84,7 @@ def same_labels(
             continue
         on_gpu = row["device"] != "cpu"  # the name may stand for several backends
         backend = next(s.name for s in find_backends(backend) if s.needs_gpu == on_gpu)
-        key = precision if device == "cpu" else f"{backend} {precision}"
+        key = f"{backend} {precision}"
         if key in shares:
             continue
         with Classifier.load(bundle, backend, precision) as classifier:

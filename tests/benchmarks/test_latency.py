@@ -41,41 +41,35 @@ def one_thread() -> Iterator[None]:
 def test_rows_of_both_stand_in_one_table(exported: Exported) -> None:
     scopes = ("host", "image_to_label")
     request = BenchRequest(("onnxruntime-cpu",), ("fp32",), (1, 3), scopes, threads=1)
-    cell = latency.compare(exported, latency.Comparison(request, compiled=False), QUICK)
+    plain = latency.Comparison(request, plain_precisions=("fp32", latency.AUTOCAST), compiled=False)
+    cell = latency.compare(exported, plain, QUICK)
     rows = cell["rows"]
-    assert [(row["backend"], row["scope"], row["batch"]) for row in rows] == [
-        (backend, scope, batch)
-        for backend in ("onnxruntime", "open_clip eager")
+    assert [(row["backend"], row["precision"], row["scope"], row["batch"]) for row in rows] == [
+        (backend, precision, scope, batch)
+        for backend, precision in (
+            *(("onnxruntime", "fp32"), ("open_clip eager", "fp32")),
+            ("open_clip eager", latency.AUTOCAST),
+        )
         for scope in request.scopes
         for batch in request.batches
     ]
     assert rows[-1]["versions"]["torch"] == torch.__version__.split("+")[0]
     assert not compare_rows(rows, rows).failed  # they have the form of capt-bench's
-    by_key = {(row["backend"], row["scope"], row["batch"]): row for row in rows}
+    by_key = {(row["backend"], row["precision"], row["scope"], row["batch"]): row for row in rows}
     assert len(cell["ratios"]) == len(rows)
     for one in cell["ratios"]:
         place = (one["scope"], one["batch"])
-        own, plain = by_key[one["backend"], *place], by_key["open_clip eager", *place]
+        own = by_key[one["backend"], one["precision"], *place]
+        plain = by_key["open_clip eager", "fp32", *place]
         assert one["ratio"] == pytest.approx(own["throughput_per_s"] / plain["throughput_per_s"])
-    assert cell["same_labels"] == {"fp32": 1.0}
+    assert cell["same_labels"] == {"onnxruntime-cpu fp32": 1.0}
+    assert cell["auto"]["precision"] == "fp32" and cell["auto"]["gate"] == {"fp32": True}
     assert cell["load_before"] is None  # only who began it knows
     loaded = latency.compare(exported, latency.Comparison(request, compiled=False), QUICK, 0.25)
     assert loaded["load_before"] == 0.25
     text = latency.text_of("tiny", cell)
-    assert len(text.splitlines()) == 2 + len(rows) + 1
+    assert "fp32 batch 1: 1.5" in text and "auto takes " in text
 
 
 def test_the_readme_shows_what_was_measured() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    for name, measured in load_cells(latency.NAME).items():
-        own = {(one["backend"], one["precision"], one["batch"]): one for one in measured["rows"]}
-        factors = {
-            (one["backend"], one["precision"], one["batch"]): one["ratio"]
-            for one in measured["ratios"]
-        }
-        figures = []
-        for batch in (1, 32):
-            key = ("onnxruntime", "fp32", batch)
-            figures += [f"{own[key]['throughput_per_s']:.1f}", f"{factors[key]:.2f}"]
-        (line,) = [line for line in readme.splitlines() if line.startswith(f"| {name}, ")]
-        assert [text.strip() for text in line.strip("|").split("|")][1:] == figures
+    assert latency.docs_table(load_cells(latency.NAME)) in latency.README.read_text()

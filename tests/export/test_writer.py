@@ -188,7 +188,7 @@ def test_the_runtime_picks_what_runs_here_and_others_on_request(full_bundle):
     assert Classifier.load(full_bundle).precision in ("fp32", "bf16", "int8-cpu")  # the fastest
     assert Classifier.load(full_bundle, precision="fp16").precision == "fp16"
     with pytest.raises(BackendError, match="bfloat16"):
-        Classifier.load(full_bundle, precision="bf16")
+        Classifier.load(full_bundle, "onnxruntime", "bf16")
     alone = Classifier.load(full_bundle / "model.fp16.onnx")
     assert alone.precision == "fp16"
 
