@@ -77,8 +77,7 @@ Mode set_up(png_structp png, png_infop info) {
 }
 
 Bytes palette_of(Decoder& decoder) {
-    Bytes palette(256 * 3);
-    for (int index = 0; index < 256 * 3; ++index) palette[index] = index / 3;
+    Bytes palette(256 * 3);  // what is beyond its end is black
     png_colorp colours = nullptr;
     int count = 0;
     png_get_PLTE(decoder.png, decoder.info, &colours, &count);

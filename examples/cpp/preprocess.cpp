@@ -42,7 +42,8 @@ Box centre_of(const Image& photo, const Preprocess& config) {
         height = width / ratio;
     }
     const double left = (photo.width - width) * 0.5, top = (photo.height - height) * 0.5;
-    return {left, top, left + width, top + height};
+    return {static_cast<float>(left), static_cast<float>(top), static_cast<float>(left + width),
+            static_cast<float>(top + height)};
 }
 
 /// Return the colour of a pixel.
@@ -72,7 +73,7 @@ Bytes preprocess(const Image& photo, const Preprocess& config) {
     const Filter filter =
         shortest && config.height != config.width ? Filter::bicubic : config.filter;
     const bool huge = target.width * target.height > largest_resized_pixels;
-    const Box whole{0, 0, static_cast<double>(photo.width), static_cast<double>(photo.height)};
+    const Box whole{0, 0, static_cast<float>(photo.width), static_cast<float>(photo.height)};
     const Image image =
         shortest && huge
             ? resize(photo, config.width, config.height, filter, centre_of(photo, config))

@@ -158,12 +158,18 @@ Image resize(const Image& image, int width, int height, Filter filter, const Box
     const bool alpha = image.mode == Mode::grey_alpha || image.mode == Mode::rgba;
     Image result = image;
     if (alpha) premultiply(result);
-    if (across) {
+    const auto go_across = [&] {
+        if (!across) return;
         result = resized_across(result, windows(image.width, box.left, box.right, width, filter));
-    }
+    };
+    // Each pass rounds, so that their order matters. It is that of Pillow 13.
+    const bool down_first =
+        height < image.height && image.height - height > 2 * (image.width - width);
+    if (!down_first) go_across();
     if (down) {
         result = resized_down(result, windows(image.height, box.top, box.bottom, height, filter));
     }
+    if (down_first) go_across();
     if (alpha) unpremultiply(result);
     return result;
 }

@@ -7,9 +7,9 @@ namespace capt {
 
 enum class Filter { bilinear, bicubic };
 
-/// Left, top, right and bottom of a part of an image, in pixels.
+/// Left, top, right and bottom of a part of an image, in pixels; Pillow, too, rounds them to float.
 struct Box {
-    double left, top, right, bottom;
+    float left, top, right, bottom;
 };
 
 /// Resize the part of an image that `box` bounds, as Pillow's `Image.resize`.
