@@ -16,7 +16,7 @@ struct Bundle {
     std::string precision;          // of the graph
     std::string graph;              // content of its ONNX file
     std::string graph_sha256;
-    std::filesystem::path weights;  // folder of a graph whose weights are in a second file, or empty
+    std::filesystem::path weights;  // folder of weights that are in a second file, or empty
 };
 
 /// Open a bundle folder and read one graph.

@@ -78,7 +78,9 @@ std::string sha256(std::string_view bytes) {
     }
     std::string digits;
     for (Word word : state) {
-        for (int shift = 28; shift >= 0; shift -= 4) digits += "0123456789abcdef"[word >> shift & 15];
+        for (int shift = 28; shift >= 0; shift -= 4) {
+            digits += "0123456789abcdef"[word >> shift & 15];
+        }
     }
     return digits;
 }
