@@ -19,7 +19,8 @@ using Keys = std::set<std::string>;
 constexpr int known_version = 1;
 constexpr int deepest_json = 100;
 constexpr std::uintmax_t manifest_limit = 64 << 20;  // bytes
-constexpr std::uintmax_t file_limit = (1ull << 31) - 1;
+constexpr std::uintmax_t graph_limit = (1ull << 31) - 1;
+constexpr std::uintmax_t weights_limit = 1ull << 40;
 
 const Keys manifest_keys{"schema_version", "class_names",     "tuned",     "preprocess",
                          "graphs",         "calibration",     "training",  "confusion_pairs",
@@ -110,13 +111,13 @@ Preprocess read_preprocess(const json& values) {
 
 /// Return the content of a file that the manifest lists, checked against its size and hash.
 std::string read_listed(const std::filesystem::path& folder, const json& files,
-                        const std::string& name) {
+                        const std::string& name, std::uintmax_t limit) {
     const std::filesystem::path path(name);
     bool inside = !name.empty() && path.is_relative() && name.find('\0') == std::string::npos;
     for (const auto& part : path) inside = inside && part != "..";
     if (!inside) throw BundleError("'" + name + "' leads out of the bundle; do not trust it");
     if (files.count(name) == 0) throw BundleError("the manifest does not list '" + name + "'");
-    std::string content = read_file(folder / path, file_limit);
+    std::string content = read_file(folder / path, limit);
     const json& record = files.at(name);
     if (record.at("bytes") != content.size() || record.at("sha256") != sha256(content)) {
         throw BundleError(name + " is not the file that was exported; export it again");
@@ -210,14 +211,15 @@ Bundle read(const std::filesystem::path& folder, const std::vector<std::string>&
     }
     const json& files = manifest.at("files");
     const auto name = graph.at("file").get<std::string>();
-    bundle.graph = read_listed(folder, files, name);
+    bundle.graph = read_listed(folder, files, name, graph_limit);
     bundle.graph_sha256 = files.at(name).at("sha256").get<std::string>();
     // The hashes do not cover the manifest, and other class names would mislabel every photo.
     if (comparable(parse(metadata(bundle.graph, "capt_manifest"))) != comparable(manifest)) {
         throw BundleError("its manifest was changed after the export; export it again");
     }
     if (graph.count("weights") && !graph.at("weights").is_null()) {
-        read_listed(folder, files, graph.at("weights").get<std::string>());
+        const auto second = graph.at("weights").get<std::string>();
+        read_listed(folder, files, second, weights_limit);
         bundle.weights = folder;
     }
     return bundle;

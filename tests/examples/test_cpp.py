@@ -162,6 +162,17 @@ def test_a_long_strip_is_cropped_before_it_is_resized(program: Path, tmp_path: P
     assert np.array_equal(pixels, preprocess(tmp_path / "strip.png", config))
 
 
+def test_weights_in_a_second_file_are_read_and_checked(program: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4), (7, 8, 9)).save(tmp_path / "photo.png")
+    config = PreprocessConfig((2, 2), (0.5,) * 3, (0.5,) * 3)
+    bundle = write_pixel_bundle(tmp_path / "pixels.capt", config, "model.onnx.data")
+    (line,) = answers(program, bundle, [tmp_path / "photo.png"])
+    assert np.allclose(line["probabilities"][:3], np.array([7, 8, 9]) / 255)
+    (bundle / "model.onnx.data").write_bytes(np.float32(254).tobytes())
+    done = run(program, bundle, tmp_path / "photo.png")
+    assert done.returncode == 2 and "model.onnx.data is not the file" in done.stderr
+
+
 @pytest.fixture(scope="module")
 def many_photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Return photos of real clothes; where these are not there, of noise."""
