@@ -16,7 +16,11 @@ from capt_deploy.core.process import Process, never_free_in_copies
 # onnxruntime 1.31 on the CPU: ENABLE_ALL crashes the process on half-precision ViTs, and
 # ENABLE_EXTENDED cannot load a half-precision FastViT; neither is faster there than BASIC. A graph
 # that emulates bfloat16 must keep its roundings, which optimisation would remove.
-_LEVELS = {"fp32": "ORT_ENABLE_ALL", "emulated": "ORT_DISABLE_ALL"}
+_LEVELS = {
+    "fp32": "ORT_ENABLE_ALL",
+    "int8-cpu": "ORT_ENABLE_ALL",
+    "emulated": "ORT_DISABLE_ALL",
+}
 CPU = ("CPUExecutionProvider",)
 CUDA = "CUDAExecutionProvider"
 Provider = str | tuple[str, dict[str, str]]
@@ -142,6 +146,8 @@ def start_session(
         "session.model_external_initializers_file_folder_path",
         str(weights_folder or f"{os.devnull}/none"),
     )
+    # Without VNNI, products of unsigned and signed bytes would saturate; this takes slower ones.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     options.enable_cpu_mem_arena = not frugal
     # The default is all cores of the machine, even where a container may use only two of them.
     options.intra_op_num_threads = threads or usable_cores()

@@ -24,7 +24,9 @@ public:
 std::unique_ptr<Backend> open_onnxruntime(const Bundle& bundle);
 
 /// Return the precisions that ONNX Runtime runs on the CPU, the best suited first.
-inline std::vector<std::string> onnxruntime_precisions() { return {"fp32", "fp16", "int8"}; }
+inline std::vector<std::string> onnxruntime_precisions() {
+    return {"fp32", "int8-cpu", "fp16", "int8"};
+}
 
 #ifdef CAPT_TENSORRT
 /// An engine that capt-build has put into its cache.

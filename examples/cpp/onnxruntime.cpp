@@ -11,8 +11,8 @@ namespace {
 Ort::SessionOptions session_options(const Bundle& bundle) {
     Ort::SessionOptions options;
     // Half-precision graphs crash ONNX Runtime 1.31 with all optimisations.
-    options.SetGraphOptimizationLevel(bundle.precision == "fp32" ? ORT_ENABLE_ALL
-                                                                 : ORT_ENABLE_BASIC);
+    const bool float32 = bundle.precision == "fp32" || bundle.precision == "int8-cpu";
+    options.SetGraphOptimizationLevel(float32 ? ORT_ENABLE_ALL : ORT_ENABLE_BASIC);
     options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);
     // Without this, external weights would be read from the current folder.
     const std::string weights = bundle.weights.empty() ? "/dev/null/none" : bundle.weights.string();
