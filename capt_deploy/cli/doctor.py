@@ -62,7 +62,10 @@ def _text(diagnosis: "Diagnosis") -> str:
         else:
             lines += [f"{finding.name:<17} no: {finding.reason}", f"{'':<17} fix: {finding.fix}"]
     lines += [f"problem: {problem}" for problem in diagnosis.problems]
-    return "\n".join([*lines, f"auto takes {diagnosis.chosen or 'none'}"])
+    chosen = diagnosis.chosen or "none"
+    if diagnosis.measured:
+        chosen = f"the fastest of {', '.join(diagnosis.measured)}, which it measures once a bundle"
+    return "\n".join([*lines, f"auto takes {chosen}"])
 
 
 def _gpu(gpu: "Gpu") -> str:

@@ -55,8 +55,18 @@ class Diagnosis:
 
     @property
     def chosen(self) -> str | None:
-        """Return the backend that `auto` takes; None if none works."""
+        """Return the backend that `auto` takes; None if none works.
+
+        Where only CPUs work it is the first of those that `auto` measures, see `measured`.
+        """
         return next((finding.name for finding in self.backends if finding.usable), None)
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Return the backends among which `auto` takes the fastest; none where it has no choice."""
+        usable = tuple(finding for finding in self.backends if finding.usable)
+        on_cpu = all(finding.device == "cpu" for finding in usable)
+        return tuple(f.name for f in usable) if on_cpu and len(usable) > 1 else ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the diagnosis as JSON values."""

@@ -93,3 +93,21 @@ def test_a_damaged_bundle_is_an_error_of_its_own(tmp_path):
     lone.write_bytes(b"nothing")
     with pytest.raises(BundleError, match="carries no manifest"):
         diagnose(Path(lone))
+
+
+@pytest.mark.parametrize(
+    ("devices", "chosen", "measured"),
+    [
+        ({"onnxruntime-cpu": "cpu"}, "onnxruntime-cpu", ()),
+        (
+            {"openvino": "cpu", "onnxruntime-cpu": "cpu"},
+            "openvino",
+            ("openvino", "onnxruntime-cpu"),
+        ),
+        ({"tensorrt": "cuda:0 (Orin)", "onnxruntime-cpu": "cpu"}, "tensorrt", ()),
+    ],
+)
+def test_on_a_cpu_auto_has_a_choice(monkeypatch, devices, chosen, measured):
+    monkeypatch.setattr("capt_deploy.doctor.diagnose.find_driver", lambda: here(ADA))
+    tried = diagnose(attempt=lambda name, _: ProbeResult(devices.get(name), "no", 0.1))
+    assert (tried.chosen, tried.measured) == (chosen, measured)
