@@ -1,0 +1,180 @@
+"""Run parts on Ray, which is imported here and nowhere else: one actor for each engine."""
+
+import logging
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+# Ray reports its use to its maker by default.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+import ray
+import ray.data
+
+from capt_deploy.backends.spec import BackendSpec
+from capt_deploy.bulk.labeller import Labeller
+from capt_deploy.bulk.parts import Part
+from capt_deploy.core.errors import BackendError, CaptError
+from capt_deploy.core.machine import usable_cores
+from capt_deploy.core.version import __version__
+
+LOCAL = "local"
+_LOCAL_STORE = 2**28  # bytes; only names of photos pass through it
+_ATTEMPTS = 3  # at a part whose worker dies, as for want of memory or of a broken decoder
+
+
+class Engines(NamedTuple):
+    """The actors of a pool."""
+
+    number: int
+    cores: int  # of each
+    gpus: int  # of each
+
+
+class Outcome(NamedTuple):
+    """What became of a part."""
+
+    part: int
+    running_on: str = ""  # backend, device and precision
+    error: str = ""  # that other parts would meet, too
+    lost: bool = False  # whether its worker died again and again
+
+
+@contextmanager
+def connected(address: str) -> Iterator[None]:
+    """Start Ray on this machine, or connect to a cluster, until the block ends.
+
+    Raises:
+        BackendError: there is no cluster at the address, or no capt of this version in it.
+    """
+    if ray.is_initialized():  # by a program that calls this
+        yield
+        return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address == LOCAL:
+        quiet |= {"num_cpus": usable_cores(), "object_store_memory": _LOCAL_STORE}
+        quiet |= {"include_dashboard": False}
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as cause:
+        raise BackendError(f"Ray at {address!r}: cannot be reached ({cause})") from cause
+    try:
+        if main:  # Ray's own would end the command without a word
+            signal.signal(signal.SIGTERM, handler)
+        if address != LOCAL:
+            _check_workers()
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_workers() -> None:
+    try:
+        found = ray.get(ray.remote(num_cpus=0)(_version).remote())
+    except (ray.exceptions.RayError, ImportError) as cause:
+        raise BackendError(
+            f"expected capt {__version__} on the machines of the cluster, came an error "
+            f"({str(cause).splitlines()[-1]}); install capt there with the extra ray"
+        ) from cause
+    if found != __version__:
+        raise BackendError(
+            f"expected capt {__version__} on the machines of the cluster, came {found}"
+        )
+
+
+def _version() -> str:
+    return __version__
+
+
+def choose_engines(specs: Sequence[BackendSpec], nodes: Sequence[dict[str, float]]) -> Engines:
+    """Return one actor for each GPU that a backend can use; without one, one for each core.
+
+    Args:
+        specs: backends that may be used.
+        nodes: resources of each machine, as Ray counts them.
+
+    Raises:
+        BackendError: the backends need a GPU, and there is none.
+    """
+    with_gpus = [node for node in nodes if node.get("GPU", 0) >= 1]
+    if with_gpus and any(spec.needs_gpu for spec in specs):
+        cores = min(int(node.get("CPU", 0) // node["GPU"]) for node in with_gpus)
+        return Engines(sum(int(node["GPU"]) for node in with_gpus), max(1, cores), 1)
+    if all(spec.needs_gpu for spec in specs):
+        names = ", ".join(spec.name for spec in specs)
+        raise BackendError(f"backend {names}: expected a GPU among Ray's resources, found none")
+    return Engines(max(1, sum(int(node.get("CPU", 0)) for node in nodes)), 1, 0)
+
+
+def engines_for(specs: Sequence[BackendSpec]) -> Engines:
+    """Return the actors for the machines that Ray has now; see `choose_engines`."""
+    return choose_engines(specs, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+
+
+def label_parts(parts: Sequence[Part], labeller: Labeller, engines: Engines) -> Iterator[Outcome]:
+    """Label parts and yield what became of each, in any order.
+
+    Raises:
+        BackendError: Ray itself failed.
+    """
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.data.dataset"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Ray tries a part whose worker died again without end.
+    attempts = ray.remote(num_cpus=0)(_Attempts).remote()
+    # The bundle goes into Ray's store once, whatever the number of actors.
+    content = ray.put(labeller.content)
+    shared = (replace(labeller, content=None), content, attempts, Path.cwd())
+    items = ray.data.from_items([part.to_item() for part in parts], override_num_blocks=len(parts))
+    rows = items.map(
+        cast(Any, _Actor),
+        fn_constructor_args=shared,
+        compute=ray.data.ActorPoolStrategy(size=min(engines.number, len(parts))),
+        num_cpus=engines.cores,
+        num_gpus=engines.gpus,
+    )
+    try:
+        for row in rows.iter_rows():
+            yield Outcome(**row)
+    except ray.exceptions.RayError as cause:
+        raise BackendError(f"Ray failed ({cause}); the same command continues") from cause
+
+
+class _Attempts:
+    """Counts how often each part was begun."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[int] = Counter()
+
+    def begin(self, part: int) -> int:
+        self._counts[part] += 1
+        return self._counts[part]
+
+
+class _Actor:
+    """An engine in a process of its own."""
+
+    def __init__(self, labeller: Labeller, content: Any, attempts: Any, folder: Path) -> None:
+        if folder.is_dir():  # relative names mean the same as in the command
+            os.chdir(folder)
+        self._labeller = replace(labeller, content=ray.get(content))
+        self._attempts = attempts
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        part = Part.from_item(item)
+        if ray.get(self._attempts.begin.remote(part.number)) > _ATTEMPTS:
+            return Outcome(part.number, lost=True)._asdict()
+        try:
+            self._labeller.label(part)
+        except (CaptError, OSError) as cause:
+            return Outcome(part.number, error=str(cause))._asdict()
+        return Outcome(part.number, self._labeller.classifier.running_on)._asdict()
