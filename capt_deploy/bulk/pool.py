@@ -1,4 +1,4 @@
-"""Run parts on Ray, which is imported here and nowhere else: one actor for each engine."""
+"""Run parts on Ray, which only this file imports: one actor for each engine."""
 
 import logging
 import os
@@ -9,12 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
-
-# Ray reports its use to its maker by default.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-import ray
-import ray.data
+from typing import Any, NamedTuple
 
 from capt_deploy.backends.spec import BackendSpec
 from capt_deploy.bulk.labeller import Labeller
@@ -45,6 +40,15 @@ class Outcome(NamedTuple):
     lost: bool = False  # whether its worker died again and again
 
 
+def _import_ray() -> Any:
+    """Import Ray with its telemetry switched off, unless the environment asks for it."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+    import ray.data
+
+    return ray
+
+
 @contextmanager
 def connected(address: str) -> Iterator[None]:
     """Start Ray on this machine, or connect to a cluster, until the block ends.
@@ -52,6 +56,7 @@ def connected(address: str) -> Iterator[None]:
     Raises:
         BackendError: there is no cluster at the address, or no capt of this version in it.
     """
+    ray = _import_ray()
     if ray.is_initialized():  # by a program that calls this
         yield
         return
@@ -76,6 +81,7 @@ def connected(address: str) -> Iterator[None]:
 
 
 def _check_workers() -> None:
+    ray = _import_ray()
     try:
         found = ray.get(ray.remote(num_cpus=0)(_version).remote())
     except (ray.exceptions.RayError, ImportError) as cause:
@@ -115,7 +121,8 @@ def choose_engines(specs: Sequence[BackendSpec], nodes: Sequence[dict[str, float
 
 def engines_for(specs: Sequence[BackendSpec]) -> Engines:
     """Return the actors for the machines that Ray has now; see `choose_engines`."""
-    return choose_engines(specs, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    nodes = _import_ray().nodes()
+    return choose_engines(specs, [node["Resources"] for node in nodes if node["Alive"]])
 
 
 def label_parts(parts: Sequence[Part], labeller: Labeller, engines: Engines) -> Iterator[Outcome]:
@@ -124,6 +131,7 @@ def label_parts(parts: Sequence[Part], labeller: Labeller, engines: Engines) -> 
     Raises:
         BackendError: Ray itself failed.
     """
+    ray = _import_ray()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -136,7 +144,7 @@ def label_parts(parts: Sequence[Part], labeller: Labeller, engines: Engines) -> 
     shared = (replace(labeller, content=None), content, attempts, Path.cwd())
     items = ray.data.from_items([part.to_item() for part in parts], override_num_blocks=len(parts))
     rows = items.map(
-        cast(Any, _Actor),
+        _Actor,
         fn_constructor_args=shared,
         compute=ray.data.ActorPoolStrategy(size=min(engines.number, len(parts))),
         num_cpus=engines.cores,
@@ -166,12 +174,13 @@ class _Actor:
     def __init__(self, labeller: Labeller, content: Any, attempts: Any, folder: Path) -> None:
         if folder.is_dir():  # relative names mean the same as in the command
             os.chdir(folder)
-        self._labeller = replace(labeller, content=ray.get(content))
+        self._get = _import_ray().get
+        self._labeller = replace(labeller, content=self._get(content))
         self._attempts = attempts
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         part = Part.from_item(item)
-        if ray.get(self._attempts.begin.remote(part.number)) > _ATTEMPTS:
+        if self._get(self._attempts.begin.remote(part.number)) > _ATTEMPTS:
             return Outcome(part.number, lost=True)._asdict()
         try:
             self._labeller.label(part)

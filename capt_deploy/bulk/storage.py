@@ -1,4 +1,4 @@
-"""Object stores and Parquet files, through pyarrow, which is imported here and nowhere else.
+"""Object stores and Parquet files, through pyarrow, which only this file imports.
 
 A place is named by a local path or by a URI, such as `s3://bucket/photos`.
 """
@@ -12,10 +12,6 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
-
-import pyarrow as pa
-import pyarrow.fs
-import pyarrow.parquet as pq
 
 from capt_deploy.core.errors import DataError, ImageError
 from capt_deploy.core.files import write_bytes
@@ -35,20 +31,6 @@ _SCHEMES = (
 _LARGEST_PHOTO = 2**30  # bytes of an encoded photo
 _PAUSES = (1.0, 4.0)  # seconds before a photo is asked for again, which its store did not give
 _ERROR = "error"
-_ALTERNATIVE = pa.struct([("label", pa.string()), ("confidence", pa.float32())])
-_ROWS = pa.schema(
-    [
-        ("path", pa.string()),
-        ("label", pa.string()),
-        ("confidence", pa.float32()),
-        ("top_k", pa.list_(_ALTERNATIVE)),
-        ("prediction_set", pa.list_(pa.string())),
-        ("rejected", pa.bool_()),
-        ("familiarity", pa.float64()),
-        ("confused_with", _ALTERNATIVE),
-        (_ERROR, pa.string()),
-    ]
-)
 PATH, BYTES = "path", "bytes"  # columns of tables of photos
 
 
@@ -67,6 +49,8 @@ def is_uri(name: str) -> bool:
 
 def _locate(name: str) -> tuple[Any, str]:
     """Return pyarrow's file system of a place, and the place's path in it."""
+    import pyarrow.fs
+
     match = _URI.fullmatch(name)
     if match is None:
         return pyarrow.fs.LocalFileSystem(), name
@@ -84,9 +68,11 @@ def _locate(name: str) -> tuple[Any, str]:
 
 @cache
 def _open_store(scheme: str, host: str) -> tuple[Any, str]:
+    import pyarrow.fs
+
     try:
         system, path = pyarrow.fs.FileSystem.from_uri(f"{scheme}://{host}/x")
-    except (OSError, ValueError, ImportError, pa.ArrowException) as cause:
+    except (OSError, ValueError, pyarrow.ArrowException) as cause:
         raise DataError(f"{scheme}://{host}: cannot be opened ({cause})") from cause
     return system, path.removesuffix("x")
 
@@ -94,6 +80,8 @@ def _open_store(scheme: str, host: str) -> tuple[Any, str]:
 @contextmanager
 def _errors_of(name: str) -> Iterator[None]:
     """Raise what pyarrow raises about a place as a `DataError`."""
+    import pyarrow as pa
+
     try:
         yield
     except (OSError, ValueError, pa.ArrowException) as cause:
@@ -106,19 +94,20 @@ def list_files(name: str) -> list[str]:
     Raises:
         DataError: there is nothing, or it cannot be listed.
     """
+    from pyarrow.fs import FileSelector, FileType
+
     system, path = _locate(name)
     with _errors_of(name):
         kind = system.get_file_info(path).type
-        if kind == pyarrow.fs.FileType.NotFound:
+        if kind == FileType.NotFound:
             raise DataError(f"{name}: no such file or folder")
-        if kind == pyarrow.fs.FileType.File:
+        if kind == FileType.File:
             return [name]
         path = path.rstrip("/") or "/"
-        selector = pyarrow.fs.FileSelector(path, recursive=True)
         inside = [
             info.path[len(path.rstrip("/")) + 1 :]
-            for info in system.get_file_info(selector)
-            if info.type == pyarrow.fs.FileType.File
+            for info in system.get_file_info(FileSelector(path, recursive=True))
+            if info.is_file
         ]
     top = name.rstrip("/")
     return [f"{top}/{file}" for file in sorted(inside) if not re.search(r"(^|/)\.", file)]
@@ -152,6 +141,8 @@ def open_table(name: str) -> Table:
     Raises:
         DataError: it cannot be read, or has no column of photos or of their names.
     """
+    import pyarrow as pa
+
     with _errors_of(name), _parquet_file(name) as file:
         schema, rows = file.schema_arrow, file.metadata.num_rows
     types = {field.name: field.type for field in schema}
@@ -168,8 +159,10 @@ def open_table(name: str) -> Table:
 
 @contextmanager
 def _parquet_file(name: str) -> Iterator[Any]:
+    from pyarrow.parquet import ParquetFile
+
     system, path = _locate(name)
-    with system.open_input_file(path) as source, pq.ParquetFile(source) as file:
+    with system.open_input_file(path) as source, ParquetFile(source) as file:
         yield file
 
 
@@ -211,8 +204,23 @@ def read_photos(
 
 def parquet_of(rows: Iterable[Mapping[str, Any]]) -> bytes:
     """Return rows of `capt-predict`, as `LabelledFile.to_dict` gives them, as a Parquet file."""
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    class_share = pa.struct([("label", pa.string()), ("confidence", pa.float32())])
+    columns = {
+        "path": pa.string(),
+        "label": pa.string(),
+        "confidence": pa.float32(),
+        "top_k": pa.list_(class_share),
+        "prediction_set": pa.list_(pa.string()),
+        "rejected": pa.bool_(),
+        "familiarity": pa.float64(),
+        "confused_with": class_share,
+        _ERROR: pa.string(),
+    }
     sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([*rows], schema=_ROWS), sink)
+    write_table(pa.Table.from_pylist([*rows], schema=pa.schema([*columns.items()])), sink)
     return sink.getvalue()
 
 
@@ -232,8 +240,10 @@ class Folder:
         Raises:
             DataError: it is a file, or cannot be listed.
         """
+        from pyarrow.fs import FileSelector
+
         with _errors_of(self.name):
-            selector = pyarrow.fs.FileSelector(self._path, allow_not_found=True)
+            selector = FileSelector(self._path, allow_not_found=True)
             return {info.base_name for info in self._system.get_file_info(selector)}
 
     def read(self, file: str) -> bytes:
