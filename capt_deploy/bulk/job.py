@@ -12,9 +12,11 @@ from capt_deploy.bulk.labeller import Labeller, LabelOptions
 from capt_deploy.bulk.parts import Part, fingerprint
 from capt_deploy.bulk.pool import LOCAL, Engines, connected, engines_for, label_parts
 from capt_deploy.bulk.results import Results
+from capt_deploy.bulk.storage import is_uri
 from capt_deploy.bundle.read import MANIFEST, Bundle, open_bundle
 from capt_deploy.core.console import Progress, counted, progress, say
 from capt_deploy.core.errors import BackendError, DataError
+from capt_deploy.core.files import expand_home
 from capt_deploy.serving.predictor import Predictor
 
 
@@ -50,7 +52,7 @@ def label_on_ray(
     specs = find_backends(options.backend)
     bundle = open_bundle(path)
     Predictor(bundle, options.decisions)  # whether it can promise that
-    results = Results(out if "://" in out else str(Path(out).absolute()))
+    results = Results(out if is_uri(out) else str(expand_home(out).absolute()))
     photos = sum(part.photos for part in parts)
     done = results.begin(_describe(bundle, parts, photos, options), len(parts))
     missing = [part for part in parts if part.number not in done]

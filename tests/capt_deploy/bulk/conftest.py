@@ -1,11 +1,9 @@
-"""Photos for these tests, and the optional packages that they need."""
+"""Photos for these tests."""
 
 from pathlib import Path
 
 import pytest
 from PIL import Image
-
-pytest.importorskip("pyarrow", reason="the extra ray is not installed")
 
 
 @pytest.fixture
