@@ -85,12 +85,12 @@ def _run(missing: Sequence[Part], labeller: Labeller, engines: Engines, counter:
             say(f"{counted(engines.number, 'engine')}: {outcome.running_on}")
             said = True
         counter.advance(part.photos)
-    if lost or waiting:
-        first = min([*lost, *waiting.values()], key=lambda part: part.number)
+    if lost:
+        first = min(lost, key=lambda part: part.number)
         raise BackendError(
-            f"the workers of {counted(len(lost) + len(waiting), 'part')} died, the first with "
-            f"{first.begin}; memory may be short, or a photo break its decoder; all others are "
-            f"done, and the same command tries these again"
+            f"{counted(len(lost), 'part')} of at most {first.photos} images killed each worker, "
+            f"the first begins with {first.begin}; memory may be short, or a photo break its "
+            f"decoder; all others are done, and the same command tries these again"
         )
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,8 @@ from capt_deploy.core.errors import BackendError, CaptError
 from capt_deploy.core.machine import usable_cores
 from capt_deploy.core.version import __version__
 
-LOCAL = "local"
+LOCAL, AUTO = "local", "auto"  # addresses: a Ray of this machine; the cluster around it
+_SECONDS_TO_CONNECT = 10
 _LOCAL_STORE = 2**28  # bytes; only names of photos pass through it
 _ATTEMPTS = 3  # at a part whose worker dies, as for want of memory or of a broken decoder
 
@@ -64,6 +66,8 @@ def connected(address: str) -> Iterator[None]:
     if address == LOCAL:
         quiet |= {"num_cpus": usable_cores(), "object_store_memory": _LOCAL_STORE}
         quiet |= {"include_dashboard": False}
+    elif address != AUTO:
+        _check_address(address)
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
     try:
@@ -78,6 +82,17 @@ def connected(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Raise an error where nothing listens, because Ray would wait for ever."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _SECONDS_TO_CONNECT).close()
+    except (OSError, ValueError, OverflowError) as cause:
+        raise BackendError(
+            f"Ray at {address!r}: expected HOST:PORT of a cluster that can be reached ({cause})"
+        ) from cause
 
 
 def _check_workers() -> None:

@@ -1,6 +1,7 @@
 """A real local Ray: jobs are killed and continued, and failures of engines are told."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +12,14 @@ from click.testing import CliRunner
 from PIL import Image
 
 from benchmarks.ray_predict import Job, compare, finished_parts, kill_at, read_rows
+from capt_deploy.bulk import job as job_module
 from capt_deploy.bulk.job import label_on_ray
 from capt_deploy.bulk.labeller import Labeller, LabelOptions
-from capt_deploy.bulk.parts import find_parts
-from capt_deploy.bulk.pool import Engines, label_parts
+from capt_deploy.bulk.parts import Part, find_parts
+from capt_deploy.bulk.pool import Engines, Outcome, label_parts
 from capt_deploy.bulk.results import Results
 from capt_deploy.cli.predict import main
-from capt_deploy.core.errors import ConfigError
+from capt_deploy.core.errors import BackendError, ConfigError, DataError
 
 ray = pytest.importorskip("ray", reason="the extra ray is not installed")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
@@ -48,7 +50,7 @@ def many_photos(tmp_path: Path) -> Path:
 
 
 def test_a_job_that_was_killed_continues_without_losing_or_redoing_a_row(
-    golden: Path, many_photos: Path, tmp_path: Path, cluster: None
+    golden: Path, many_photos: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     job = Job(golden, many_photos, out, log)
@@ -59,6 +61,7 @@ def test_a_job_that_was_killed_continues_without_losing_or_redoing_a_row(
     assert job.processes() == []
     before, parts = finished_parts(out), find_parts([str(many_photos)])
     assert 0 < len(before) < len(parts) == 8, log.read_text()
+    request.getfixturevalue("cluster")  # not before, for two of them take longer to start
     done = CliRunner().invoke(main, [str(golden), str(many_photos), "--ray", "--out", str(out)])
     assert done.exit_code == 1, done.output  # for the photo that was cut off
     assert "2,048 images in" in done.stderr and "32 errors" in done.stderr
@@ -75,14 +78,51 @@ def test_a_job_that_was_killed_continues_without_losing_or_redoing_a_row(
         label_on_ray(golden.with_name("open.capt"), parts, str(out), OPTIONS)
 
 
-def test_engines_that_fail_or_die_are_told(
-    golden: Path, photos: Path, tmp_path: Path, cluster: None
+def test_engines_that_fail_or_die_cost_their_part_alone(
+    golden: Path, many_photos: Path, tmp_path: Path, cluster: None
 ) -> None:
-    parts = find_parts([str(photos)])
-    results = Results(str(tmp_path / "out"))
-    lost = Labeller(tmp_path / "gone.capt", OPTIONS, results, 1)
-    (outcome,) = label_parts(parts, lost, Engines(1, 1, 0))
-    assert (
-        outcome.error == f"{tmp_path / 'gone.capt'}: no such bundle; expected a folder or zip "
-        "from capt-export"
-    )
+    class Trouble(Labeller):  # pickled with its code, as it is local
+        def label(self, part: Part) -> None:
+            if part.number == 0:
+                os._exit(1)
+            if part.number == 1:
+                raise DataError("no such table")
+            super().label(part)
+
+    parts = find_parts([str(many_photos)])[:3]
+    labeller = Trouble(golden, OPTIONS, Results(str(tmp_path / "out")), 1)
+    dead, failed, good = sorted(label_parts(parts, labeller, Engines(1, 1, 0)))
+    assert dead.lost and not dead.error
+    assert failed.error == "no such table" and not failed.lost
+    assert good.running_on.startswith("onnxruntime on ") and not good.error
+    assert [*finished_parts(tmp_path / "out")] == ["part-00002.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "message"),
+    [
+        (Outcome(0, error="disk full"), "disk full; the same command continues"),
+        (Outcome(0, lost=True), r"1 part of at most 4 images killed .*a\.png;.*the same command"),
+    ],
+)
+def test_what_was_not_done_is_told(
+    golden: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cluster: None,
+    outcome: Outcome,
+    message: str,
+) -> None:
+    monkeypatch.setattr(job_module, "label_parts", lambda *_: iter([outcome]))
+    with pytest.raises(BackendError, match=message):
+        label_on_ray(golden, find_parts([str(photos)]), str(tmp_path / "out"), OPTIONS)
+
+
+def test_a_cluster_that_cannot_be_reached_is_told(
+    golden: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    for address in ("127.0.0.1:1", "nowhere:x", "[::1]:99999"):
+        with pytest.raises(BackendError, match="expected HOST:PORT of a cluster"):
+            label_on_ray(golden, find_parts([str(photos)]), str(tmp_path / "out"), OPTIONS, address)
