@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,12 +24,13 @@ import click
 import numpy as np
 from PIL import Image
 
-from benchmarks.record import add_cells, load_average
+from benchmarks.record import add_cells, load_average, load_cells, write_docs
 from capt_deploy.core.console import Command, PathInHome, print_json, say, track
 from capt_deploy.core.errors import BackendError
 from capt_deploy.core.machine import usable_cores
 
 NAME = "ray_predict"
+DOCS = Path(__file__).parents[1] / "docs" / "embedding.md"
 _GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "tiny.capt"
 _MARK = "CAPT_BENCHMARK_JOB"  # variable by which all processes of a job are known
 _SECONDS = 60  # for them to end
@@ -171,7 +172,8 @@ def compare(rows: Sequence[dict[str, Any]], expected: Sequence[dict[str, Any]]) 
 @click.option("--count", default=20_000, show_default=True, type=click.IntRange(2000))
 @click.option("--kills", default=3, show_default=True)
 @click.option("--seed", type=int, help="Of the moments of the kills; by default another each time.")
-def main(bundle: Path, name: str, count: int, kills: int, seed: int | None) -> None:
+@click.option("--docs", is_flag=True, help="Write the table into docs/embedding.md as well.")
+def main(bundle: Path, name: str, count: int, kills: int, seed: int | None, docs: bool) -> None:
     """Measure, compare, and print the figures.
 
     \b
@@ -206,7 +208,29 @@ def main(bundle: Path, name: str, count: int, kills: int, seed: int | None) -> N
             "load_before": load_before,
         }
     add_cells(NAME, {name: cell})
+    if docs:
+        write_docs(DOCS, "ray", markdown(load_cells(NAME)))
     print_json(cell)
+
+
+def markdown(cells: Mapping[str, Any]) -> str:
+    """Return the table of the docs."""
+    head = (
+        "| model | | seconds | images/s | rows missing | twice | other than the single process's |"
+    )
+    lines = [head, "|---|---|---|---|---|---|---|"]
+    for name, cell in cells.items():
+        single, whole, killed = cell["single"], cell["ray"], cell["killed"]
+        figures = f"{single['seconds']:.0f} | {single['photos_per_s']:.0f} | | |"
+        lines.append(f"| {name} | one process | {figures} |")
+        figures = f"{whole['seconds']:.0f} | {whole['photos_per_s']:.0f}"
+        lines.append(f"| {name} | `--ray` | {figures} | {_differences(whole)} |")
+        lines.append(f"| {name} | `--ray`, killed | | | {_differences(killed)} |")
+    return "\n".join(lines)
+
+
+def _differences(counts: Mapping[str, int]) -> str:
+    return " | ".join(str(counts[key]) for key in ("missing", "twice", "different"))
 
 
 def _rate(count: int, seconds: float) -> dict[str, float]:

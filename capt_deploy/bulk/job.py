@@ -23,7 +23,7 @@ from capt_deploy.serving.predictor import Predictor
 class Summary(NamedTuple):
     """How many photos have their rows, and how many of these hold an error."""
 
-    photos: int
+    images: int
     errors: int
 
 

@@ -51,7 +51,7 @@ def _check_address(
     is_flag=True,
     help="Let the decoder shrink large JPEGs; changes their pixels a little.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON list on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list; with --ray, the counts.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV on stdout.")
 @click.option(
     "--ray",
@@ -98,8 +98,8 @@ def main(
         raise click.UsageError("choose --json or --csv, not both")
     if (address is None) != (out is None):
         raise click.UsageError("--ray and --out FOLDER need each other")
-    if address is not None and (as_json or as_csv):
-        raise click.UsageError("--ray writes Parquet; leave out --json and --csv")
+    if address is not None and as_csv:
+        raise click.UsageError("--ray writes Parquet; leave out --csv")
     from capt_deploy.confidence.decisions import DecisionOptions
     from capt_deploy.serving.classifier import Classifier
     from capt_deploy.serving.labelling import find_images, label_files, read_names
@@ -117,7 +117,9 @@ def main(
 
         options = LabelOptions(backend, top_k, decisions, fast_decode, batch_size)
         summary = label_on_ray(bundle, find_parts(given, listed), out, options, address)
-        say(f"{counted(summary.photos, 'image')} in {out}, {counted(summary.errors, 'error')}")
+        say(f"{counted(summary.images, 'image')} in {out}, {counted(summary.errors, 'error')}")
+        if as_json:
+            print_json({"out": out, **summary._asdict()})
         sys.exit(1 if summary.errors else 0)
     files = find_images(given, listed)
     with (

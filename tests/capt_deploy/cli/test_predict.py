@@ -91,6 +91,10 @@ def test_a_missing_name_in_a_list_spoils_only_its_own_row():
         ((BUNDLE, "-"), "found no image"),
         ((BUNDLE, "a" * 300 + ".jpg"), "name too long"),
         ((BUNDLE,), "Missing argument"),
+        ((BUNDLE, PHOTOS, "--ray"), "--ray and --out FOLDER need each other"),
+        ((BUNDLE, PHOTOS, "--out", "x"), "--ray and --out FOLDER need each other"),
+        ((BUNDLE, PHOTOS, "--ray", "--out", "x", "--csv"), "leave out --csv"),
+        ((BUNDLE, "--ray", "photos/", "--out", "x"), "write paths before --ray"),
     ],
 )
 def test_bad_input_is_one_error_and_exit_code_2(arguments, said):
