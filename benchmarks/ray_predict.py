@@ -1,6 +1,7 @@
 """Label 20,000 photos with `capt-predict --ray`, killed three times, beside one process.
 
-    python -m benchmarks.ray_predict --name "demo model" --bundle demo/pictograms.capt
+    python -m benchmarks.exported work --model "demo model"
+    python -m benchmarks.ray_predict --name "demo model" --bundle work/demo_model/fp32.capt
 
 The photos are small JPEGs made from a seed. Whole commands are timed, with their start. The killed
 job is ended by SIGKILL, with all its processes, at random moments; its rows are then compared with

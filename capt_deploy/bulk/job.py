@@ -10,7 +10,7 @@ from typing import NamedTuple
 from capt_deploy.backends.spec import find_backends
 from capt_deploy.bulk.labeller import Labeller, LabelOptions
 from capt_deploy.bulk.parts import Part, fingerprint
-from capt_deploy.bulk.pool import LOCAL, Engines, connected, engines_for, label_parts
+from capt_deploy.bulk.pool import LOCAL, Engines, choose_engines, connected, label_parts, machines
 from capt_deploy.bulk.results import Results
 from capt_deploy.bulk.storage import is_uri
 from capt_deploy.bundle.read import MANIFEST, Bundle, open_bundle
@@ -58,8 +58,10 @@ def label_on_ray(
     missing = [part for part in parts if part.number not in done]
     if missing:
         with connected(address), progress("predicting", photos, "images") as counter:
-            engines = engines_for(specs)
-            content = None if address == LOCAL else _content(bundle)
+            nodes = machines()
+            engines = choose_engines(specs, nodes)
+            alone = address == LOCAL and len(nodes) == 1
+            content = None if alone else _content(bundle)
             labeller = Labeller(bundle.path.absolute(), options, results, engines.cores, content)
             left = sum(part.photos for part in missing)
             counter.advance(photos - left)

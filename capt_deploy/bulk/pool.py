@@ -72,11 +72,14 @@ def connected(address: str) -> Iterator[None]:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as cause:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as cause:
         raise BackendError(f"Ray at {address!r}: cannot be reached ({cause})") from cause
     try:
         if main:  # Ray's own would end the command without a word
             signal.signal(signal.SIGTERM, handler)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = context.print_on_execution_start = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         if address != LOCAL:
             _check_workers()
         yield
@@ -134,10 +137,9 @@ def choose_engines(specs: Sequence[BackendSpec], nodes: Sequence[dict[str, float
     return Engines(max(1, sum(int(node.get("CPU", 0)) for node in nodes)), 1, 0)
 
 
-def engines_for(specs: Sequence[BackendSpec]) -> Engines:
-    """Return the actors for the machines that Ray has now; see `choose_engines`."""
-    nodes = _import_ray().nodes()
-    return choose_engines(specs, [node["Resources"] for node in nodes if node["Alive"]])
+def machines() -> list[dict[str, float]]:
+    """Return the resources of each machine that Ray has now."""
+    return [node["Resources"] for node in _import_ray().nodes() if node["Alive"]]
 
 
 def label_parts(parts: Sequence[Part], labeller: Labeller, engines: Engines) -> Iterator[Outcome]:
@@ -147,11 +149,6 @@ def label_parts(parts: Sequence[Part], labeller: Labeller, engines: Engines) -> 
         BackendError: Ray itself failed.
     """
     ray = _import_ray()
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    for name in ("ray.data", "ray.data.dataset"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     # Ray tries a part whose worker died again without end.
     attempts = ray.remote(num_cpus=0)(_Attempts).remote()
     # The bundle goes into Ray's store once, whatever the number of actors.

@@ -11,23 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from capt_deploy.core.errors import DataError, ImageError
 from capt_deploy.core.files import write_bytes
 
-T = TypeVar("T")
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://([^/]*)(/.*)?", re.DOTALL)
-_SCHEMES = (
-    "s3",
-    "gs",
-    "gcs",
-    "abfs",
-    "abfss",
-    "hdfs",
-    "viewfs",
-    "file",
-)  # none fetches from the web
+# None of these fetches from the web.
+_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "file")
 _LARGEST_PHOTO = 2**30  # bytes of an encoded photo
 _PAUSES = (1.0, 4.0)  # seconds before a photo is asked for again, which its store did not give
 _ERROR = "error"
@@ -39,7 +30,6 @@ class Table(NamedTuple):
 
     rows: int
     encoded: bool  # whether the table holds photos, in BYTES, or only names, in PATH
-    named: bool  # whether it has PATH
 
 
 def is_uri(name: str) -> bool:
@@ -55,6 +45,12 @@ def _locate(name: str) -> tuple[Any, str]:
     if match is None:
         return pyarrow.fs.LocalFileSystem(), name
     scheme, host, path = match.groups(default="")
+    _check(name, scheme, host)
+    system, root = _open_store(scheme, host)
+    return system, root + path.lstrip("/")
+
+
+def _check(name: str, scheme: str, host: str) -> None:
     if scheme not in _SCHEMES:
         raise DataError(f"{name}: expected a URI that begins with one of {', '.join(_SCHEMES)}")
     if ":" in host.rpartition("@")[0]:
@@ -62,8 +58,6 @@ def _locate(name: str) -> tuple[Any, str]:
             f"{scheme}://…@…: expected no password in the URI, for it would be in every row; "
             f"set the store's environment variables, such as AWS_ACCESS_KEY_ID"
         )
-    system, root = _open_store(scheme, host)
-    return system, root + path.lstrip("/")
 
 
 @cache
@@ -117,18 +111,26 @@ def read_photo(name: str) -> bytes:
     """Return the content of a photo in a store.
 
     Raises:
-        ImageError: it is missing or larger than 1 GiB, or the store did not give it in three tries.
+        ImageError: it is missing or larger than 1 GiB, its URI cannot be used, or the store did not
+            give it in three tries.
+        DataError: the store cannot be opened.
     """
+    match = _URI.fullmatch(name)
+    try:
+        if match is not None:
+            _check(name, match[1], match[2])
+    except DataError as cause:
+        raise ImageError(str(cause)) from cause
+    system, path = _locate(name)
     for pause in (*_PAUSES, None):
         try:
-            system, path = _locate(name)
             with system.open_input_file(path) as file:
                 if (size := file.size()) > _LARGEST_PHOTO:
                     raise ImageError(f"{name}: expected at most 1 GiB, came {size:,} bytes")
                 return bytes(file.read())
         except FileNotFoundError as cause:
             raise ImageError(f"{name}: no such file") from cause
-        except (OSError, DataError) as cause:
+        except OSError as cause:
             if pause is None:
                 raise ImageError(f"{name}: cannot be read ({cause})") from cause
             time.sleep(pause)
@@ -154,7 +156,7 @@ def open_table(name: str) -> Table:
             f"{name}: expected a column {BYTES!r} of encoded photos (binary) or {PATH!r} of their "
             f"names (string), came {found or 'no column'}"
         )
-    return Table(rows, encoded, named)
+    return Table(rows, encoded)
 
 
 @contextmanager

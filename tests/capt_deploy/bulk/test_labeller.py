@@ -114,3 +114,13 @@ def test_a_bundle_comes_as_bytes_where_its_path_is_not_in_reach(
     damaged = {**content, "model.onnx": content["model.onnx"][:-1]}
     with pytest.raises(BundleError, match="is not the file that was exported"):
         Labeller(away, OPTIONS, results, 1, damaged).label(part)
+
+
+def test_a_list_fetches_nothing_from_the_web(photos: Path, label: Label) -> None:
+    table = photos.parent / "list.parquet"
+    names = ["https://example.com/x.jpg", "s3://key:secret@bucket/x.jpg", str(photos / "a.png")]
+    pq.write_table(pa.table({"path": names}), table)
+    web, secret, local = label(str(table))
+    assert "expected a URI that begins with one of s3" in web["error"]
+    assert "expected no password" in secret["error"] and "secret" not in secret["error"]
+    assert local["error"] is None
