@@ -62,9 +62,10 @@ def test_a_job_that_was_killed_continues_without_losing_or_redoing_a_row(
     before, parts = finished_parts(out), find_parts([str(many_photos)])
     assert 0 < len(before) < len(parts) == 8, log.read_text()
     request.getfixturevalue("cluster")  # not before, for two of them take longer to start
-    done = CliRunner().invoke(main, [str(golden), str(many_photos), "--ray", "--out", str(out)])
+    command = [str(golden), str(many_photos), "--ray", "--out", str(out), "--json"]
+    done = CliRunner().invoke(main, command)
     assert done.exit_code == 1, done.output  # for the photo that was cut off
-    assert "2,048 images in" in done.stderr and "32 errors" in done.stderr
+    assert json.loads(done.stdout) == {"out": str(out), "images": PHOTOS, "errors": 32}
     assert {name: finished_parts(out)[name] for name in before} == before
     assert not [file for file in out.iterdir() if file.name.endswith(".tmp")]
     single = CliRunner().invoke(main, [str(golden), str(many_photos), "--json"])

@@ -105,6 +105,14 @@ def test_bad_input_is_one_error_and_exit_code_2(arguments, said):
     assert result.stdout == ""
 
 
+def test_without_ray_it_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = run(BUNDLE, PHOTOS, "--ray", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "--ray needs ray" in result.stderr and "pip install '.[ray]'" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_help_names_every_backend():
     text = " ".join(run("--help").stdout.split())
     assert all(
