@@ -14,7 +14,7 @@ from capt_deploy.bulk.pool import LOCAL, Engines, choose_engines, connected, lab
 from capt_deploy.bulk.results import Results
 from capt_deploy.bulk.storage import is_uri
 from capt_deploy.bundle.read import MANIFEST, Bundle, open_bundle
-from capt_deploy.core.console import Progress, counted, progress, say
+from capt_deploy.core.console import Progress, counted, progress, say, warn
 from capt_deploy.core.errors import BackendError, DataError
 from capt_deploy.core.files import expand_home
 from capt_deploy.serving.predictor import Predictor
@@ -52,6 +52,8 @@ def label_on_ray(
     specs = find_backends(options.backend)
     bundle = open_bundle(path)
     Predictor(bundle, options.decisions)  # whether it can promise that
+    if not bundle.manifest.verified:  # which the workers would say to nobody
+        warn(f"{path}: was exported although its check had failed")
     results = Results(out if is_uri(out) else str(expand_home(out).absolute()))
     photos = sum(part.photos for part in parts)
     done = results.begin(_describe(bundle, parts, photos, options), len(parts))

@@ -1,6 +1,7 @@
 """A folder of results that can be continued: what it belongs to, and which parts are done."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from capt_deploy.core.files import parse_json
 
 # Readers of Parquet folders pass over what begins with an underscore.
 JOB = "_capt_predict.json"
+_SUFFIX = ".parquet"
+_LEFT = re.compile(rf"\.(part-\d+{re.escape(_SUFFIX)}|{re.escape(JOB)})\.[0-9a-f]{{8}}\.tmp")
 
 
 class Results:
@@ -28,8 +31,12 @@ class Results:
         Raises:
             ConfigError: the folder holds something else, or the results of another job.
         """
-        files, name = self._folder.files(), self._folder.name
-        if JOB in files:
+        name, found = self._folder.name, self._folder.files()
+        left = {file for file in found if _LEFT.fullmatch(file)}  # by a process that was killed
+        files = found - left
+        done = {number for number in range(parts) if _file(number) in files}
+        rows = any(file.endswith(_SUFFIX) for file in files)
+        if JOB in files and rows:
             kept = parse_json(self._folder.read(JOB), f"{name}/{JOB}", DataError)
             if kept != job:
                 changed = ", ".join(_differences(kept, job)) or "its form"
@@ -37,7 +44,7 @@ class Results:
                     f"{name}: expected the job that these results were begun with, came another "
                     f"one (changed: {changed}); repeat the first command, or choose another folder"
                 )
-        elif files:
+        elif files and JOB not in files:
             raise ConfigError(
                 f"{name}: expected a new folder, or one of results to be continued, came one with "
                 f"{min(files)}; choose another folder"
@@ -45,10 +52,9 @@ class Results:
         else:
             text = json.dumps(job, indent=2, ensure_ascii=True)
             self._folder.write(JOB, text.encode() + b"\n")
-        for file in files:
-            if file.startswith(".part-") and file.endswith(".tmp"):  # of a process that was killed
-                self._folder.remove(file)
-        return {number for number in range(parts) if _file(number) in files}
+        for file in left:
+            self._folder.remove(file)
+        return done
 
     def write(self, part: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write the rows of a part, all of them or none.
@@ -69,7 +75,7 @@ class Results:
 
 
 def _file(part: int) -> str:
-    return f"part-{part:05d}.parquet"
+    return f"part-{part:05d}{_SUFFIX}"
 
 
 def _differences(kept: Any, job: Mapping[str, Any]) -> list[str]:

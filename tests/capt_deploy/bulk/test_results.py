@@ -28,18 +28,22 @@ def test_parts_that_are_written_are_done(out: str) -> None:
 
 
 def test_what_a_killed_process_left_is_removed(out: str, tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "out"
+    folder.mkdir(parents=True)
+    for name in (JOB, "part-00000.parquet"):
+        (folder / f".{name}.0123abcd.tmp").write_bytes(b"half")
     results = Results(out)
-    results.begin({}, 2)
-    left = tmp_path / "deep" / "out" / ".part-00000.parquet.0123abcd.tmp"
-    left.write_bytes(b"half")
     assert results.begin({}, 2) == set()
-    assert not left.exists()
+    assert [path.name for path in folder.iterdir()] == [JOB]
     results.write(0, ROWS)
-    assert sorted(path.name for path in left.parent.iterdir()) == [JOB, "part-00000.parquet"]
+    assert sorted(path.name for path in folder.iterdir()) == [JOB, "part-00000.parquet"]
 
 
 def test_another_job_is_refused_and_nothing_changed(out: str, tmp_path: Path) -> None:
-    Results(out).begin({"bundle": "a", "top_k": 5, "photos": 3}, 1)
+    results = Results(out)
+    results.begin({"bundle": "b"}, 1)  # as with a backend that then cannot run
+    results.begin({"bundle": "a", "top_k": 5, "photos": 3}, 1)
+    results.write(0, ROWS)
     before = (tmp_path / "deep" / "out" / JOB).read_bytes()
     with pytest.raises(ConfigError, match=r"changed: photos, top_k\).*choose another folder"):
         Results(out).begin({"bundle": "a", "top_k": 3, "photos": 4}, 1)
@@ -53,6 +57,7 @@ def test_a_folder_of_something_else_is_refused(out: str, tmp_path: Path) -> None
     (folder / JOB).rename(folder / "holiday.jpg")
     with pytest.raises(ConfigError, match=r"came one with holiday\.jpg"):
         Results(out).begin({}, 1)
+    (folder / "holiday.jpg").rename(folder / "part-00000.parquet")
     (folder / JOB).write_text("{")
     with pytest.raises(DataError, match="not JSON"):
         Results(out).begin({}, 1)
