@@ -44,14 +44,14 @@ class Part:
     def to_item(self) -> dict[str, Any]:
         """Return a row for Ray Data. Names are bytes, for not all are text, as Arrow wants it."""
         names = [os.fsencode(name) for name in self.names]
-        return {**asdict(self), "names": names, "table": self.table or ""}
+        return {**asdict(self), "names": names, "table": os.fsencode(self.table or "")}
 
     @classmethod
     def from_item(cls, item: dict[str, Any]) -> "Part":
         """Return the part of a row for Ray Data."""
         numbers = {key: int(item[key]) for key in ("number", "start", "stop")}
         names = tuple(map(os.fsdecode, item["names"]))
-        return cls(names=names, table=item["table"] or None, **numbers)
+        return cls(names=names, table=os.fsdecode(item["table"]) or None, **numbers)
 
 
 def find_parts(paths: Iterable[str], listed: Iterable[str] = ()) -> list[Part]:

@@ -4,6 +4,7 @@ A place is named by a local path or by a URI, such as `s3://bucket/photos`.
 """
 
 import io
+import os
 import re
 import secrets
 import time
@@ -64,8 +65,13 @@ def _check(name: str, scheme: str, host: str) -> None:
 def _open_store(scheme: str, host: str) -> tuple[Any, str]:
     import pyarrow.fs
 
+    uri, endpoint = f"{scheme}://{host}/x", os.environ.get("AWS_ENDPOINT_URL")
+    if scheme == "s3" and endpoint:  # of another maker's store, for which pyarrow does not look
+        protocol, _, address = endpoint.rstrip("/").rpartition("://")
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
+        uri += f"?endpoint_override={address}&scheme={protocol or 'https'}&region={region}"
     try:
-        system, path = pyarrow.fs.FileSystem.from_uri(f"{scheme}://{host}/x")
+        system, path = pyarrow.fs.FileSystem.from_uri(uri)
     except (OSError, ValueError, pyarrow.ArrowException) as cause:
         raise DataError(f"{scheme}://{host}: cannot be opened ({cause})") from cause
     return system, path.removesuffix("x")

@@ -78,7 +78,7 @@ def test_the_number_of_parts_has_a_limit() -> None:
 
 def test_a_part_survives_the_way_to_its_worker(photos: Path) -> None:
     odd = b"caf\xe9.png".decode("utf-8", "surrogateescape")
-    for part in (Part(3, ("a.png", odd)), Part(4, (), "x.parquet", 2, 9)):
+    for part in (Part(3, ("a.png", odd)), Part(4, (), odd, 2, 9)):
         (item,) = pa.Table.from_pylist([part.to_item()]).to_pylist()
         assert Part.from_item(item) == part
 
