@@ -6,6 +6,7 @@ import pytest
 
 from capt_deploy.bulk import parts as module
 from capt_deploy.bulk.parts import Part, find_parts, fingerprint
+from capt_deploy.bulk.results import Results
 from capt_deploy.core.errors import DataError
 from capt_deploy.serving.labelling import find_images
 
@@ -118,3 +119,16 @@ def test_what_cannot_be_used_is_named(
 def test_nothing_at_all_is_refused() -> None:
     with pytest.raises(DataError, match="found no image"):
         find_parts([], [""])
+
+
+def test_results_in_a_folder_of_photos_are_no_input(photos: Path) -> None:
+    results = Results(str(photos / "results"))
+    results.begin({}, 1)
+    results.write(0, [{"path": "gone.png", "error": "no such file"}])
+    assert names(find_parts([str(photos)])) == find_images([str(photos)])
+    for file in photos.glob("*.*"):
+        file.unlink()
+    with pytest.raises(DataError, match="found no image"):
+        find_parts([str(photos)])
+    # Given by name, they are a list: of what is to be tried again.
+    assert names(find_parts([str(photos / "results")])) == ["gone.png"]
