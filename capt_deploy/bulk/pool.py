@@ -73,7 +73,10 @@ def connected(address: str) -> Iterator[None]:
     try:
         ray.init(address, **quiet)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as cause:
-        raise BackendError(f"Ray at {address!r}: cannot be reached ({cause})") from cause
+        raise BackendError(
+            f"Ray at {address!r}: cannot be reached ({cause}); a cluster may ask for a token: "
+            f"set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+        ) from cause
     try:
         if main:  # Ray's own would end the command without a word
             signal.signal(signal.SIGTERM, handler)
