@@ -10,10 +10,22 @@ import click
 
 from capt_deploy.backends.spec import backend_names
 from capt_deploy.core.console import Command, PathInHome, counted, print_json, progress, say
+from capt_deploy.core.install import require_packages
 from capt_deploy.core.version import __version__
 
 if TYPE_CHECKING:
     from capt_deploy.serving.labelling import LabelledFile
+
+
+def _check_address(
+    context: click.Context, parameter: click.Parameter, address: str | None
+) -> str | None:
+    """Refuse a path that stands behind `--ray`, as if it were an address."""
+    if address is None or address in ("local", "auto") or ":" in address:
+        return address
+    raise click.BadParameter(
+        f"expected local, auto or HOST:PORT, came {address!r}; write paths before --ray"
+    )
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
@@ -39,8 +51,20 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Let the decoder shrink large JPEGs; changes their pixels a little.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON list on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list; with --ray, the counts.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV on stdout.")
+@click.option(
+    "--ray",
+    "address",
+    metavar="[ADDRESS]",
+    is_flag=False,
+    flag_value="local",
+    callback=_check_address,
+    help="Label in parts with Ray: on this machine, or on the cluster at auto or HOST:PORT.",
+)
+@click.option(
+    "--out", metavar="FOLDER", help="Where --ray writes Parquet; a killed job is continued there."
+)
 @click.version_option(__version__, prog_name="capt")
 def main(
     bundle: Path,
@@ -54,8 +78,11 @@ def main(
     fast_decode: bool,
     as_json: bool,
     as_csv: bool,
+    address: str | None,
+    out: str | None,
 ) -> None:
-    """Label images with a BUNDLE. PATHS are images, folders, patterns, or - for a list on stdin.
+    """Label images with a BUNDLE. PATHS are images, folders, patterns, or - for a list on stdin;
+    with --ray also Parquet files with a column "bytes" or "path", and URIs such as s3://bucket/x.
 
     An image that cannot be read gets a row with its error; the exit code is then 1. An image of no
     known class can get a confident label: the text form marks images that look "unfamiliar".
@@ -65,18 +92,36 @@ def main(
       capt-predict pets.capt photos/ extra.jpg --top-k 3
       capt-predict pets.capt photos/ --accuracy 0.95 --csv
       find . -name '*.jpg' | capt-predict pets.capt - --json
+      capt-predict pets.capt photos/ --ray --out results/
     """
     if as_json and as_csv:
         raise click.UsageError("choose --json or --csv, not both")
+    if (address is None) != (out is None):
+        raise click.UsageError("--ray and --out FOLDER need each other")
+    if address is not None and as_csv:
+        raise click.UsageError("--ray writes Parquet; leave out --csv")
     from capt_deploy.confidence.decisions import DecisionOptions
     from capt_deploy.serving.classifier import Classifier
     from capt_deploy.serving.labelling import find_images, label_files, read_names
 
     listed = read_names(sys.stdin.buffer.read()) if "-" in paths else []
-    files = find_images([path for path in paths if path != "-"], listed)
     decisions = DecisionOptions.from_given(
         coverage=coverage, accuracy=accuracy, familiarity=reject_unfamiliar
     )
+    given = [path for path in paths if path != "-"]
+    if address is not None and out is not None:
+        require_packages("--ray", "ray", "ray", "pyarrow")
+        from capt_deploy.bulk.job import label_on_ray
+        from capt_deploy.bulk.labeller import LabelOptions
+        from capt_deploy.bulk.parts import find_parts
+
+        options = LabelOptions(backend, top_k, decisions, fast_decode, batch_size)
+        summary = label_on_ray(bundle, find_parts(given, listed), out, options, address)
+        say(f"{counted(summary.images, 'image')} in {out}, {counted(summary.errors, 'error')}")
+        if as_json:
+            print_json({"out": out, **summary._asdict()})
+        sys.exit(1 if summary.errors else 0)
+    files = find_images(given, listed)
     with (
         Classifier.load(
             bundle, backend, fast_decode=fast_decode, decisions=decisions

@@ -36,11 +36,14 @@ def frugal_batch(config: PreprocessConfig) -> int:
     return max(1, min(_LARGEST_FRUGAL, _FRUGAL_PIXELS // (height * width)))
 
 
-def in_batches(items: Iterable[T], work: Callable[[T], R], batch_size: int) -> Iterator[list[R]]:
+def in_batches(
+    items: Iterable[T], work: Callable[[T], R], batch_size: int, threads: int | None = None
+) -> Iterator[list[R]]:
     """Yield the results of `work` on items, in order, in lists of `batch_size`.
 
-    A pool of threads works on the next list while the caller has the last one. Only the caller's
-    thread iterates over `items`. An error in `work` is raised with the list of its item.
+    A pool of `threads`, by default one for each core, works on the next list while the caller has
+    the last one. Only the caller's thread iterates over `items`. An error in `work` is raised with
+    the list of its item.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, came {batch_size}")
@@ -49,7 +52,7 @@ def in_batches(items: Iterable[T], work: Callable[[T], R], batch_size: int) -> I
     if len(first) == 1 < batch_size:  # a thread would take longer than it saves
         yield [work(first[0])]
         return
-    pool = ThreadPoolExecutor(usable_cores(), "capt-decode")
+    pool = ThreadPoolExecutor(threads or usable_cores(), "capt-decode")
     try:
         ahead = [_begin(pool, work, item) for item in first]
         first.clear()

@@ -22,6 +22,7 @@ _RESULTS = {
     "a bundle": ("manifest.json", "model.onnx"),
     "a report": ("report.html", "report.json"),
     "a comparison": ("cells.jsonl",),
+    "predictions": ("_capt_predict.json",),
 }
 
 

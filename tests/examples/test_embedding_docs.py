@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from capt_deploy.cli import predict
 from examples import edge_camera
 from examples.server import __main__ as server
 
@@ -46,9 +47,9 @@ def form(line: str) -> str:
 
 
 def test_the_shown_answers_and_options_are_the_programs_own() -> None:
-    others = {"--preload", "--name", "--docs", "--without", "--classes"}  # of other programs
+    others = {"--preload", "--name", "--docs", "--without", "--classes", "--model", "--bundle"}
     options = {*re.findall(r"--[a-z][a-z-]+", DOCS)} - others
-    programs = (server, edge_camera)
+    programs = (server, edge_camera, predict)
     helped = "".join(CliRunner().invoke(one.main, ["--help"]).output for one in programs)
     assert sorted(option for option in options if f"{option} " not in helped) == []
     answer, line = blocks("json")

@@ -91,6 +91,10 @@ def test_a_missing_name_in_a_list_spoils_only_its_own_row():
         ((BUNDLE, "-"), "found no image"),
         ((BUNDLE, "a" * 300 + ".jpg"), "name too long"),
         ((BUNDLE,), "Missing argument"),
+        ((BUNDLE, PHOTOS, "--ray"), "--ray and --out FOLDER need each other"),
+        ((BUNDLE, PHOTOS, "--out", "x"), "--ray and --out FOLDER need each other"),
+        ((BUNDLE, PHOTOS, "--ray", "--out", "x", "--csv"), "leave out --csv"),
+        ((BUNDLE, "--ray", "photos/", "--out", "x"), "write paths before --ray"),
     ],
 )
 def test_bad_input_is_one_error_and_exit_code_2(arguments, said):
@@ -99,6 +103,14 @@ def test_bad_input_is_one_error_and_exit_code_2(arguments, said):
     assert said in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
+
+
+def test_without_ray_it_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = run(BUNDLE, PHOTOS, "--ray", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "--ray needs ray" in result.stderr and "pip install '.[ray]'" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_help_names_every_backend():

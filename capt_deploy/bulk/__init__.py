@@ -1,0 +1,1 @@
+"""Label more photos than one process should: parts of them on Ray, rows as Parquet."""
