@@ -31,6 +31,7 @@ from capt_deploy.core.errors import BackendError
 from capt_deploy.core.machine import usable_cores
 
 NAME = "ray_predict"
+BACKEND = ("--backend", "onnxruntime-cpu")  # the same for all, so that floats are as well
 DOCS = Path(__file__).parents[1] / "docs" / "embedding.md"
 _GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "tiny.capt"
 _MARK = "CAPT_BENCHMARK_JOB"  # variable by which all processes of a job are known
@@ -64,7 +65,7 @@ class Job:
         name, _, value = self._mark.partition("=")
         with log.open("ab") as sink:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", code, bundle, photos, "--ray", "--out", out],
+                [sys.executable, "-c", code, bundle, photos, *BACKEND, "--ray", "--out", out],
                 env={**os.environ, name: value},
                 stdout=sink,
                 stderr=sink,
@@ -242,7 +243,9 @@ def _single(bundle: Path, photos: Path) -> dict[str, Any]:
     code = "from capt_deploy.cli.predict import main; main()"
     start = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-c", code, bundle, photos, "--json"], capture_output=True, check=False
+        [sys.executable, "-c", code, bundle, photos, *BACKEND, "--json"],
+        capture_output=True,
+        check=False,
     )
     if done.returncode not in (0, 1):
         raise BackendError(f"the single process failed: {done.stderr.decode()}")

@@ -7,7 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-from capt_deploy.backends.spec import find_backends
+from capt_deploy.backends.options import RuntimeOptions
+from capt_deploy.backends.spec import AUTO, find_backends
 from capt_deploy.bulk.labeller import Labeller, LabelOptions
 from capt_deploy.bulk.parts import Part, fingerprint
 from capt_deploy.bulk.pool import LOCAL, Engines, choose_engines, connected, label_parts, machines
@@ -17,6 +18,7 @@ from capt_deploy.bundle.read import MANIFEST, Bundle, open_bundle
 from capt_deploy.core.console import Progress, counted, progress, say, warn
 from capt_deploy.core.errors import BackendError, DataError
 from capt_deploy.core.files import expand_home
+from capt_deploy.serving.opening import open_backend
 from capt_deploy.serving.predictor import Predictor
 
 
@@ -63,6 +65,10 @@ def label_on_ray(
             nodes = machines()
             engines = choose_engines(specs, nodes)
             alone = address == LOCAL and len(nodes) == 1
+            if alone and not engines.gpus and options.backend == AUTO:
+                # One trial, before all engines would measure at once.
+                used = RuntimeOptions(threads=engines.cores)
+                open_backend(bundle, AUTO, None, used).backend.close()
             content = None if alone else _content(bundle)
             labeller = Labeller(bundle.path.absolute(), options, results, engines.cores, content)
             left = sum(part.photos for part in missing)
