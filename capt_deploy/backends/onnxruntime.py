@@ -146,8 +146,6 @@ def start_session(
         "session.model_external_initializers_file_folder_path",
         str(weights_folder or f"{os.devnull}/none"),
     )
-    # Without VNNI, products of unsigned and signed bytes would saturate; this takes slower ones.
-    options.add_session_config_entry("session.x64quantprecision", "1")
     options.enable_cpu_mem_arena = not frugal
     # The default is all cores of the machine, even where a container may use only two of them.
     options.intra_op_num_threads = threads or usable_cores()
