@@ -55,7 +55,7 @@ def test_rows_of_both_stand_in_one_table(exported: Exported) -> None:
     assert len(cell["ratios"]) == len(rows)
     for one in cell["ratios"]:
         place = (one["scope"], one["batch"])
-        own, plain = by_key[one["backend"], *place], by_key["open_clip eager", *place]
+        own, plain = (by_key[(name, *place)] for name in (one["backend"], "open_clip eager"))
         assert one["ratio"] == pytest.approx(own["throughput_per_s"] / plain["throughput_per_s"])
     assert cell["same_labels"] == {"fp32": 1.0}
     assert cell["load_before"] is None  # only who began it knows
