@@ -23,9 +23,10 @@ from capt_deploy.backends.device import PACKAGES, Device, open_device
 from capt_deploy.backends.options import DEFAULT_OPTIONS, RuntimeOptions
 from capt_deploy.backends.spec import TENSORRT, TENSORRT_RTX, BackendSpec
 from capt_deploy.backends.tensorrt.build import EngineRequest
-from capt_deploy.backends.tensorrt.cache import EngineCache, EngineKey
+from capt_deploy.backends.tensorrt.cache import EngineCache
 from capt_deploy.backends.tensorrt.engine import load_library, make_logger, start_runtime
 from capt_deploy.backends.tensorrt.execution import Execution, ExecutionPool, read_layout
+from capt_deploy.backends.tensorrt.key import EngineKey
 from capt_deploy.bundle.graphs import StoredGraph
 from capt_deploy.core.console import say
 from capt_deploy.core.errors import BackendError
@@ -122,7 +123,9 @@ class TensorRT:
         request = EngineRequest(graph, self.spec, device.sm, options.batches, device)
         with device.active():
             load = partial(_deserialise, start_runtime(self.spec), self.spec)
-            engine = request.obtain(cache, load)
+            engine = request.find_portable(cache, load)
+            if engine is None:
+                engine = request.obtain(cache, load)
             self._layout = read_layout(engine, options.batches)
         problem = ""
         for graphs in self._graph_attempts(device, options.cuda_graphs):
@@ -218,8 +221,17 @@ def _finish(pool: ExecutionPool, contexts: _Contexts, process: Process) -> None:
         contexts.save()
 
 
-def _deserialise(runtime: Any, spec: BackendSpec, data: bytes) -> Any:
-    """Return an engine; None, and a line with the reason, if it is not one for this machine."""
+def _deserialise(runtime: Any, spec: BackendSpec, data: bytes, with_code: bool = False) -> Any:
+    """Return an engine; None, and a line with the reason, if it is not one for this machine.
+
+    Args:
+        runtime: see `start_runtime`.
+        spec: the backend.
+        data: the serialised engine.
+        with_code: whether the engine brings the runtime of its version, which is then executed.
+    """
+    if with_code:
+        runtime.engine_host_code_allowed = True
     errors = make_logger(spec).listen()
     engine = None
     with suppress(Exception):  # the library rejects a foreign engine in various ways
