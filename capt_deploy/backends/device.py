@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from capt_deploy.core.errors import BackendError, UnavailableError
 from capt_deploy.core.gpus import gpu_problem, query_gpus
+from capt_deploy.core.jetson import cuda_hint
 
 Bytes = NDArray[np.uint8]  # (bytes,)
 
@@ -242,7 +243,7 @@ def open_device(ordinal: int = 0) -> Device:
         except ImportError:  # missing, or for another version of CUDA
             continue
     raise UnavailableError(
-        "expected pycuda or cuda-python to reach the GPU, found neither; pip install cuda-python"
+        f"expected pycuda or cuda-python to reach the GPU, found neither; {cuda_hint()}"
     )
 
 

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from importlib import metadata
@@ -50,17 +49,6 @@ def describe_host() -> dict[str, Any]:
 def describe_machine() -> dict[str, Any]:
     """Return `describe_host` and the GPUs with their clocks at this moment."""
     return {**describe_host(), "gpus": [asdict(gpu) for gpu in find_driver().gpus]}
-
-
-def jetson_linux(root: Path = Path("/")) -> str | None:
-    """Return the release of Jetson Linux, such as "36.4.3"; None where this is no Jetson.
-
-    Args:
-        root: the folder that holds `etc`.
-    """
-    text = _text(root / "etc/nv_tegra_release")
-    match = re.match(r"# R(\d+) \(release\), REVISION: ([\d.]+)", text)
-    return f"{match[1]}.{match[2]}" if match else None
 
 
 def resident_memory() -> int | None:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ from capt_deploy.backends.tensorrt.key import EngineKey
 from capt_deploy.bundle.graphs import StoredGraph
 from capt_deploy.core.console import say
 from capt_deploy.core.errors import BackendError
+from capt_deploy.core.jetson import cuda_hint, jetson_linux
 from capt_deploy.core.process import Process, never_free_in_copies
 
-_SMS_WITHOUT_RTX = {90, 100, 103}  # generations of data centre GPUs
+_SMS_WITHOUT_RTX = {87, 90, 100, 101, 103, 110}  # of data centres and Jetsons
 
 
 class _Contexts:
@@ -212,7 +214,11 @@ def advise(spec: BackendSpec, installed: Mapping[str, str], sms: Collection[int]
     if spec is TENSORRT_RTX and sms and {*sms} <= _SMS_WITHOUT_RTX:
         return f"TensorRT-RTX is not made for this GPU: {TENSORRT.install}"
     has_library, has_cuda = ({*names} & installed.keys() for names in (spec.packages, PACKAGES))
-    return "pip install cuda-python" if has_library and not has_cuda else None
+    if spec is TENSORRT and jetson_linux() is not None:  # JetPack's own, which pip must not replace
+        if find_spec(spec.module) is None:
+            return spec.install
+        return "sudo apt-get install --reinstall python3-libnvinfer" if has_cuda else cuda_hint()
+    return cuda_hint() if has_library and not has_cuda else None
 
 
 def _finish(pool: ExecutionPool, contexts: _Contexts, process: Process) -> None:

@@ -22,7 +22,7 @@ from capt_deploy.bundle.manifest import Manifest
 from capt_deploy.core.console import say
 from capt_deploy.core.errors import BackendError
 from capt_deploy.core.files import sha256_file
-from capt_deploy.core.machine import jetson_linux
+from capt_deploy.core.jetson import jetson_linux
 
 T = TypeVar("T")
 _SECONDS_BETWEEN_LOOKS = 0.2

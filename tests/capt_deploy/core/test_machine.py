@@ -38,21 +38,6 @@ def test_resident_memory_grows_with_what_is_held():
     assert done.stdout == "True\n"
 
 
-@pytest.mark.parametrize(
-    ("text", "release"),
-    [
-        ("# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64", "36.4.3"),
-        ("# R38 (release), REVISION: 2.0, GCID: 41844464, BOARD: generic, EABI: aarch64", "38.2.0"),
-        ("something else\n", None),
-        (None, None),
-    ],
-)
-def test_a_jetson_is_known_by_its_release(tmp_path: Path, text: str | None, release: str | None):
-    if text is not None:
-        write(tmp_path / "etc/nv_tegra_release", text)
-    assert machine.jetson_linux(tmp_path) == release
-
-
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine of eight CPUs, two threads a core, on a system without limits."""
