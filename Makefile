@@ -5,7 +5,8 @@
 # make wheel: build dist/capt-….whl, to be installed anywhere
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-DEPLOY_PYTHON ?= $(shell python3.10 -c 'print("python3.10")' 2>/dev/null || echo $(PYTHON))
+PYENV = $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python)
+DEPLOY_PYTHON ?= $(firstword $(shell python3.10 -c 'print("python3.10")' 2>/dev/null) $(PYENV) $(PYTHON))
 VENV ?= .venv
 DEPLOY_VENV ?= .venv-deploy
 BIN = $(VENV)/bin

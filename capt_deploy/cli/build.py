@@ -150,7 +150,8 @@ def _table(entries: "list[Entry]") -> str:
         cells = [str(key.get(name) or "") for name in ("sm", "gpu", "precision", "batches")]
         used = datetime.fromtimestamp(entry.used).strftime("%Y-%m-%d %H:%M")
         size = f"{entry.bytes / 1e6:.1f}"
-        rows.append((entry.path.stem, str(key.get("kind", "")), library, *cells, size, used))
+        kind = ", ".join(filter(None, (str(key.get("kind", "")), key.get("portable"))))
+        rows.append((entry.path.stem, kind, library, *cells, size, used))
     return table(header, rows)
 
 
