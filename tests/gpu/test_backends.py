@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from capt_deploy.backends.base import Backend, DeviceTimed, Outputs
-from capt_deploy.backends.onnxruntime import OnnxRuntime
 from capt_deploy.backends.device import open_device
+from capt_deploy.backends.onnxruntime import OnnxRuntime
 from capt_deploy.backends.options import BATCHES, PORTABLE, RuntimeOptions
 from capt_deploy.backends.spec import BACKENDS, TENSORRT, BackendSpec
 from capt_deploy.backends.tensorrt.build import EngineRequest
