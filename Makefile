@@ -5,9 +5,13 @@
 # make wheel: build dist/capt-….whl, to be installed anywhere
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYENV = $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python)
+DEPLOY_PYTHON ?= $(firstword $(shell python3.10 -c 'print("python3.10")' 2>/dev/null) $(PYENV) $(PYTHON))
 VENV ?= .venv
 DEPLOY_VENV ?= .venv-deploy
 BIN = $(VENV)/bin
+# Python 2 had a function `file`; here it is a variable, which vermin would take for that.
+PACKAGES = capt_deploy capt_train export examples benchmarks tests
 
 .PHONY: demo test check fuzz docs wheel install clean
 
@@ -23,6 +27,7 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/vermin --quiet --no-tips --violations -t=3.10- --exclude file $(PACKAGES)
 
 fuzz: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/fuzz --hypothesis-profile=fuzz
@@ -55,9 +60,9 @@ $(VENV)/.docs: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable '.[docs]'
 	touch $@
 
-# The runtime alone, as an edge machine has it: no torch.
+# The runtime alone, as an edge machine has it: no torch, and JetPack 6's Python where one is found.
 $(DEPLOY_VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(DEPLOY_VENV)
+	$(DEPLOY_PYTHON) -m venv --clear $(DEPLOY_VENV)
 	$(DEPLOY_VENV)/bin/pip install --quiet --editable '.[open-vocab]' pytest hypothesis
 	touch $@
 

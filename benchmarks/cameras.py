@@ -49,7 +49,8 @@ def write_through(camera: str, source: Path, target: Path) -> None:
     """
     for path in sorted(file for file in source.rglob("*") if file.is_file()):
         name = path.relative_to(source)
-        seed = int.from_bytes(hashlib.sha256(f"{camera} {name.as_posix()}".encode()).digest()[:8])
+        digest = hashlib.sha256(f"{camera} {name.as_posix()}".encode()).digest()
+        seed = int.from_bytes(digest[:8], "big")
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         if path.suffix.lower() not in _PHOTOS:  # names of classes
             shutil.copyfile(path, target / name)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from capt_deploy.core.errors import BackendError, UnavailableError
 from capt_deploy.core.gpus import gpu_problem, query_gpus
+from capt_deploy.core.jetson import cuda_hint
 
 Bytes = NDArray[np.uint8]  # (bytes,)
 
@@ -137,64 +138,68 @@ class PyCuda:
 
     def __init__(self, driver: Any, ordinal: int) -> None:
         self._cuda = driver
-        driver.init()
-        _check_ordinal(ordinal, driver.Device.count())
-        device = driver.Device(ordinal)
-        major, minor = device.compute_capability()
+        self._call(driver.init)
+        _check_ordinal(ordinal, self._call(driver.Device.count))
+        device = self._call(driver.Device, ordinal)
+        major, minor = self._call(device.compute_capability)
         self.ordinal, self.name, self.sm = ordinal, device.name(), 10 * major + minor
-        self.driver = _driver_version(driver.get_driver_version())
-        self._context = device.retain_primary_context()
+        self.driver = _driver_version(self._call(driver.get_driver_version))
+        self._context = self._call(device.retain_primary_context)
         self._memory: dict[int, Any] = {}  # freed as soon as nothing refers to it
+
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except self._cuda.Error as cause:
+            raise BackendError(f"CUDA: {cause}") from cause
 
     @contextmanager
     def active(self) -> Iterator[None]:
         # Each thread has a stack of contexts; pycuda ends the process of a thread that leaves one.
-        self._context.push()
+        self._call(self._context.push)
         try:
             yield
-        except self._cuda.Error as cause:
-            raise BackendError(f"CUDA: {cause}") from cause
         finally:
             self._context.pop()
 
     def allocate(self, size: int) -> int:
-        memory = self._cuda.mem_alloc(size)
+        memory = self._call(self._cuda.mem_alloc, size)
         self._memory[int(memory)] = memory
         return int(memory)
 
     def free(self, address: int) -> None:
-        self._memory.pop(address).free()
+        self._call(self._memory.pop(address).free)
 
     def pinned(self, size: int) -> Bytes:
-        memory: Bytes = self._cuda.pagelocked_empty(size, np.uint8)
+        memory: Bytes = self._call(self._cuda.pagelocked_empty, size, np.uint8)
         return memory
 
     def free_pinned(self, memory: Bytes) -> None:
         base: Any = memory.base
-        base.free()
+        self._call(base.free)
 
     def stream(self) -> Any:
-        return _PyCudaStream(self._cuda.Stream(1))  # CU_STREAM_NON_BLOCKING
+        return _PyCudaStream(self._call(self._cuda.Stream, 1))  # CU_STREAM_NON_BLOCKING
 
     def free_stream(self, stream: Any) -> None:
         del stream.stream
 
     def to_device(self, address: int, memory: Bytes, stream: Any) -> None:
-        self._cuda.memcpy_htod_async(address, memory, stream.stream)
+        self._call(self._cuda.memcpy_htod_async, address, memory, stream.stream)
 
     def to_host(self, memory: Bytes, address: int, stream: Any) -> None:
-        self._cuda.memcpy_dtoh_async(memory, address, stream.stream)
+        self._call(self._cuda.memcpy_dtoh_async, memory, address, stream.stream)
 
     def synchronize(self, stream: Any) -> None:
-        stream.stream.synchronize()
+        self._call(stream.stream.synchronize)
 
     def record(self, stream: Any) -> Any:
-        event = self._cuda.Event()
-        event.record(stream.stream)
+        event = self._call(self._cuda.Event)
+        self._call(event.record, stream.stream)
         return event
 
     def elapsed_ms(self, first: Any, second: Any) -> float:
-        return float(second.time_since(first))
+        return float(self._call(second.time_since, first))
 
     def free_event(self, event: Any) -> None:
         del event  # goes with the last reference
@@ -238,7 +243,7 @@ def open_device(ordinal: int = 0) -> Device:
         except ImportError:  # missing, or for another version of CUDA
             continue
     raise UnavailableError(
-        "expected pycuda or cuda-python to reach the GPU, found neither; pip install cuda-python"
+        f"expected pycuda or cuda-python to reach the GPU, found neither; {cuda_hint()}"
     )
 
 

@@ -10,6 +10,7 @@ from capt_deploy.backends.base import Outputs, Pixels, run_in_parts
 from capt_deploy.backends.options import DEFAULT_OPTIONS, RuntimeOptions
 from capt_deploy.backends.spec import BackendSpec
 from capt_deploy.core.errors import BackendError, UnavailableError
+from capt_deploy.core.jetson import jetson_linux
 from capt_deploy.core.machine import usable_cores
 from capt_deploy.core.process import Process, never_free_in_copies
 
@@ -183,6 +184,8 @@ def advise(spec: BackendSpec, installed: Mapping[str, str], sms: Collection[int]
         return f"pip uninstall -y {names}; pip install --no-cache-dir onnxruntime-gpu"
     if not spec.needs_gpu:
         return None
+    if jetson_linux() is not None:
+        return "pip has onnxruntime for the CPU of a Jetson alone: use the backend tensorrt"
     if "onnxruntime-gpu" in installed:  # then CUDA's own libraries are missing, or too old
         return "pip install --upgrade 'onnxruntime-gpu[cuda,cudnn]'"
     return "pip uninstall -y onnxruntime; pip install 'onnxruntime-gpu[cuda,cudnn]'"

@@ -6,6 +6,7 @@ from pathlib import Path
 from capt_deploy.core.errors import ConfigError
 
 BATCHES = (1, 8, 32)  # the smallest, usual and largest number of images that run at once
+PORTABLE = ("hardware", "version")  # what may differ where a TensorRT engine runs
 
 
 @dataclass(frozen=True)

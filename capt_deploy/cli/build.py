@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from capt_deploy.backends.options import BATCHES, check_batches
+from capt_deploy.backends.options import BATCHES, PORTABLE, check_batches
 from capt_deploy.backends.spec import BACKENDS, BackendSpec, find_backends
 from capt_deploy.core.console import Command, PathInHome, counted, print_json, say
 from capt_deploy.core.errors import BackendError, ConfigError
@@ -54,6 +54,13 @@ def _batches(context: Any, option: Any, text: str) -> tuple[int, int, int]:
     show_default=True,
     help="Images at once; Classifier.load needs the same RuntimeOptions(batches=…).",
 )
+@click.option(
+    "--portable",
+    type=click.Choice(PORTABLE),
+    help="For other machines, at some cost of speed; TensorRT only. hardware: runs on every GPU "
+    "from Ampere on, but is neither built nor used on Jetsons. version: later versions of TensorRT "
+    "with the same major number run it, on a GPU of the same name.",
+)
 @click.option("--precision", help="Which graph; by default the one that suits the backend.")
 @click.option("--cache", type=PathInHome(), help="Folder of the engines.  [default: the user's]")
 @click.option("--list", "as_list", is_flag=True, help="List the cached engines; build nothing.")
@@ -71,6 +78,7 @@ def main(
     sm: int | None,
     device: int,
     batches: tuple[int, int, int],
+    portable: str | None,
     precision: str | None,
     cache: Path | None,
     as_list: bool,
@@ -100,7 +108,7 @@ def main(
     if bundle is None or backend is None:
         raise click.UsageError("expected BUNDLE and --backend, or --list, or --prune")
     (spec,) = find_backends(backend)
-    result = _build(engines, bundle, precision, spec, sm, device, batches)
+    result = _build(engines, bundle, precision, spec, sm, device, batches, portable or "")
     if as_json:
         print_json(result)
     else:
@@ -142,7 +150,8 @@ def _table(entries: "list[Entry]") -> str:
         cells = [str(key.get(name) or "") for name in ("sm", "gpu", "precision", "batches")]
         used = datetime.fromtimestamp(entry.used).strftime("%Y-%m-%d %H:%M")
         size = f"{entry.bytes / 1e6:.1f}"
-        rows.append((entry.path.stem, str(key.get("kind", "")), library, *cells, size, used))
+        kind = ", ".join(filter(None, (str(key.get("kind", "")), key.get("portable"))))
+        rows.append((entry.path.stem, kind, library, *cells, size, used))
     return table(header, rows)
 
 
@@ -154,6 +163,7 @@ def _build(
     sm: int | None,
     device: int,
     batches: tuple[int, int, int],
+    portable: str,
 ) -> dict[str, Any]:
     """Build the engine, unless it is cached; return the JSON that describes it."""
     import time
@@ -167,7 +177,7 @@ def _build(
     graph = opened.graph(precision or spec.preferred(opened.precisions))
     start = time.perf_counter()
     gpu = _open_gpu(spec, sm, device)
-    request = EngineRequest(graph, spec, gpu.sm if gpu else sm or 0, batches, gpu)
+    request = EngineRequest(graph, spec, gpu.sm if gpu else sm or 0, batches, gpu, portable)
     path, engine = engines.path_of(request.key), engines.read(request.key)
     cached = engine is not None
     if engine is None:

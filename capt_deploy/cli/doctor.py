@@ -42,6 +42,8 @@ def main(bundle: Path | None, as_json: bool) -> None:
 
 
 def _text(diagnosis: "Diagnosis") -> str:
+    from capt_deploy.core.jetson import jetpack
+
     machine, driver = diagnosis.machine, diagnosis.driver
     memory, cores = machine["memory_bytes"], counted(machine["cores"], "core")
     lines = [
@@ -49,6 +51,9 @@ def _text(diagnosis: "Diagnosis") -> str:
         f"processor  {machine['cpu']}, {cores} of {machine['cores_of_machine']}",
         f"memory     {'unknown' if memory is None else f'{memory / 1e9:.1f} GB'}",
     ]
+    if machine["jetson_linux"]:
+        names = (f"Jetson Linux {machine['jetson_linux']}", jetpack())
+        lines.append(f"Jetson     {', '.join(filter(None, names))}")
     lines += [f"GPU {number}      {_gpu(gpu)}" for number, gpu in enumerate(driver.gpus)]
     if driver.cuda:
         lines.append(f"driver     runs CUDA up to {driver.cuda}")

@@ -20,6 +20,7 @@ from typing import IO, Any
 from capt_deploy.core.errors import CaptError, ConfigError
 
 _IN_USE = "in_use"  # name of a lock; processes that are killed hold none
+_BLOCK = 2**20  # bytes that are hashed at once
 _LARGEST_TEXT = 2**28  # bytes; a million listed images are less
 _DEEPEST_JSON = 100  # lists and objects in each other; what reads them may recurse
 _NESTING = (dict, list)
@@ -361,8 +362,11 @@ def is_file(path: Path) -> bool:
 
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(_BLOCK):  # hashlib.file_digest needs Python 3.11
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def is_lfs_pointer(path: Path) -> bool:

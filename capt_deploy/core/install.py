@@ -4,6 +4,7 @@ from importlib import import_module
 from pathlib import Path
 
 from capt_deploy.core.errors import ConfigError
+from capt_deploy.core.jetson import jetson_linux, tensorrt_hint
 from capt_deploy.core.version import __version__
 
 _FOLDER = Path(__file__).resolve().parents[2]
@@ -11,6 +12,8 @@ _FOLDER = Path(__file__).resolve().parents[2]
 
 def install_hint(extra: str) -> str:
     """Return the command that adds an extra, such as "tensorrt", to this installation."""
+    if extra == "tensorrt" and jetson_linux() is not None:
+        return tensorrt_hint()
     if (_FOLDER / "pyproject.toml").is_file():  # a clone, installed with --editable
         return f"pip install '.[{extra}]' in {_FOLDER}"
     return (

@@ -10,6 +10,7 @@ from typing import Any
 from capt_deploy.backends.spec import BackendSpec, find_backends, library_packages
 from capt_deploy.bundle.read import open_bundle
 from capt_deploy.core.gpus import Driver, find_driver
+from capt_deploy.core.jetson import jetson_linux
 from capt_deploy.core.machine import RUNTIME, describe_host, installed
 from capt_deploy.core.version import __version__
 from capt_deploy.doctor.probe import ProbeResult, probe_backend
@@ -18,7 +19,7 @@ from capt_deploy.doctor.probe import ProbeResult, probe_backend
 _OTHERS = ("cuda-python", "torch", "open_clip_torch", "onnx", "click", "safetensors")
 _DRIVER = (
     "on a machine with an NVIDIA GPU, install its driver (nvidia.com/drivers), and start "
-    "containers with --gpus all"
+    "containers with --gpus all (on a Jetson: --runtime nvidia)"
 )
 Try = Callable[[str, Path | None], ProbeResult]
 
@@ -90,7 +91,7 @@ def diagnose(bundle: Path | None = None, attempt: Try = probe_backend) -> Diagno
     findings = tuple(_examine(spec, facts, bundle, attempt) for spec in find_backends())
     return Diagnosis(
         {"capt": __version__, "python": platform.python_version(), **facts.packages},
-        {**describe_host(), "cores_of_machine": os.cpu_count()},
+        {**describe_host(), "cores_of_machine": os.cpu_count(), "jetson_linux": jetson_linux()},
         facts.driver,
         tuple(problems(facts, findings)),
         findings,

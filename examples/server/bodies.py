@@ -86,13 +86,16 @@ async def _read(request: Request, limits: Limits) -> bytearray:
     if int(request.headers.get("content-length", 0)) > limits.body_bytes:
         raise too_large
     body = bytearray()
+
+    async def fill() -> None:
+        async for chunk in request.stream():
+            if len(body) + len(chunk) > limits.body_bytes:
+                raise too_large
+            body.extend(chunk)
+
     try:
-        async with asyncio.timeout(limits.seconds):
-            async for chunk in request.stream():
-                if len(body) + len(chunk) > limits.body_bytes:
-                    raise too_large
-                body += chunk
-    except TimeoutError:
+        await asyncio.wait_for(fill(), limits.seconds)  # asyncio.timeout needs Python 3.11
+    except asyncio.TimeoutError:
         raise RefusedError(408, f"the body was not here within {limits.seconds:g} s") from None
     except ClientDisconnect:
         raise RefusedError(400, "the connection ended before the body did") from None

@@ -59,8 +59,8 @@ def test_rows_of_both_stand_in_one_table(exported: Exported) -> None:
     assert len(cell["ratios"]) == len(rows)
     for one in cell["ratios"]:
         place = (one["scope"], one["batch"])
-        own = by_key[one["backend"], one["precision"], *place]
-        plain = by_key["open_clip eager", "fp32", *place]
+        own = by_key[(one["backend"], one["precision"], *place)]
+        plain = by_key[("open_clip eager", "fp32", *place)]
         assert one["ratio"] == pytest.approx(own["throughput_per_s"] / plain["throughput_per_s"])
     assert cell["same_labels"] == {"onnxruntime-cpu fp32": 1.0}
     assert cell["auto"]["precision"] == "fp32" and cell["auto"]["gate"] == {"fp32": True}

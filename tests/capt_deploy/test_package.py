@@ -1,13 +1,18 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 GOLDEN = Path(__file__).parents[1] / "golden"
+ROOT = Path(__file__).parents[2]
 
 
-def run(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+def run(code, *arguments):
+    words = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
@@ -31,6 +36,32 @@ def test_importing_the_package_is_light():
 def test_every_public_name_can_be_had():
     code = "import capt_deploy as c; print(all(getattr(c, name) for name in c.__all__))"
     assert run(code) == "True"
+
+
+LIBRARIES = "import click, filelock, numpy, onnxruntime, PIL, safetensors, tqdm\n"
+IS_3_10 = "import sys\nsys.exit(sys.version_info[:2] != (3, 10))"
+EVERYTHING = """
+import importlib, pkgutil, sys, capt_deploy
+for module in pkgutil.walk_packages(capt_deploy.__path__, "capt_deploy."):
+    importlib.import_module(module.name)
+bundle, photo = sys.argv[1:]
+print(capt_deploy.Classifier.load(bundle, "onnxruntime-cpu")(photo).label)
+"""
+
+
+def starts(python, code):
+    return subprocess.run([python, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_the_runtime_runs_on_the_python_of_jetpack_6():
+    known = (ROOT / ".venv-deploy" / "bin" / "python", shutil.which("python3.10"), sys.executable)
+    pythons = [p for p in known if p and Path(p).exists() and starts(p, LIBRARIES + IS_3_10)]
+    if not pythons:
+        pytest.skip("no Python 3.10 with the packages of the runtime is here; make test sets it up")
+    paths = (GOLDEN / "tiny.capt", GOLDEN / "photos" / "test" / "blue_sky" / "0.png")
+    words = [pythons[0], "-c", EVERYTHING, *paths]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == run(EVERYTHING, *paths) + "\n", done.stderr
 
 
 WITHOUT_TORCH = """

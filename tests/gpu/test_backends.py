@@ -14,9 +14,12 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from capt_deploy.backends.base import Backend, DeviceTimed, Outputs
+from capt_deploy.backends.device import open_device
 from capt_deploy.backends.onnxruntime import OnnxRuntime
-from capt_deploy.backends.options import RuntimeOptions
-from capt_deploy.backends.spec import BACKENDS, BackendSpec
+from capt_deploy.backends.options import BATCHES, PORTABLE, RuntimeOptions
+from capt_deploy.backends.spec import BACKENDS, TENSORRT, BackendSpec
+from capt_deploy.backends.tensorrt.build import EngineRequest
+from capt_deploy.backends.tensorrt.cache import EngineCache
 from capt_deploy.bundle.read import Bundle, open_bundle
 from capt_deploy.core.errors import UnavailableError
 from capt_deploy.serving.classifier import Classifier
@@ -159,6 +162,27 @@ def test_times_on_the_device_are_positive_and_disturb_nothing(start: Start, gold
     assert all(0 < one < 1000 for one in times)
     for own, wanted in zip(backend.run(pixels), before, strict=True):
         np.testing.assert_allclose(own, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("portable", PORTABLE)
+def test_a_portable_engine_is_found_and_answers_as_the_cpu(
+    golden: Bundle, tmp_path: Path, portable: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if (reason := TENSORRT.problem()) is not None:
+        pytest.skip(reason)
+    try:
+        device, graph = open_device(), golden.graph("fp32")
+        request = EngineRequest(graph, TENSORRT, device.sm, BATCHES, device, portable)
+        with device.active():
+            request.obtain(EngineCache(tmp_path), lambda data: data)
+    except UnavailableError as cause:
+        pytest.skip(str(cause))
+    pixels = draw_patterns(golden.manifest.preprocess.size, 9)
+    options = RuntimeOptions(cache_folder=tmp_path)
+    backend = TENSORRT.open(graph.onnx, "fp32", graph.weights_folder, options)
+    check(golden, "fp32", backend.run(pixels), pixels)
+    backend.close()
+    assert "is portable; one for this GPU is faster" in capsys.readouterr().err
 
 
 def test_auto_takes_a_gpu_and_labels_as_the_cpu_does(spec: BackendSpec) -> None:

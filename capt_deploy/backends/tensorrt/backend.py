@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,17 @@ from capt_deploy.backends.device import PACKAGES, Device, open_device
 from capt_deploy.backends.options import DEFAULT_OPTIONS, RuntimeOptions
 from capt_deploy.backends.spec import TENSORRT, TENSORRT_RTX, BackendSpec
 from capt_deploy.backends.tensorrt.build import EngineRequest
-from capt_deploy.backends.tensorrt.cache import EngineCache, EngineKey
+from capt_deploy.backends.tensorrt.cache import EngineCache
 from capt_deploy.backends.tensorrt.engine import load_library, make_logger, start_runtime
 from capt_deploy.backends.tensorrt.execution import Execution, ExecutionPool, read_layout
+from capt_deploy.backends.tensorrt.key import EngineKey
 from capt_deploy.bundle.graphs import StoredGraph
 from capt_deploy.core.console import say
 from capt_deploy.core.errors import BackendError
+from capt_deploy.core.jetson import cuda_hint, jetson_linux
 from capt_deploy.core.process import Process, never_free_in_copies
 
-_SMS_WITHOUT_RTX = {90, 100, 103}  # generations of data centre GPUs
+_SMS_WITHOUT_RTX = {87, 90, 100, 101, 103, 110}  # of data centres and Jetsons
 
 
 class _Contexts:
@@ -122,7 +125,9 @@ class TensorRT:
         request = EngineRequest(graph, self.spec, device.sm, options.batches, device)
         with device.active():
             load = partial(_deserialise, start_runtime(self.spec), self.spec)
-            engine = request.obtain(cache, load)
+            engine = request.find_portable(cache, load)
+            if engine is None:
+                engine = request.obtain(cache, load)
             self._layout = read_layout(engine, options.batches)
         problem = ""
         for graphs in self._graph_attempts(device, options.cuda_graphs):
@@ -209,7 +214,11 @@ def advise(spec: BackendSpec, installed: Mapping[str, str], sms: Collection[int]
     if spec is TENSORRT_RTX and sms and {*sms} <= _SMS_WITHOUT_RTX:
         return f"TensorRT-RTX is not made for this GPU: {TENSORRT.install}"
     has_library, has_cuda = ({*names} & installed.keys() for names in (spec.packages, PACKAGES))
-    return "pip install cuda-python" if has_library and not has_cuda else None
+    if spec is TENSORRT and jetson_linux() is not None:  # JetPack's own, which pip must not replace
+        if find_spec(spec.module) is None:
+            return spec.install
+        return "sudo apt-get install --reinstall python3-libnvinfer" if has_cuda else cuda_hint()
+    return cuda_hint() if has_library and not has_cuda else None
 
 
 def _finish(pool: ExecutionPool, contexts: _Contexts, process: Process) -> None:
@@ -218,8 +227,17 @@ def _finish(pool: ExecutionPool, contexts: _Contexts, process: Process) -> None:
         contexts.save()
 
 
-def _deserialise(runtime: Any, spec: BackendSpec, data: bytes) -> Any:
-    """Return an engine; None, and a line with the reason, if it is not one for this machine."""
+def _deserialise(runtime: Any, spec: BackendSpec, data: bytes, with_code: bool = False) -> Any:
+    """Return an engine; None, and a line with the reason, if it is not one for this machine.
+
+    Args:
+        runtime: see `start_runtime`.
+        spec: the backend.
+        data: the serialised engine.
+        with_code: whether the engine brings the runtime of its version, which is then executed.
+    """
+    if with_code:
+        runtime.engine_host_code_allowed = True
     errors = make_logger(spec).listen()
     engine = None
     with suppress(Exception):  # the library rejects a foreign engine in various ways

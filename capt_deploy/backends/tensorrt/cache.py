@@ -12,12 +12,13 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from filelock import FileLock, Timeout
 
+from capt_deploy.backends.tensorrt.key import EngineKey
 from capt_deploy.core.console import say
 from capt_deploy.core.errors import BackendError, ConfigError
 from capt_deploy.core.files import cache_folder, open_file, write_bytes
@@ -35,33 +36,6 @@ _LEFTOVER = re.compile(rf"({_NAME}){_LOCK}|\.({_NAME}){_ENTRY}\.[0-9a-f]+\.tmp")
 
 class DamagedError(Exception):
     """An entry is not as it was written."""
-
-
-@dataclass(frozen=True)
-class EngineKey:
-    """Everything in which engines differ."""
-
-    library: str  # import name: tensorrt, tensorrt_rtx
-    version: str  # of the library
-    platform: str  # such as linux-x86_64
-    sm: int  # compute capability, 89 for 8.9
-    gpu: str = ""  # its name, if the engine runs on no other GPU
-    driver: str = ""  # likewise
-    onnx: str = ""  # SHA-256 of the graph
-    weights: str = ""  # SHA-256 of the weights in other files, if there are any
-    precision: str = ""
-    batches: tuple[int, ...] = ()  # smallest, usual, largest
-    kind: str = "engine"  # or what the library keeps beside it: "timing", "runtime"
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the key as JSON reads it back."""
-        return {**asdict(self), "batches": list(self.batches)}
-
-    @property
-    def name(self) -> str:
-        """Return the name of the entry, without a suffix."""
-        text = json.dumps(self.to_json(), sort_keys=True)
-        return f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
 @dataclass(frozen=True)
@@ -97,11 +71,11 @@ class EngineCache:
             BackendError: `load` returns None for what was just built.
             Exception: as `build`; then nothing is kept.
         """
-        if (loaded := self._load(key, load)) is not None:
+        if (loaded := self.load(key, load)) is not None:
             return loaded
         with self._locked(key):
             # Another process may have built it while this one waited.
-            if (loaded := self._load(key, load)) is not None:
+            if (loaded := self.load(key, load)) is not None:
                 return loaded
             data = build()
             if (loaded := load(data)) is None:
@@ -173,7 +147,8 @@ class EngineCache:
         """Return the file of an entry, whether it exists or not."""
         return self.folder / f"{key.name}{_ENTRY}"
 
-    def _load(self, key: EngineKey, load: Callable[[bytes], T | None]) -> T | None:
+    def load(self, key: EngineKey, load: Callable[[bytes], T | None]) -> T | None:
+        """Load an entry; None where it is missing or `load` returns None for it."""
         body = self.read(key)
         loaded = None if body is None else load(body)
         if body is not None and loaded is None:

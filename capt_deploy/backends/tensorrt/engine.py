@@ -33,6 +33,7 @@ def build_engine(
     sm: int | None = None,
     batches: tuple[int, int, int] = BATCHES,
     weights_folder: Path | None = None,
+    portable: str = "",
     timings: bytearray | None = None,
     cancelled: threading.Event | None = None,
 ) -> bytes:
@@ -45,6 +46,8 @@ def build_engine(
             which otherwise builds for all GPUs that the library knows from Ampere (80) on.
         batches: smallest, usual and largest batch; the usual one runs best.
         weights_folder: folder of weights that are not in the graph's own file.
+        portable: "hardware" for an engine that runs on every GPU from Ampere on, "version" for one
+            that later versions of TensorRT run; TensorRT only. Both may be slower.
         timings: measurements of kernels on this GPU, which the build reads and replaces; TensorRT
             only, because TensorRT-RTX measures nothing.
         cancelled: shows progress, and ends the build with an error soon after it is set.
@@ -69,6 +72,10 @@ def build_engine(
         _add_profile(builder, config, network, batches)
         if sm is not None:
             _set_target(trt, config, sm, spec.name)
+        if portable == "hardware":
+            config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+        elif portable == "version":
+            config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
         # Neither the monitor nor the timings belong to the configuration: both have to live here.
         monitor = None if cancelled is None else _make_monitor(trt, cancelled)
         if monitor is not None:

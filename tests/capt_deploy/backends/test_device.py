@@ -1,3 +1,4 @@
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from capt_deploy.backends import device as device_module
 from capt_deploy.backends.device import CudaPython, PyCuda, open_device
 from capt_deploy.core.errors import BackendError, UnavailableError
 from capt_deploy.core.gpus import gpu_problem
+from tests.capt_deploy.backends.cuda_modules import LARGEST, Driver, Runtime
 
 PACKAGES = ("pycuda.driver", "cuda.bindings.runtime", "cuda.cudart")
 
@@ -55,6 +57,68 @@ def test_importing_it_imports_no_cuda():
     assert done.stdout == "[]\n"
 
 
+def test_the_imitation_of_cuda_python_takes_the_same_arguments():
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not here")
+    names = [name for name in vars(Runtime) if name.startswith("cuda")]
+    functions = [name for name in names if callable(getattr(Runtime, name))]
+    assert len(functions) > 20
+    for name in functions:
+        _, *imitated = inspect.signature(getattr(Runtime, name)).parameters
+        assert list(inspect.signature(getattr(runtime, name)).parameters) == imitated, name
+
+
+def test_the_imitation_of_pycuda_has_no_other_names():
+    driver = pytest.importorskip(
+        "pycuda.driver", reason="pycuda, or NVIDIA's driver, is not here", exc_type=ImportError
+    )
+    for name in vars(Driver()).keys() - {"host"}:
+        assert hasattr(driver, name), name
+        for method in {n for n in dir(getattr(Driver(), name)) if not n.startswith("_")}:
+            assert hasattr(getattr(driver, name), method) or method == "free", method
+
+
+IMITATIONS = ((CudaPython, Runtime), (PyCuda, Driver))
+
+
+@pytest.fixture(params=IMITATIONS, ids=lambda pair: pair[0].__name__)
+def imitated(request):
+    kind, module = request.param
+    own = module()
+    return kind(own, 0), own.host
+
+
+def test_everything_is_given_back(imitated):
+    gpu, host = imitated
+    there_and_back(gpu)
+    if gpu.graphs:
+        capture_and_launch(gpu)
+    assert host.held == {}
+    assert (gpu.name, gpu.sm) == ("an imitation", 89)
+    assert gpu.driver.endswith("CUDA 13.0")
+
+
+def test_what_does_not_fit_is_an_error_of_the_call(imitated):
+    gpu, _ = imitated
+    with gpu.active(), pytest.raises(BackendError, match=r"CUDA: .*out of memory"):
+        gpu.allocate(LARGEST + 1)  # inside: the caller may wait for memory
+
+
+@pytest.mark.parametrize(("kind", "module"), IMITATIONS)
+def test_a_gpu_that_is_not_here_is_an_error(kind, module):
+    with pytest.raises(BackendError, match="GPU 1: expected a number from 0 to 0"):
+        kind(module(), 1)
+
+
+def test_pycuda_leaves_no_context_behind():
+    own = Driver()
+    gpu = PyCuda(own, 0)
+    with pytest.raises(ValueError, match="of the caller"), gpu.active(), gpu.active():
+        raise ValueError("of the caller")
+    assert own.host.contexts.stack == []
+    with pytest.raises(BackendError, match="invalid device context"):
+        gpu.allocate(1)
+
+
 @pytest.fixture
 def gpu():
     if (problem := gpu_problem()) is not None:
@@ -76,6 +140,10 @@ def test_a_gpu_says_what_it_is(gpu):
 
 @pytest.mark.gpu
 def test_memory_goes_to_the_gpu_and_back(gpu):
+    there_and_back(gpu)
+
+
+def there_and_back(gpu):
     with gpu.active():
         stream, address, memory = gpu.stream(), gpu.allocate(1000), gpu.pinned(1000)
         wanted = np.random.default_rng(0).integers(0, 256, 1000, dtype=np.uint8)
@@ -91,6 +159,7 @@ def test_memory_goes_to_the_gpu_and_back(gpu):
         assert gpu.elapsed_ms(first, second) > 0
         for event in (first, second):
             gpu.free_event(event)
+        del first, second, event
         gpu.free(address)
         gpu.free_pinned(memory)
         gpu.free_stream(stream)
@@ -100,6 +169,10 @@ def test_memory_goes_to_the_gpu_and_back(gpu):
 def test_a_graph_does_again_what_was_captured(gpu):
     if not gpu.graphs:
         pytest.skip("pycuda has no CUDA graphs")
+    capture_and_launch(gpu)
+
+
+def capture_and_launch(gpu):
     with gpu.active():
         stream, address, memory = gpu.stream(), gpu.allocate(4), gpu.pinned(4)
         graph = gpu.capture(lambda: gpu.to_device(address, memory, stream), stream)

@@ -106,6 +106,7 @@ def test_bad_input_is_one_error_with_exit_code_2(arguments, message):
     [
         (("--sm", "90"), "SM 90 is not one of"),
         (("--sm", "89", "--precision", "fp4"), "no 'fp4' graph"),
+        (("--sm", "89", "--portable", "version"), "every engine of tensorrt-rtx is portable"),
     ],
 )
 def test_what_cannot_be_built_is_one_error(golden, cache, arguments, message):

@@ -26,6 +26,12 @@ def test_the_text_says_what_works_and_what_would_make_the_rest_work():
     assert "python 3." in result.stdout
 
 
+def test_a_jetson_is_named(monkeypatch):
+    monkeypatch.setattr("capt_deploy.doctor.diagnose.jetson_linux", lambda: "36.4.3")
+    monkeypatch.setattr("capt_deploy.core.jetson.jetson_linux", lambda root=None: "36.4.3")
+    assert "Jetson     Jetson Linux 36.4.3, JetPack 6\n" in run().stdout
+
+
 def test_json_can_be_read_by_a_program():
     result = run("--json")
     assert result.exit_code == 0, result.output

@@ -8,7 +8,8 @@ from capt_deploy.core.gpus import Driver, Gpu
 from capt_deploy.doctor.diagnose import Facts, Finding, diagnose, fix_of, problems
 from capt_deploy.doctor.probe import ProbeResult
 
-ADA, HOPPER = Gpu("NVIDIA L4", 89), Gpu("NVIDIA H100", 90)
+ADA, HOPPER, ORIN = Gpu("NVIDIA L4", 89), Gpu("NVIDIA H100", 90), Gpu("Orin", 87)
+APT = "sudo apt-get install python3-libnvinfer"
 NO_GPU = Driver((), "no driver")
 ORT, ORT_GPU = {"onnxruntime": "1"}, {"onnxruntime-gpu": "1"}
 TRT = {"tensorrt": "1", "tensorrt-rtx": "1"}
@@ -44,6 +45,28 @@ def test_there_is_one_line_that_would_fix_it(monkeypatch, name, packages, driver
     line = fix_of(spec, Facts(packages, driver))
     assert said in line
     assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("name", "packages", "found", "said"),
+    [
+        ("tensorrt", {}, False, "sudo apt-get install python3-libnvinfer"),
+        ("tensorrt", {}, True, "pip install 'cuda-python<13'"),
+        ("tensorrt", {"pycuda": "1"}, True, "sudo apt-get install --reinstall python3-libnvinfer"),
+        ("tensorrt-rtx", {}, False, "not made for this GPU: sudo apt-get install python3-libnv"),
+        ("onnxruntime-cuda", ORT, False, "use the backend tensorrt"),
+    ],
+)
+def test_on_a_jetson_nothing_replaces_what_jetpack_brings(monkeypatch, name, packages, found, said):
+    for place in ("core.install", "backends.tensorrt.backend", "backends.onnxruntime"):
+        monkeypatch.setattr(f"capt_deploy.{place}.jetson_linux", lambda: "36.4.3")
+    monkeypatch.setattr("capt_deploy.core.install.tensorrt_hint", lambda: APT)
+    monkeypatch.setattr("capt_deploy.backends.tensorrt.backend.find_spec", lambda _: found or None)
+    monkeypatch.setattr(
+        "capt_deploy.backends.tensorrt.backend.cuda_hint", lambda: "pip install 'cuda-python<13'"
+    )
+    (spec,) = find_backends(name)
+    assert said in fix_of(spec, Facts(packages, here(ORIN)))
 
 
 def test_gpus_that_only_the_environment_hides_are_shown_again(monkeypatch):

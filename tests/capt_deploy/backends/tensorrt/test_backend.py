@@ -46,10 +46,10 @@ def test_a_missing_library_is_named_with_what_installs_it(kind, onnx, monkeypatc
 
 
 def test_a_library_that_is_too_old_says_which_is_wanted(onnx, monkeypatch, tmp_path):
-    (tmp_path / "tensorrt.py").write_text("__version__ = '10.9.0.34'")
+    (tmp_path / "tensorrt.py").write_text("__version__ = '10.2.0'")
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UnavailableError, match=r"expected 10\.12 or newer, came 10\.9"):
+    with pytest.raises(UnavailableError, match=r"expected 10\.3 or newer, came 10\.2"):
         TensorRT(onnx, "fp32")
     sys.modules.pop("tensorrt")
 
