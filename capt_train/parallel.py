@@ -61,10 +61,11 @@ def _is_first_failure() -> bool:
     """Tell whether no other process has failed before, and count the failure."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        store = dist.TCPStore(address, port, is_master=False)
-        return store.add(f"capt-failures-{os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) == 1
+        store = dist.TCPStore(address, port, is_master=False)  # type: ignore[attr-defined]
+        failures: int = store.add(f"capt-failures-{os.environ['TORCHELASTIC_RESTART_COUNT']}", 1)
     except (dist.DistError, RuntimeError):  # its host has ended
         return False
+    return failures == 1
 
 
 def count() -> int:

@@ -77,20 +77,20 @@ def tune_and_measure(
     config: TrainConfig, out: str | Path, *, resume: bool = False, split_from: Path | None = None
 ) -> Trained:
     """Do what `train` does, and return the model and its scores as well."""
-    out, watch = expand_home(out), _Stopwatch()
-    with begun(config, out, resume, split_from) as (setup, out):
+    watch = _Stopwatch()
+    with begun(config, expand_home(out), resume, split_from) as (start, folder):
         watch.lap("loading")
-        with closing(EmbeddingCache(setup.model_sha256, setup.backbone.device.type)) as cache:
-            setup, outcome = _tune(setup, cache, out, watch)
-            model, held_out = fit(setup, outcome, out)
+        with closing(EmbeddingCache(start.model_sha256, start.backbone.device.type)) as cache:
+            setup, outcome = _tune(start, cache, folder, watch)
+            model, held_out = fit(setup, outcome, folder)
             watch.lap("calibrating")
             images = {"train": len(outcome.task.train), "val": len(outcome.task.val)}
-            model = replace(model, unlabelled=runs.read_unlabelled(out))
+            model = replace(model, unlabelled=runs.read_unlabelled(folder))
             split, scores = _score(setup, model, outcome, held_out, cache)
             report = {**_report(model, outcome, split, scores), "images": images}
             watch.lap("measuring")
-            write_json(out / runs.METRICS, report)
-            write_suspects(setup, model, outcome, held_out, cache, out)
+            write_json(folder / runs.METRICS, report)
+            write_suspects(setup, model, outcome, held_out, cache, folder)
             watch.lap("looking for suspects")
     say(f"time: {watch}")
     return Trained(report, model, scores, held_out)

@@ -140,9 +140,8 @@ class Epochs:
                 own, own_views = parallel.share(rows), parallel.share(views)
                 alpha = None if task.alpha is None else task.alpha[own].to(device)
                 encoded = self._learner.images(self._tokens(own, own_views), alpha, shortcut=True)
-                images, *routed = (
-                    parallel.joined(part, len(rows)) for part in (encoded.embeddings, *encoded.gates)
-                )
+                parts = (encoded.embeddings, *encoded.gates)
+                images, *routed = (parallel.joined(part, len(rows)) for part in parts)
                 gates = tuple(part[:size] for part in routed)
             if self._stage.text:
                 logits, texts = self._learner.answer(images, task.tuned)
