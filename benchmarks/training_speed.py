@@ -7,8 +7,8 @@ frozen image encoder on each minibatch, every class through the whole context of
 Both loops start from the same vectors and take the same minibatches, optimizer and rates, so their
 losses are the same. Photos are decoded before the plain loop's clock starts; `ours` includes
 decoding and embedding them once. Below, whole runs of `capt-train`, the frozen embeddings cached.
-One thread. Seconds are those of the processor, which other programs disturb little; with a GPU, those
-of the clock.
+One thread. Seconds are those of the processor, which other programs disturb little; with a GPU,
+those of the clock.
 """
 
 import math

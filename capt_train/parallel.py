@@ -33,7 +33,7 @@ def processes() -> Iterator[None]:
     Raises:
         RunError: another process was killed.
     """
-    if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
         yield
         return
     dist.init_process_group(
@@ -49,9 +49,10 @@ def processes() -> Iterator[None]:
     except BaseException as error:
         if not _is_first_failure():
             raise SystemExit(2) from error
-        if isinstance(error, dist.DistError):
+        if isinstance(error, dist.DistError) or "by peer" in str(error):
             raise RunError(
-                "another process of torchrun was killed; --resume continues the run"
+                "another process of torchrun was killed; expected all to run to the end; continue "
+                "with --resume"
             ) from error
         raise
     dist.destroy_process_group()
@@ -70,11 +71,12 @@ def _is_first_failure() -> bool:
 
 def count() -> int:
     """Return the number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    together = dist.is_available() and dist.is_initialized()  # torch for Jetson may lack it
+    return dist.get_world_size() if together else 1
 
 
 def _place() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if count() > 1 else 0
 
 
 def is_first() -> bool:
