@@ -194,7 +194,8 @@ def text_of(done: Sequence[Done]) -> str:
         parts.append(table(header, [_cells(row) for row in rows]))
     for name, result in results.items():
         if name.startswith("train"):
-            parts.append(f"{name}: {result['seconds']:.1f} s, harmonic {result['harmonic']:.3f}")
+            run = result["runs"]["default"]
+            parts.append(f"{name}: {run['seconds']:.1f} s, harmonic {run['harmonic']:.3f}")
     return "\n\n".join(parts)
 
 

@@ -40,6 +40,7 @@ def steps(work: Path, *, photos: bool, engines: Sequence[BackendSpec]) -> list[S
     bundle, junit = bundle_of(_MODEL, work, _PRECISIONS), work / "tests.xml"
     words = (*("-m", "pytest", "tests/gpu", "-m", "gpu"), "-p", "no:cacheprovider")
     of_model = ("--models", _MODEL, "--precisions", ",".join(_PRECISIONS), "--work", str(work))
+    in_short = ("--device", "cuda", "--epochs", "10", "--no-plain", "--json")
     quick = ("--scopes", "device,image_to_label", "--seconds", "0.5", "--json")
     beside = ("latency", "--device", "cuda", *of_model, *quick)
     worlds = ("pictograms", "cifar100") if photos else ("pictograms",)
@@ -90,7 +91,7 @@ def steps(work: Path, *, photos: bool, engines: Sequence[BackendSpec]) -> list[S
         *(
             Step(
                 f"train {world}",
-                _module("training", "--device", "cuda", "--world", world),
+                _module("training_speed", "--world", world, *in_short),
                 42,
                 modules=_TORCH,
             )

@@ -23,12 +23,13 @@ from capt_train.confusion.mining import find_centres, find_sentences, mined_name
 from capt_train.data.embedding_cache import EmbeddingCache
 from capt_train.data.features import Embedded, Features, embed
 from capt_train.method.learner import Learner, make_learner
+from capt_train.parallel import agreed, by_first
 from capt_train.run import folder as runs
 from capt_train.run.evaluate import RunScores, score_model
 from capt_train.run.fitting import HeldOut, Outcome, fit
 from capt_train.run.folder import TunedModel
 from capt_train.run.recolour import recolour
-from capt_train.run.setup import Setup, absolute, load, locked, prepare
+from capt_train.run.setup import Setup, absolute, begun, load
 from capt_train.run.suspects import write_suspects
 from capt_train.run.teacher import distilled, load_teacher
 from capt_train.run.visual_side import tune_visual_side, with_tokens
@@ -76,21 +77,20 @@ def tune_and_measure(
     config: TrainConfig, out: str | Path, *, resume: bool = False, split_from: Path | None = None
 ) -> Trained:
     """Do what `train` does, and return the model and its scores as well."""
-    out, watch = expand_home(out), _Stopwatch()
-    with locked(out):
-        setup = prepare(config, out, resume, split_from)
+    watch = _Stopwatch()
+    with begun(config, expand_home(out), resume, split_from) as (start, folder):
         watch.lap("loading")
-        with closing(EmbeddingCache(setup.model_sha256, setup.backbone.device.type)) as cache:
-            setup, outcome = _tune(setup, cache, out, watch)
-            model, held_out = fit(setup, outcome, out)
+        with closing(EmbeddingCache(start.model_sha256, start.backbone.device.type)) as cache:
+            setup, outcome = _tune(start, cache, folder, watch)
+            model, held_out = fit(setup, outcome, folder)
             watch.lap("calibrating")
             images = {"train": len(outcome.task.train), "val": len(outcome.task.val)}
-            model = replace(model, unlabelled=runs.read_unlabelled(out))
+            model = replace(model, unlabelled=runs.read_unlabelled(folder))
             split, scores = _score(setup, model, outcome, held_out, cache)
             report = {**_report(model, outcome, split, scores), "images": images}
             watch.lap("measuring")
-            write_json(out / runs.METRICS, report)
-            write_suspects(setup, model, outcome, held_out, cache, out)
+            write_json(folder / runs.METRICS, report)
+            write_suspects(setup, model, outcome, held_out, cache, folder)
             watch.lap("looking for suspects")
     say(f"time: {watch}")
     return Trained(report, model, scores, held_out)
@@ -148,7 +148,8 @@ def _tune(
     centres = None
     if config.needs("sentences"):
         pairs = _mined_pairs(setup, setup.zero_shot_bank(frozen.train))
-        sentences = find_sentences(pairs, setup.tuned_names, config, out)
+        find = partial(find_sentences, pairs, setup.tuned_names, config, out)
+        sentences = by_first(find)
         centres = find_centres(backbone, sentences, split.class_names, setup.zero_shot, config)
 
     teacher = load_teacher(setup) if config.needs("teacher") else None
@@ -215,7 +216,7 @@ def _choice(
             return None
         new_classes = config.classes == "base"
         runs.write_choice(out, choose(task, make, class_names, new_classes=new_classes))
-    choice = runs.read_choice(out)
+    choice = agreed(runs.read_choice(out))
     if choice is not None:
         values = choice.to_dict()
         more = values["learning_curve"]

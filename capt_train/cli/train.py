@@ -144,19 +144,29 @@ def main(
         source, _ = read_config(split_from)
         given |= {"shots": source.shots, "classes": source.classes}
     config = _config(out, resume, given)
-    from capt_train.pipeline import dry_run, train
+    from capt_train.parallel import processes
+    from capt_train.pipeline import dry_run
     from capt_train.run.folder import CONFIG
 
-    if llm_dry_run:
-        click.echo(dry_run(config, out, split_from))
-        return
-
     try:
-        report = train(config, out, resume=resume, split_from=split_from)
+        with processes():
+            if llm_dry_run:
+                click.echo(dry_run(config, out, split_from))
+            else:
+                _train(config, out, resume, split_from, as_json)
     except KeyboardInterrupt:
         if (out / CONFIG).exists():  # without it, nothing can be resumed
             say(f"\nto continue where it stopped: capt-train --resume --out {out}")
         raise
+
+
+def _train(
+    config: TrainConfig, out: Path, resume: bool, split_from: Path | None, as_json: bool
+) -> None:
+    """Tune, and print the metrics."""
+    from capt_train.pipeline import train
+
+    report = train(config, out, resume=resume, split_from=split_from)
     if as_json:
         print_json(report)
     from capt_deploy.evaluation.summary import confused_pairs_table, summary
@@ -196,3 +206,7 @@ def parse_settings(texts: tuple[str, ...]) -> dict[str, str]:
             raise click.UsageError(f"--set: expected NAME=VALUE, came {text!r}")
         settings[name.strip()] = value.strip()
     return settings
+
+
+if __name__ == "__main__":  # as torchrun starts it
+    main()

@@ -17,6 +17,7 @@ from capt_deploy.core.console import progress, say
 from capt_deploy.core.errors import ImageError
 from capt_deploy.data.datasets import Dataset, Item, Skipped
 from capt_deploy.data.preprocess import PreprocessConfig, preprocess
+from capt_train import parallel
 from capt_train.clip.backbone import Backbone
 from capt_train.data.embedding_cache import EmbeddingCache
 
@@ -32,6 +33,17 @@ class Features:
     skipped: tuple[Skipped, ...] = ()
     embedded: int = 0  # images that went through the visual tower; the others were cached
     sha256: tuple[str, ...] = ()  # of the image files, one per row
+
+    @classmethod
+    def joined(cls, parts: Sequence["Features"]) -> "Features":
+        """Return the images of all parts, in order."""
+        return cls(
+            torch.cat([part.embeddings for part in parts]),
+            torch.cat([part.labels for part in parts]),
+            tuple(file for part in parts for file in part.skipped),
+            sum(part.embedded for part in parts),
+            tuple(digest for part in parts for digest in part.sha256),
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -68,7 +80,7 @@ def embed(
     encode: Callable[[Tensor], Tensor] | None = None,
     workers: int | None = None,
 ) -> Features:
-    """Embed images in order.
+    """Embed images in order; of several processes, each embeds its part for all.
 
     Args:
         backbone: gives the preprocessing, and embeds where there is no `encode`.
@@ -79,7 +91,25 @@ def embed(
         encode: returns unit-norm embeddings of pixels, in place of the backbone.
         workers: threads that decode; by default about as many as there are cores, at most 8.
     """
-    encode = encode or backbone.image_embeddings
+    encode, own = encode or backbone.image_embeddings, parallel.part(items, _BATCH)
+    embedded = _embed(backbone, cache, dataset, own, label, encode, workers)
+    features = Features.joined(parallel.of_all(embedded))
+    if skipped := features.skipped:
+        number = f"{len(skipped)} of {len(items)} {label}"
+        say(f"note: {number} cannot be read and are left out, e.g. {skipped[0].path}")
+    return features
+
+
+def _embed(
+    backbone: Backbone,
+    cache: EmbeddingCache | None,
+    dataset: Dataset,
+    items: Sequence[Item],
+    label: str,
+    encode: Callable[[Tensor], Tensor],
+    workers: int | None,
+) -> Features:
+    """Embed images as `embed` does, in this process."""
     rows: list[NDArray[np.float32]] = []
     labels: list[int] = []
     digests: list[str] = []
@@ -114,9 +144,6 @@ def embed(
                 else:
                     skipped.append(Skipped(item.path, str(results[key])))
             counter.advance(len(batch), f"{embedded} new, {len(skipped)} unreadable")
-    if skipped:
-        number = f"{len(skipped)} of {len(items)} {label}"
-        say(f"note: {number} cannot be read and are left out, e.g. {skipped[0].path}")
     dim = len(rows[0]) if rows else backbone.text_embeddings(["a"]).shape[1]
     return Features(
         torch.from_numpy(np.stack(rows) if rows else np.zeros((0, dim), np.float32)),

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from capt_deploy.core.console import counted
+from capt_train import parallel
 from capt_train.clip.backbone import Backbone
 from capt_train.clip.vision_tower import Tower
 from capt_train.config import TrainConfig
@@ -203,8 +204,11 @@ class Learner(nn.Module):
         """Return embeddings of some classes, given by index; of each image, if prompts read it."""
         rows = list(classes)
         if self.reads_images and images is not None:
-            return self._transformed(self._learned[0](rows, images), rows)
-        prompted = [prompt(rows) for prompt in self._learned] or [self._zero_shot[rows]]
+            encoded = self._learned[0](parallel.share(rows), images)
+            return self._transformed(parallel.joined(encoded, len(rows), dim=1), rows)
+        encoded = [prompt(parallel.share(rows)) for prompt in self._learned]
+        prompted = [parallel.joined(texts, len(rows)) for texts in encoded]
+        prompted = prompted or [self._zero_shot[rows]]
         return self._transformed(torch.stack(prompted), rows)
 
     @torch.no_grad()
@@ -251,9 +255,9 @@ class Learner(nn.Module):
         device = self._zero_shot.device
         embedded = [
             self.images(chunk.to(device).float(), shortcut=True).embeddings
-            for chunk in tokens.split(_EMBEDDED_AT_ONCE)
+            for chunk in parallel.share(tokens).split(_EMBEDDED_AT_ONCE)
         ]
-        return torch.cat(embedded)
+        return parallel.joined(torch.cat(embedded), len(tokens))
 
     @torch.no_grad()
     def prefix(self, pixels: Tensor) -> Tensor:

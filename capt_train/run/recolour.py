@@ -12,6 +12,7 @@ from capt_deploy.core.files import write_json
 from capt_deploy.data.datasets import Item
 from capt_train.clip.backbone import Backbone
 from capt_train.data.features import Embedded, Features, embed, read_pixels
+from capt_train.parallel import agreed
 from capt_train.run.folder import COLOURS, read_colours
 from capt_train.run.setup import Setup
 from capt_train.tune.colours import ColourFit, fit_colours
@@ -38,7 +39,7 @@ def recolour(setup: Setup, frozen: Embedded, out: Path) -> tuple[Backbone, Embed
     if (out / COLOURS).exists():
         fit = read_colours(out)
     else:
-        fit = _fit(setup, frozen.train)
+        fit = agreed(_fit(setup, frozen.train))
         write_json(out / COLOURS, fit.to_dict())
     if fit.colours is None:
         say(f"colours of the input stay unchanged ({_reason(fit)})")

@@ -18,6 +18,7 @@ from capt_deploy.core.console import say
 from capt_deploy.core.errors import ConfigError, RunError
 from capt_deploy.core.files import expand_home
 from capt_deploy.data.datasets import Dataset, read_dataset
+from capt_train import parallel
 from capt_train.clip.backbone import Backbone
 from capt_train.clip.loading import choose_device, load_backbone
 from capt_train.clip.text_tokens import whole_words
@@ -75,6 +76,31 @@ class Setup:
         return zero_shot_bank(self.backbone.scale, train, tuned, self.zero_shot[tuned])
 
 
+@contextmanager
+def begun(
+    config: TrainConfig, out: Path, resume: bool, split_from: Path | None
+) -> Iterator[tuple[Setup, Path]]:
+    """Lock and begin or continue the run in `out`; yield its setup and the folder to write to.
+
+    Of several processes the first one does; each of the others continues a temporary copy.
+
+    Raises:
+        CaptError: the data, the model, the settings or the folder cannot be used.
+    """
+    if parallel.is_first():
+        with locked(out):
+            setup = prepare(config, out, resume, split_from)
+            if parallel.count() > 1:
+                files = [*out.glob("*.json"), *out.glob("*.safetensors")]
+                parallel.agreed({file.name: file.read_bytes() for file in files})
+            yield setup, out
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        for name, content in parallel.agreed(dict[str, bytes]()).items():
+            (Path(copy) / name).write_bytes(content)
+        yield prepare(config, Path(copy), True, None), Path(copy)
+
+
 def prepare(config: TrainConfig, out: Path, resume: bool, split_from: Path | None) -> Setup:
     """Load and check everything, then begin or continue the run in `out`.
 
@@ -113,7 +139,7 @@ def load(config: TrainConfig, split_from: Path | None = None, *, sources: bool =
     Raises:
         CaptError: the data, the model or the settings cannot be used.
     """
-    device = choose_device(config.device)
+    device = parallel.own_device(choose_device(config.device))
     dataset = read_dataset(config.data, config.class_names, test_share=config.test_share)
     if split_from is not None:
         split = FewShotSplit.load(split_from / runs.SPLIT)

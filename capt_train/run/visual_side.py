@@ -10,6 +10,7 @@ from capt_deploy.core.files import write_json
 from capt_train.confusion.bank import intensity
 from capt_train.method.class_rows import ClassRows
 from capt_train.method.learner import Learner
+from capt_train.parallel import agreed
 from capt_train.run import folder as runs
 from capt_train.tune.checkpoint import TuningState
 from capt_train.tune.stages import TuningTask, visual_stage
@@ -77,6 +78,6 @@ def _trial(task: TuningTask, make: _Make, out: Path) -> Trial | None:
         return learner.class_rows(part.tuned)
 
     if not (out / runs.TRIAL).exists():
-        trial = run_trial(task, make, fit_class_rows)
+        trial = agreed(run_trial(task, make, fit_class_rows))
         write_json(out / runs.TRIAL, trial and asdict(trial))
     return runs.read_trial(out)

@@ -115,6 +115,10 @@ class Choice:
         )
 
 
+# Of each group of judging images, the NLL of each image and the accuracy
+_Losses = dict[Candidate, dict[str, tuple[Tensor, float]]]
+
+
 @dataclass(frozen=True)
 class _Fitted:
     """Everything that was fitted on one fold, in the memory of the CPU, where it is judged."""
@@ -199,11 +203,12 @@ def choose(
     alone = [candidate for candidate in listed if candidate not in behind] or behind
     images = len(task.train) + len(task.val)
     fitted = _fit_all(folds, alone, make, "comparing on held-out photos")
-    table, chosen = _judge(fitted, alone, images)
+    losses: _Losses = {}
+    table, chosen = _judge(fitted, alone, images, losses)
     if alone is not behind and behind and _ahead("prompt", "map", table):
         for fit in fitted:
             _fit_maps(fit, behind)
-        table, chosen = _judge(fitted, listed, images)
+        table, chosen = _judge(fitted, listed, images, losses)
 
     def again(*, held_classes: bool) -> list[_Fitted]:
         folds = list(make_folds(task, held_classes=held_classes))
@@ -296,21 +301,21 @@ def _ahead(first: str, second: str, table: Sequence[Judgement]) -> bool:
 
 
 def _judge(
-    fits: Sequence[_Fitted], listed: Sequence[Candidate], images: int
+    fits: Sequence[_Fitted], listed: Sequence[Candidate], images: int, losses: _Losses
 ) -> tuple[tuple[Judgement, ...], Candidate]:
-    """Return the table of families and the chosen candidate, the simplest if nothing judges."""
+    """Return the table of families and the chosen candidate, the simplest if nothing judges.
+
+    `losses` are those of candidates judged before; those of the others are added.
+    """
     groups = [name for name in ("tuned", "new") if any(f.fold.group(name).any() for f in fits)]
     if not groups:
         return (), listed[0]
-    losses: dict[Candidate, list[Tensor]] = {}
-    right: dict[Candidate, dict[str, float]] = {}
     for candidate in listed:
-        losses[candidate], right[candidate] = [], {}
-        for name in groups:
-            loss, hits = _losses(fits, candidate, name, images)
-            losses[candidate].append(loss)
-            right[candidate][name] = hits
-    score = {c: sum(float(loss.mean()) for loss in losses[c]) / len(groups) for c in listed}
+        if candidate not in losses:
+            losses[candidate] = _losses(fits, candidate, groups, images)
+    score = {
+        c: sum(float(loss.mean()) for loss, _ in losses[c].values()) / len(groups) for c in listed
+    }
     best: dict[tuple[str, ...], Candidate] = {}
     for candidate in listed:  # simple families first
         family = candidate.family
@@ -319,13 +324,14 @@ def _judge(
     winner = min(best.values(), key=score.__getitem__)
     table = []
     for candidate in best.values():
-        differences = [a - b for a, b in zip(losses[candidate], losses[winner], strict=True)]
+        differences = [losses[candidate][name][0] - losses[winner][name][0] for name in groups]
         variance = sum(float(d.var()) / len(d) for d in differences if len(d) > 1)
+        right = {name: hits for name, (_, hits) in losses[candidate].items()}
         table.append(
             Judgement(
                 candidate,
-                right[candidate].get("tuned"),
-                right[candidate].get("new"),
+                right.get("tuned"),
+                right.get("new"),
                 score[candidate],
                 score[candidate] - score[winner],
                 variance**0.5 / len(groups),
@@ -338,22 +344,32 @@ def _judge(
 
 
 def _losses(
-    fits: Sequence[_Fitted], candidate: Candidate, group: str, images: int
-) -> tuple[Float[Tensor, " judging"], float]:
-    """Return each judging image's calibrated NLL, the mean over the folds, and the accuracy."""
-    sums, times, hits = (torch.zeros(images, dtype=torch.double) for _ in range(3))
+    fits: Sequence[_Fitted], candidate: Candidate, groups: Sequence[str], images: int
+) -> dict[str, tuple[Float[Tensor, " judging"], float]]:
+    """Return of each group every image's calibrated NLL, the mean over the folds, and accuracy."""
+    sums, times, hits = (
+        {name: torch.zeros(images, dtype=torch.double) for name in groups} for _ in range(3)
+    )
     for fit in fits:
-        chosen, columns = fit.fold.group(group), fit.fold.columns(group)
-        if not chosen.any():
-            continue
-        logits = fit.logits(candidate)[chosen][:, columns]
-        labels = torch.searchsorted(columns, fit.fold.labels[chosen])
-        places = fit.fold.places[chosen]
-        sums[places] += calibrated_losses(logits, labels).double()
-        hits[places] += (logits.argmax(dim=1) == labels).double()
-        times[places] += 1
-    seen = times > 0
-    return sums[seen] / times[seen], float((hits[seen] / times[seen]).mean())
+        whole = fit.logits(candidate)
+        for name in groups:
+            chosen, columns = fit.fold.group(name), fit.fold.columns(name)
+            if not chosen.any():
+                continue
+            logits = whole[chosen][:, columns]
+            labels = torch.searchsorted(columns, fit.fold.labels[chosen])
+            places = fit.fold.places[chosen]
+            sums[name][places] += calibrated_losses(logits, labels).double()
+            hits[name][places] += (logits.argmax(dim=1) == labels).double()
+            times[name][places] += 1
+    seen = {name: times[name] > 0 for name in groups}
+    return {
+        name: (
+            sums[name][chosen] / times[name][chosen],
+            float((hits[name][chosen] / times[name][chosen]).mean()),
+        )
+        for name, chosen in seen.items()
+    }
 
 
 def _outside(fits: Sequence[_Fitted], candidate: Candidate) -> Outside:

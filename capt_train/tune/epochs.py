@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from capt_train import parallel
 from capt_train.calibrate.temperature import calibrated_nll
 from capt_train.config import TrainConfig
 from capt_train.confusion.bank import mined_classes, retrieve
@@ -117,7 +118,7 @@ class Epochs:
             loss, self._parameters, retain_graph=True, allow_unused=True
         )
         return [
-            torch.zeros_like(p) if g is None else g
+            torch.zeros_like(p) if g is None else parallel.averaged(g)
             for p, g in zip(self._parameters, gradients, strict=True)
         ]
 
@@ -136,9 +137,12 @@ class Epochs:
         embeddings = None
         with self._precision.towers():
             if self._stage.visual:
-                alpha = None if task.alpha is None else task.alpha[rows].to(device)
-                encoded = self._learner.images(self._tokens(rows, views), alpha, shortcut=True)
-                images, gates = encoded.embeddings, tuple(part[:size] for part in encoded.gates)
+                own, own_views = parallel.share(rows), parallel.share(views)
+                alpha = None if task.alpha is None else task.alpha[own].to(device)
+                encoded = self._learner.images(self._tokens(own, own_views), alpha, shortcut=True)
+                parts = (encoded.embeddings, *encoded.gates)
+                images, *routed = (parallel.joined(part, len(rows)) for part in parts)
+                gates = tuple(part[:size] for part in routed)
             if self._stage.text:
                 logits, texts = self._learner.answer(images, task.tuned)
                 embeddings = texts.embeddings.float()
@@ -224,7 +228,7 @@ class Epochs:
         else:
             logits = class_rows.logits(images, task.scale)
         labels = task.val.labels_among(task.tuned).to(self._device)
-        return calibrated_nll(logits, labels)
+        return parallel.agreed(calibrated_nll(logits, labels))
 
     def save(self, path: Path, state: TuningState) -> None:
         """Write a checkpoint with everything that the next epoch depends on."""

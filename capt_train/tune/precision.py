@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from capt_train.parallel import averaged
+
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,6 +54,9 @@ class Precision:
         """
         optimizer.zero_grad()
         self._scaler.scale(loss).backward()
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad = averaged(parameter.grad)
         self._scaler.unscale_(optimizer)
         if guides is not None:
             guides = [guide / self._scaler.get_scale() for guide in guides]

@@ -20,6 +20,7 @@ from capt_train.calibrate.temperature import calibrated_losses
 from capt_train.data.features import every_second
 from capt_train.method.class_rows import ClassRows
 from capt_train.method.learner import Learner
+from capt_train.parallel import agreed
 from capt_train.tune.stages import TuningTask, visual_stage
 from capt_train.tune.tune import DivergenceError, tune
 
@@ -163,7 +164,7 @@ def choose_strength(learner: Learner, task: TuningTask, trial: Trial | None) -> 
     seen = _gains(learner, _validation(task), task.scale) if len(task.val) else None
     if seen is None and trial is not None:
         seen = trial.seen
-    learner.set_strength(best_strength(seen, trial.unseen if trial else None))
+    learner.set_strength(agreed(best_strength(seen, trial.unseen if trial else None)))
 
 
 def best_strength(*gains: Gains | None) -> float:

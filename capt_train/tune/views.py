@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from capt_deploy.core.console import progress, say
 from capt_deploy.data.datasets import Dataset, Item
+from capt_train import parallel
 from capt_train.clip.backbone import Backbone
 from capt_train.data.features import read_pixels
 from capt_train.method.learner import Learner
@@ -86,7 +87,7 @@ def embed_views(
             batch = items[start : start + _BATCH]
             pixels = read_pixels(backbone, dataset, batch, workers)
             rows = [pixels, *(augment(pixels, area, generator) for _ in range(views - 1))]
-            encoded = [learner.start(view) for view in rows]
+            encoded = [_start(learner, view) for view in rows]
             embeddings.append(torch.stack([features.cpu() for features, _ in encoded]))
             for view, (_, kept) in enumerate(encoded):
                 if kept is None:
@@ -96,6 +97,16 @@ def embed_views(
                 tokens[view, start : start + len(batch)] = kept.half()
             counter.advance(len(batch))
     return Views(torch.cat(embeddings, dim=1), tokens)
+
+
+def _start(
+    learner: Learner, pixels: UInt8[Tensor, "batch height width 3"]
+) -> tuple[Float[Tensor, "batch dim"], Tensor | None]:
+    """Return what `Learner.start` does; of several processes, each encodes its share."""
+    features, tokens = learner.start(parallel.share(pixels))
+    if tokens is not None:
+        tokens = parallel.joined(tokens, len(pixels))
+    return parallel.joined(features, len(pixels)), tokens
 
 
 def _room(shape: tuple[int, ...], label: str) -> Tensor:
