@@ -20,6 +20,7 @@ from capt_train.confusion.confusions import (
     read_confusions,
     write_confusions,
 )
+from tests.banks import count_matrix
 
 NAMES = ("otter", "beaver", "größer")
 LABELS = (0, 0, 0, 1, 1, 2)
@@ -67,8 +68,8 @@ def test_the_file_has_a_schema_and_names_instead_of_positions(path: Path) -> Non
 
 def test_matrices_are_the_counts_of_the_banks(path: Path) -> None:
     before, after = read_confusions(path).matrices()
-    assert before.tolist() == bank(BEFORE).counts.tolist()
-    assert after.tolist() == bank(AFTER).counts.tolist()
+    assert before.tolist() == count_matrix(bank(BEFORE)).tolist()
+    assert after.tolist() == count_matrix(bank(AFTER)).tolist()
 
 
 def test_fractions_are_rounded_and_a_pair_that_has_become_nothing_is_left_out(

@@ -119,11 +119,12 @@ def test_more_photos_gain_along_a_curve_that_survives_json(
     assert curve.accuracy[0] < curve.accuracy[-1] < curve.expected
     assert curve.low <= curve.expected <= curve.high
     assert curve.twice == 2 * sum(counts) / 6
-    known = ~choice.out_of_fold.isnan().any(dim=1)
-    right = (choice.out_of_fold[known].argmax(dim=1) == task.labels[known]).double().mean()
+    right = (choice.out_of_fold.argmax(dim=1) == task.labels[choice.judging]).double().mean()
     assert curve.accuracy[-1] == pytest.approx(float(right))
     assert sorted(name for name, *_ in curve.gains) == [f"class {label}" for label in range(6)]
-    again = Choice.from_dict(json.loads(json.dumps(choice.to_dict())), choice.out_of_fold)
+    again = Choice.from_dict(
+        json.loads(json.dumps(choice.to_dict())), choice.out_of_fold, choice.judging
+    )
     assert again.curve == curve
     assert "twice what there is, expect" in " ".join(curve_notes(curve.to_dict()))
 
@@ -245,7 +246,9 @@ def test_a_chosen_candidate_becomes_settings() -> None:
 
 def test_a_choice_survives_json_and_is_shown() -> None:
     choice = decide(world([6] * 8, knows=0.0), new_classes=True)
-    read = Choice.from_dict(json.loads(json.dumps(choice.to_dict())), choice.out_of_fold)
+    read = Choice.from_dict(
+        json.loads(json.dumps(choice.to_dict())), choice.out_of_fold, choice.judging
+    )
     assert read.to_dict() == choice.to_dict() and read.chosen == choice.chosen
     header, rows = choice_rows(choice.to_dict())
     assert len(rows) == len(choice.table) + 1 and {len(row) for row in rows} == {len(header)}
