@@ -11,7 +11,7 @@ from capt_train.tune.stages import TuningTask
 
 _FOLDS = 4
 _MOST_VALIDATED = 2000  # images that judge; more would hardly decide otherwise
-_MOST_SCORES = 10_000_000  # images × classes; more would fill the memory, and decide no better
+_MOST_SCORES = 5_000_000  # images × classes; more would fill the memory, and decide no better
 _ALIKE = 0.4
 # Photos of a class that are compared: two differ from their mean in opposite ways, and the
 # similarities of thousands would take minutes
