@@ -269,6 +269,7 @@ def test_retrieval_equals_a_search_over_all_samples(bank: ConfusionBank, k: int)
 def test_more_queries_than_fit_at_once_get_the_same_answers() -> None:
     bank = some_bank(700, 5)
     mined, rows = mined_classes(bank, 2), torch.arange(700)
+    assert mined.tolist() == mined_by_hand(bank, 2)
     whole = retrieve(bank, rows, mined)
     parts = [retrieve(bank, part, mined[part]) for part in (rows[:255], rows[255:600], rows[600:])]
     assert torch.equal(whole, torch.cat(parts))

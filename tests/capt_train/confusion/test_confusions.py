@@ -72,6 +72,26 @@ def test_matrices_are_the_counts_of_the_banks(path: Path) -> None:
     assert after.tolist() == count_matrix(bank(AFTER)).tolist()
 
 
+def test_of_many_classes_those_of_the_worst_pairs_are_kept(path: Path) -> None:
+    confusions = read_confusions(path)
+    assert confusions.among_worst(3) is confusions
+    worst = confusions.among_worst(2)
+    first = confusions.pairs[0]
+    assert set(worst.class_names) == {first.true, first.predicted}
+    assert worst.class_names == tuple(name for name in NAMES if name in worst.class_names)
+    assert [
+        shots
+        for name, shots in zip(NAMES, confusions.shots, strict=True)
+        if name in worst.class_names
+    ] == [*worst.shots]
+    assert {(pair.true, pair.predicted) for pair in worst.pairs} == {
+        (pair.true, pair.predicted)
+        for pair in confusions.pairs
+        if {pair.true, pair.predicted} == {first.true, first.predicted}
+    }
+    assert worst.matrices().shape == (2, 2, 2)
+
+
 def test_fractions_are_rounded_and_a_pair_that_has_become_nothing_is_left_out(
     tmp_path: Path,
 ) -> None:
