@@ -29,7 +29,7 @@ from capt_train.tune.candidates import folds_answer
 from capt_train.tune.checkpoint import TuningState
 from capt_train.tune.choice import Choice
 from capt_train.tune.cross_validation import out_of_fold_logits
-from capt_train.tune.folds import judging_rows
+from capt_train.tune.folds import judging_rows, most_judging
 from capt_train.tune.stages import TuningTask
 from capt_train.tune.strength import Trial
 
@@ -163,6 +163,11 @@ def _held_out(
     tuned = list(split.tuned)
 
     def judging(images: int) -> Int[Tensor, " judging"]:
+        if images > (most := most_judging(len(tuned))):
+            say(
+                f"note: at most {most:,} of {images:,} photos calibrate, drawn by seed: "
+                f"scores of all for {len(tuned):,} classes would fill the memory"
+            )
         return judging_rows(images, len(tuned), setup.config.seed)
 
     def frozen(images: Features, rows: Int[Tensor, " rows"]) -> Float[Tensor, "rows tuned"]:

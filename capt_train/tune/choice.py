@@ -33,7 +33,7 @@ from capt_train.method.learner import Learner
 from capt_train.tune.candidates import Candidate, candidates
 from capt_train.tune.epochs import train_epochs
 from capt_train.tune.fit_map import fit_map, fit_maps, map_task
-from capt_train.tune.folds import Fold, make_folds, most_judging
+from capt_train.tune.folds import Fold, make_folds
 from capt_train.tune.stages import TuningTask
 
 # Classes that candidates are compared on, drawn by seed; more would hardly decide otherwise, and
@@ -254,7 +254,7 @@ def _compared(task: TuningTask) -> TuningTask:
         return task
     say(
         f"note: what to keep is decided on {_MOST_COMPARED:,} of the {classes:,} classes, drawn by "
-        f"seed; confidences are calibrated on at most {most_judging(classes):,} held-out photos"
+        "seed: all would take hours"
     )
     draw, drawn = (
         torch.Generator().manual_seed(task.config.seed),

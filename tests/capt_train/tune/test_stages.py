@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -524,3 +526,19 @@ def test_everything_lies_where_it_should_on_a_gpu(
     own = config(device="cuda", tuning_epochs=2, visual_epochs=2, shots=3, visual_views=3)
     own = replace(own, data=str(photos), model=f"local-dir:{tiny_model_dir}", without=())
     assert train(own, tmp_path / "run")["strength"] in (0, 0.25, 0.5, 0.75, 1)
+
+
+def test_a_bank_of_another_form_is_no_checkpoint_of_this_version(
+    tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    made, task = make(tiny_backbone, config())
+    path = tmp_path / LAST
+    epochs.Epochs(made, task, TEXT).save(path, TuningState(1))
+    loop = epochs.Epochs(made, task, TEXT)
+    assert loop.load(path).epoch == 1
+    content = load_file(path)
+    del content["extra.bank.cells"]
+    state = json.dumps({**vars(TuningState(1)), "history": []})
+    save_file(content, path, {"state": state})
+    with pytest.raises(RunError, match="another version"):
+        loop.load(path)
