@@ -135,8 +135,8 @@ def evaluate(
     report = _measure(scores, columns, scope)
     if scope and report[scope] is None:
         raise ConfigError(f"no images of {scope!r} classes to evaluate; was the run tuned on all?")
-    raw, frozen = scores.uncalibrated, scores.zero_shot_alone
-    report["uncalibrated"] = _measure(raw, columns, scope)
+    frozen = scores.zero_shot_alone
+    report["uncalibrated"] = _measure(scores.uncalibrated, columns, scope)
     base = columns["base"] if len(columns["base"]) else every
     report["confusion"] = _confusion(scores, class_names, base, pairs)
     report["zero_shot"] = report["uncalibrated"]["zero_shot"] = None

@@ -56,7 +56,6 @@ RUN_FILES = {
     "suspects.json",
     "last.safetensors",
     "best.safetensors",
-    "bank.safetensors",
     "confusions.json",
     "confusions.png",
     "result.json",
@@ -65,7 +64,7 @@ RUN_FILES = {
 }
 BOTH_SIDES = {
     *("text-last.safetensors", "text-best.safetensors"),
-    *("sentences.json", "colours.json"),
+    *("sentences.json", "colours.json", "bank.safetensors"),
 }
 VISUAL = ("adapter", "sample-experts")
 
