@@ -228,8 +228,9 @@ def test_wrong_labels_are_found_by_folds_that_have_not_seen_them(configure: Conf
     labels = torch.arange(200) % 4
     wrong = torch.arange(200) % 5 == 0
     logits = 12.0 * torch.eye(4)[torch.where(wrong, (labels + 1) % 4, labels)]
-    logits[labels.argsort()[:10]] = torch.nan
-    choice = Choice(Candidate(prompt=True), UNCHANGED, (), None, {"tuned": 190, "new": 0}, logits)
+    judging = labels.argsort()[10:].sort().values
+    images = {"tuned": 190, "new": 0}
+    choice = Choice(Candidate(prompt=True), UNCHANGED, (), None, images, logits[judging], judging)
     features = Features(torch.randn(200, 32), labels)
     task = TuningTask(10.0, (0, 1, 2, 3), features, features, torch.randn(4, 32), configure())
     assert pipeline._label_noise(choice, task) == pytest.approx(0.2, abs=0.03)
