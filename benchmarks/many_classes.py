@@ -11,7 +11,7 @@ beside it. Weights, photos and embeddings are random: neither time nor memory de
 - `map`: two steps of L-BFGS on the same, of at most 40; one ridge.
 - `train`, `export`, `eval`: the commands on a tiny CLIP with 512 dimensions and three photos a
   class, two of them to tune on with `--method rows`; `eval` with `--report`.
-- `answer`: `Classifier.predict` of that bundle on the CPU, 1 and 32 photos.
+- `answer`: `Classifier.predict` of that bundle on the CPU, 1 and 32 photos; median on the clock.
 """
 
 import json
@@ -29,6 +29,7 @@ from typing import Any
 import click
 import numpy as np
 
+from benchmarks.command import peak_bytes
 from benchmarks.record import add_cells, load_cells, write_docs
 from capt_deploy.core.console import Command, say, table
 
@@ -83,11 +84,7 @@ def _measured(work: Callable[[], object]) -> dict[str, Any]:
     start = time.process_time()
     work()
     seconds = time.process_time() - start
-    # Linux counts kibibytes
-    return {
-        "seconds": seconds,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
+    return {"seconds": seconds, "peak_bytes": peak_bytes()}
 
 
 def _random_photos(classes: int, each: int) -> tuple[Any, Any, Any]:
@@ -153,7 +150,6 @@ _JOBS = {"prompt step": _prompt_step, "rows": _rows, "map": _map}
 def _commands(folder: Path, classes: int) -> dict[str, dict[str, Any]]:
     """Return the figures of the three commands, and of the answers of the exported bundle."""
     data, model = folder / _DATA, folder / _MODEL
-    # In another process: what this one has held would count as the peak of those that it starts
     job = ("benchmarks.many_classes", "--job", "write", "--folder", str(folder))
     _process(*job, "--classes", str(classes))
     run, bundle, cells = folder / "run", folder / _BUNDLE, {}
@@ -204,7 +200,7 @@ def _answers(folder: Path) -> dict[str, Any]:
                 classifier.predict(images, batch_size=batch)
                 times.append(1000 * (time.perf_counter() - start))
             cell[f"batch_{batch}_ms"] = statistics.median(times[3:])
-    return {**cell, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return {**cell, "peak_bytes": peak_bytes()}
 
 
 def _write_photos(folder: Path, classes: int) -> None:
