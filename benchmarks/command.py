@@ -5,9 +5,9 @@ python -m benchmarks.command capt-export RUN --out BUNDLE
 
 import importlib
 import json
-import resource
 import sys
 from importlib import metadata
+from pathlib import Path
 
 
 def main() -> None:
@@ -15,8 +15,17 @@ def main() -> None:
     (entry,) = metadata.entry_points(group="console_scripts", name=sys.argv[1])
     command = getattr(importlib.import_module(entry.module), entry.attr)
     command(sys.argv[2:], standalone_mode=False)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts kibibytes
-    print(json.dumps({"peak_bytes": peak}))
+    print(json.dumps({"peak_bytes": peak_bytes()}))
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process has held, on Linux.
+
+    `getrusage` would count what the process that started it had held by then.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM"))
+    return 1024 * int(peak)
 
 
 if __name__ == "__main__":

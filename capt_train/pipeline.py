@@ -159,7 +159,7 @@ def _tune(
         classes = replace(split, tuned=tuned)
         return make_learner(recoloured, config, classes, setup.zero_shot, centres, texts)
 
-    bank = setup.zero_shot_bank(images.train)
+    bank = setup.zero_shot_bank(images.train) if config.needs("bank") else None
     task = TuningTask(
         backbone.scale,
         split.tuned,
@@ -167,15 +167,16 @@ def _tune(
         images.val,
         setup.zero_shot[list(split.tuned)],
         config,
-        bank if config.needs("bank") else None,
+        bank,
         label_noise=config.tuning.label_noise or 0.0,
     )
     choice = _choice(task, partial(make_from, config), setup.tuned_names, out)
     watch.lap("choosing")
     if choice is not None:
         setup = replace(setup, config=choice.chosen.applied(config))
-        bank = bank.updated(_filled(choice.out_of_fold, bank), config.confusion.momentum)
-        task = replace(task, config=setup.config, bank=task.bank and bank)
+        if bank is not None:
+            bank = bank.updated(_filled(choice, bank), config.confusion.momentum)
+        task = replace(task, config=setup.config, bank=bank)
         if config.tuning.label_noise is None:
             task = replace(task, label_noise=_label_noise(choice, task))
     make = partial(make_from, setup.config)
@@ -194,9 +195,7 @@ def _tune(
         task, trial, further = tune_visual_side(learner, task, make, out)
         states += further
     watch.lap("tuning")
-    return setup, Outcome(
-        learner, task, frozen, tuple(states), choice, trial, task.bank or bank, make
-    )
+    return setup, Outcome(learner, task, frozen, tuple(states), choice, trial, task.bank, make)
 
 
 def _choice(
@@ -225,18 +224,18 @@ def _choice(
     return choice
 
 
-def _filled(logits: Tensor, bank: ConfusionBank) -> Tensor:
-    """Return out-of-fold logits, with the bank's confidences for photos that no fold held out."""
-    known = bank.confidences.clamp(min=torch.finfo(torch.float32).tiny).log()
-    return torch.where(logits.to(known).isnan(), known, logits.to(known))
+def _filled(choice: Choice, bank: ConfusionBank) -> Tensor:
+    """Return out-of-fold logits, with the bank's confidences for photos that no fold judged."""
+    logits = bank.confidences.clamp(min=torch.finfo(torch.float32).tiny).log()
+    logits[choice.judging.to(logits.device)] = choice.out_of_fold.to(logits)
+    return logits
 
 
 def _label_noise(choice: Choice, task: TuningTask) -> float:
     """Return ε as held-out photos show it; the frozen model may know too little to tell."""
-    known = ~choice.out_of_fold.isnan().any(dim=1)
-    if not known.any():
+    if not len(choice.judging):
         return 0.0
-    return fit_label_noise(choice.out_of_fold[known], task.labels[known]).share
+    return fit_label_noise(choice.out_of_fold, task.labels[choice.judging]).share
 
 
 def _with_tokens(setup: Setup, task: TuningTask, learner: Learner) -> TuningTask:

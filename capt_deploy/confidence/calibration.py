@@ -28,6 +28,7 @@ NONE = "none"  # calibrator of a model that could not be calibrated
 DISTANCE_AWARE = "distance_aware"  # key in the manifest of a graph that contains DAC factors
 LEAD = 1e-3  # by which the most probable class stays ahead of the second one in step 3
 LARGEST = 1e9  # number of a calibration, with which float32 can still calculate
+_BLOCK = 1 << 20  # numbers changed at once, which bounds the memory
 NEGLIGIBLE = -1e9  # a logit that adds nothing to a sum of exponentials
 
 
@@ -167,7 +168,14 @@ class Calibration:
 
     def probabilities(self, logits: Array) -> Floats:
         """Return the probabilities of weighed logits, (images, classes)."""
-        return softmax(logits if self.top_label is None else self.top_label.shift(logits))
+        if self.top_label is None:
+            return softmax(logits)
+        probabilities = np.empty(logits.shape)
+        step = max(1, _BLOCK // max(logits.shape[1], 1))
+        for start in range(0, len(logits), step):
+            block = slice(start, start + step)
+            probabilities[block] = softmax(self.top_label.shift(logits[block]))
+        return probabilities
 
     def select(self, places: Sequence[int] | NDArray[np.int64]) -> "Calibration":
         """Return the calibration of the classes at these places; later places get neutral values.

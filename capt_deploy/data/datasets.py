@@ -99,13 +99,14 @@ class Dataset:
 
     def _aligned_to(self, class_names: tuple[str, ...]) -> "Dataset":
         """Return the data set with its labels in a model's order of classes."""
-        known = [composed(name) for name in class_names]  # an old model has them as they came
-        if unknown := set(self.class_names) - set(known):
+        # an old model has them as they came
+        known = {composed(name): label for label, name in enumerate(class_names)}
+        if unknown := set(self.class_names) - known.keys():
             raise DataError(
                 f"{self.root}: classes {sorted(unknown)[:5]} are not among the "
                 f"{len(class_names)} of the model; rename them with --class-names"
             )
-        label = [known.index(name) for name in self.class_names]
+        label = [known[name] for name in self.class_names]
         splits = {
             split: tuple(Item(item.path, label[item.label]) for item in items)
             for split, items in self.splits.items()

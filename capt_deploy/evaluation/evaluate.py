@@ -1,5 +1,6 @@
 """Accuracy, calibration and confusion of a tuned model, the same for a run and its bundle."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -62,9 +63,11 @@ class Scores:
         Returns:
             Probabilities (images of these classes, these classes) and labels of the same images.
         """
+        if len(columns) == self.tuned.shape[1]:  # all: copies of many classes would fill the memory
+            return self.calibration.probabilities(self.calibration.weigh(self.tuned)), self.labels
         rows = np.flatnonzero(np.isin(self.labels, columns))
         calibration = self.calibration.select(columns)
-        logits = calibration.weigh(self.tuned[rows][:, columns])
+        logits = calibration.weigh(self.tuned[np.ix_(rows, columns)])
         return calibration.probabilities(logits), np.searchsorted(columns, self.labels[rows])
 
 
@@ -132,8 +135,8 @@ def evaluate(
     report = _measure(scores, columns, scope)
     if scope and report[scope] is None:
         raise ConfigError(f"no images of {scope!r} classes to evaluate; was the run tuned on all?")
-    raw, frozen = scores.uncalibrated, scores.zero_shot_alone
-    report["uncalibrated"] = _measure(raw, columns, scope)
+    frozen = scores.zero_shot_alone
+    report["uncalibrated"] = _measure(scores.uncalibrated, columns, scope)
     base = columns["base"] if len(columns["base"]) else every
     report["confusion"] = _confusion(scores, class_names, base, pairs)
     report["zero_shot"] = report["uncalibrated"]["zero_shot"] = None
@@ -172,10 +175,7 @@ def _confusion(
         nothing = dict.fromkeys(("recovered", "broken", "counts"))
         return {**nothing, "pairs": [{**pair, "zero_shot": None} for pair in alone]}
     before = columns[scores.zero_shot[rows][:, columns].argmax(axis=1)]
-    mined = np.zeros((classes, classes), dtype=bool)
-    for true, predicted in pairs:
-        mined[true, predicted] = True
-    recovery = confusion_recovery(labels, before, after, mined)
+    recovery = confusion_recovery(labels, before, after, pairs, classes)
     return {
         "recovered": recovery.recovered_share,
         "broken": recovery.broken_share,
@@ -201,23 +201,20 @@ def confused_pairs(
         class_names: one for each class.
         most: how many pairs.
     """
-    classes = len(class_names)
-    counts = np.stack([confusion_counts(labels, guess, classes) for guess in (before, after)])
-    counts[:, range(classes), range(classes)] = 0
-    worst = np.argsort(-counts.max(axis=0), axis=None, kind="stable")[:most]
+    first, second = (confusion_counts(labels, guesses) for guesses in (before, after))
+    errors = sorted(cell for cell in {*first, *second} if cell[0] != cell[1])
+    worst = sorted(errors, key=lambda cell: -max(first[cell], second[cell]))[:most]
     return [
         {
             "true": class_names[true],
             "predicted": class_names[predicted],
-            "zero_shot": int(counts[0, true, predicted]),
-            "tuned": int(counts[1, true, predicted]),
+            "zero_shot": first[true, predicted],
+            "tuned": second[true, predicted],
         }
-        for true, predicted in (divmod(int(cell), classes) for cell in worst)
-        if counts[:, true, predicted].any()
+        for true, predicted in worst
     ]
 
 
-def confusion_counts(labels: Ints, predictions: Ints, classes: int) -> NDArray[np.int64]:
-    """Return how many images of each class are taken for each, (true classes, classes)."""
-    cells = labels * classes + predictions
-    return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
+def confusion_counts(labels: Ints, predictions: Ints) -> Counter[ClassPair]:
+    """Return how many images of a class, the first of a pair, are taken for the second one."""
+    return Counter(zip(labels.tolist(), predictions.tolist(), strict=True))

@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from capt_deploy.backends.base import Outputs, concatenate
 from capt_deploy.bundle.read import open_bundle
 from capt_deploy.core.console import progress, say
 from capt_deploy.core.errors import BundleError, DataError, UnavailableError
@@ -36,7 +36,8 @@ def score_bundle(
     bundle = open_bundle(path)
     zero_shot = bundle.text_embeddings().get("zero_shot")
     labels: list[int] = []
-    batches: list[Outputs] = []
+    logits: list[NDArray[np.float32]] = []
+    embeddings: list[NDArray[np.float32]] = []
     files: list[Path] = []
     with Classifier.load(path, backend, precision) as classifier:
         say(classifier.running_on)
@@ -52,14 +53,17 @@ def score_bundle(
                 labels += [items[file].label for file in readable]
                 skipped += [(items[file].path, why) for file, why in batch.errors.items()]
                 if batch.pixels is not None:
-                    batches.append(classifier.backend.run(batch.pixels))
+                    outputs = classifier.backend.run(batch.pixels)
+                    logits.append(outputs.logits)
+                    embeddings.append(outputs.embedding)
     if not labels:
         raise DataError(f"{data}: none of the {len(items)} images in split {split!r} is readable")
-    calibration, outputs = bundle.calibration_of(precision), concatenate(batches)
+    calibration, tuned = bundle.calibration_of(precision), np.concatenate(logits)
+    logits.clear()  # of many images and classes, which need not be in memory twice
     scores = Scores(
         np.asarray(labels),
-        calibration.unweigh(outputs.logits),
-        None if zero_shot is None else outputs.embedding @ zero_shot.T,
+        calibration.unweigh(tuned),
+        None if zero_shot is None else np.concatenate(embeddings) @ zero_shot.T,
         calibration,
         manifest.calibration[precision].get("zero_shot_temperature", 1.0),
     )

@@ -9,6 +9,7 @@ bins, Nguyen & O'Connor 2015 (1508.05154); classwise ECE, Kull et al. 2019 (1910
 Geifman et al. 2018 (1805.08206).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,9 +30,11 @@ _BLOCK = 1 << 17  # probabilities held in float64 at a time: 1 MiB, which fits i
 
 def softmax(logits: NDArray[np.floating]) -> Floats:
     """Return row-wise probabilities of (images, classes) logits, in float64."""
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    exponentials = np.exp(shifted)
-    return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True))
+    probabilities = logits.astype(np.float64)  # changed in place: many classes are large arrays
+    probabilities -= probabilities.max(axis=1, keepdims=True)
+    np.exp(probabilities, out=probabilities)
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    return probabilities
 
 
 def accuracy(probabilities: Probabilities, labels: Ints) -> float:
@@ -142,7 +145,7 @@ class Recovery:
 
 
 def confusion_recovery(
-    labels: Ints, before: Ints, after: Ints, mined: NDArray[np.bool_]
+    labels: Ints, before: Ints, after: Ints, mined: Iterable[tuple[int, int]], classes: int
 ) -> Recovery:
     """Compare the predictions of two models for the same images (METHOD 10).
 
@@ -150,16 +153,17 @@ def confusion_recovery(
         labels: (images,) true classes.
         before: (images,) classes predicted by the zero-shot model.
         after: (images,) classes predicted by the tuned model.
-        mined: (classes, classes) whether a true class, the row, is known to be mistaken for a
-            predicted one. The diagonal is ignored.
+        mined: true classes, each with one that it is known to be mistaken for.
+        classes: their number.
 
     Raises:
         ValueError: a label or prediction that is no class.
     """
-    for classes in (labels, before, after):
+    for columns in (labels, before, after):
         if len(labels):
-            require_columns(classes, len(mined))
+            require_columns(columns, classes)
     right, right_after = before == labels, after == labels
-    errors = mined[labels, before] & ~right
+    known = [true * classes + predicted for true, predicted in mined]
+    errors = np.isin(labels * classes + before, known) & ~right
     counts = (errors, errors & right_after, right, right & ~right_after)
     return Recovery(*(int(part.sum()) for part in counts))

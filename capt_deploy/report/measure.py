@@ -72,16 +72,17 @@ def measure_models(evaluation: Evaluation) -> list[MeasuredModel]:
 
 
 def _measure(evaluation: Evaluation, name: str, scores: Scores) -> MeasuredModel:
-    raw = scores.uncalibrated
+    # One array of probabilities after the other: those of many images and classes are large
     before, after, risks, chance, right = {}, {}, {}, {}, {}
+    report = evaluate(scores, evaluation.class_names, evaluation.tuned, evaluation.pairs)
     for scope, columns in scope_columns(evaluation).items():
+        before[scope] = reliability(*scores.uncalibrated.among(columns), bins=BINS)
         probabilities, labels = scores.among(columns)
-        before[scope] = reliability(*raw.among(columns), bins=BINS)
         after[scope] = reliability(probabilities, labels, bins=BINS)
         risks[scope] = risk_coverage(probabilities, labels)
         chance[scope] = calibrated_ece(probabilities, bins=BINS, seed=_SEED)
         right[scope] = probabilities.argmax(axis=1) == labels
-    report = evaluate(scores, evaluation.class_names, evaluation.tuned, evaluation.pairs)
+        del probabilities
     return MeasuredModel(name, report, _intervals(right), chance, before, after, risks)
 
 

@@ -4,6 +4,7 @@ import re
 from base64 import b64encode
 from hashlib import sha256
 from html import escape
+from math import ceil, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +106,7 @@ def _texts(results: Results) -> dict[str, Any]:
         "promises": tables.promise_table(results),
         "pairs": tables.pair_table(results),
         "classes": tables.class_table(results),
+        "classes_shown": tables.classes_shown(results),
         "choice": tables.choice_table(results),
         "choice_notes": choice_notes(choice) if choice else [],
         "curve": tables.curve_table(curve) if curve else None,
@@ -143,19 +145,21 @@ def _confusion_matrix(results: Results) -> dict[str, Any] | None:
     if not results.pairs:
         return None
     counts, _ = count_confusions(results.predictions)
-    order = order_by_confusion(counts, MOST_CLASSES)
+    order = order_by_confusion(counts, len(results.evaluation.class_names), MOST_CLASSES)
     # The shares are of all photos of a class, also of those taken for a class that is not shown.
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    shades = np.ceil(_SHADES * np.sqrt(shares)).astype(int)  # so that single photos show
-    mined = np.zeros(counts.shape, bool)
-    for true, taken in results.evaluation.pairs:
-        mined[true, taken] = counts[true, taken] > 0
-    shown = np.ix_(order, order)
-    cells = np.dstack([part[shown] for part in (counts, shades, mined)]).tolist()
+    photos = np.bincount(results.predictions.labels, minlength=max(order) + 1)
+    known = set(results.evaluation.pairs)
+
+    def cell(true: int, taken: int) -> tuple[int, int, bool]:
+        count = counts[true, taken]
+        shade = ceil(_SHADES * sqrt(count / max(photos[true], 1)))  # so that single photos show
+        return count, shade, count > 0 and (true, taken) in known
+
+    cells = [[cell(true, taken) for taken in order] for true in order]
     names = [results.evaluation.class_names[column] for column in order]
     return {
         "names": names,
         "rows": list(zip(names, cells, strict=True)),
         "numbered": len(order) <= _NUMBERED,
-        "framed": bool(mined[shown].any()),
+        "framed": any(mined for row in cells for *_, mined in row),
     }

@@ -52,11 +52,12 @@ def find_results(evaluation: Evaluation, title: str) -> Results:
         DataError: logits are not finite.
     """
     evaluation = _checked(evaluation)
+    models = measure_models(evaluation)  # before the large arrays of the predictions exist
     predictions = predict(evaluation)
     return Results(
         printable(title),
         evaluation,
-        measure_models(evaluation),
+        models,
         predictions,
         confused_pairs(evaluation, predictions),
         make_gallery(evaluation, predictions),

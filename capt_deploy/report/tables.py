@@ -13,6 +13,7 @@ from capt_deploy.report.results import Results
 
 NONE = "–"
 _SURE = 0.8
+_MOST_ROWS = 500  # of the table of classes, which a browser has to lay out and a person to read
 _ACCURACY = "accuracy, %"
 
 Cell = tuple[str, str]  # a figure, and the range to read it with
@@ -111,15 +112,23 @@ def tuning_changes(results: Results) -> list[str]:
     return [] if counts is None else changes(counts)
 
 
+def classes_shown(results: Results) -> str:
+    """Return which classes the table of classes shows."""
+    shown, count = "Every class that has photos", len(results.classes)
+    if count > _MOST_ROWS:
+        shown = f"The {_MOST_ROWS:,} least accurate of {count:,} classes; report.json has all"
+    return f"{shown}, among all classes; the least accurate first"
+
+
 def class_table(results: Results) -> Table:
-    """Return the figures of each class."""
+    """Return the figures of each class; of the least accurate ones where there are many."""
     both = len({row.tuned for row in results.classes}) > 1
     before = results.zero_shot is not None
     confidence, zero_shot = "mean confidence, %", f"zero-shot {_ACCURACY}"
     header = ["class", *(["part"] if both else []), "photos", _ACCURACY, confidence]
     header += [*([zero_shot] if before else []), "most frequent mistake"]
     rows = []
-    for row in results.classes:
+    for row in results.classes[:_MOST_ROWS]:
         part = ["base" if row.tuned else "new"] if both else []
         figures = [f"{row.images:,}", percent(row.accuracy), percent(row.confidence)]
         figures += [percent(row.zero_shot)] if before else []

@@ -7,7 +7,6 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from capt_deploy.core.errors import ConfigError
@@ -76,8 +75,7 @@ def as_json(results: Results) -> dict[str, Any]:
     """Return all figures for JSON, without pictures; what is not defined is None."""
     evaluation = results.evaluation
     counts, _ = count_confusions(results.predictions)
-    np.fill_diagonal(counts, 0)
-    true, predicted = np.nonzero(counts)
+    errors = sorted(cell for cell in counts if cell[0] != cell[1])
     return {
         "made_by": f"{MADE_BY} {__version__}",
         "title": results.title,
@@ -86,9 +84,11 @@ def as_json(results: Results) -> dict[str, Any]:
         "tuned": list(map(bool, evaluation.tuned)),
         "models": [_model(model) for model in results.models],
         "confused_pairs": [asdict(pair) for pair in results.pairs],
-        "confusions": _lists(
-            {"true": true, "predicted": predicted, "images": counts[true, predicted]}
-        ),
+        "confusions": {
+            "true": [true for true, _ in errors],
+            "predicted": [predicted for _, predicted in errors],
+            "images": [counts[cell] for cell in errors],
+        },
         "gallery": [_group(group) for group in results.gallery],
         "promises": [_promise(promise) for promise in results.promises],
         "classes": [asdict(row) for row in results.classes],

@@ -44,7 +44,8 @@ def choose_calibration(
     """Fit the simplest calibrator with a cross-validated NLL within one standard error of the best.
 
     The error is that of the difference, image by image (ours): what makes images hard for all
-    candidates says nothing about which is better. Calibrators that need more images are left out.
+    candidates says nothing about which is better. Calibrators that need more images are left out,
+    and those that need all classes where there are fewer images than classes.
 
     Args:
         raw: scaled logits z, (images, classes), of images that were not tuned on.
@@ -52,7 +53,13 @@ def choose_calibration(
         names: of the candidates, simple ones first; by default all calibrators.
     """
     names = names or [*CALIBRATORS]
-    compared = [n for n in names if CALIBRATORS[n].fewest_images <= len(labels)] or names[:1]
+
+    def enough(name: str) -> bool:
+        calibrator = CALIBRATORS[name]
+        classes = raw.shape[1] if calibrator.needs_all_classes else 0
+        return len(labels) >= max(calibrator.fewest_images, classes)
+
+    compared = list(filter(enough, names)) or names[:1]
     if len(compared) == 1:
         return CalibrationChoice(fit_calibration(compared[0], raw, labels), {})
     losses = {name: _held_out_losses(name, raw, labels) for name in compared}

@@ -49,9 +49,10 @@ def main(run: Path, top: int, as_json: bool, csv_file: Path | None, png_file: Pa
         write_bytes(csv_file, _csv(confusions).encode())
         say(f"wrote {csv_file}")
     if png_file is not None:
-        from capt_train.confusion.plot import plot_confusions
+        from capt_train.confusion.plot import MOST_DRAWN, plot_confusions
 
-        plot_confusions(png_file, confusions.matrices(), confusions.class_names)
+        drawn, classes = confusions.among_worst(MOST_DRAWN), len(confusions.class_names)
+        plot_confusions(png_file, drawn.matrices(), drawn.class_names, classes)
         say(f"wrote {png_file}")
     if as_json:
         print_json(confusions.to_dict())

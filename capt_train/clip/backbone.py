@@ -126,11 +126,12 @@ class Backbone:
         self, class_names: Sequence[str], templates: Sequence[str]
     ) -> Float[Tensor, "classes dim"]:
         """Return t⁰ (METHOD 1): the renormalised mean over templates; see `all_templates`."""
-        per_template = [
-            self.text_embeddings([template.replace("{}", name) for name in class_names])
-            for template in all_templates(templates)
-        ]
-        return functional.normalize(torch.stack(per_template).mean(dim=0), dim=-1)
+        texts = all_templates(templates)
+        total = torch.zeros(())
+        for text in texts:  # one after the other: embeddings of all would be 80 times as large
+            named = [text.replace("{}", name) for name in class_names]
+            total = total.to(self.device) + self.text_embeddings(named)
+        return functional.normalize(total / len(texts), dim=-1)
 
     def _finite(self, embeddings: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
         """Return the embeddings of the model as it came, which later steps could not repair."""

@@ -10,9 +10,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from capt_deploy.core.errors import ModelError
 from capt_train.clip.text_tokens import TextTokens
+
+# Tokens at once, which bounds the memory: a step with ViT-B/16's tower keeps 0.4 MB of each for the
+# way back.
+_AT_ONCE = 4096
 
 
 class TextTower:
@@ -44,7 +49,8 @@ class TextTower:
         """Return unit-norm text embeddings; gradients reach `context`, never the tower.
 
         The model's own `encode_text` does the work, so every tower that open_clip builds will do,
-        pooling and projection included.
+        pooling and projection included. Of many texts, only a part is in memory at once: gradients
+        of all parts but the last compute it again (gradient checkpointing, arXiv 1604.06174).
 
         Args:
             tokens: rows of token ids, as by `TextTokens`.
@@ -57,18 +63,46 @@ class TextTower:
             ModelError: `deeper` needs more blocks than can be reached.
         """
         changed = {name: self.weight(name) + update for name, update in updates.items()}
-        length = tokens.shape[1]
+        length, exporting = tokens.shape[1], torch.compiler.is_exporting()
         if self.cuttable:
-            if not torch.compiler.is_exporting():  # a graph gets rows that have been cut
+            if not exporting:  # a graph gets rows that have been cut
                 length = int(self._tokens.ends(tokens).max()) + 1
             changed["positional_embedding"] = self._tower.positional_embedding[:length]
             changed["attn_mask"] = self._tower.attn_mask[:length, :length]
+        tokens, at_once = tokens[:, :length], max(1, _AT_ONCE // length)
+        if exporting or len(tokens) <= at_once:
+            return self._encode(tokens, context, deeper, changed)
+        parts = tokens.split(at_once)
+        contexts = [context] * len(parts)
+        if context is not None and context.dim() == 3:  # one for each text
+            contexts = [*context.split(at_once)]
+        # Gradients pass through the last part first, so it would gain nothing.
+        *before, last = zip(parts, contexts, strict=True)
+        embeddings = [
+            checkpoint(
+                self._encode,
+                *(part, vectors, deeper, changed),
+                use_reentrant=False,
+                preserve_rng_state=False,  # nothing is drawn
+            )
+            for part, vectors in before
+        ]
+        return torch.cat([*embeddings, self._encode(*last, deeper, changed)])
+
+    def _encode(
+        self,
+        tokens: Int[Tensor, "texts tokens"],
+        context: Float[Tensor, "*texts context width"] | None,
+        deeper: Float[Tensor, "blocks context width"] | None,
+        changed: Mapping[str, Tensor],
+    ) -> Float[Tensor, "texts dim"]:
+        """Return the embeddings of rows that are cut, with `changed` weights in the tower."""
         prefix = "model." if self._tower is self._model else "model.text."
         with self._replaced_context(context), self._replaced_deeper(deeper):
             features = torch.func.functional_call(
                 _TextOnly(self._model),
                 {f"{prefix}{name}": value for name, value in changed.items()},
-                tokens[:, :length],
+                tokens,
             )
         return functional.normalize(features, dim=-1)
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from capt_deploy.core.files import write_bytes
 from capt_deploy.evaluation.evaluate import ClassPair
 
-_FORMAT = {"format": "capt-confusion-bank 1"}  # two keys would be written in any order
-_RETRIEVAL_CHUNK = 256  # rows; bounds the memory of queries × confused samples
+_FORMAT = {"format": "capt-confusion-bank 2"}  # two keys would be written in any order
+_AT_ONCE = 256  # rows; bounds the memory of samples × classes and of queries × confused samples
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,12 @@ class ConfusionBank:
     """The confusions among the training images, and the samples behind them (METHOD 2).
 
     `N[a,b]` is how many samples of class `a` the model calls `b`; momentum makes the counts
-    fractions. Inference does not use the bank.
+    fractions. Only cells that are not zero are kept: of many classes, few pairs are confused.
+    Inference does not use the bank.
     """
 
-    counts: Float[Tensor, "classes classes"]  # N[true, predicted], zero diagonal
+    cells: Int[Tensor, "cells 2"]  # true and predicted class, which differ; ascending
+    counts: Float[Tensor, " cells"]  # N of these cells
     labels: Int[Tensor, " samples"]
     predicted: Int[Tensor, " samples"]  # pseudo-labels
     confidences: Float[Tensor, "samples classes"]  # probabilities
@@ -48,8 +50,7 @@ class ConfusionBank:
         """
         confidences = _probabilities(logits)
         predicted = confidences.argmax(dim=1)
-        counts = _confusions(labels, predicted, logits.shape[1])
-        return cls(counts, labels, predicted, confidences, embeddings)
+        return cls(*_confusions(labels, predicted), labels, predicted, confidences, embeddings)
 
     def updated(
         self,
@@ -67,10 +68,13 @@ class ConfusionBank:
             momentum: ρ in [0, 1]; 0 keeps nothing of the old bank.
         """
         current = _probabilities(logits)
-        new = _confusions(self.labels, current.argmax(dim=1), current.shape[1])
+        cells, counts = _confusions(self.labels, current.argmax(dim=1))
+        both, places = torch.cat([self.cells, cells]).unique(dim=0, return_inverse=True)
+        blended = torch.cat([momentum * self.counts, (1 - momentum) * counts])
         confidences = momentum * self.confidences + (1 - momentum) * current
         return ConfusionBank(
-            momentum * self.counts + (1 - momentum) * new,
+            both,
+            blended.new_zeros(len(both)).index_add(0, places, blended),
             self.labels,
             confidences.argmax(dim=1),
             confidences,
@@ -88,9 +92,8 @@ class ConfusionBank:
 
     def confusions(self) -> dict[ClassPair, float]:
         """Return the cells of `N` that are not zero, `{(true, predicted): count}`, by class."""
-        cells = self.counts.nonzero()
-        counts = self.counts[cells[:, 0], cells[:, 1]].tolist()
-        return {(true, label): n for (true, label), n in zip(cells.tolist(), counts, strict=True)}
+        cells = zip(self.cells.tolist(), self.counts.tolist(), strict=True)
+        return {(true, predicted): count for (true, predicted), count in cells if count}
 
 
 def semantic_scores(
@@ -107,7 +110,9 @@ def semantic_scores(
         predicted: pseudo-label `p` of each sample.
         confidences: probabilities `C` of each sample.
     """
-    behind = bank.counts[:, predicted].T
+    behind = torch.zeros_like(confidences)
+    rows, places = (predicted[:, None] == bank.cells[:, 1]).nonzero(as_tuple=True)
+    behind[rows, bank.cells[places, 0]] = bank.counts[places].to(behind)
     total = behind.sum(dim=1, keepdim=True)
     share = torch.where(total > 0, behind / total, 0.0)
     return ((1 + share) * confidences).scatter(1, predicted[:, None], float("-inf"))
@@ -122,9 +127,15 @@ def mined_classes(bank: ConfusionBank, k: int) -> Int[Tensor, "samples mined"]:
         bank: whose samples are mined.
         k: number of classes after `p`; at most C−1 are returned.
     """
-    scores = semantic_scores(bank, bank.predicted, bank.confidences)
-    best = scores.argsort(dim=1, descending=True, stable=True)
-    return torch.cat([bank.predicted[:, None], best[:, : min(k, scores.shape[1] - 1)]], dim=1)
+    kept = min(k, bank.confidences.shape[1] - 1)
+    mined = []
+    for predicted, confidences in zip(
+        bank.predicted.split(_AT_ONCE), bank.confidences.split(_AT_ONCE), strict=True
+    ):
+        scores = semantic_scores(bank, predicted, confidences)
+        best = scores.argsort(dim=1, descending=True, stable=True)
+        mined.append(torch.cat([predicted[:, None], best[:, :kept]], dim=1))
+    return torch.cat(mined)
 
 
 def mined_pairs(bank: ConfusionBank, k: int) -> list[ClassPair]:
@@ -134,7 +145,7 @@ def mined_pairs(bank: ConfusionBank, k: int) -> list[ClassPair]:
         bank: whose samples are mined.
         k: as in `mined_classes`.
     """
-    classes = len(bank.counts)
+    classes = bank.confidences.shape[1]
     mined = mined_classes(bank, k)
     predicted, paired = mined[:, :1], mined[:, 1:]
     codes = torch.minimum(predicted, paired) * classes + torch.maximum(predicted, paired)
@@ -163,7 +174,7 @@ def retrieve(
     confused = (bank.labels != bank.predicted).nonzero().squeeze(1)
     if not len(confused):
         return torch.full_like(mined, -1)
-    chunks = zip(rows.split(_RETRIEVAL_CHUNK), mined.split(_RETRIEVAL_CHUNK), strict=True)
+    chunks = zip(rows.split(_AT_ONCE), mined.split(_AT_ONCE), strict=True)
     return torch.cat([_nearest(bank, confused, queries, classes) for queries, classes in chunks])
 
 
@@ -197,9 +208,9 @@ def _probabilities(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*b
 
 
 def _confusions(
-    labels: Int[Tensor, " samples"], predicted: Int[Tensor, " samples"], classes: int
-) -> Float[Tensor, "{classes} {classes}"]:
-    """Return how often each class is called another."""
-    cells = labels * classes + predicted
-    counts = cells.bincount(minlength=classes**2).reshape(classes, classes)
-    return counts.fill_diagonal_(0).float()
+    labels: Int[Tensor, " samples"], predicted: Int[Tensor, " samples"]
+) -> tuple[Int[Tensor, "cells 2"], Float[Tensor, " cells"]]:
+    """Return the pairs of true class and another that it is called, and how often it is."""
+    errors = torch.stack([labels, predicted], dim=1)[labels != predicted]
+    cells, counts = errors.unique(dim=0, return_counts=True)
+    return cells, counts.float()

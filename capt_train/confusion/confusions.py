@@ -32,6 +32,10 @@ class ConfusionCell:
     after: float  # the same images, by models that were not tuned on them
     samples: tuple[str, ...]  # paths of the images behind it, before or after
 
+    def worst(self) -> float:
+        """Return the higher of both counts."""
+        return max(self.before, self.after)
+
 
 @dataclass(frozen=True)
 class Confusions:
@@ -44,6 +48,21 @@ class Confusions:
     def to_dict(self) -> dict[str, Any]:
         """Return the content of the file."""
         return {"schema": _SCHEMA, **asdict(self)}
+
+    def among_worst(self, most: int) -> "Confusions":
+        """Return the confusions among at most so many classes, those of the worst pairs."""
+        if len(self.class_names) <= most:
+            return self
+        kept: set[str] = set()
+        for pair in self.pairs:
+            if len(kept | {pair.true, pair.predicted}) <= most:
+                kept |= {pair.true, pair.predicted}
+        shown = [place for place, name in enumerate(self.class_names) if name in kept]
+        return Confusions(
+            tuple(self.class_names[place] for place in shown),
+            tuple(self.shots[place] for place in shown),
+            tuple(pair for pair in self.pairs if {pair.true, pair.predicted} <= kept),
+        )
 
     def matrices(self) -> Float[NDArray[np.float64], "2 classes classes"]:
         """Return the counts before and after tuning, `[true, predicted]` of each."""
@@ -61,8 +80,8 @@ def write_confusions(
     before: "ConfusionBank",
     after: "ConfusionBank",
     samples: Sequence[str],
-) -> None:
-    """Write the confusions in two banks of the same images, atomically.
+) -> Confusions:
+    """Write the confusions in two banks of the same images, atomically, and return them.
 
     Args:
         path: usually `CONFUSIONS` in the run folder.
@@ -71,23 +90,26 @@ def write_confusions(
         after: the bank of the tuned model.
         samples: paths of the training images, one per row of the banks.
     """
-    exact = np.stack([bank.counts.cpu().numpy() for bank in (before, after)])
-    counts = exact.astype(np.float64).round(_DECIMALS)
-    cells = np.argwhere(counts.any(axis=0))
-    worst = np.argsort(-counts.max(axis=0)[tuple(cells.T)], kind="stable")
+    first, second = (
+        {cell: round(count, _DECIMALS) for cell, count in bank.confusions().items()}
+        for bank in (before, after)
+    )
     paths = _paths_behind((before, after), samples)
     pairs = [
         ConfusionCell(
-            class_names[true],
-            class_names[predicted],
-            float(counts[0, true, predicted]),
-            float(counts[1, true, predicted]),
-            paths.get((true, predicted), ()),
+            class_names[cell[0]],
+            class_names[cell[1]],
+            first.get(cell, 0.0),
+            second.get(cell, 0.0),
+            paths.get(cell, ()),
         )
-        for true, predicted in cells[worst].tolist()
+        for cell in sorted({*first, *second})
     ]
+    pairs = sorted(filter(ConfusionCell.worst, pairs), key=ConfusionCell.worst, reverse=True)
     shots = before.labels.bincount(minlength=len(class_names)).tolist()
-    write_json(path, Confusions(tuple(class_names), tuple(shots), tuple(pairs)).to_dict())
+    confusions = Confusions(tuple(class_names), tuple(shots), tuple(pairs))
+    write_json(path, confusions.to_dict())
+    return confusions
 
 
 def read_confusions(path: Path) -> Confusions:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _NUMBERED = 20  # more classes than this leave no room for numbers in the cells
 _LABELLED = 60  # nor for names beside them
 _WORST = 12
+MOST_DRAWN = 1000  # classes; a cell of more would be smaller than a pixel
 _LONGEST = 32  # characters of a name
 _DPI = 120
 
@@ -27,6 +28,7 @@ def plot_confusions(
     path: Path,
     counts: Float[NDArray[np.floating], "2 classes classes"],
     class_names: Sequence[str],
+    of_classes: int = 0,
 ) -> None:
     """Draw confusion counts before and after tuning side by side as a PNG, atomically.
 
@@ -36,6 +38,7 @@ def plot_confusions(
         path: of the PNG.
         counts: before and after tuning, `[true, predicted]`, zero diagonals.
         class_names: one per row and column.
+        of_classes: their number where these are only the most confused.
     """
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure  # pyplot would keep the figure and look for a display
@@ -61,7 +64,10 @@ def plot_confusions(
                 panel.text(predicted, true, _number(count), **style)
     panels[0].set_ylabel("true class")
     panels[1].tick_params(axis="y", labelleft=False)
-    figure.suptitle("Training images taken for another class (views that were not tuned on)")
+    title = "Training images taken for another class (views that were not tuned on)"
+    if of_classes > len(names):
+        title += f"\nThe {len(names):,} most confused of {of_classes:,} classes"
+    figure.suptitle(title)
     bar = figure.colorbar(image, ax=panels, label="images", shrink=0.8, pad=0.02)
     bar.locator = MaxNLocator(integer=True)
     if not named:

@@ -1,10 +1,15 @@
 """Evaluate a tuned model in torch, as it was trained."""
 
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
 
 from capt_deploy.core.console import say
 from capt_deploy.core.errors import DataError
@@ -16,6 +21,8 @@ from capt_train.data.embedding_cache import EmbeddingCache
 from capt_train.data.features import embed
 from capt_train.data.fewshot import FewShotSplit
 from capt_train.run.folder import TunedModel, load_run
+
+_AT_ONCE = 1024  # images
 
 
 @dataclass(frozen=True)
@@ -72,13 +79,20 @@ def score_model(
     fitted = model.fitted
     scores = Scores(
         features.labels.numpy(),
-        model.logits(embeddings).cpu().numpy(),
-        model.zero_shot_logits(features.embeddings).cpu().numpy(),
+        _by_parts(model.logits, embeddings),
+        _by_parts(model.zero_shot_logits, features.embeddings),
         fitted.calibration,
         fitted.zero_shot_temperature,
     )
     files = tuple(dataset.path(item) for item in features.kept(items))
     return RunScores(model, scores, dataset.root, files, features.skipped, seen, transductive)
+
+
+def _by_parts(
+    logits: Callable[[Tensor], Tensor], embeddings: Float[Tensor, "images dim"]
+) -> NDArray[np.float32]:
+    """Return the logits of images, (images, classes); what lies between needs less memory so."""
+    return torch.cat([logits(part).cpu() for part in embeddings.split(_AT_ONCE)]).numpy()
 
 
 def evaluate_run(

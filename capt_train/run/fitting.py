@@ -15,7 +15,7 @@ from capt_train.calibrate.choose import CalibrationChoice, candidates, choose_ca
 from capt_train.calibrate.label_noise import fit_label_noise, fit_temperature_to_noisy_labels
 from capt_train.confusion.bank import ConfusionBank
 from capt_train.confusion.confusions import CONFUSIONS, write_confusions
-from capt_train.confusion.plot import plot_confusions
+from capt_train.confusion.plot import MOST_DRAWN, plot_confusions
 from capt_train.data.features import Embedded, Features
 from capt_train.data.validation import VALIDATION, Validation
 from capt_train.method.class_rows import UNCHANGED
@@ -29,6 +29,7 @@ from capt_train.tune.candidates import folds_answer
 from capt_train.tune.checkpoint import TuningState
 from capt_train.tune.choice import Choice
 from capt_train.tune.cross_validation import out_of_fold_logits
+from capt_train.tune.folds import judging_rows, most_judging
 from capt_train.tune.stages import TuningTask
 from capt_train.tune.strength import Trial
 
@@ -45,7 +46,7 @@ class Outcome:
     states: tuple[TuningState, ...]  # one for each stage
     choice: Choice | None
     trial: Trial | None
-    bank: ConfusionBank  # after its last update
+    bank: ConfusionBank | None  # after its last update; None where no part needs it
     make: Callable[[tuple[int, ...]], Learner]  # returns a new learner for the given classes
 
 
@@ -69,9 +70,7 @@ class HeldOut:
 def fit(setup: Setup, outcome: Outcome, out: Path) -> tuple[TunedModel, HeldOut]:
     """Fit mixture and calibration; write the confusions and `result.json`."""
     learner, task, split = outcome.learner, outcome.task, setup.split
-    before = setup.zero_shot_bank(outcome.frozen.train)
-    tuned = split.tuned  # the bank counts among these
-    pairs = {(tuned[a], tuned[b]): round(count) for (a, b), count in before.confusions().items()}
+    pairs = setup.zero_shot_confusions(outcome.frozen.train)
     images = _tuned_images(outcome)
     mixture = _mixture(setup, outcome, images)
     chosen = outcome.choice is not None and folds_answer(setup.config)
@@ -88,7 +87,8 @@ def fit(setup: Setup, outcome: Outcome, out: Path) -> tuple[TunedModel, HeldOut]
         model = replace(model, fitted=fitted)
     _write_confusions(setup, model, outcome, held_out, out)
     if len(task.val):
-        Validation(images, task.val.labels).save(out / VALIDATION)
+        kept = held_out.rows
+        Validation(images[kept], task.val.labels[kept]).save(out / VALIDATION)
     elif len(held_out) and model.visual is None:
         embeddings, labels = task.train.embeddings[held_out.rows], task.train.labels[held_out.rows]
         Validation(embeddings, labels, held_out.tuned).save(out / VALIDATION)
@@ -142,7 +142,8 @@ def _mixture(setup: Setup, outcome: Outcome, validation: Float[Tensor, "samples 
     if not len(task.val):
         images, shown = _training_images(outcome), task.train
     images = images.to(task.reference.device)
-    labels = shown.labels_among(split.tuned).to(images.device)
+    rows = judging_rows(len(images), len(split.tuned), config.seed)
+    images, labels = images[rows], shown.labels_among(split.tuned)[rows].to(images.device)
     texts = runs.all_texts(learner, setup.zero_shot)[:, list(split.tuned)]
     names = setup.pseudo_class_names()
     hand_written = setup.backbone.class_embeddings(names, config.prompt.templates)
@@ -161,25 +162,36 @@ def _held_out(
     task, split, choice = outcome.task, setup.split, outcome.choice
     tuned = list(split.tuned)
 
-    def frozen(images: Features) -> Float[Tensor, "images tuned"]:
-        return model.zero_shot_logits(images.embeddings)[:, tuned].cpu()
+    def judging(images: int) -> Int[Tensor, " judging"]:
+        if images > (most := most_judging(len(tuned))):
+            say(
+                f"note: at most {most:,} of {images:,} photos calibrate, drawn by seed: "
+                f"scores of all for {len(tuned):,} classes would fill the memory"
+            )
+        return judging_rows(images, len(tuned), setup.config.seed)
+
+    def frozen(images: Features, rows: Int[Tensor, " rows"]) -> Float[Tensor, "rows tuned"]:
+        return model.zero_shot_logits(images.embeddings[rows])[:, tuned].cpu()
 
     if len(task.val):
         images = outcome.frozen.val
-        logits = model.raw_logits(validation)[:, tuned].cpu()
-        labels = task.val.labels_among(tuned)
-        items, rows = tuple(task.val.kept(split.val)), torch.arange(len(labels))
-        return HeldOut(rows, items, labels, frozen(images), logits)
+        rows = judging(len(images))
+        logits = model.raw_logits(validation[rows])[:, tuned].cpu()
+        kept = task.val.kept(split.val)
+        items = tuple(kept[row] for row in rows.tolist())
+        labels = task.val.labels_among(tuned)[rows]
+        return HeldOut(rows, items, labels, frozen(images, rows), logits)
     images = outcome.frozen.train
+    rows = judging(len(images))
     if setup.config.needs("teacher"):  # which has seen no label
         say(
             "note: no validation images: confidences are too high if the teacher was tuned on the "
             "training photos"
         )
-        logits = model.raw_logits(task.train.embeddings)[:, tuned].cpu()
+        logits = model.raw_logits(task.train.embeddings[rows])[:, tuned].cpu()
     elif choice is not None and _answers(model, setup):
         shift = setup.backbone.logit_bias - choice.outside.offset  # as `mixed_rows` has it
-        logits = choice.out_of_fold + shift
+        logits, rows = choice.out_of_fold + shift, choice.judging
     else:
 
         def logits_of(learner: Learner, embeddings: Tensor) -> Tensor:
@@ -187,12 +199,12 @@ def _held_out(
             other = replace(model, learner=learner, class_rows=rows)
             return other.raw_logits(embeddings)[:, tuned]
 
-        logits = out_of_fold_logits(task, outcome.make, model.fitted.strength, logits_of)
-    known = ~logits.isnan().any(dim=1)
-    rows = known.nonzero().squeeze(1)
+        logits = out_of_fold_logits(task, outcome.make, model.fitted.strength, logits_of)[rows]
+        known = ~logits.isnan().any(dim=1)
+        logits, rows = logits[known], rows[known]
     kept = images.kept(split.train)
     items = tuple(kept[row] for row in rows.tolist())
-    return HeldOut(rows, items, task.labels[rows], frozen(images)[rows], logits[rows])
+    return HeldOut(rows, items, task.labels[rows], frozen(images, rows), logits)
 
 
 def _answers(model: TunedModel, setup: Setup) -> bool:
@@ -234,16 +246,19 @@ def _write_confusions(
         say("note: too few photos to hold any out: confusions are of the photos tuned on")
         train, task = outcome.frozen.train, outcome.task
         tuned = list(setup.split.tuned)
-        items = tuple(train.kept(setup.split.train))
-        frozen = model.zero_shot_logits(train.embeddings)[:, tuned].cpu()
-        logits = model.raw_logits(_training_images(outcome))[:, tuned].cpu()
-        images = HeldOut(torch.arange(len(items)), items, task.labels, frozen, logits)
+        rows = judging_rows(len(train), len(tuned), setup.config.seed)
+        kept = train.kept(setup.split.train)
+        items = tuple(kept[row] for row in rows.tolist())
+        frozen = model.zero_shot_logits(train.embeddings[rows])[:, tuned].cpu()
+        logits = model.raw_logits(_training_images(outcome)[rows])[:, tuned].cpu()
+        images = HeldOut(rows, items, task.labels[rows], frozen, logits)
     before, after = (
         ConfusionBank.fill(logits, images.labels, logits[:, :0])
         for logits in (images.frozen, images.tuned)
     )
-    outcome.bank.save(out / runs.BANK)
+    if outcome.bank is not None:
+        outcome.bank.save(out / runs.BANK)
     paths = [item.path for item in images.items]
-    write_confusions(out / CONFUSIONS, names, before, after, paths)
-    counts = torch.stack([before.counts, after.counts]).cpu().numpy()
-    plot_confusions(out / runs.MATRIX, counts, names)
+    confusions = write_confusions(out / CONFUSIONS, names, before, after, paths)
+    drawn = confusions.among_worst(MOST_DRAWN)
+    plot_confusions(out / runs.MATRIX, drawn.matrices(), drawn.class_names, len(names))

@@ -265,7 +265,8 @@ def read_colours(folder: Path) -> ColourFit:
 
 def write_choice(folder: Path, choice: Choice) -> None:
     """Write `out_of_fold.safetensors` and, last, `choice.json`."""
-    write_bytes(folder / OUT_OF_FOLD, save({"logits": choice.out_of_fold.contiguous()}))
+    rows = {"logits": choice.out_of_fold.contiguous(), "rows": choice.judging.contiguous()}
+    write_bytes(folder / OUT_OF_FOLD, save(rows))
     write_json(folder / CHOICE, choice.to_dict())
 
 
@@ -278,10 +279,14 @@ def read_choice(folder: Path) -> Choice | None:
     if not (folder / CHOICE).exists():
         return None
     try:
-        logits = load((folder / OUT_OF_FOLD).read_bytes())["logits"]
+        content = load((folder / OUT_OF_FOLD).read_bytes())
+        logits, rows = content["logits"], content.get("rows")
     except (OSError, SafetensorError, KeyError) as cause:
         raise RunError(f"{folder / OUT_OF_FOLD}: damaged ({cause!r}); tune again") from cause
-    return _read(folder / CHOICE, lambda values: Choice.from_dict(values, logits))
+    if rows is None:  # older runs have a row for each training image, of NaN where none judged it
+        rows = (~logits.isnan().any(dim=1)).nonzero().squeeze(1)
+        logits = logits[rows]
+    return _read(folder / CHOICE, lambda values: Choice.from_dict(values, logits, rows))
 
 
 def keep_unlabelled(folder: Path, photos: Collection[str], answers: str) -> None:

@@ -4,12 +4,14 @@ import getpass
 import hashlib
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from jaxtyping import Float
 from torch import Tensor
@@ -18,6 +20,7 @@ from capt_deploy.core.console import say
 from capt_deploy.core.errors import ConfigError, RunError
 from capt_deploy.core.files import expand_home
 from capt_deploy.data.datasets import Dataset, read_dataset
+from capt_deploy.evaluation.evaluate import ClassPair
 from capt_train import parallel
 from capt_train.clip.backbone import Backbone
 from capt_train.clip.loading import choose_device, load_backbone
@@ -32,6 +35,7 @@ from capt_train.method.mixture import pseudo_class_names
 from capt_train.run import folder as runs
 from capt_train.tune.stages import zero_shot_bank
 
+_AT_ONCE = 1024  # images; bounds the memory of images × classes
 _SENTENCE_FILES = tuple(f"confusion.{name}" for name in ("sentences", "commonality", "difference"))
 _ASKING = tuple(
     f"confusion.llm_{name}" for name in ("url", "model", "timeout_s", "retries", "backoff_s")
@@ -74,6 +78,18 @@ class Setup:
         """Return the bank as the frozen model fills it, over the tuned classes."""
         tuned = list(self.split.tuned)
         return zero_shot_bank(self.backbone.scale, train, tuned, self.zero_shot[tuned])
+
+    def zero_shot_confusions(self, train: Features) -> dict[ClassPair, int]:
+        """Return how many images of a class the frozen model takes for another tuned class."""
+        tuned = torch.tensor(self.split.tuned)
+        texts = self.zero_shot[list(self.split.tuned)]
+        best = [
+            (part.to(texts) @ texts.T).argmax(dim=1) for part in train.embeddings.split(_AT_ONCE)
+        ]
+        predicted = tuned[torch.cat(best).cpu()]
+        cells = zip(train.labels.tolist(), predicted.tolist(), strict=True)
+        counts = Counter(cell for cell in cells if cell[0] != cell[1])
+        return dict(sorted(counts.items()))
 
 
 @contextmanager

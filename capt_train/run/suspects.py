@@ -90,11 +90,10 @@ def _judged(
     if len(held_out):
         yield split, [*held_out.items], held_out.labels, held_out.tuned
     if split == "val" and choice is not None:
-        known = ~choice.out_of_fold.isnan().any(dim=1)
         items = outcome.frozen.train.kept(setup.split.train)
-        judged = [item for item, flag in zip(items, known.tolist(), strict=True) if flag]
+        judged = [items[row] for row in choice.judging.tolist()]
         if judged:
-            yield "train", judged, task.labels[known], choice.out_of_fold[known]
+            yield "train", judged, task.labels[choice.judging], choice.out_of_fold
 
 
 def _ranked(

@@ -5,17 +5,18 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from capt_deploy.core.console import progress
+from capt_deploy.core.console import progress, say
 from capt_deploy.core.errors import RunError
 from capt_train.calibrate.learning_curve import (
     SHARES,
@@ -35,6 +36,9 @@ from capt_train.tune.fit_map import fit_map, fit_maps, map_task
 from capt_train.tune.folds import Fold, make_folds
 from capt_train.tune.stages import TuningTask
 
+# Classes that candidates are compared on, drawn by seed; more would hardly decide otherwise, and
+# the time grows with their square
+_MOST_COMPARED = 1000
 _FEWEST_CLASSES = 4  # two to tune on and two to hold out
 _OFFSETS = tuple(step / 4 for step in range(-32, 33))  # δ in nats
 _MOST_PROBED = 200_000  # images × classes; more would take minutes
@@ -79,9 +83,10 @@ class Choice:
     linear_probe: float | None  # accuracy of a logistic regression on tuned classes
     images: Mapping[str, int]  # how many images judged: tuned, new
     # Scaled logits of the chosen candidate over the tuned classes, each row by a fold that has not
-    # seen the image; NaN for an image that no fold held out. Where photos are too few to judge
-    # tuned classes, by a fold that has not even seen the class.
-    out_of_fold: Float[Tensor, "samples classes"]
+    # seen the image. Where photos are too few to judge tuned classes, by a fold that has not even
+    # seen the class.
+    out_of_fold: Float[Tensor, "judging classes"]
+    judging: Int[Tensor, " judging"]  # the training images of these rows
     curve: LearningCurve | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,7 +102,10 @@ class Choice:
 
     @classmethod
     def from_dict(
-        cls, values: Mapping[str, Any], out_of_fold: Float[Tensor, "samples classes"]
+        cls,
+        values: Mapping[str, Any],
+        out_of_fold: Float[Tensor, "judging classes"],
+        judging: Int[Tensor, " judging"],
     ) -> "Choice":
         """Read the JSON form.
 
@@ -111,6 +119,7 @@ class Choice:
             values["linear_probe"],
             dict(values["images"]),
             out_of_fold,
+            judging,
             values["learning_curve"] and LearningCurve.from_dict(values["learning_curve"]),
         )
 
@@ -183,7 +192,8 @@ def choose(
     photo is held out once, by a fold that was tuned on its class; validation images judge every
     fold. A class with a single photo always keeps it. Where nothing else judges (one photo a class,
     no validation images), held-out classes judge what is known of names, and the rows get a fixed
-    small weight.
+    small weight. Of more than 1000 classes, that many are drawn for the comparison, and one fold of
+    all classes gives the out-of-fold logits.
 
     The chosen candidate is never behind zero-shot or the rows alone.
 
@@ -193,15 +203,15 @@ def choose(
         class_names: of the tuned classes.
         new_classes: whether classes without photos matter, as with `--classes base`.
     """
-    config, labels = task.config, task.labels
-    judged = len(task.val) > 0 or bool((labels.bincount() > 1).any())
-    enough = len(task.tuned) >= _FEWEST_CLASSES
-    folds = list(make_folds(task, held_classes=enough and (new_classes or not judged)))
+    config, compared = task.config, _compared(task)
+    judged = len(compared.val) > 0 or bool((compared.labels.bincount() > 1).any())
+    enough = len(compared.tuned) >= _FEWEST_CLASSES
+    folds = list(make_folds(compared, held_classes=enough and (new_classes or not judged)))
     listed = candidates(config, judged=judged)
     # a map behind a prompt is tried only where a prompt alone is ahead of a map alone
     behind = [candidate for candidate in listed if candidate.prompt and candidate.side]
     alone = [candidate for candidate in listed if candidate not in behind] or behind
-    images = len(task.train) + len(task.val)
+    images = len(compared.train) + len(compared.val)
     fitted = _fit_all(folds, alone, make, "comparing on held-out photos")
     losses: _Losses = {}
     table, chosen = _judge(fitted, alone, images, losses)
@@ -210,18 +220,24 @@ def choose(
             _fit_maps(fit, behind)
         table, chosen = _judge(fitted, listed, images, losses)
 
-    def again(*, held_classes: bool) -> list[_Fitted]:
-        folds = list(make_folds(task, held_classes=held_classes))
+    def again(task: TuningTask, *, held_classes: bool, most: int | None = None) -> list[_Fitted]:
+        folds = list(islice(make_folds(task, held_classes=held_classes), most))
         return _fit_all(folds, [chosen], make, "fitting what is kept to other folds")
 
-    logits = torch.full((len(labels), len(task.tuned)), torch.nan)
     counts = dict.fromkeys(("tuned", "new"), 0)
     # only folds of all classes answer as the final model will
-    whole = again(held_classes=False) if new_classes and judged and not len(task.val) else fitted
+    whole = fitted
+    if compared is not task:
+        whole = again(task, held_classes=not judged, most=1)
+    elif new_classes and judged and not len(task.val):
+        whole = again(task, held_classes=False)
+    logits, rows = [], []
     for fit in whole:
         group = fit.fold.group("tuned") if judged else fit.fold.group("new")
-        photos = group & (fit.fold.places < len(labels))
-        logits[fit.fold.places[photos]] = fit.logits(chosen)[photos].cpu()
+        photos = group & (fit.fold.places < len(task.train))
+        logits.append(fit.logits(chosen)[photos].cpu())
+        rows.append(fit.fold.places[photos])
+    judging, order = torch.cat(rows).sort()
     for name in counts:
         groups = [fit.fold.places[fit.fold.group(name)] for fit in fitted]
         counts[name] = len(torch.cat(groups).unique())
@@ -230,9 +246,27 @@ def choose(
     outside = UNCHANGED
     if judged and enough:
         if not new_classes:
-            fitted = again(held_classes=True)
+            fitted = again(compared, held_classes=True)
         outside = _outside(fitted, chosen)
-    return Choice(chosen, outside, table, probe, counts, logits, curve)
+    out_of_fold = torch.cat(logits)[order]
+    return Choice(chosen, outside, table, probe, counts, out_of_fold, judging, curve)
+
+
+def _compared(task: TuningTask) -> TuningTask:
+    """Return the task with the classes that candidates are compared on: all, or some of many."""
+    classes = len(task.tuned)
+    if classes <= _MOST_COMPARED:
+        return task
+    say(
+        f"note: what to keep is decided on {_MOST_COMPARED:,} of the {classes:,} classes, drawn by "
+        "seed: all would take hours"
+    )
+    draw, drawn = (
+        torch.Generator().manual_seed(task.config.seed),
+        torch.zeros(classes, dtype=torch.bool),
+    )
+    drawn[torch.randperm(classes, generator=draw)[:_MOST_COMPARED]] = True
+    return task.among(drawn).with_new_bank()
 
 
 def _fit_all(

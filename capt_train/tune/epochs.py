@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from capt_deploy.core.errors import RunError
 from capt_train import parallel
 from capt_train.calibrate.temperature import calibrated_nll
 from capt_train.config import TrainConfig
@@ -241,11 +242,18 @@ class Epochs:
         save_checkpoint(path, self._learner, state, self._optimizer, extra)
 
     def load(self, path: Path) -> TuningState:
-        """Load a checkpoint written by `save` and return its state."""
+        """Load a checkpoint written by `save` and return its state.
+
+        Raises:
+            RunError: it is of another run, or of a version whose bank has another form.
+        """
         state, extra = load_checkpoint(path, self._learner, self._optimizer)
         self._precision.load(part_of(extra, "precision"))
         if self.bank is not None:
-            self.bank = replace(self.bank, **part_of(extra, "bank")).to(self._device)
+            bank = part_of(extra, "bank")
+            if bank.keys() != vars(self.bank).keys():
+                raise RunError(f"{path}: of another version of capt; tune again into a new folder")
+            self.bank = replace(self.bank, **bank).to(self._device)
         if self._weight is not None:
             sums = part_of(extra, "sums")
             self._total = float(sums.pop("total"))

@@ -1,5 +1,6 @@
 """Fit the linear map of class embeddings by L-BFGS on cached image embeddings (METHOD 5b)."""
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from capt_train.tune.stages import TuningTask
 RIDGES = (0.1, 0.03, 0.01, 0.003, 0.001)
 _STEPS = 40  # of L-BFGS, at most
 _AT_ONCE = 256  # images; the contrast compares each with all others
+_DRAWN = 2000  # classes that images are told from beside their own; bounds time and memory
 _UNIT = 10.0  # scale at which the ridge is the plain squared norm
 
 
@@ -75,7 +77,8 @@ def fit_map(
     """Return the A that minimises the weighted loss terms plus `ridge·(scale/10)²·‖A‖_F²`.
 
     The penalty is in logits, so that a ridge means the same for every model: `scale·f·tA` is what A
-    adds to a logit. Minimised by L-BFGS over all images at once, which has no rate to choose.
+    adds to a logit. Minimised by L-BFGS over all images at once, which has no rate to choose. With
+    more than 2000 classes, see `_columns`.
 
     Args:
         task: classes, images and losses.
@@ -99,14 +102,19 @@ def fit_map(
     )
     samples = len(task.labels)
     count = -(-samples // _AT_ONCE)
-    parts = [torch.arange(first, samples, count) for first in range(count)]
+    draw = torch.Generator().manual_seed(0)
+    parts = []
+    for first in range(count):
+        rows = torch.arange(first, samples, count)
+        parts.append((rows, *_columns(task, rows, draw)))
     penalty = ridge * (task.scale / _UNIT) ** 2
 
     def loss() -> float:
         optimizer.zero_grad()
         total = 0.0
-        for rows in parts:
-            terms = loss_terms(_step(task, side, matrix, rows), task.weights)
+        for rows, columns, offsets in parts:
+            step = _step(task, side, matrix, rows, columns, offsets)
+            terms = loss_terms(step, task.weights)
             share = weighted_sum(terms, task.weights) * (len(rows) / samples)
             share.backward()
             total += float(share.detach())
@@ -121,19 +129,47 @@ def fit_map(
     return matrix.detach()
 
 
-def _step(task: MapTask, side: str, matrix: Tensor, rows: Tensor) -> Step:
-    images, texts = task.images[rows], mapped(task.texts, matrix)
+def _columns(
+    task: MapTask, rows: Int[Tensor, " batch"], draw: torch.Generator
+) -> tuple[Int[Tensor, " columns"], Float[Tensor, " columns"]]:
+    """Return the classes that images are told from, ascending, and what is added to their logits.
+
+    Those of the images and those that are mined for them are always there. Of more than 2000
+    others, that many are drawn, and each stands for w of them by log w on its logit: the sampled
+    softmax of arXiv 1412.2007. So a fit takes as long for each image however many classes there
+    are.
+    """
+    needed = torch.zeros(task.texts.shape[1], dtype=torch.bool)
+    needed[task.labels[rows].cpu()] = True
+    if task.mined is not None:
+        needed[task.mined[rows].flatten().cpu()] = True
+    others = (~needed).nonzero().squeeze(1)
+    offsets = torch.zeros(len(needed))
+    if len(others) > _DRAWN:
+        drawn = others[torch.randperm(len(others), generator=draw)[:_DRAWN]]
+        offsets[drawn] = math.log(len(others) / _DRAWN)
+        others = drawn
+    needed[others] = True
+    columns = needed.nonzero().squeeze(1)
+    return columns.to(task.labels.device), offsets[columns].to(task.texts)
+
+
+def _step(
+    task: MapTask, side: str, matrix: Tensor, rows: Tensor, columns: Tensor, offsets: Tensor
+) -> Step:
+    images, before = task.images[rows], task.texts[:, columns]
+    texts = mapped(before, matrix)
     if side == IMAGES:
         moved = functional.normalize(images + images @ matrix.T, dim=-1)
-        logits = torch.einsum("bd,pcd->pbc", moved, task.texts)
+        logits = torch.einsum("bd,pcd->pbc", moved, before)
     else:
         logits = torch.einsum("bd,pcd->pbc", images, texts)
     return Step(
-        task.scale * logits,
-        task.labels[rows],
+        task.scale * logits + offsets,
+        torch.searchsorted(columns, task.labels[rows]),
         task.scale,
         texts,
-        task.reference,
-        None if task.mined is None else task.mined[rows],
+        task.reference[columns],
+        None if task.mined is None else torch.searchsorted(columns, task.mined[rows]),
         label_noise=task.label_noise,
     )

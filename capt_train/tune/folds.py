@@ -11,6 +11,7 @@ from capt_train.tune.stages import TuningTask
 
 _FOLDS = 4
 _MOST_VALIDATED = 2000  # images that judge; more would hardly decide otherwise
+_MOST_SCORES = 5_000_000  # images × classes; more would fill the memory, and decide no better
 _ALIKE = 0.4
 # Photos of a class that are compared: two differ from their mean in opposite ways, and the
 # similarities of thousands would take minutes
@@ -25,7 +26,8 @@ class Fold:
     classes: tuple[int, ...]  # all tuned classes of the run
     reference: Float[Tensor, "classes dim"]  # their t⁰
     inside: Bool[Tensor, " classes"]  # of the run's tuned classes: those that are tuned on here
-    images: Float[Tensor, "held dim"]  # held-out training images, then validation images
+    # Held-out training images, then validation images; of many classes, some of them
+    images: Float[Tensor, "held dim"]
     labels: Int[Tensor, " held"]  # positions among the run's tuned classes
     places: Int[Tensor, " held"]  # of these images among all training and validation images
 
@@ -48,21 +50,35 @@ def make_folds(task: TuningTask, *, held_classes: bool) -> Iterator[Fold]:
     if held_classes:
         class_fold[torch.randperm(classes, generator=draw)] = torch.arange(classes) % count
     photo_fold = photo_folds(labels, task.train.embeddings, class_fold, count)
-    validated = torch.randperm(len(task.val), generator=draw)[:_MOST_VALIDATED]
+    most = min(_MOST_VALIDATED, most_judging(classes))
+    validated = torch.randperm(len(task.val), generator=draw)[:most]
     validation = task.val.rows(validated)
     without_validation = replace(task, val=task.val.rows(validated[:0]))
     for number in range(count) if held_classes else photo_fold.clamp(min=0).unique().tolist():
         inside = class_fold != number
         held = ~inside[labels] | (photo_fold == number)
+        judging = held.nonzero().squeeze(1)
+        judging = judging[judging_rows(len(judging), classes, task.config.seed)]
         yield Fold(
             without_validation.with_rows(~held).among(inside).with_new_bank(),
             task.tuned,
             task.reference,
             inside,
-            torch.cat([task.train.embeddings[held], validation.embeddings]),
-            torch.cat([labels[held], validation.labels_among(task.tuned)]),
-            torch.cat([held.nonzero().squeeze(1), len(labels) + validated]),
+            torch.cat([task.train.embeddings[judging], validation.embeddings]),
+            torch.cat([labels[judging], validation.labels_among(task.tuned)]),
+            torch.cat([judging, len(labels) + validated]),
         )
+
+
+def most_judging(classes: int) -> int:
+    """Return how many held-out images judge and calibrate at most, among so many classes."""
+    return max(1, _MOST_SCORES // classes)
+
+
+def judging_rows(images: int, classes: int, seed: int) -> Int[Tensor, " judging"]:
+    """Return which of the held-out images judge and calibrate, ascending; drawn by the seed."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randperm(images, generator=draw)[: most_judging(classes)].sort().values
 
 
 def photo_folds(

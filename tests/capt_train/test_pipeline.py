@@ -45,6 +45,7 @@ from capt_train.tune.choice import Choice
 from capt_train.tune.stages import TuningTask
 from capt_train.tune.strength import Trial
 from capt_train.tune.tune import tune
+from tests.banks import count_matrix
 from tests.configs import changed
 
 Configure = Callable[..., TrainConfig]
@@ -55,7 +56,6 @@ RUN_FILES = {
     "suspects.json",
     "last.safetensors",
     "best.safetensors",
-    "bank.safetensors",
     "confusions.json",
     "confusions.png",
     "result.json",
@@ -64,7 +64,7 @@ RUN_FILES = {
 }
 BOTH_SIDES = {
     *("text-last.safetensors", "text-best.safetensors"),
-    *("sentences.json", "colours.json"),
+    *("sentences.json", "colours.json", "bank.safetensors"),
 }
 VISUAL = ("adapter", "sample-experts")
 
@@ -228,8 +228,9 @@ def test_wrong_labels_are_found_by_folds_that_have_not_seen_them(configure: Conf
     labels = torch.arange(200) % 4
     wrong = torch.arange(200) % 5 == 0
     logits = 12.0 * torch.eye(4)[torch.where(wrong, (labels + 1) % 4, labels)]
-    logits[labels.argsort()[:10]] = torch.nan
-    choice = Choice(Candidate(prompt=True), UNCHANGED, (), None, {"tuned": 190, "new": 0}, logits)
+    judging = labels.argsort()[10:].sort().values
+    images = {"tuned": 190, "new": 0}
+    choice = Choice(Candidate(prompt=True), UNCHANGED, (), None, images, logits[judging], judging)
     features = Features(torch.randn(200, 32), labels)
     task = TuningTask(10.0, (0, 1, 2, 3), features, features, torch.randn(4, 32), configure())
     assert pipeline._label_noise(choice, task) == pytest.approx(0.2, abs=0.03)
@@ -429,10 +430,11 @@ def test_each_stage_goes_on_with_the_bank_of_the_one_before(staged: Staged) -> N
     first, *later = (task.bank for task in tasks)
     assert len(later) == 1
     assert all(own is written for own, written in zip(later, banks, strict=False))
-    counts = [own.counts for own in (first, *banks) if own is not None]
+    counts = [count_matrix(own) for own in (first, *banks) if own is not None]
     assert len(counts) == 3
     assert not any(torch.equal(old, new) for old, new in pairwise(counts))
-    assert torch.equal(load_file(run / "bank.safetensors")["counts"], counts[-1])
+    written = ConfusionBank(**load_file(run / "bank.safetensors"))
+    assert torch.equal(count_matrix(written), counts[-1])
 
 
 def test_without_strength_or_text_side_a_run_is_the_zero_shot_model(

@@ -304,3 +304,13 @@ def test_a_tipped_image_is_compared_with_the_factor_of_its_reference() -> None:
     # but not an image that has the wrong factor without being tipped
     wrong = DAC.select([1, 0, 2, 3]).weigh(plain)
     np.testing.assert_allclose(DAC.align(wrong, reference), wrong)
+
+
+def test_probabilities_of_many_classes_are_computed_in_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logits = np.random.default_rng(0).normal(0, 3, (7, 5)).astype(np.float32)
+    whole = MAPPED_BY_STEPS.probabilities(logits)
+    for numbers in (1, 11, 20):
+        monkeypatch.setattr("capt_deploy.confidence.calibration._BLOCK", numbers)
+        assert np.array_equal(MAPPED_BY_STEPS.probabilities(logits), whole)

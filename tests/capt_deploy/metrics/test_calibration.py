@@ -303,8 +303,7 @@ def test_what_has_no_metrics_is_refused(
         metrics.all_metrics(probabilities, labels)
 
 
-MINED = np.zeros((3, 3), bool)
-MINED[0, 1] = MINED[2, 0] = True
+MINED = [(0, 1), (2, 0)]
 
 
 def test_recovery_and_breakage_by_hand() -> None:
@@ -312,7 +311,7 @@ def test_recovery_and_breakage_by_hand() -> None:
     before = np.array([1, 1, 2, 0, 1, 1, 2, 2])
     after = np.array([0, 2, 0, 2, 1, 0, 0, 2])
     # errors in pairs: images 0, 1 and 3; image 2 is an error that was not mined
-    found = metrics.confusion_recovery(labels, before, after, MINED)
+    found = metrics.confusion_recovery(labels, before, after, MINED, 3)
     assert found == metrics.Recovery(errors=3, recovered=2, right=4, broken=2)
     assert found.recovered_share == pytest.approx(2 / 3)
     assert found.broken_share == pytest.approx(2 / 4)
@@ -320,14 +319,14 @@ def test_recovery_and_breakage_by_hand() -> None:
 
 def test_shares_of_nothing_are_none() -> None:
     none = np.zeros(0, np.int64)
-    found = metrics.confusion_recovery(none, none, none, MINED)
+    found = metrics.confusion_recovery(none, none, none, MINED, 3)
     assert found == metrics.Recovery(0, 0, 0, 0)
     assert found.recovered_share is found.broken_share is None
 
 
-def test_what_is_right_is_no_error_even_if_the_diagonal_is_marked() -> None:
+def test_what_is_right_is_no_error_even_if_a_class_is_paired_with_itself() -> None:
     labels = np.array([0, 1])
-    found = metrics.confusion_recovery(labels, labels, labels, np.ones((2, 2), bool))
+    found = metrics.confusion_recovery(labels, labels, labels, [(0, 0), (1, 1)], 2)
     assert found == metrics.Recovery(0, 0, 2, 0)
 
 
@@ -341,7 +340,7 @@ def test_what_is_right_is_no_error_even_if_the_diagonal_is_marked() -> None:
 def test_predictions_that_do_not_match_are_refused(changed: dict, named: str) -> None:
     same = {name: np.array([0, 1]) for name in ("labels", "before", "after")}
     with pytest.raises(ValueError, match=named):
-        metrics.confusion_recovery(**{**same, "mined": MINED, **changed})
+        metrics.confusion_recovery(**{**same, "mined": MINED, "classes": 3, **changed})
 
 
 def slow_class_gaps(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> np.ndarray:

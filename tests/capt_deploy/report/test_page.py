@@ -11,6 +11,7 @@ import pytest
 
 from capt_deploy.report.page import escape_markdown, render_html, render_markdown
 from capt_deploy.report.results import find_results
+from capt_deploy.report.write import as_json
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -209,6 +210,20 @@ def test_up_to_a_hundred_classes_are_all_named(make_data):
     found = read(make_data(images=240, names=more, strength=1.0))
     assert "most confused of 120 classes" in " ".join(found.text.split())
     assert len([cell for cell in found.all("th") if cell.get("title", "")]) <= 100
+
+
+def test_of_many_classes_the_least_accurate_are_listed(make_data, monkeypatch):
+    monkeypatch.setattr("capt_deploy.report.tables._MOST_ROWS", 3)
+    results = find_results(make_data(strength=0.0), "One")
+    shown = "The 3 least accurate of 4 classes; report.json has all, among all classes"
+    found = render_markdown(results)
+    assert shown in found and shown in read(make_data(strength=0.0)).text
+    *_, classes = (part for part in found.split("\n\n") if part.startswith("| class "))
+    worst = sorted(results.classes, key=lambda row: row.accuracy)[:3]
+    assert [line.split("|")[1].strip() for line in classes.splitlines()[2:]] == [
+        row.name for row in worst
+    ]
+    assert len(as_json(results)["classes"]) == 4
 
 
 @pytest.mark.parametrize(

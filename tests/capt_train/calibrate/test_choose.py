@@ -289,3 +289,12 @@ def test_a_calibrator_that_needs_all_classes_is_no_candidate_without_them() -> N
     assert candidates(None, all_classes=True) == [*CALIBRATORS]
     assert candidates(None, all_classes=False) == ["temperature", "line", "isotonic"]
     assert candidates("vector", all_classes=True) == ["vector"]
+
+
+def test_fewer_images_than_classes_leave_out_what_needs_all_classes() -> None:
+    random = np.random.default_rng(0)
+    logits = random.normal(0, 2, (80, 90))
+    labels = picked(random, chances(logits))
+    assert {*choose_calibration(logits, labels).candidates} == {"temperature", "line", "isotonic"}
+    enough = choose_calibration(logits[:, :80], np.minimum(labels, 79))
+    assert "vector" in enough.candidates

@@ -154,10 +154,11 @@ def test_the_picture_gets_the_matrices_in_order(
         "capt_train.confusion.plot.plot_confusions", lambda *args: drawn.extend(args)
     )
     confusions(run, "--png", tmp_path / "a.png")
-    path, counts, names = drawn
+    path, counts, names, classes = drawn
     assert path == tmp_path / "a.png"
     assert np.array_equal(counts, read_confusions(run / CONFUSIONS).matrices())
     assert names == NAMES
+    assert classes == len(NAMES)
 
 
 def test_help_has_an_example_and_needs_neither_torch_nor_numpy() -> None:

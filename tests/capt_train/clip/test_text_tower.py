@@ -205,3 +205,75 @@ def test_another_vocabulary_is_another_model(siglip: Backbone, tmp_path: Path) -
     units[-1], units[-2] = units[-2], units[-1]
     (tmp_path / "tokenizer.json").write_text(json.dumps(table))
     assert load_backbone(str(tmp_path), None, CPU).fingerprint() != siglip.fingerprint()
+
+
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Return a function that sets how many tokens are encoded at once."""
+    return lambda tokens: monkeypatch.setattr("capt_train.clip.text_tower._AT_ONCE", tokens)
+
+
+def encoded(
+    backbone: Backbone, count: int, *, each: bool = False, saved: list[int] | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Return embeddings of texts, and the gradients of all that can be learned in the tower.
+
+    With `each`, every text has a context of its own. `saved` gets the numbers of elements that are
+    kept for the way back.
+    """
+    draw = torch.Generator().manual_seed(0)
+
+    def leaf(*shape: int) -> Tensor:
+        return (0.1 * torch.randn(*shape, generator=draw)).requires_grad_()
+
+    texts = [f"{('cat', 'small grey dog')[number % 2]}." for number in range(count)]
+    tokens = backbone.tokenize(texts, 3)
+    name, width = next(iter(backbone.text.attention_weights())), 32
+    leaves = [leaf(*([count] if each else []), 3, width), leaf(1, 3, width)]
+    leaves.append(leaf(*backbone.text.weight(name).shape))
+
+    def pack(tensor: Tensor) -> Tensor:
+        if saved is not None:
+            saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        embeddings = backbone.text.encode(tokens, leaves[0], leaves[1], {name: leaves[2]})
+    goal = torch.randn(embeddings.shape, generator=draw)
+    (embeddings * goal).sum().backward()
+    return embeddings.detach(), [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("tokens", [1, 30, 60])
+def test_many_texts_in_parts_have_the_same_embeddings_and_gradients(
+    tiny_backbone: Backbone, in_parts: Callable[[int], None], each: bool, tokens: int
+) -> None:
+    embeddings, gradients = encoded(tiny_backbone, 12, each=each)
+    assert len(gradients) == 3 and all(gradient.any() for gradient in gradients)
+    in_parts(tokens)
+    parts, by_parts = encoded(tiny_backbone, 12, each=each)
+    torch.testing.assert_close(parts, embeddings, rtol=0, atol=1e-6)
+    for whole, own in zip(gradients, by_parts, strict=True):
+        torch.testing.assert_close(own, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_however_many_texts_only_one_part_is_kept_for_the_way_back(
+    tiny_backbone: Backbone, in_parts: Callable[[int], None]
+) -> None:
+    def kept(count: int) -> int:
+        saved = list[int]()
+        encoded(tiny_backbone, count, saved=saved)
+        return sum(saved)
+
+    whole = kept(24) - kept(12)
+    in_parts(40)
+    assert 0 <= kept(24) - kept(12) < whole / 100
+
+
+def test_texts_that_fit_are_computed_at_once(
+    tiny_backbone: Backbone, in_parts: Callable[[int], None]
+) -> None:
+    assert len(recorded(tiny_backbone, ["cat"] * 4)) == 1
+    in_parts(8)  # [SOS] cat [EOS], twice
+    assert recorded(tiny_backbone, ["cat"] * 4) == [3, 3]

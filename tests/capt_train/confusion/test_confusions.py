@@ -20,6 +20,7 @@ from capt_train.confusion.confusions import (
     read_confusions,
     write_confusions,
 )
+from tests.banks import count_matrix
 
 NAMES = ("otter", "beaver", "größer")
 LABELS = (0, 0, 0, 1, 1, 2)
@@ -67,8 +68,28 @@ def test_the_file_has_a_schema_and_names_instead_of_positions(path: Path) -> Non
 
 def test_matrices_are_the_counts_of_the_banks(path: Path) -> None:
     before, after = read_confusions(path).matrices()
-    assert before.tolist() == bank(BEFORE).counts.tolist()
-    assert after.tolist() == bank(AFTER).counts.tolist()
+    assert before.tolist() == count_matrix(bank(BEFORE)).tolist()
+    assert after.tolist() == count_matrix(bank(AFTER)).tolist()
+
+
+def test_of_many_classes_those_of_the_worst_pairs_are_kept(path: Path) -> None:
+    confusions = read_confusions(path)
+    assert confusions.among_worst(3) is confusions
+    worst = confusions.among_worst(2)
+    first = confusions.pairs[0]
+    assert set(worst.class_names) == {first.true, first.predicted}
+    assert worst.class_names == tuple(name for name in NAMES if name in worst.class_names)
+    assert [
+        shots
+        for name, shots in zip(NAMES, confusions.shots, strict=True)
+        if name in worst.class_names
+    ] == [*worst.shots]
+    assert {(pair.true, pair.predicted) for pair in worst.pairs} == {
+        (pair.true, pair.predicted)
+        for pair in confusions.pairs
+        if {pair.true, pair.predicted} == {first.true, first.predicted}
+    }
+    assert worst.matrices().shape == (2, 2, 2)
 
 
 def test_fractions_are_rounded_and_a_pair_that_has_become_nothing_is_left_out(

@@ -163,3 +163,12 @@ def test_the_same_counts_give_the_same_bytes(tmp_path: Path) -> None:
         plot_confusions(tmp_path / name, twice(some_counts(3)), ["a", "b", "c"])
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert Image.open(io.BytesIO((tmp_path / "a.png").read_bytes())).format == "PNG"
+
+
+def test_the_picture_says_when_it_shows_only_the_most_confused_classes(
+    figures: list[Figure], tmp_path: Path
+) -> None:
+    plot_confusions(tmp_path / "a.png", twice(some_counts(5)), some_names(5), 5)
+    plot_confusions(tmp_path / "b.png", twice(some_counts(5)), some_names(5), 2000)
+    assert "most confused" not in figures[0].get_suptitle()
+    assert "The 5 most confused of 2,000 classes" in figures[1].get_suptitle()

@@ -17,6 +17,7 @@ from capt_deploy.confidence.calibration import UNCALIBRATED
 from capt_deploy.core.errors import RunError
 from capt_train.clip.backbone import Backbone
 from capt_train.config import TrainConfig
+from capt_train.method.class_rows import UNCHANGED
 from capt_train.method.mixture import Mixture
 from capt_train.method.prompt import PromptLearner
 from capt_train.pipeline import train
@@ -24,6 +25,8 @@ from capt_train.run import folder as runs
 from capt_train.run.fitted import Fitted
 from capt_train.run.folder import load_run, read_config
 from capt_train.setting_groups import PromptSettings
+from capt_train.tune.candidates import Candidate
+from capt_train.tune.choice import Choice
 
 
 @pytest.fixture
@@ -273,3 +276,23 @@ def test_a_run_says_what_each_of_its_files_is(tuned_run: Path) -> None:
     files = [file.name for file in tuned_run.iterdir() if file.name != runs.README]
     unnamed = [file for file in files if not any(fnmatch(file, name) for name in patterns)]
     assert unnamed == []
+
+
+def test_a_choice_of_an_older_run_has_a_row_for_each_photo(tmp_path: Path) -> None:
+    logits = torch.tensor([[1.0, 2.0], [torch.nan, torch.nan], [3.0, 4.0]])
+    choice = Choice(
+        Candidate(),
+        UNCHANGED,
+        (),
+        None,
+        {"tuned": 2, "new": 0},
+        logits[[0, 2]],
+        torch.tensor([0, 2]),
+    )
+    runs.write_choice(tmp_path, choice)
+    for content in (None, {"logits": logits}):
+        if content is not None:
+            save_file(content, tmp_path / runs.OUT_OF_FOLD)
+        read = runs.read_choice(tmp_path)
+        assert read is not None and read.judging.tolist() == [0, 2]
+        assert torch.equal(read.out_of_fold, logits[[0, 2]])

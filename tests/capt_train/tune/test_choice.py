@@ -12,11 +12,12 @@ from torch.nn import functional
 
 from capt_deploy.evaluation.summary import choice_notes, choice_rows, curve_notes
 from capt_train.data.features import Features
-from capt_train.method.class_rows import UNCHANGED, UNJUDGED_WEIGHT
+from capt_train.method.class_rows import UNCHANGED, UNJUDGED_WEIGHT, discriminant
 from capt_train.method.learner import Learner
 from capt_train.tune import candidates as candidates_module
 from capt_train.tune import choice as choice_module
 from capt_train.tune import fit_map
+from capt_train.tune import folds as folds_module
 from capt_train.tune.candidates import Candidate, candidates, choosable
 from capt_train.tune.choice import Choice, choose
 from capt_train.tune.folds import Fold
@@ -119,11 +120,12 @@ def test_more_photos_gain_along_a_curve_that_survives_json(
     assert curve.accuracy[0] < curve.accuracy[-1] < curve.expected
     assert curve.low <= curve.expected <= curve.high
     assert curve.twice == 2 * sum(counts) / 6
-    known = ~choice.out_of_fold.isnan().any(dim=1)
-    right = (choice.out_of_fold[known].argmax(dim=1) == task.labels[known]).double().mean()
+    right = (choice.out_of_fold.argmax(dim=1) == task.labels[choice.judging]).double().mean()
     assert curve.accuracy[-1] == pytest.approx(float(right))
     assert sorted(name for name, *_ in curve.gains) == [f"class {label}" for label in range(6)]
-    again = Choice.from_dict(json.loads(json.dumps(choice.to_dict())), choice.out_of_fold)
+    again = Choice.from_dict(
+        json.loads(json.dumps(choice.to_dict())), choice.out_of_fold, choice.judging
+    )
     assert again.curve == curve
     assert "twice what there is, expect" in " ".join(curve_notes(curve.to_dict()))
 
@@ -245,7 +247,9 @@ def test_a_chosen_candidate_becomes_settings() -> None:
 
 def test_a_choice_survives_json_and_is_shown() -> None:
     choice = decide(world([6] * 8, knows=0.0), new_classes=True)
-    read = Choice.from_dict(json.loads(json.dumps(choice.to_dict())), choice.out_of_fold)
+    read = Choice.from_dict(
+        json.loads(json.dumps(choice.to_dict())), choice.out_of_fold, choice.judging
+    )
     assert read.to_dict() == choice.to_dict() and read.chosen == choice.chosen
     header, rows = choice_rows(choice.to_dict())
     assert len(rows) == len(choice.table) + 1 and {len(row) for row in rows} == {len(header)}
@@ -278,3 +282,36 @@ def test_a_map_behind_a_prompt_is_tried_where_the_prompt_is_ahead() -> None:
 def test_the_seed_decides_the_folds() -> None:
     first, again = (decide(world([5] * 6), new_classes=True) for _ in range(2))
     assert torch.equal(first.out_of_fold, again.out_of_fold)
+
+
+def test_of_many_classes_some_are_compared_and_one_fold_of_all_judges_what_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = world([4] * 12, knows=0.0, without=("prompt", "colours", "map"), rows_weight=1.0)
+    task, folds = replace(task, config=replace(task.config, added=("rows",))), list[Fold]()
+    plain = choice_module._fit
+
+    def noting(fold: Fold, *rest: object) -> object:
+        folds.append(fold)
+        return plain(fold, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(choice_module, "_fit", noting)
+    monkeypatch.setattr(choice_module, "_MOST_COMPARED", 6)
+    monkeypatch.setattr(folds_module, "_MOST_SCORES", 12 * 5)
+    choice = decide(task)
+    assert "decided on 6 of the 12 classes" in capsys.readouterr().err
+    compared, (last,), placed = folds[:4], folds[4:5], folds[5:]
+    (classes,) = {fold.classes for fold in compared + placed}
+    assert len(classes) == 6 and set(classes) < set(task.tuned)
+    assert last.classes == task.tuned
+    assert choice.chosen == Candidate(weight=1.0)
+    # at most 5 photos of 12 classes, by a fold that has not seen them
+    assert choice.out_of_fold.shape == (5, 12)
+    assert choice.judging.tolist() == sorted({*choice.judging.tolist()})
+    seen = last.task.train.embeddings
+    for row in choice.judging.tolist():
+        assert not (seen == task.train.embeddings[row]).all(dim=1).any()
+    rows = discriminant(seen, last.task.labels, 12)
+    judged = task.train.embeddings[choice.judging]
+    expected = SCALE * judged @ task.reference.T + judged @ rows.weight.T + rows.bias
+    torch.testing.assert_close(choice.out_of_fold, expected)

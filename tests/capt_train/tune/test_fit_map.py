@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from capt_train.method.class_map import CLASSES, IMAGES, SIDES
+from capt_train.tune import fit_map as fit_map_module
 from capt_train.tune.fit_map import MapTask, fit_map
 
 DIM, COUNT, SCALE = 5, 4, 15.0
@@ -82,3 +83,50 @@ def test_the_confused_classes_of_each_image_join_the_contrast() -> None:
     both = {"cross_entropy": 1.0, "infonce": 1.0}
     sharpened = fit_map(task(weights=both, mined=mined), CLASSES, 0.03)
     assert (sharpened - plain).abs().max() > 1e-3
+
+
+def many(classes: int = 40) -> MapTask:
+    draw = torch.Generator().manual_seed(5)
+    texts = functional.normalize(torch.randn(classes, DIM, generator=draw), dim=1)
+    labels = torch.arange(classes)
+    images = functional.normalize(texts + 0.3 * torch.randn(classes, DIM, generator=draw), dim=1)
+    mined = torch.stack([labels, (labels + 1) % classes], dim=1)
+    return task(texts=texts[None], images=images, labels=labels, mined=mined, reference=texts)
+
+
+def test_of_many_classes_own_and_mined_ones_stay_and_drawn_ones_stand_for_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fit_map_module, "_DRAWN", 10)
+    given, rows = many(), torch.tensor([3, 7])
+    draw = torch.Generator().manual_seed(0)
+    columns, offsets = fit_map_module._columns(given, rows, draw)
+    assert columns.tolist() == sorted({*columns.tolist()}) and len(columns) == 14
+    own = {3, 4, 7, 8}
+    weights = dict(zip(columns.tolist(), offsets.exp().tolist(), strict=True))
+    assert own <= weights.keys() and all(weights[column] == 1 for column in own)
+    # the others sum up to all other classes
+    assert sum(weights.values()) == pytest.approx(40)
+    again, _ = fit_map_module._columns(given, rows, draw)
+    assert again.tolist() != columns.tolist()
+    step = fit_map_module._step(given, IMAGES, torch.zeros(DIM, DIM), rows, columns, offsets)
+    assert columns[step.labels].tolist() == [3, 7]
+    assert step.mined is not None and columns[step.mined].tolist() == [[3, 4], [7, 8]]
+    exact = given.scale * given.images[rows] @ given.texts[0][columns].T
+    torch.testing.assert_close(step.logits[0] - offsets, exact)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_map_fitted_on_drawn_classes_is_nearly_as_good(
+    monkeypatch: pytest.MonkeyPatch, side: str
+) -> None:
+    given, ridge = many(60), 0.003
+    exact = fit_map(given, side, ridge)
+    monkeypatch.setattr(fit_map_module, "_DRAWN", 20)
+    monkeypatch.setattr(fit_map_module, "_AT_ONCE", 10)
+    drawn = fit_map(given, side, ridge)
+    start, best, near = (
+        float(loss(given, side, ridge, matrix.double()))
+        for matrix in (torch.zeros_like(exact), exact, drawn)
+    )
+    assert best < near < best + 0.5 * (start - best)  # 20 are few, and so is each image's class

@@ -296,7 +296,7 @@ def test_the_trial_never_sees_what_is_held_out(
     for rows in (half.views.embeddings[1, :, 0], half.views.tokens[1, :, 0, 0], half.alpha):
         assert rows.tolist() == shown
     assert half.bank.embeddings[:, 0].tolist() == shown
-    assert half.bank.counts.shape == (len(half.tuned), len(half.tuned))
+    assert half.bank.confidences.shape[1:] == (len(half.tuned),)
     expected = [task.reference[task.tuned.index(c)] for c in half.tuned]
     assert torch.equal(half.reference, torch.stack(expected))
     assert float(made.visual.alpha) == pytest.approx(sum(shown) / len(shown))  # type: ignore
