@@ -275,8 +275,8 @@ def docs_table(cells: Mapping[str, Mapping[str, Any]]) -> str:
         factors = {_key(row): row["ratio"] for row in cell["ratios"]}
         rows = {_key(row): row for row in cell["rows"] if row["scope"] == "image_to_label"}
         for key in (key for key in rows if key[-1] == 1):
-            pair = [(rows[k], factors[k]) for k in (key, (*key[:-1], 32))]
-            figures = [f"{row['throughput_per_s']:.1f} | {factor:.2f}" for row, factor in pair]
+            pair = key, (*key[:-1], 32)
+            figures = [f"{rows[k]['throughput_per_s']:.1f} | {factors[k]:.2f}" for k in pair]
             lines.append(f"| {name} | {key[0]}, {key[2]} | {' | '.join(figures)} |")
     return "\n".join(lines)
 
