@@ -5,6 +5,7 @@ BF16, VNNI or AMX.
 """
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +48,7 @@ class OpenVino:
         """
         try:
             import openvino
-        except ImportError as cause:
+        except Exception as cause:  # a library that does not fit this machine fails in many ways
             raise UnavailableError(
                 f"backend openvino: the package is missing or does not load ({cause}); "
                 f"{install_hint('openvino')}"
@@ -101,15 +102,15 @@ def _read(core: Any, onnx: bytes, weights_folder: Path | None) -> Any:
     """Return OpenVINO's form of a graph.
 
     It reads external weights beside the graph's file: those of a graph in memory in the current
-    folder, where files have nothing to do with the bundle. It follows no links out of the folder.
+    folder, where files have nothing to do with the bundle. The folder of weights is a private copy.
     """
-    with TemporaryDirectory(dir=weights_folder) as name:
-        graph = Path(name) / "graph.onnx"
-        graph.write_bytes(onnx)
-        for file in () if weights_folder is None else weights_folder.iterdir():
-            if file.is_file():
-                os.link(file, graph.with_name(file.name))
-        return core.read_model(os.fspath(graph))
+    with TemporaryDirectory() as empty:
+        graph = (weights_folder or Path(empty)) / f"{secrets.token_hex(8)}.onnx"
+        try:
+            graph.write_bytes(onnx)
+            return core.read_model(os.fspath(graph))
+        finally:
+            graph.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -83,13 +83,24 @@ class BackendSpec:
         return backend
 
     def worth_trying(self, available: Collection[str]) -> tuple[str, ...]:
-        """Return the available precisions that may be the fastest on this machine; at least one."""
-        return tuple(n for n in self.tried if n in available) or (self.preferred(available),)
+        """Return the available precisions that may be the fastest; () where none suits."""
+        suitable = tuple(name for name in self.precisions if name in available)
+        return tuple(name for name in suitable if name in self.tried) or suitable[:1]
 
     def preferred(self, available: Iterable[str]) -> str:
-        """Return the available precision that suits the backend best."""
+        """Return the available precision that suits the backend best.
+
+        Raises:
+            BackendError: none does.
+        """
         names = list(available)
-        return next((name for name in self.precisions if name in names), names[0])
+        for precision in self.precisions:
+            if precision in names:
+                return precision
+        raise BackendError(
+            f"backend {self.name}: expected a graph in {', '.join(self.precisions)}, came "
+            f"{', '.join(names)}; export the run again, with --{self.precisions[0]}"
+        )
 
     def fix(self, installed: Mapping[str, str], sms: Collection[int]) -> str:
         """Return the command that most likely makes the backend work.

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,6 +56,13 @@ def label_on_ray(
     Predictor(bundle, options.decisions)  # whether it can promise that
     if not bundle.manifest.verified:  # which the workers would say to nobody
         warn(f"{path}: was exported although its check had failed")
+    if address == LOCAL and options.backend == AUTO:
+        # Once, so that all engines, also those of a later start, run the same. On a CPU each has
+        # one core.
+        opened = open_backend(bundle, AUTO, None, RuntimeOptions(threads=1))
+        opened.backend.close()
+        spec, precision = opened.candidate
+        specs, options = (spec,), replace(options, backend=spec.name, precision=precision)
     results = Results(out if is_uri(out) else str(expand_home(out).absolute()))
     photos = sum(part.photos for part in parts)
     done = results.begin(_describe(bundle, parts, photos, options), len(parts))
@@ -65,10 +72,6 @@ def label_on_ray(
             nodes = machines()
             engines = choose_engines(specs, nodes)
             alone = address == LOCAL and len(nodes) == 1
-            if alone and not engines.gpus and options.backend == AUTO:
-                # One trial, before all engines would measure at once.
-                used = RuntimeOptions(threads=engines.cores)
-                open_backend(bundle, AUTO, None, used).backend.close()
             content = None if alone else _content(bundle)
             labeller = Labeller(bundle.path.absolute(), options, results, engines.cores, content)
             left = sum(part.photos for part in missing)

@@ -35,6 +35,7 @@ class LabelOptions:
     decisions: DecisionOptions | None = None
     fast_decode: bool = False
     batch_size: int = 32
+    precision: str | None = None  # of the bundle's graphs; None for what suits the backend
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Labeller:
         return Classifier.load(
             bundle,
             options.backend,
+            options.precision,
             options=RuntimeOptions(threads=self.threads),
             fast_decode=options.fast_decode,
             decisions=options.decisions,

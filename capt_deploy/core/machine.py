@@ -115,13 +115,23 @@ def _text(path: Path) -> str:
         return ""
 
 
+def cpu_features() -> str:
+    """Return the processor's instruction sets as Linux lists them; "" where unknown."""
+    return _cpu_info("flags", "Features")
+
+
 def _cpu_name() -> str:
     """Return the processor's name, or its architecture where the system gives no name."""
+    return _cpu_info("model name", "Model") or platform.processor() or platform.machine()
+
+
+def _cpu_info(*names: str) -> str:
+    """Return the first value that Linux gives under one of the names; "" if there is none."""
     for line in _text(Path("/proc/cpuinfo")).splitlines():
         key, _, value = line.partition(":")
-        if key.strip() in ("model name", "Model") and value.strip():
+        if key.strip() in names and value.strip():
             return value.strip()
-    return platform.processor() or platform.machine()
+    return ""
 
 
 def _total_memory() -> int | None:

@@ -71,7 +71,7 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the diagnosis as JSON values."""
-        return {**asdict(self), "chosen": self.chosen}
+        return {**asdict(self), "chosen": self.chosen, "measured": list(self.measured)}
 
 
 def diagnose(bundle: Path | None = None, attempt: Try = probe_backend) -> Diagnosis:

@@ -48,7 +48,7 @@ class Classifier:
         self.manifest = manifest = predictor.bundle.manifest
         self.backend = backend
         self.precision = precision
-        self.skipped = dict(skipped or {})  # by name of a faster backend, why it is not used
+        self.skipped = dict(skipped or {})  # by name of a backend for GPUs, why it is not used
         self.preprocess = partial(preprocess, config=manifest.preprocess, fast_decode=fast_decode)
         self._predictor = predictor
         self._process = Process()
@@ -75,7 +75,7 @@ class Classifier:
             path: of the bundle.
             backend: one of `capt_deploy.backends.spec.backend_names()`.
             precision: of the bundle's graphs; by default the one that suits the backend, or with
-                "auto" on a CPU the fastest, see `open_backend`.
+                "auto" on a CPU the fastest, which a trial measures.
             options: how to use the machine.
             fast_decode: read large JPEGs at a lower resolution, see `preprocess`.
             batcher: batches of `submit`.
@@ -98,7 +98,7 @@ class Classifier:
         return cls(
             predictor,
             opened.backend,
-            opened.precision,
+            opened.candidate.precision,
             skipped=opened.skipped,
             fast_decode=fast_decode,
             batcher=batcher,

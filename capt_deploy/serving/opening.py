@@ -8,10 +8,8 @@ from capt_deploy.backends.choice import first_that_works
 from capt_deploy.backends.options import RuntimeOptions
 from capt_deploy.backends.spec import AUTO, BackendSpec, find_backends
 from capt_deploy.bundle.graphs import StoredGraph
-from capt_deploy.bundle.read import REPORT, Bundle
-from capt_deploy.core.errors import BundleError
-from capt_deploy.core.files import parse_json
-from capt_deploy.serving.trial import Way, fastest
+from capt_deploy.bundle.read import Bundle
+from capt_deploy.serving.trial import Candidate, fastest
 from capt_deploy.verify.gate import LIMITS
 
 
@@ -19,8 +17,8 @@ class Opened(NamedTuple):
     """A backend that runs one graph of a bundle."""
 
     backend: Backend
-    precision: str
-    skipped: Mapping[str, str]  # by name of another backend, why it is not used
+    candidate: Candidate  # its spec, and the graph's precision
+    skipped: Mapping[str, str]  # by name of a backend for GPUs, why it is not used
 
 
 def open_backend(
@@ -43,50 +41,40 @@ def open_backend(
     """
     loaded: list[StoredGraph] = []  # the last graph, in case the next backend takes it too
     specs = find_backends(name)
-    ways = cpu_ways(bundle, specs, precision) if name == AUTO else []
-    problems: dict[str, str] = {}
+    on_cpu = cpu_candidates(bundle, specs, precision) if name == AUTO else []
 
-    def open_way(way: Way) -> Backend:
-        if not loaded or loaded[0].precision != way.precision:
+    def open_candidate(candidate: Candidate) -> Backend:
+        if not loaded or loaded[0].precision != candidate.precision:
             loaded.clear()  # so that two graphs are never in memory
-            loaded.append(bundle.graph(way.precision))
+            loaded.append(bundle.graph(candidate.precision))
         graph = loaded[0]
-        return way.spec.open(graph.onnx, graph.precision, graph.weights_folder, options)
+        return candidate.spec.open(graph.onnx, graph.precision, graph.weights_folder, options)
 
-    def start(spec: BackendSpec) -> tuple[Backend, str]:
-        if ways and not spec.needs_gpu:
-            return fastest(bundle, ways, options, open_way, problems)
-        way = Way(spec, precision or spec.preferred(bundle.precisions))
-        return open_way(way), way.precision
+    def start(spec: BackendSpec) -> tuple[Backend, Candidate]:
+        if on_cpu and not spec.needs_gpu:
+            # A precision that the caller has named is run as it is.
+            return fastest(bundle, on_cpu, options, open_candidate, check=precision is None)
+        candidate = Candidate(spec, precision or spec.preferred(bundle.precisions))
+        return open_candidate(candidate), candidate
 
-    if ways:
-        specs = (*(spec for spec in specs if spec.needs_gpu), ways[0].spec)
-    (backend, chosen), skipped = first_that_works(specs, start)
-    return Opened(backend, chosen, {**skipped, **problems})
+    if on_cpu:
+        specs = (*(spec for spec in specs if spec.needs_gpu), on_cpu[0].spec)
+    (backend, candidate), skipped = first_that_works(specs, start)
+    return Opened(backend, candidate, skipped)
 
 
-def cpu_ways(bundle: Bundle, specs: Sequence[BackendSpec], precision: str | None) -> list[Way]:
-    """Return the ways to run a bundle on this CPU that may be the fastest, the most exact first.
-
-    Graphs that failed the export's gate, and were written all the same, are none.
-    """
+def cpu_candidates(
+    bundle: Bundle, specs: Sequence[BackendSpec], precision: str | None
+) -> list[Candidate]:
+    """Return what may run a bundle fastest on this CPU, the most exact first."""
     if precision is not None and precision not in bundle.precisions:
         return []
-    usable = [spec for spec in specs if not spec.needs_gpu and spec.problem() is None]
-    failed = set() if precision else _failed(bundle)
-    ways = [
-        Way(spec, name)
-        for spec in usable
+    candidates = [
+        Candidate(spec, name)
+        for spec in specs
+        if not spec.needs_gpu and spec.problem() is None
         for name in ((precision,) if precision else spec.worth_trying(bundle.precisions))
-        if name not in failed
     ]
     # In groups of one precision, so that each graph is read once.
-    return sorted(ways, key=lambda way: 0 if precision else [*LIMITS].index(way.precision))
-
-
-def _failed(bundle: Bundle) -> set[str]:
-    """Return the precisions whose graphs failed the gate and were written with --force."""
-    if bundle.manifest.verified or REPORT not in bundle.manifest.files:
-        return set()
-    report = parse_json(bundle.read(REPORT), f"{bundle.path}, {REPORT}", BundleError)
-    return {precision for precision, result in report["gate"].items() if not result["passed"]}
+    order = {name: place for place, name in enumerate(LIMITS)}
+    return sorted(candidates, key=lambda candidate: order.get(candidate.precision, len(order)))

@@ -7,33 +7,33 @@ the number of threads.
 import hashlib
 import json
 import time
-from collections.abc import Callable, MutableMapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from capt_deploy.backends.base import Backend, Outputs, Pixels, concatenate
+from capt_deploy.backends.base import Backend, Outputs, concatenate
 from capt_deploy.backends.options import RuntimeOptions
 from capt_deploy.backends.spec import BackendSpec, library_packages
 from capt_deploy.bundle.read import REFERENCE, Bundle
-from capt_deploy.core.console import say
+from capt_deploy.core.console import say, warn
 from capt_deploy.core.errors import BackendError, BundleError, CaptError
 from capt_deploy.core.files import cache_folder, read_json, write_json
-from capt_deploy.core.machine import describe_host, versions
+from capt_deploy.core.machine import cpu_features, describe_host, versions
 from capt_deploy.verify.gate import compare_outputs
-from capt_deploy.verify.reference import ReferenceOutputs, draw_patterns
+from capt_deploy.verify.reference import PATTERNS, ReferenceOutputs, draw_patterns
 
-_PATTERNS = 3  # images that are run
 _SECONDS = 0.3  # of measuring, at least
-_HOPELESS = 2.0  # times the time of the fastest so far, after which a way is given up
-_TIE = 0.95  # a less exact way has to be faster than this share of the time
+_RUNS = 3  # at least, before a candidate is given up
+_HOPELESS = 2.0  # times the time of the fastest so far, above which it is given up
+_TIE = 0.95  # share of the time so far that a less exact candidate has to stay below
 
 
-class Way(NamedTuple):
-    """A backend and a precision."""
+class Candidate(NamedTuple):
+    """A backend, and the precision of the graph that it would run."""
 
     spec: BackendSpec
     precision: str
@@ -44,129 +44,173 @@ class Way(NamedTuple):
 
 def fastest(
     bundle: Bundle,
-    ways: Sequence[Way],
+    candidates: Sequence[Candidate],
     options: RuntimeOptions,
-    open_way: Callable[[Way], Backend],
-    problems: MutableMapping[str, str],
-) -> tuple[Backend, str]:
-    """Open the fastest of several ways to run a bundle on this CPU.
+    open_candidate: Callable[[Candidate], Backend],
+    *,
+    check: bool = True,
+) -> tuple[Backend, Candidate]:
+    """Open the fastest of several candidates on this CPU.
 
-    Each runs drawn images in the smallest batch of the options. A way whose answers are not within
-    the gate's limits of the trained model's is none: int8 kernels of processors without VNNI
-    saturate. The result is kept in the user's cache folder for this processor, bundle, options and
-    versions of the libraries.
+    Each runs drawn images in the smallest batch of the options. The choice is kept in the user's
+    cache folder for this processor, bundle, options and versions of the libraries; a single
+    candidate is opened without a trial.
 
     Args:
         bundle: the bundle.
-        ways: the most exact first.
+        candidates: the most exact first.
         options: how to use the machine.
-        open_way: opens one of them.
-        problems: receives the reason of each way that fails, by its backend's name.
+        open_candidate: opens one of them.
+        check: leave out candidates whose answers are not within the gate's limits of the trained
+            model's, as int8 kernels of processors without VNNI saturate.
 
     Returns:
-        The backend and its precision.
+        The backend, and the candidate that it is.
 
     Raises:
-        BackendError: all ways fail.
+        BackendError: all candidates fail.
         BundleError: the bundle is damaged.
     """
-    if len(ways) == 1:
-        return open_way(ways[0]), ways[0].precision
-    key = _key(bundle, ways, options)
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    path = cache_folder() / "trials" / f"{name}.json"
-    if (known := _remembered(path, ways)) is not None:
+    if len(candidates) == 1:
+        return open_candidate(candidates[0]), candidates[0]
+    key = _key(bundle, candidates, options)
+    path = _path(key)
+    if (remembered := _remembered(path, candidates)) is not None:
         with suppress(BackendError):  # it may work no more; then all are measured again
-            return open_way(known), known.precision
-    say(f"measuring what runs this bundle fastest here, once: {', '.join(map(str, ways))}")
-    best: tuple[Way, Backend] | None = None
+            return open_candidate(remembered), remembered
+    say(f"measuring what runs this bundle fastest here, once: {', '.join(map(str, candidates))}")
+    expected = _patterns(bundle) if check else None
+    best: tuple[Backend, Candidate] | None = None
     times: dict[str, float] = {}
+    reasons: dict[str, str] = {}
     least = inf
-    for way in ways:
+    for candidate in candidates:
         try:
-            backend = open_way(way)
-            taken = times[str(way)] = _measure(backend, way, bundle, options, least)
-        except BackendError as error:
-            problems[way.spec.name] = f"{way.precision}: {error}"
+            backend = open_candidate(candidate)
+            with _closed_on_error(backend):
+                seconds, outputs = _measure(backend, bundle, options, least)
+                if expected is not None and seconds < _TIE * least:
+                    _check(outputs, expected, bundle, candidate.precision)
+        except Exception as error:
+            if isinstance(error, CaptError) and not isinstance(error, BackendError):
+                raise  # the bundle's own
+            reasons[str(candidate)] = str(error) or type(error).__name__
+            warn(f"{candidate} is not used: {reasons[str(candidate)]}")
             continue
-        if best is None or taken < _TIE * least:
+        times[str(candidate)] = seconds
+        if seconds < _TIE * least:
             if best is not None:
-                best[1].close()
-            best, least = (way, backend), taken
+                best[0].close()
+            best, least = (backend, candidate), seconds
         else:
             backend.close()
     if best is None:
-        reasons = "; ".join(f"{name} {reason}" for name, reason in problems.items())
-        raise BackendError(f"no backend runs this bundle on the CPU: {reasons}")
-    listed = ", ".join(f"{way} {1000 * seconds:.1f} ms" for way, seconds in times.items())
-    say(f"fastest for one image: {best[0]} ({listed})")
-    with suppress(OSError, CaptError):  # without it the next start measures again
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"key": key, "chosen": str(best[0]), "seconds": times})
-    return best[1], best[0].precision
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise BackendError(f"no backend runs this bundle on the CPU: {listed}")
+    listed = ", ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in times.items())
+    say(f"fastest for one image: {best[1]} ({listed})")
+    _remember(path, {"key": key, "chosen": str(best[1]), "seconds": times})
+    return best
+
+
+@contextmanager
+def _closed_on_error(backend: Backend) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        backend.close()
+        raise
 
 
 def _measure(
-    backend: Backend, way: Way, bundle: Bundle, options: RuntimeOptions, least: float
-) -> float:
-    """Return the seconds that an image takes; at once where they are far above `least`.
+    backend: Backend, bundle: Bundle, options: RuntimeOptions, least: float
+) -> tuple[float, Outputs]:
+    """Return the least seconds that an image takes, and the outputs for the patterns that ran.
+
+    Ends early where the candidate is far slower than `least`.
 
     Raises:
-        BackendError: a run fails, or its outputs are beyond the gate's limits.
+        BackendError: a run fails.
     """
-    patterns = draw_patterns(bundle.manifest.preprocess.size)[:_PATTERNS]
-    outputs = concatenate(backend.run(pattern[np.newaxis]) for pattern in patterns)
-    _check(outputs, way.precision, bundle)
-    smallest = options.batches[0]
-    images: Pixels = np.ascontiguousarray(np.resize(patterns, (smallest, *patterns.shape[1:])))
-    taken, start = inf, time.perf_counter()
-    while time.perf_counter() - start < _SECONDS or taken == inf:
+    size, patterns = options.batches[0], draw_patterns(bundle.manifest.preprocess.size)
+    count = -(-PATTERNS // size) * size  # a whole number of batches
+    batches = np.split(np.resize(patterns, (count, *patterns.shape[1:])), count // size)
+    backend.run(batches[0])  # the first run allocates
+    outputs: list[Outputs] = []
+    seconds, start = inf, time.perf_counter()
+    runs = 0
+    while runs < len(batches) or time.perf_counter() - start < _SECONDS:
         before = time.perf_counter()
-        backend.run(images)
-        taken = min(taken, (time.perf_counter() - before) / smallest)
-        if taken > _HOPELESS * least:
+        found = backend.run(batches[runs % len(batches)])
+        seconds = min(seconds, (time.perf_counter() - before) / size)
+        if runs < len(batches):
+            outputs.append(found)
+        runs += 1
+        if runs >= _RUNS and seconds > _HOPELESS * least:
             break
-    return taken
+    return seconds, concatenate(outputs)
 
 
-def _check(outputs: Outputs, precision: str, bundle: Bundle) -> None:
-    """Compare outputs for the first patterns with the trained model's, if the bundle has them."""
+def _patterns(bundle: Bundle) -> Outputs | None:
+    """Return the trained model's answers for the drawn patterns; None if the bundle has none."""
     if bundle.lone_graph is not None or REFERENCE not in bundle.manifest.files:
-        return
-    expected = Outputs(
-        *(part[:_PATTERNS] for part in ReferenceOutputs.from_bundle(bundle).patterns)
-    )
-    unknown = np.full(_PATTERNS, -1)
-    calibration = bundle.calibration_of(precision)
+        return None
+    return ReferenceOutputs.from_bundle(bundle).patterns
+
+
+def _check(outputs: Outputs, expected: Outputs, bundle: Bundle, precision: str) -> None:
+    """Raise a `BackendError` where outputs are beyond the gate's limits."""
+    shown = Outputs(*(part[:PATTERNS] for part in outputs))
     # Processors round float32 differently as well, by more than the export's own gate allows.
-    limits = "fp16" if precision == "fp32" else precision
-    result = compare_outputs(limits, expected, outputs, unknown, calibration)
+    limits, unknown = "fp16" if precision == "fp32" else precision, np.full(PATTERNS, -1)
+    calibration = bundle.calibration_of(precision)
+    result = compare_outputs(limits, expected, shown, unknown, calibration)
     if result.failures:
         raise BackendError(f"differs from the trained model: {', '.join(result.failures)}")
 
 
-def _remembered(path: Path, ways: Sequence[Way]) -> Way | None:
-    """Return the way that an earlier trial chose; None where there was none."""
+def _path(key: dict[str, Any]) -> Path | None:
+    """Return the file of a trial; None where nothing can be kept."""
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    try:
+        return cache_folder() / "trials" / f"{name}.json"
+    except CaptError:
+        return None
+
+
+def _remember(path: Path | None, result: dict[str, Any]) -> None:
+    """Write a trial; without it the next start measures again."""
+    if path is not None:
+        with suppress(OSError, CaptError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, result)
+
+
+def _remembered(path: Path | None, candidates: Sequence[Candidate]) -> Candidate | None:
+    """Return the candidate that an earlier trial chose; None where there was none."""
+    if path is None:
+        return None
     try:
         chosen = read_json(path, BundleError)["chosen"]
     except (OSError, CaptError, KeyError, TypeError):  # none, or damaged
         return None
-    return next((way for way in ways if str(way) == chosen), None)
+    return next((one for one in candidates if str(one) == chosen), None)
 
 
-def _key(bundle: Bundle, ways: Sequence[Way], options: RuntimeOptions) -> dict[str, Any]:
+def _key(
+    bundle: Bundle, candidates: Sequence[Candidate], options: RuntimeOptions
+) -> dict[str, Any]:
     """Return all that the result depends on, as JSON."""
-    files = bundle.manifest.files
     if bundle.lone_graph is not None:
-        graphs = [hashlib.sha256(bundle.lone_graph.onnx).hexdigest()]
+        files = {"": hashlib.sha256(bundle.lone_graph.onnx).hexdigest()}
     else:
-        used = dict.fromkeys(bundle.manifest.graphs[way.precision].file for way in ways)
-        graphs = [files[file].sha256 for file in used]
+        files = {name: record.sha256 for name, record in bundle.manifest.files.items()}
     host = describe_host()
     return {
-        "graphs": graphs,
-        "ways": [str(way) for way in ways],
+        "files": files,
+        "candidates": [str(candidate) for candidate in candidates],
         "cpu": host["cpu"],
+        "features": hashlib.sha256(cpu_features().encode()).hexdigest(),
         "threads": options.threads or host["cores"],
         "batch": options.batches[0],
         "versions": versions(library_packages()),

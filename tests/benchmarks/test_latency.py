@@ -71,5 +71,7 @@ def test_rows_of_both_stand_in_one_table(exported: Exported) -> None:
     assert "fp32 batch 1: 1.5" in text and "auto takes " in text
 
 
-def test_the_readme_shows_what_was_measured() -> None:
-    assert latency.docs_table(load_cells(latency.NAME)) in latency.README.read_text()
+def test_the_docs_show_what_was_measured() -> None:
+    cells = load_cells(latency.NAME)
+    assert latency.docs_table(cells) in latency.DOCS.read_text()
+    assert latency.readme_line(cells["ViT-B/16"]) in latency.README.read_text()

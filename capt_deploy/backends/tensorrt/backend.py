@@ -236,8 +236,8 @@ def _deserialise(runtime: Any, spec: BackendSpec, data: bytes, with_code: bool =
         data: the serialised engine.
         with_code: whether the engine brings the runtime of its version, which is then executed.
     """
-    if with_code:
-        runtime.engine_host_code_allowed = True
+    if with_code or getattr(runtime, "engine_host_code_allowed", False):
+        runtime.engine_host_code_allowed = with_code
     errors = make_logger(spec).listen()
     engine = None
     with suppress(Exception):  # the library rejects a foreign engine in various ways

@@ -128,7 +128,6 @@ def test_names_stand_for_backends() -> None:
         ("tensorrt-rtx", ["fp32", "bf16"], "bf16"),
         ("onnxruntime-cuda", ["bf16", "fp32"], "fp32"),
         ("onnxruntime-cpu", ["fp16", "fp32"], "fp32"),
-        ("onnxruntime-cpu", ["bf16"], "bf16"),
     ],
 )
 def test_each_backend_has_the_precision_that_suits_it(

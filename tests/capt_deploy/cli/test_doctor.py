@@ -36,7 +36,7 @@ def test_json_can_be_read_by_a_program():
     result = run("--json")
     assert result.exit_code == 0, result.output
     diagnosis = json.loads(result.stdout)
-    keys = {"versions", "machine", "driver", "problems", "backends", "chosen"}
+    keys = {"versions", "machine", "driver", "problems", "backends", "chosen", "measured"}
     assert diagnosis.keys() == keys
     assert diagnosis["backends"][-1]["name"] == "onnxruntime-cpu"
     assert diagnosis["backends"][-1]["usable"] is True

@@ -6,12 +6,12 @@ import shutil
 import pytest
 
 from capt_deploy import Classifier
-from capt_deploy.backends.spec import BACKENDS, BackendSpec
+from capt_deploy.backends.spec import BACKENDS, TENSORRT, BackendSpec
 from capt_deploy.bundle.read import open_bundle
-from capt_deploy.core.errors import BundleError
+from capt_deploy.core.errors import BackendError, BundleError
 from capt_deploy.core.gpus import gpu_problem
 from capt_deploy.serving import opening
-from capt_deploy.serving.opening import cpu_ways
+from capt_deploy.serving.opening import cpu_candidates
 
 pytestmark = pytest.mark.skipif(gpu_problem() is None, reason="a backend on the GPU is taken")
 
@@ -45,6 +45,7 @@ def bundle_with(golden, folder, graphs, **changes):
     [
         (["fp32"], None, ["openvino fp32", "onnxruntime-cpu fp32"]),
         (["fp16"], None, ["openvino fp16", "onnxruntime-cpu fp16"]),
+        (["bf16"], None, ["openvino bf16"]),
         (["fp32", "fp16", "int8"], None, ["openvino fp32", "onnxruntime-cpu fp32"]),
         (
             ["int8-cpu", "int8", "bf16", "fp32"],
@@ -61,17 +62,20 @@ def test_auto_measures_what_may_be_fastest_the_most_exact_first(
     golden, tmp_path, installed, graphs, precision, expected
 ):
     bundle = bundle_with(golden, tmp_path / "b.capt", graphs)
-    assert [str(way) for way in cpu_ways(bundle, BACKENDS, precision)] == expected
+    assert [str(way) for way in cpu_candidates(bundle, BACKENDS, precision)] == expected
 
 
-def test_a_graph_that_failed_the_gate_is_not_measured(golden, tmp_path, monkeypatch, installed):
-    bundle = bundle_with(golden, tmp_path / "b.capt", ["fp32", "int8-cpu"], verified=False)
-    gate = {"fp32": {"passed": True}, "int8-cpu": {"passed": False}}
-    monkeypatch.setattr(type(bundle), "read", lambda *_: json.dumps({"gate": gate}).encode())
-    assert [str(way) for way in cpu_ways(bundle, BACKENDS, None)] == [
-        "openvino fp32",
-        "onnxruntime-cpu fp32",
-    ]
+def test_a_precision_that_nobody_knows_runs_only_where_it_is_asked_for(golden, tmp_path, installed):
+    bundle = bundle_with(golden, tmp_path / "b.capt", ["fp8"])
+    assert cpu_candidates(bundle, BACKENDS, None) == []
+    (first, *_) = cpu_candidates(bundle, BACKENDS, "fp8")
+    assert first.precision == "fp8"
+
+
+def test_a_bundle_for_cpus_alone_runs_on_no_gpu(golden, tmp_path):
+    bundle = bundle_with(golden, tmp_path / "b.capt", ["int8-cpu"])
+    with pytest.raises(BackendError, match=r"backend tensorrt: expected a graph in fp16.*--fp16"):
+        TENSORRT.preferred(bundle.precisions)
 
 
 def test_a_backend_asked_for_by_name_is_not_measured_against_others(golden, unmeasured):

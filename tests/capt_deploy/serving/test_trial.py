@@ -18,7 +18,7 @@ from capt_deploy.backends.spec import ONNXRUNTIME_CPU
 from capt_deploy.bundle.read import open_bundle
 from capt_deploy.core.errors import BackendError
 from capt_deploy.serving import trial
-from capt_deploy.serving.trial import Way, fastest
+from capt_deploy.serving.trial import Candidate, fastest
 from capt_deploy.verify.reference import ReferenceOutputs, draw_patterns
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "tiny.capt"
@@ -46,25 +46,29 @@ class Machine:
 
     def __init__(self, bundle, seconds, wrong=(), broken=()):
         self.bundle, self.seconds, self.wrong, self.broken = bundle, seconds, wrong, list(broken)
+        self.closed_for_good: list[str] = []
         self.opened: dict[str, Fake] = {}
-        self.problems: dict[str, str] = {}
 
     @property
-    def ways(self):
-        return [Way(replace(ONNXRUNTIME_CPU, name=name), "fp32") for name in self.seconds]
+    def candidates(self):
+        return [Candidate(replace(ONNXRUNTIME_CPU, name=name), "fp32") for name in self.seconds]
 
-    def open(self, way):
-        if way.spec.name in self.broken:
-            raise BackendError("it does not load")
-        fake = Fake(self.seconds[way.spec.name], way.spec.name in self.wrong)
-        self.opened[way.spec.name] = fake
+    def open(self, candidate):
+        name = candidate.spec.name
+        if name in self.closed_for_good:
+            raise BackendError("no more")
+        if name in self.broken:
+            raise RuntimeError("it does not load")
+        fake = self.opened[name] = Fake(self.seconds[name], name in self.wrong)
         return fake
 
-    def choose(self, options=DEFAULT_OPTIONS):
+    def choose(self, options=DEFAULT_OPTIONS, *, check=True):
         self.opened.clear()
-        backend, precision = fastest(self.bundle, self.ways, options, self.open, self.problems)
-        assert precision == "fp32"
-        return next(name for name, fake in self.opened.items() if fake is backend)
+        candidates = self.candidates
+        backend, chosen = fastest(self.bundle, candidates, options, self.open, check=check)
+        name = next(name for name, fake in self.opened.items() if fake is backend)
+        assert str(chosen) == f"{name} fp32"
+        return name
 
 
 @pytest.fixture
@@ -115,16 +119,25 @@ def test_other_options_are_measured_again(machine):
     assert made.opened.keys() == {"slow", "fast"}
 
 
-def test_one_that_differs_from_the_trained_model_is_not_taken(machine):
+def test_one_that_differs_from_the_trained_model_is_not_taken(machine, caplog):
     made = machine({"slow": 0.01, "fast": 0.001}, wrong=["fast"])
-    assert made.choose() == "slow"
-    assert "differs from the trained model: top1 agreement" in made.problems["fast"]
+    assert made.choose() == "slow" and made.opened["fast"].closed
+    assert "fast fp32 is not used: differs from the trained model: top1 agreement" in caplog.text
+
+
+def test_where_the_caller_has_named_the_precision_answers_are_not_compared(machine):
+    assert machine({"slow": 0.01, "fast": 0.001}, wrong=["fast"]).choose(check=False) == "fast"
+
+
+def test_a_single_one_is_opened_and_not_measured(machine):
+    made = machine({"only": 0.01}, wrong=["only"])
+    assert made.choose() == "only" and made.opened["only"].runs == 0
 
 
 def test_a_hopeless_one_is_given_up_at_once(machine):
     made = machine({"fast": 0.001, "slow": 0.1})
     assert made.choose() == "fast"
-    assert made.opened["slow"].runs == 4  # three patterns that are compared, one measured
+    assert made.opened["slow"].runs == 4  # one that is not timed, and three
 
 
 def test_a_tie_goes_to_the_first_which_is_the_more_exact(machine):
@@ -132,10 +145,10 @@ def test_a_tie_goes_to_the_first_which_is_the_more_exact(machine):
     assert made.choose() == "exact"
 
 
-def test_one_that_does_not_load_is_a_reason_and_not_the_end(machine):
+def test_one_that_does_not_load_is_a_warning_and_not_the_end(machine, caplog):
     made = machine({"gone": 0.001, "slow": 0.01, "fast": 0.001}, broken=["gone"])
     assert made.choose() == "fast"
-    assert made.problems == {"gone": "fp32: it does not load"}
+    assert "gone fp32 is not used: it does not load" in caplog.text
 
 
 def test_where_none_works_all_reasons_are_named(machine):
@@ -147,7 +160,7 @@ def test_where_none_works_all_reasons_are_named(machine):
 def test_what_worked_once_and_fails_now_is_measured_anew(machine):
     made = machine({"slow": 0.03, "fast": 0.001})
     made.choose()
-    made.broken.append("fast")
+    made.closed_for_good.append("fast")
     assert made.choose() == "slow"
 
 
