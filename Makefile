@@ -10,6 +10,8 @@ DEPLOY_PYTHON ?= $(firstword $(shell python3.10 -c 'print("python3.10")' 2>/dev/
 VENV ?= .venv
 DEPLOY_VENV ?= .venv-deploy
 BIN = $(VENV)/bin
+# Tests run in two processes with one thread each: threads of torch spend much time waiting.
+SHARED_OUT = --numprocesses 2 --dist loadfile
 # Python 2 had a function `file`; here it is a variable, which vermin would take for that.
 PACKAGES = capt_deploy capt_train export examples benchmarks tests
 
@@ -18,9 +20,10 @@ PACKAGES = capt_deploy capt_train export examples benchmarks tests
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.demo.run
 
+test: export OMP_NUM_THREADS = 1
 test: check $(DEPLOY_VENV)/.installed
-	$(DEPLOY_VENV)/bin/python -m pytest tests/capt_deploy
-	$(BIN)/python -m pytest
+	$(DEPLOY_VENV)/bin/python -m pytest $(SHARED_OUT) tests/capt_deploy
+	$(BIN)/python -m pytest $(SHARED_OUT)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -63,7 +66,7 @@ $(VENV)/.docs: $(VENV)/.installed
 # The runtime alone, as an edge machine has it: no torch, and JetPack 6's Python where one is found.
 $(DEPLOY_VENV)/.installed: pyproject.toml
 	$(DEPLOY_PYTHON) -m venv --clear $(DEPLOY_VENV)
-	$(DEPLOY_VENV)/bin/pip install --quiet --editable '.[open-vocab]' pytest hypothesis
+	$(DEPLOY_VENV)/bin/pip install --quiet --editable '.[open-vocab]' pytest pytest-xdist hypothesis
 	touch $@
 
 clean:
