@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from capt_deploy.cli import predict
+from capt_deploy.cli import bench, predict
 from examples import edge_camera
 from examples.server import __main__ as server
+from export.cli import export
 
 ROOT = Path(__file__).parents[2]
 DOCS = (ROOT / "docs" / "embedding.md").read_text()
@@ -48,8 +49,9 @@ def form(line: str) -> str:
 
 def test_the_shown_answers_and_options_are_the_programs_own() -> None:
     others = {"--preload", "--name", "--docs", "--without", "--classes", "--model", "--bundle"}
-    options = {*re.findall(r"--[a-z][a-z-]+", DOCS)} - others
-    programs = (server, edge_camera, predict)
+    others |= {"--no-compile"}  # of a benchmark
+    options = {*re.findall(r"--[a-z][a-z0-9-]+", DOCS)} - others
+    programs = (server, edge_camera, predict, bench, export)
     helped = "".join(CliRunner().invoke(one.main, ["--help"]).output for one in programs)
     assert sorted(option for option in options if f"{option} " not in helped) == []
     answer, line = blocks("json")
