@@ -18,15 +18,19 @@ from PIL import ExifTags, Image
 
 from benchmarks.cpp import compare
 from capt_deploy.data.preprocess import PreprocessConfig, preprocess
-from tests.examples.onnxruntime_sdk import make_sdk
+from tests.examples import onnxruntime_sdk
+from tests.examples.onnxruntime_sdk import make_sdk, miss
 from tests.examples.pixel_bundle import write_pixel_bundle
 
-pytestmark = pytest.mark.skipif(
-    int(PIL.__version__.split(".")[0]) < 13, reason="Pillow before 13 resizes in another order"
-)
 SOURCE = Path(__file__).parents[2] / "examples" / "cpp"
 HEADERS = "#include <cstdio>\n#include <jpeglib.h>\n#include <png.h>\n"
 MANY = 500
+WHOLE = ((0, 0, 1, 1),)
+# First column and row, and steps to the next ones, of the passes of an interlaced PNG.
+PASSES = (
+    *((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)),
+    *((0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)),
+)
 CONFIGS: dict[str, dict[str, Any]] = {
     "square": {"size": (24, 24)},
     "bilinear": {"size": (24, 24), "interpolation": "bilinear"},
@@ -39,13 +43,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="session")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the program, built as README.md says."""
+    if int(PIL.__version__.split(".")[0]) < 13:
+        miss("Pillow before 13 resizes in another order")
     places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     cmake, compiler = shutil.which("cmake", path=places), shutil.which("c++")
     if cmake is None or compiler is None:
-        pytest.skip("CMake or a C++ compiler is missing")
+        miss("CMake or a C++ compiler is missing")
     command = [compiler, "-E", "-x", "c++", "-"]
     if subprocess.run(command, input=HEADERS.encode(), capture_output=True, check=False).returncode:
-        pytest.skip("libjpeg-dev and libpng-dev are not installed")
+        miss("libjpeg-dev and libpng-dev are not installed")
     folder = tmp_path_factory.mktemp("cpp")
     prefix = f"-DCMAKE_PREFIX_PATH={make_sdk(folder)}"
     build = folder / "build"
@@ -57,6 +63,16 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build / "capt_classify"
 
 
+@pytest.mark.parametrize(("ci", "outcome"), [("", pytest.skip), ("1", pytest.fail)])
+def test_what_is_not_installed_fails_in_ci_alone(
+    ci: str, outcome: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAPT_CI", ci)
+    monkeypatch.setattr(onnxruntime_sdk, "KEYS", tmp_path / "none")
+    with pytest.raises(outcome.Exception, match="this is no Debian"):
+        make_sdk(tmp_path)
+
+
 def run(*command: Path | str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
@@ -66,7 +82,7 @@ def answers(program: Path, bundle: Path, photos: Sequence[Path]) -> list[dict[st
     done = run(program, bundle, *photos)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line["photo"] for line in lines] == [str(photo) for photo in photos]
+    assert [line["path"] for line in lines] == [str(photo) for photo in photos]
     return lines
 
 
@@ -74,13 +90,23 @@ def chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
-def write_png(path: Path, size: tuple[int, int], depth: int, colour: int, *between: bytes) -> None:
+def write_png(
+    path: Path,
+    size: tuple[int, int],
+    depth: int,
+    colour: int,
+    *between: bytes,
+    passes: Sequence[tuple[int, int, int, int]] = WHOLE,
+) -> None:
     """Write a PNG of random values, of a kind that Pillow does not write."""
     width, height = size
-    row = -(-width * depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour] // 8)
-    values = np.random.default_rng(depth + colour).integers(0, 256, (height, row), np.uint8)
-    rows = b"".join(b"\0" + line.tobytes() for line in values)
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    rng, rows = np.random.default_rng(depth + colour), b""
+    for left, top, across, down in passes:
+        columns, lines = -((left - width) // across), -((top - height) // down)
+        row = -(-columns * depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour] // 8)
+        values = rng.integers(0, 256, (lines, row), np.uint8)
+        rows += b"".join(b"\0" + line.tobytes() for line in values)
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, len(passes) > 1)
     chunks = [chunk(b"IHDR", header), *between, chunk(b"IDAT", zlib.compress(rows))]
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + chunk(b"IEND", b""))
 
@@ -129,6 +155,9 @@ def write_odd_photos(folder: Path) -> None:
     for depth in (1, 2, 4, 8):  # most values of the last two are not in the palette
         palette = chunk(b"PLTE", bytes(range(40, 46 if depth == 1 else 52)))
         write_png(folder / f"{depth}-bits-palette.png", size, depth, 3, palette)
+    write_png(folder / "interlaced-palette.png", size, 4, 3, palette, passes=PASSES)
+    for depth, colour in ((1, 0), (16, 0), (8, 2), (16, 6)):
+        write_png(folder / f"interlaced-{colour}-{depth}.png", size, depth, colour, passes=PASSES)
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +269,7 @@ def test_each_bad_photo_has_a_line_with_its_error(
     first, *bad, last = (json.loads(line) for line in done.stdout.splitlines())
     assert first == last and "error" not in first
     for line, (name, reason) in zip(bad, reasons.items(), strict=True):
-        assert line.keys() == {"photo", "error"} and line["photo"].endswith(name)
+        assert line.keys() == {"path", "error"} and line["path"].endswith(name)
         assert reason in line["error"]
 
 

@@ -75,6 +75,7 @@ def test_photos_in_a_folder_come_before_tables_beside_them(photos: Path) -> None
 
 
 def test_a_folder_is_walked_once(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_table(photos / "labels.parquet", label=["cat"])
     walked: list[Path] = []
     find_files = folders.find_files
 
