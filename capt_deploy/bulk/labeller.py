@@ -83,6 +83,7 @@ class Labeller:
             DataError: the part's table cannot be read.
             OSError: the rows cannot be written.
         """
+        _ = self.classifier  # here, because each thread that decodes might load its own
         rows = [
             LabelledFile(name, result, self.options.top_k).to_dict()
             for name, result in self._results(part)
@@ -90,7 +91,7 @@ class Labeller:
         self.results.write(part.number, rows)
 
     def _results(self, part: Part) -> Iterator[tuple[str, Any]]:
-        remote = any(map(storage.is_uri, part.names))
+        remote = any(storage.local_path(name) is None for name in part.names)
         threads = max(self.threads, _READERS) if remote else self.threads
         photos = _photos(part, self.options.batch_size)
         for batch in in_batches(photos, self._decode, self.options.batch_size, threads):
@@ -103,7 +104,7 @@ class Labeller:
         name, content = photo
         try:
             if content is None:
-                content = storage.read_photo(name) if storage.is_uri(name) else name
+                content = storage.local_path(name) or storage.read_photo(name)
             return name, self.classifier.preprocess(content)
         except ImageError as error:
             return name, error

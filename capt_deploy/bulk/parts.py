@@ -12,7 +12,7 @@ from capt_deploy.bulk import storage
 from capt_deploy.core.console import counted, say
 from capt_deploy.core.errors import DataError
 from capt_deploy.core.files import expand_home
-from capt_deploy.data.folders import find_files
+from capt_deploy.data.folders import find_files, images_of
 from capt_deploy.data.images import IMAGE_SUFFIXES
 from capt_deploy.serving.labelling import find_images
 
@@ -95,11 +95,13 @@ def _files_of(path: str) -> list[str]:
         files = storage.list_files(path)
         return files if files == [path] else _photos(files) or _tables(files, path)
     folder = expand_home(path)
-    if path and folder.is_dir() and any(folder.rglob(f"*{_TABLE}")):
-        files = [*map(str, find_files(folder).paths)]
-        if not _photos(files) and (tables := _tables(files, str(folder))):
-            return tables
-    return find_images([path])
+    if not path or not folder.is_dir():
+        return find_images([path])
+    found = find_files(folder)
+    files = [*map(str, found.paths)]
+    if not _photos(files) and (tables := _tables(files, str(folder))):
+        return tables
+    return [*map(str, images_of(folder, found))]
 
 
 def _photos(files: Iterable[str]) -> list[str]:

@@ -3,14 +3,19 @@
 import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from capt_deploy.bulk.storage import Folder, parquet_of
+from filelock import FileLock, Timeout
+
+from capt_deploy.bulk.storage import Folder, is_uri, parquet_of
 from capt_deploy.core.errors import ConfigError, DataError
 from capt_deploy.core.files import parse_json
 
 # Readers of Parquet folders pass over what begins with an underscore.
 JOB = "_capt_predict.json"
+_LOCK = ".capt_predict.lock"
 _SUFFIX = ".parquet"
 _LEFT = re.compile(rf"\.(part-\d+{re.escape(_SUFFIX)}|{re.escape(JOB)})\.[0-9a-f]{{8}}\.tmp")
 
@@ -24,16 +29,39 @@ class Results:
     def begin(self, job: Mapping[str, Any], parts: int) -> set[int]:
         """Begin a job or continue it; return the numbers of the parts that are done.
 
+        Until `count`, or this process ends, no other process can begin one in a local folder.
+
         Args:
             job: what decides on the rows, as JSON; it is kept beside them.
             parts: number of parts of the job.
 
         Raises:
-            ConfigError: the folder holds something else, or the results of another job.
+            ConfigError: the folder holds something else, or the results of another job, or another
+                process has begun one.
         """
-        name, found = self._folder.name, self._folder.files()
-        left = {file for file in found if _LEFT.fullmatch(file)}  # by a process that was killed
+        self._find()  # so that no lock comes into a folder of something else
+        self._acquire()
+        try:
+            return self._begin(job, parts)
+        except BaseException:
+            self._release()
+            raise
+
+    def _find(self) -> tuple[set[str], set[str]]:
+        """Return the files, and those that a process left half-written when it was killed."""
+        found = self._folder.files() - {_LOCK}
+        left = {file for file in found if _LEFT.fullmatch(file)}
         files = found - left
+        if files and JOB not in files:
+            raise ConfigError(
+                f"{self._folder.name}: expected a new folder, or one of results to be continued, "
+                f"came one with {min(files)}; choose another folder"
+            )
+        return files, left
+
+    def _begin(self, job: Mapping[str, Any], parts: int) -> set[int]:
+        name = self._folder.name
+        files, left = self._find()
         done = {number for number in range(parts) if _file(number) in files}
         rows = any(file.endswith(_SUFFIX) for file in files)
         if JOB in files and rows:
@@ -44,17 +72,31 @@ class Results:
                     f"{name}: expected the job that these results were begun with, came another "
                     f"one (changed: {changed}); repeat the first command, or choose another folder"
                 )
-        elif files and JOB not in files:
-            raise ConfigError(
-                f"{name}: expected a new folder, or one of results to be continued, came one with "
-                f"{min(files)}; choose another folder"
-            )
         else:
             text = json.dumps(job, indent=2, ensure_ascii=True)
             self._folder.write(JOB, text.encode() + b"\n")
         for file in left:
             self._folder.remove(file)
         return done
+
+    def _acquire(self) -> None:
+        name = self._folder.name
+        if is_uri(name):
+            return
+        try:
+            Path(name).mkdir(parents=True, exist_ok=True)
+            _lock_of(name).acquire(blocking=False)
+        except Timeout as cause:
+            raise ConfigError(
+                f"{name}: another command is writing to this folder; wait for its end, or choose "
+                f"another folder"
+            ) from cause
+        except (OSError, NotImplementedError):
+            pass  # a disk without locks; or one that cannot be written to, where all may be done
+
+    def _release(self) -> None:
+        if not is_uri(self._folder.name):
+            _lock_of(self._folder.name).release(force=True)
 
     def write(self, part: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write the rows of a part, all of them or none.
@@ -65,13 +107,24 @@ class Results:
         self._folder.write(_file(part), parquet_of(rows))
 
     def count(self, parts: int) -> tuple[int, int]:
-        """Return the number of rows of all parts, and that of errors among them.
+        """Return the number of rows of all parts, and that of errors among them; the job has ended.
 
         Raises:
             DataError: a part is missing or damaged.
         """
+        self._release()
         counts = [self._folder.count(_file(number)) for number in range(parts)]
         return sum(rows for rows, _ in counts), sum(errors for _, errors in counts)
+
+
+@cache
+def _lock_of(folder: str) -> FileLock:
+    """Return the lock of a local folder, the same for all of this process.
+
+    It is not in `Results`, which goes to other processes, and outlives a job that failed: the same
+    process may begin again. The system releases it when the process ends, however that happens.
+    """
+    return FileLock(Path(folder, _LOCK), thread_local=False)
 
 
 def _file(part: int) -> str:

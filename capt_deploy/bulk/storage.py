@@ -38,6 +38,14 @@ def is_uri(name: str) -> bool:
     return _URI.fullmatch(name) is not None
 
 
+def local_path(name: str) -> str | None:
+    """Return the path of a local file, also of a `file:///…`; None for what is in a store."""
+    match = _URI.fullmatch(name)
+    if match is None:
+        return name
+    return match[3] if match[1] == "file" and not match[2] else None
+
+
 def _locate(name: str) -> tuple[Any, str]:
     """Return pyarrow's file system of a place, and the place's path in it."""
     import pyarrow.fs
@@ -73,7 +81,8 @@ def _open_store(scheme: str, host: str) -> tuple[Any, str]:
     try:
         system, path = pyarrow.fs.FileSystem.from_uri(uri)
     except (OSError, ValueError, pyarrow.ArrowException) as cause:
-        raise DataError(f"{scheme}://{host}: cannot be opened ({cause})") from cause
+        reason = str(cause).partition("\n")[0]  # libhdfs lists a hundred places
+        raise DataError(f"{scheme}://{host}: cannot be opened ({reason})") from cause
     return system, path.removesuffix("x")
 
 
@@ -118,27 +127,22 @@ def read_photo(name: str) -> bytes:
 
     Raises:
         ImageError: it is missing or larger than 1 GiB, its URI cannot be used, or the store did not
-            give it in three tries.
-        DataError: the store cannot be opened.
+            open or give it in three tries.
     """
-    match = _URI.fullmatch(name)
-    try:
-        if match is not None:
-            _check(name, match[1], match[2])
-    except DataError as cause:
-        raise ImageError(str(cause)) from cause
-    system, path = _locate(name)
     for pause in (*_PAUSES, None):
         try:
-            with system.open_input_file(path) as file:
-                if (size := file.size()) > _LARGEST_PHOTO:
-                    raise ImageError(f"{name}: expected at most 1 GiB, came {size:,} bytes")
-                return bytes(file.read())
-        except FileNotFoundError as cause:
-            raise ImageError(f"{name}: no such file") from cause
-        except OSError as cause:
-            if pause is None:
-                raise ImageError(f"{name}: cannot be read ({cause})") from cause
+            with _errors_of(name):
+                system, path = _locate(name)
+                with system.open_input_file(path) as file:
+                    if (size := file.size()) > _LARGEST_PHOTO:
+                        raise ImageError(f"{name}: expected at most 1 GiB, came {size:,} bytes")
+                    return bytes(file.read())
+        except DataError as error:
+            cause = error.__cause__
+            if isinstance(cause, FileNotFoundError):
+                raise ImageError(f"{name}: no such file") from cause
+            if pause is None or not isinstance(cause, OSError):  # which may pass
+                raise ImageError(str(error)) from cause
             time.sleep(pause)
     raise AssertionError("the last try returns or raises")
 

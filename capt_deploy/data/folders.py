@@ -78,7 +78,12 @@ def _is_read(target: Path, top: Path, path: Path) -> bool:
 
 def images_below(folder: Path) -> list[Path]:
     """Return the images below a folder by their names, sorted; say what else is there."""
-    files, skipped = find_files(folder)
+    return images_of(folder, find_files(folder))
+
+
+def images_of(folder: Path, found: Found) -> list[Path]:
+    """Return the images among what was found below a folder; say what else is there."""
+    files, skipped = found
     images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     others = Counter(
         file.suffix.lower() or file.name

@@ -32,8 +32,10 @@ inline std::vector<std::string> onnxruntime_precisions() {
 /// An engine that capt-build has put into its cache.
 struct Engine {
     std::string plan;
-    std::string precision;     // of the graph that it was built from
-    std::string graph_sha256;  // likewise
+    std::string precision;       // of the graph that it was built from
+    std::string graph_sha256;    // likewise
+    std::string weights_sha256;  // of the graph's second file, or empty
+    bool with_code = false;      // whether it brings the runtime of its version
 };
 
 /// Read an engine. Throws BundleError: it is no entry of capt-build's cache, or was changed.

@@ -221,6 +221,7 @@ Bundle read(const std::filesystem::path& folder, const std::vector<std::string>&
         const auto second = graph.at("weights").get<std::string>();
         read_listed(folder, files, second, weights_limit);
         bundle.weights = folder;
+        bundle.weights_sha256 = files.at(second).at("sha256").get<std::string>();
     }
     return bundle;
 }

@@ -17,6 +17,7 @@ struct Bundle {
     std::string graph;              // content of its ONNX file
     std::string graph_sha256;
     std::filesystem::path weights;  // folder of weights that are in a second file, or empty
+    std::string weights_sha256;     // of that file, or empty
 };
 
 /// Open a bundle folder and read one graph.

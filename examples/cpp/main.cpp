@@ -24,12 +24,12 @@ nlohmann::ordered_json classify(const capt::Bundle& bundle, capt::Backend& backe
         const auto pixels = capt::preprocess(capt::load_photo(photo), bundle.preprocess);
         const auto probabilities = backend.run(pixels);
         const auto best = std::max_element(probabilities.begin(), probabilities.end());
-        return {{"photo", photo},
+        return {{"path", photo},
                 {"label", bundle.class_names[best - probabilities.begin()]},
                 {"confidence", *best},
                 {"probabilities", probabilities}};
     } catch (const capt::PhotoError& error) {
-        return {{"photo", photo}, {"error", error.what()}};
+        return {{"path", photo}, {"error", error.what()}};
     }
 }
 

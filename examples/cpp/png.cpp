@@ -42,24 +42,18 @@ struct Decoder {
     }
 };
 
-// No object with a destructor may live in the three functions with a setjmp: a jump skips it.
-
-bool read_header(Decoder& decoder) {
+/// Call libpng and return whether it went well. All that can fail is called through this function,
+/// for libpng jumps back into it. No object with a destructor may live in `calls`: a jump skips it.
+template <typename Calls>
+bool succeeds(Decoder& decoder, Calls calls) {
     if (setjmp(png_jmpbuf(decoder.png))) return false;
-    png_read_info(decoder.png, decoder.info);
+    calls(decoder.png, decoder.info);
     return true;
 }
 
-bool read_pixels(Decoder& decoder, std::vector<png_bytep>& rows) {
-    if (setjmp(png_jmpbuf(decoder.png))) return false;
-    png_read_image(decoder.png, rows.data());
-    return true;
-}
-
-/// Read what follows the pixels, as far as that goes: they are not lost for damage behind them.
-void read_end(Decoder& decoder) {
-    if (setjmp(png_jmpbuf(decoder.png))) return;
-    png_read_end(decoder.png, decoder.info);
+template <typename Calls>
+void need(Decoder& decoder, Calls calls) {
+    if (!succeeds(decoder, calls)) throw PhotoError("damaged PNG (" + decoder.message + ")");
 }
 
 /// Return the mode of a PNG; ask libpng for whole bytes, and for the upper 8 of 16 bits in colour.
@@ -80,7 +74,7 @@ Bytes palette_of(Decoder& decoder) {
     Bytes palette(256 * 3);  // what is beyond its end is black
     png_colorp colours = nullptr;
     int count = 0;
-    png_get_PLTE(decoder.png, decoder.info, &colours, &count);
+    need(decoder, [&](auto png, auto info) { png_get_PLTE(png, info, &colours, &count); });
     for (int index = 0; index < count; ++index) {
         const png_color& colour = colours[index];
         const std::uint8_t rgb[] = {colour.red, colour.green, colour.blue};
@@ -94,24 +88,32 @@ Bytes palette_of(Decoder& decoder) {
 /// Decode the first image of a PNG, with the settings of Pillow.
 Decoded decode_png(const std::string& file) {
     Decoder decoder(file);
-    if (!read_header(decoder)) throw PhotoError("damaged PNG (" + decoder.message + ")");
-    const auto width = png_get_image_width(decoder.png, decoder.info);
-    const auto height = png_get_image_height(decoder.png, decoder.info);
+    std::size_t width = 0, height = 0, row_bytes = 0;
+    need(decoder, [&](auto png, auto info) {
+        png_read_info(png, info);
+        width = png_get_image_width(png, info);
+        height = png_get_image_height(png, info);
+    });
     check_size(width, height);
     Decoded decoded;
     Image& image = decoded.image;
     image.width = static_cast<int>(width);
     image.height = static_cast<int>(height);
-    image.mode = set_up(decoder.png, decoder.info);
+    int passes = 1;  // more if it is interlaced
+    need(decoder, [&](auto png, auto info) {
+        image.mode = set_up(png, info);
+        passes = png_set_interlace_handling(png);
+        png_read_update_info(png, info);
+        row_bytes = png_get_rowbytes(png, info);
+    });
     if (image.mode == Mode::palette) image.palette = palette_of(decoder);
-    png_set_interlace_handling(decoder.png);
-    png_read_update_info(decoder.png, decoder.info);
 
-    const std::size_t row_bytes = png_get_rowbytes(decoder.png, decoder.info);
     Bytes pixels(row_bytes * height);
-    std::vector<png_bytep> rows(height);
-    for (std::size_t row = 0; row < height; ++row) rows[row] = pixels.data() + row * row_bytes;
-    if (!read_pixels(decoder, rows)) throw PhotoError("damaged PNG (" + decoder.message + ")");
+    need(decoder, [&](auto png, auto) {
+        for (std::size_t row = 0; row < passes * height; ++row) {
+            png_read_row(png, pixels.data() + row % height * row_bytes, nullptr);
+        }
+    });
     if (row_bytes == 2 * width && image.mode == Mode::grey) {  // 16 bits of grey
         for (std::size_t index = 0; index < pixels.size() / 2; ++index) {
             pixels[index] = (pixels[2 * index] << 8 | pixels[2 * index + 1]) / 257;
@@ -120,12 +122,12 @@ Decoded decode_png(const std::string& file) {
     }
     image.pixels = std::move(pixels);
 
-    read_end(decoder);
+    // What follows the pixels, as far as that goes: they are not lost for damage behind them.
+    succeeds(decoder, [](auto png, auto info) { png_read_end(png, info); });
     png_bytep exif = nullptr;
     png_uint_32 size = 0;
-    if (png_get_eXIf_1(decoder.png, decoder.info, &size, &exif)) {
-        decoded.exif.assign(exif, exif + size);
-    }
+    succeeds(decoder, [&](auto png, auto info) { png_get_eXIf_1(png, info, &size, &exif); });
+    if (exif != nullptr) decoded.exif.assign(exif, exif + size);
     return decoded;
 }
 

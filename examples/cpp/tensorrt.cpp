@@ -49,6 +49,7 @@ public:
     TensorRT(const Bundle& bundle, const Engine& engine) : classes_(bundle.class_names.size()) {
         runtime_.reset(nvinfer1::createInferRuntime(logger_));
         if (!runtime_) logger_.fail("start");
+        runtime_->setEngineHostCodeAllowed(engine.with_code);
         engine_.reset(runtime_->deserializeCudaEngine(engine.plan.data(), engine.plan.size()));
         if (!engine_) logger_.fail("load the engine; build it again with capt-build");
         context_.reset(engine_->createExecutionContext());
@@ -104,7 +105,8 @@ Engine parse_entry(const std::string& entry) {
     const auto header = nlohmann::json::parse(entry.substr(0, end));
     const auto& key = header.at("key");
     Engine engine{entry.substr(end + 1), key.at("precision").get<std::string>(),
-                  key.at("onnx").get<std::string>()};
+                  key.at("onnx").get<std::string>(), key.at("weights").get<std::string>(),
+                  key.value("portable", "") == "version"};
     if (header.at("format") != cache_format || key.at("library") != "tensorrt") {
         throw BundleError("expected an engine of capt-build --backend tensorrt");
     }
@@ -125,8 +127,9 @@ Engine read_engine(const std::filesystem::path& path) {
 }
 
 std::unique_ptr<Backend> open_tensorrt(const Bundle& bundle, const Engine& engine) {
-    if (engine.graph_sha256 != bundle.graph_sha256) {
-        throw BundleError("the engine was built from another graph; build one with capt-build");
+    if (engine.graph_sha256 != bundle.graph_sha256 ||
+        engine.weights_sha256 != bundle.weights_sha256) {
+        throw BundleError("the engine was built from another bundle; build one with capt-build");
     }
     return std::make_unique<TensorRT>(bundle, engine);
 }

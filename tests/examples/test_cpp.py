@@ -6,7 +6,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,15 @@ from typing import Any
 import numpy as np
 import PIL
 import pytest
-from PIL import ExifTags, Image
+from PIL import Image
 
 from benchmarks.cpp import compare
 from capt_deploy.data.preprocess import PreprocessConfig, preprocess
-from tests.examples.onnxruntime_sdk import make_sdk
+from tests.examples import onnxruntime_sdk
+from tests.examples.odd_photos import chunk, exif, smooth, write_odd_photos
+from tests.examples.onnxruntime_sdk import make_sdk, miss
 from tests.examples.pixel_bundle import write_pixel_bundle
 
-pytestmark = pytest.mark.skipif(
-    int(PIL.__version__.split(".")[0]) < 13, reason="Pillow before 13 resizes in another order"
-)
 SOURCE = Path(__file__).parents[2] / "examples" / "cpp"
 HEADERS = "#include <cstdio>\n#include <jpeglib.h>\n#include <png.h>\n"
 MANY = 500
@@ -39,13 +37,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="session")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the program, built as README.md says."""
+    if int(PIL.__version__.split(".")[0]) < 13:
+        miss("Pillow before 13 resizes in another order")
     places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     cmake, compiler = shutil.which("cmake", path=places), shutil.which("c++")
     if cmake is None or compiler is None:
-        pytest.skip("CMake or a C++ compiler is missing")
+        miss("CMake or a C++ compiler is missing")
     command = [compiler, "-E", "-x", "c++", "-"]
     if subprocess.run(command, input=HEADERS.encode(), capture_output=True, check=False).returncode:
-        pytest.skip("libjpeg-dev and libpng-dev are not installed")
+        miss("libjpeg-dev and libpng-dev are not installed")
     folder = tmp_path_factory.mktemp("cpp")
     prefix = f"-DCMAKE_PREFIX_PATH={make_sdk(folder)}"
     build = folder / "build"
@@ -57,6 +57,16 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build / "capt_classify"
 
 
+@pytest.mark.parametrize(("ci", "outcome"), [("", pytest.skip), ("1", pytest.fail)])
+def test_what_is_not_installed_fails_in_ci_alone(
+    ci: str, outcome: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAPT_CI", ci)
+    monkeypatch.setattr(onnxruntime_sdk, "KEYS", tmp_path / "none")
+    with pytest.raises(outcome.Exception, match="this is no Debian"):
+        make_sdk(tmp_path)
+
+
 def run(*command: Path | str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
@@ -66,69 +76,8 @@ def answers(program: Path, bundle: Path, photos: Sequence[Path]) -> list[dict[st
     done = run(program, bundle, *photos)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line["photo"] for line in lines] == [str(photo) for photo in photos]
+    assert [line["path"] for line in lines] == [str(photo) for photo in photos]
     return lines
-
-
-def chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-
-def write_png(path: Path, size: tuple[int, int], depth: int, colour: int, *between: bytes) -> None:
-    """Write a PNG of random values, of a kind that Pillow does not write."""
-    width, height = size
-    row = -(-width * depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour] // 8)
-    values = np.random.default_rng(depth + colour).integers(0, 256, (height, row), np.uint8)
-    rows = b"".join(b"\0" + line.tobytes() for line in values)
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    chunks = [chunk(b"IHDR", header), *between, chunk(b"IDAT", zlib.compress(rows))]
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + chunk(b"IEND", b""))
-
-
-def smooth(width: int, height: int, bands: int = 3, seed: int = 0) -> np.ndarray[Any, Any]:
-    """Return noise that a JPEG does not lose altogether, 0-255."""
-    small = np.random.default_rng(seed).integers(0, 256, (9, 7, bands), np.uint8)
-    parts = [Image.fromarray(small[:, :, band]).resize((width, height)) for band in range(bands)]
-    return np.stack([np.asarray(part) for part in parts], axis=2)
-
-
-def exif(orientation: int) -> Image.Exif:
-    data = Image.Exif()
-    data[ExifTags.Base.ImageDescription] = "a photo"
-    data[ExifTags.Base.Orientation] = orientation
-    return data
-
-
-def write_odd_photos(folder: Path) -> None:
-    """Write photos of all kinds that the program reads."""
-    photo = Image.fromarray(smooth(53, 37))
-    grey, alpha = photo.convert("L"), Image.fromarray(smooth(53, 37, 1, seed=2)[:, :, 0])
-    for orientation in range(1, 10):  # there is no 9
-        photo.save(folder / f"turned{orientation}.jpg", exif=exif(orientation))
-    photo.save(folder / "turned.png", exif=exif(6))
-    photo.save(folder / "broken-exif.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
-    for subsampling in ("4:4:4", "4:2:2", "4:2:0"):
-        name = subsampling.replace(":", "")
-        photo.save(folder / f"{name}.jpg", subsampling=subsampling, quality=80)
-    photo.save(folder / "progressive.jpg", progressive=True)
-    grey.save(folder / "grey.jpg")
-    Image.fromarray(smooth(53, 37, 4), "CMYK").save(folder / "cmyk.jpg")
-    for width, height in ((1, 1), (3, 200), (24, 24), (1000, 700)):
-        Image.fromarray(smooth(width, height)).save(folder / f"{width}x{height}.jpg")
-    Image.new("L", (1, 120_000), 90).save(folder / "strip.png")
-    photo.save(folder / "rgb.png")
-    grey.save(folder / "grey.png")
-    photo.quantize(50).save(folder / "palette.png", transparency=3)
-    alpha.convert("1").save(folder / "two-levels.png")
-    Image.merge("RGBA", [*photo.split(), alpha]).save(folder / "rgba.png")
-    Image.merge("LA", [grey, alpha]).save(folder / "grey-alpha.png")
-    size = (41, 29)
-    for depth, colour in ((2, 0), (4, 0), (16, 0), (16, 2), (16, 4), (16, 6)):
-        write_png(folder / f"{depth}-bits-{colour}.png", size, depth, colour)
-    write_png(folder / "key-colour.png", size, 8, 2, chunk(b"tRNS", bytes(6)))
-    for depth in (1, 2, 4, 8):  # most values of the last two are not in the palette
-        palette = chunk(b"PLTE", bytes(range(40, 46 if depth == 1 else 52)))
-        write_png(folder / f"{depth}-bits-palette.png", size, depth, 3, palette)
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +189,7 @@ def test_each_bad_photo_has_a_line_with_its_error(
     first, *bad, last = (json.loads(line) for line in done.stdout.splitlines())
     assert first == last and "error" not in first
     for line, (name, reason) in zip(bad, reasons.items(), strict=True):
-        assert line.keys() == {"photo", "error"} and line["photo"].endswith(name)
+        assert line.keys() == {"path", "error"} and line["path"].endswith(name)
         assert reason in line["error"]
 
 

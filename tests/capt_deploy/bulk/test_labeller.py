@@ -1,8 +1,11 @@
 """A part's rows are those of `capt-predict --json`, wherever its photos lie."""
 
 import json
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +17,11 @@ from capt_deploy.bulk.results import Results
 from capt_deploy.cli.predict import main
 from capt_deploy.confidence.decisions import DecisionOptions
 from capt_deploy.core.errors import BundleError
+from capt_deploy.serving.classifier import Classifier
 
 pa = pytest.importorskip("pyarrow", reason="the extra ray is not installed")
 pq = pytest.importorskip("pyarrow.parquet")
+LocalFileSystem = pytest.importorskip("pyarrow.fs").LocalFileSystem
 
 Label = Callable[..., list[dict[str, Any]]]
 OPTIONS = LabelOptions(backend="onnxruntime-cpu", top_k=3, batch_size=2)
@@ -60,9 +65,10 @@ def test_a_store_gives_the_same_rows(
     photos: Path, label: Label, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     local = label(str(photos))
-    remote = label(f"file://{photos}")
-    prefix = f"file://{photos}/"
-    assert [row["path"].replace("file://", "") for row in remote] == [row["path"] for row in local]
+    monkeypatch.setattr(storage, "_open_store", lambda *_: (LocalFileSystem(), "/"))
+    remote = label(f"s3://{photos}")
+    prefix = f"s3://{photos}/"
+    assert [row["path"].replace("s3://", "") for row in remote] == [row["path"] for row in local]
     for row, other in zip(remote, local, strict=True):
         assert row["path"].startswith(prefix)
         assert {**row, "path": "", "error": ""} == {**other, "path": "", "error": ""}
@@ -116,11 +122,54 @@ def test_a_bundle_comes_as_bytes_where_its_path_is_not_in_reach(
         Labeller(away, OPTIONS, results, 1, damaged).label(part)
 
 
-def test_a_list_fetches_nothing_from_the_web(photos: Path, label: Label) -> None:
+def test_each_bad_name_in_a_list_is_its_rows_error(photos: Path, label: Label) -> None:
     table = photos.parent / "list.parquet"
-    names = ["https://example.com/x.jpg", "s3://key:secret@bucket/x.jpg", str(photos / "a.png")]
-    pq.write_table(pa.table({"path": names}), table)
-    web, secret, local = label(str(table))
-    assert "expected a URI that begins with one of s3" in web["error"]
-    assert "expected no password" in secret["error"] and "secret" not in secret["error"]
+    os.mkfifo(photos / "pipe.png")
+    bad = {
+        "https://example.com/x.jpg": "expected a URI that begins with one of s3",
+        "s3://key:secret@bucket/x.jpg": "expected no password",
+        "s3:///x.jpg": "Missing bucket name",
+        "file://server/x.jpg": "Unsupported hostname",
+        "abfs://bad/x.jpg": "abfs://bad: cannot be opened",
+        f"file://{photos}/pipe.png": "expected a regular file",
+        f"file://{photos}/gone.png": "gone.png: no such file",
+    }
+    pq.write_table(pa.table({"path": [*bad, f"file://{photos}/a.png"]}), table)
+    *rows, local = label(str(table))
+    for row, reason in zip(rows, bad.values(), strict=True):
+        assert reason in row["error"] and "secret" not in row["error"]
     assert local["error"] is None
+
+
+def test_a_store_that_does_not_open_is_asked_again(
+    photos: Path, label: Label, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([OSError("down"), OSError("down"), (LocalFileSystem(), "/")])
+
+    def from_uri(uri: str) -> tuple[LocalFileSystem, str]:
+        answer = next(answers)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("pyarrow.fs.FileSystem", SimpleNamespace(from_uri=from_uri))
+    monkeypatch.setattr(storage, "_PAUSES", (0.0, 0.0))
+    storage._open_store.cache_clear()
+    try:
+        assert storage.read_photo(f"s3://{photos}/a.png") == (photos / "a.png").read_bytes()
+    finally:
+        storage._open_store.cache_clear()
+
+
+def test_the_classifier_is_not_loaded_by_threads_that_decode(
+    photos: Path, label: Label, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, load = [], Classifier.load
+
+    def record(*args: Any, **options: Any) -> Classifier:
+        threads.append(threading.current_thread())
+        return load(*args, **options)
+
+    monkeypatch.setattr(Classifier, "load", record)
+    label(str(photos))
+    assert threads == [threading.main_thread()]

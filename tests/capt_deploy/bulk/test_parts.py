@@ -8,6 +8,7 @@ from capt_deploy.bulk import parts as module
 from capt_deploy.bulk.parts import Part, find_parts, fingerprint
 from capt_deploy.bulk.results import Results
 from capt_deploy.core.errors import DataError
+from capt_deploy.data import folders
 from capt_deploy.serving.labelling import find_images
 
 pa = pytest.importorskip("pyarrow", reason="the extra ray is not installed")
@@ -59,6 +60,8 @@ def test_tables_of_names_are_lists_of_files(
 def test_tables_of_photos_are_divided_by_rows(tmp_path: Path) -> None:
     file = write_table(tmp_path / "tables" / "x.parquet", bytes=[b"x"] * 5)
     write_table(tmp_path / "tables" / "_hidden.parquet", bytes=[b"x"])
+    capitals = write_table(tmp_path / "capitals" / "X.PARQUET", bytes=[b"x"])
+    assert [part.table for part in find_parts([str(tmp_path / "capitals")])] == [capitals]
     for given in (file, str(tmp_path / "tables"), f"file://{tmp_path}/tables"):
         parts = find_parts([given])
         assert {part.table for part in parts} == {file if given[0] == "/" else f"file://{file}"}
@@ -69,6 +72,21 @@ def test_photos_in_a_folder_come_before_tables_beside_them(photos: Path) -> None
     write_table(photos / "labels.parquet", label=["cat"])
     assert names(find_parts([str(photos)])) == find_images([str(photos)])
     assert len(names(find_parts([f"file://{photos}"]))) == 4
+
+
+def test_a_folder_is_walked_once(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_table(photos / "labels.parquet", label=["cat"])
+    walked: list[Path] = []
+    find_files = folders.find_files
+
+    def record(folder: Path) -> folders.Found:
+        walked.append(folder)
+        return find_files(folder)
+
+    for place in (folders, module):
+        monkeypatch.setattr(place, "find_files", record)
+    find_parts([str(photos)])
+    assert walked == [photos]
 
 
 def test_the_number_of_parts_has_a_limit() -> None:

@@ -1,5 +1,7 @@
 """A folder of results belongs to one job, and says which of its parts are done."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,9 +36,41 @@ def test_what_a_killed_process_left_is_removed(out: str, tmp_path: Path) -> None
         (folder / f".{name}.0123abcd.tmp").write_bytes(b"half")
     results = Results(out)
     assert results.begin({}, 2) == set()
-    assert [path.name for path in folder.iterdir()] == [JOB]
+    assert names(folder) == [JOB]
     results.write(0, ROWS)
-    assert sorted(path.name for path in folder.iterdir()) == [JOB, "part-00000.parquet"]
+    assert names(folder) == [JOB, "part-00000.parquet"]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name != ".capt_predict.lock")
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+
+
+def test_a_second_command_is_refused_until_the_first_has_ended_or_was_killed(
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    code = f"from {Results.__module__} import Results; Results({str(out)!r}).begin({{}}, 1)"
+    command = [sys.executable, "-c", f"{code}; print('begun', flush=True); input()"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as first:
+        assert first.stdout is not None and first.stdout.readline() == "begun\n"
+        half = out / ".part-00000.parquet.0123abcd.tmp"
+        half.touch()  # what the first command writes
+        with pytest.raises(ConfigError, match="another command is writing to this folder"):
+            Results(str(out)).begin({}, 1)
+        assert half.exists()
+        first.kill()
+    results = Results(str(out))
+    assert results.begin({}, 1) == set()
+    assert not half.exists()
+    assert b"ConfigError" in run_python(code).stderr
+    results.write(0, ROWS)
+    assert results.count(1) == (2, 1)  # the job has ended
+    assert run_python(code).returncode == 0
 
 
 def test_another_job_is_refused_and_nothing_changed(out: str, tmp_path: Path) -> None:
@@ -53,10 +87,10 @@ def test_another_job_is_refused_and_nothing_changed(out: str, tmp_path: Path) ->
 def test_a_folder_of_something_else_is_refused(out: str, tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "out"
     folder.mkdir(parents=True)
-    assert Results(out).begin({}, 1) == set()
-    (folder / JOB).rename(folder / "holiday.jpg")
+    (folder / "holiday.jpg").touch()
     with pytest.raises(ConfigError, match=r"came one with holiday\.jpg"):
         Results(out).begin({}, 1)
+    assert [*folder.iterdir()] == [folder / "holiday.jpg"]
     (folder / "holiday.jpg").rename(folder / "part-00000.parquet")
     (folder / JOB).write_text("{")
     with pytest.raises(DataError, match="not JSON"):
