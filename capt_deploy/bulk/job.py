@@ -46,7 +46,8 @@ def label_on_ray(
 
     Raises:
         ConfigError: `out` holds something else, or what another bundle, list of photos or other
-            options have led to; or the options cannot be promised.
+            options have led to; or another command is writing to it; or the options cannot be
+            promised.
         BundleError: the bundle is damaged or cannot promise what the options ask.
         BackendError: the backend cannot run, Ray cannot be reached, or a worker died repeatedly.
         DataError: a table of photos cannot be read any more, or a result is damaged.
@@ -66,17 +67,19 @@ def label_on_ray(
     results = Results(out if is_uri(out) else str(expand_home(out).absolute()))
     photos = sum(part.photos for part in parts)
     done = results.begin(_describe(bundle, parts, photos, options), len(parts))
-    missing = [part for part in parts if part.number not in done]
-    if missing:
-        with connected(address), progress("predicting", photos, "images") as counter:
-            nodes = machines()
-            engines = choose_engines(specs, nodes)
-            alone = address == LOCAL and len(nodes) == 1
-            content = None if alone else _content(bundle)
-            labeller = Labeller(bundle.path.absolute(), options, results, engines.cores, content)
-            left = sum(part.photos for part in missing)
-            counter.advance(photos - left)
-            _run(missing, labeller, engines, counter)
+    try:
+        missing = [part for part in parts if part.number not in done]
+        if missing:
+            with connected(address), progress("predicting", photos, "images") as counter:
+                nodes = machines()
+                engines = choose_engines(specs, nodes)
+                content = None if address == LOCAL and len(nodes) == 1 else _content(bundle)
+                folder = bundle.path.absolute()
+                labeller = Labeller(folder, options, results, engines.cores, content)
+                counter.advance(photos - sum(part.photos for part in missing))
+                _run(missing, labeller, engines, counter)
+    finally:
+        results.end()
     rows, errors = results.count(len(parts))
     if rows != photos:
         raise DataError(f"{out}: expected {photos} rows, came {rows}; its files were changed")

@@ -29,7 +29,7 @@ class Results:
     def begin(self, job: Mapping[str, Any], parts: int) -> set[int]:
         """Begin a job or continue it; return the numbers of the parts that are done.
 
-        Until `count`, or this process ends, no other process can begin one in a local folder.
+        Until `end`, or this process ends, no other process can begin one in a local folder.
 
         Args:
             job: what decides on the rows, as JSON; it is kept beside them.
@@ -44,7 +44,7 @@ class Results:
         try:
             return self._begin(job, parts)
         except BaseException:
-            self._release()
+            self.end()
             raise
 
     def _find(self) -> tuple[set[str], set[str]]:
@@ -94,7 +94,8 @@ class Results:
         except (OSError, NotImplementedError):
             pass  # a disk without locks; or one that cannot be written to, where all may be done
 
-    def _release(self) -> None:
+    def end(self) -> None:
+        """Let others begin a job in this folder."""
         if not is_uri(self._folder.name):
             _lock_of(self._folder.name).release(force=True)
 
@@ -107,12 +108,11 @@ class Results:
         self._folder.write(_file(part), parquet_of(rows))
 
     def count(self, parts: int) -> tuple[int, int]:
-        """Return the number of rows of all parts, and that of errors among them; the job has ended.
+        """Return the number of rows of all parts, and that of errors among them.
 
         Raises:
             DataError: a part is missing or damaged.
         """
-        self._release()
         counts = [self._folder.count(_file(number)) for number in range(parts)]
         return sum(rows for rows, _ in counts), sum(errors for _, errors in counts)
 

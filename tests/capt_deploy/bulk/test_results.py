@@ -69,7 +69,8 @@ def test_a_second_command_is_refused_until_the_first_has_ended_or_was_killed(
     assert not half.exists()
     assert b"ConfigError" in run_python(code).stderr
     results.write(0, ROWS)
-    assert results.count(1) == (2, 1)  # the job has ended
+    assert results.count(1) == (2, 1)
+    results.end()
     assert run_python(code).returncode == 0
 
 
