@@ -40,6 +40,31 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+# One after the other, as imports take most of the time.
+COMMANDS = """
+import json
+import sys
+from capt_train.cli.train import main
+
+for words in json.loads(sys.argv[1]):
+    main(words, standalone_mode=False)
+"""
+# Photos choose the parts, which are fitted in closed form; and prompts that read images which are
+# trained as well.
+FRESH: dict[str, dict[str, Any]] = {
+    "default": {"method": "capt", "tuning_epochs": 2, "tuning_optimizer": "sgd"},
+    "joint": {
+        "method": "cocoop",
+        "added": ("visual-lora",),
+        "tuning_epochs": 2,
+        "tuning_optimizer": "sgd",
+        "tuning_learning_rate": 0.5,
+        "visual_joint": True,
+        "visual_views": 1,
+        "shots": 2,
+    },
+}
+
 # The second process has an error that the first, which waits for it, does not know.
 FAILING = """
 import click
@@ -52,7 +77,7 @@ def main():
     with parallel.processes():
         if not parallel.is_first():
             raise RunError("nobody else has this error")
-        parallel.of_all("waiting")
+        parallel.gather_items("waiting")
 
 main()
 """
@@ -142,11 +167,11 @@ def test_the_error_of_one_process_ends_all_with_one_message(tmp_path: Path) -> N
 
 def test_a_single_process_keeps_what_it_is_given() -> None:
     rows, encoded = [3, 1, 2], torch.ones(3, 2, requires_grad=True)
-    assert parallel.part(rows, 2) == rows
-    assert parallel.share(rows) is rows
-    assert parallel.joined(encoded, 3) is encoded
-    assert parallel.averaged(encoded) is encoded
-    assert parallel.of_all(rows) == [rows]
+    assert parallel.split_items(rows, 2) == rows
+    assert parallel.split_rows(rows) is rows
+    assert parallel.gather_rows(encoded, 3) is encoded
+    assert parallel.averaged([encoded]) == [encoded]
+    assert parallel.gather_items(rows) == [rows]
     assert parallel.by_first(lambda: rows) is rows
     with parallel.processes():
         assert parallel.count() == 1
