@@ -4,6 +4,9 @@ Only what costs is divided: the images to embed, the classes that a step's text 
 the images that its vision tower encodes. The parts are joined before the loss, so every process
 has the whole minibatch, and the loss is that of one process. Each process has all parameters.
 Outside of `processes`, and in a single process, all functions give back what they are given.
+
+`torch.distributed` is used directly: it comes with torch, and what is divided is the work inside a
+step. Trainers such as Lightning Fabric divide the minibatch, whose loss would not be that of one.
 """
 
 import os
@@ -15,12 +18,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from capt_deploy.core.errors import ModelError, RunError
 
 T = TypeVar("T")
 _Rows = TypeVar("_Rows", list[int], Tensor)
+_together = False  # set by `processes`; a process group of the caller is not ours
 _LONGEST_WAIT = timedelta(days=1)  # for the first process; torchrun ends all when one fails
 
 
@@ -39,6 +43,8 @@ def processes() -> Iterator[None]:
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_LONGEST_WAIT
     )
+    global _together  # noqa: PLW0603
+    _together = True
     try:
         with ExitStack() as silence:
             if not is_first():
@@ -55,6 +61,8 @@ def processes() -> Iterator[None]:
                 "with --resume"
             ) from error
         raise
+    finally:
+        _together = False
     dist.destroy_process_group()
 
 
@@ -71,8 +79,7 @@ def _is_first_failure() -> bool:
 
 def count() -> int:
     """Return the number of processes."""
-    together = dist.is_available() and dist.is_initialized()  # torch for Jetson may lack it
-    return dist.get_world_size() if together else 1
+    return dist.get_world_size() if _together else 1
 
 
 def _place() -> int:
@@ -121,13 +128,13 @@ def by_first(compute: Callable[[], T]) -> T:
     return values[0]  # type: ignore[no-any-return]
 
 
-def part(items: Sequence[T], batch: int) -> Sequence[T]:
+def split_items(items: Sequence[T], batch: int) -> Sequence[T]:
     """Return the items that this process works on: whole batches, as one process has them."""
     size = -(-len(items) // (batch * count())) * batch
     return items[_place() * size :][:size]
 
 
-def of_all(value: T) -> list[T]:
+def gather_items(value: T) -> list[T]:
     """Return the value of each process."""
     if count() == 1:
         return [value]
@@ -136,28 +143,30 @@ def of_all(value: T) -> list[T]:
     return values
 
 
-def share(rows: _Rows) -> _Rows:
-    """Return the rows that this process encodes for `joined`, equally many in each process."""
+def split_rows(rows: _Rows) -> _Rows:
+    """Return the rows that this process encodes for `gather_rows`, equally many in each process."""
     if count() == 1:
         return rows
     size = -(-len(rows) // count())
-    places = [min(row, len(rows) - 1) for row in range(_place() * size, (_place() + 1) * size)]
-    return rows[places] if isinstance(rows, Tensor) else [rows[place] for place in places]
+    part, last = rows[_place() * size :][:size], rows[-1:]
+    for _ in range(size - len(part)):
+        part = torch.cat([part, last]) if isinstance(part, Tensor) else part + last
+    return part
 
 
-def joined(encoded: Tensor, total: int, dim: int = 0) -> Tensor:
+def gather_rows(encoded: Tensor, total: int, dim: int = 0) -> Tensor:
     """Return the encoded rows of all processes; gradients reach those of this one.
 
     Args:
-        encoded: one for each row of `share`, along `dim`.
+        encoded: one for each row of `split_rows`, along `dim`.
         total: the number of all rows.
         dim: the axis of the rows.
     """
     if count() == 1:
         return encoded
     if encoded.requires_grad:
-        # `averaged` gives the sum of the processes' gradients for what is trained before the rows
-        # are joined, and leaves as it is what all have alike, that of what is trained behind it
+        # `averaged` divides by the number of processes. Gradients before the join are partial and
+        # must be summed, so multiply here; those behind it are equal everywhere.
         encoded.register_hook(lambda gradient: gradient * count())
     values = encoded.detach().contiguous()
     parts = [torch.empty_like(values) for _ in range(count())]
@@ -166,10 +175,20 @@ def joined(encoded: Tensor, total: int, dim: int = 0) -> Tensor:
     return torch.cat(parts, dim).narrow(dim, 0, total)
 
 
-def averaged(gradient: Tensor) -> Tensor:
-    """Return the mean over the processes."""
-    if count() == 1:
-        return gradient
-    total = gradient.clone(memory_format=torch.contiguous_format)
+def averaged(gradients: list[Tensor]) -> list[Tensor]:
+    """Return the means over the processes."""
+    if count() == 1 or not gradients:
+        return gradients
+    total = torch.cat([gradient.reshape(-1) for gradient in gradients])
     dist.all_reduce(total)
-    return total / count()
+    parts = (total / count()).split([gradient.numel() for gradient in gradients])
+    return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+
+
+def agree_on(fitted: nn.Module) -> None:
+    """Give a module the first process's parameters and buffers."""
+    if count() > 1:
+        for values in fitted.state_dict().values():
+            first = values.contiguous()
+            dist.broadcast(first, 0)
+            values.copy_(first)

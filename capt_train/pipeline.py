@@ -178,7 +178,7 @@ def _tune(
             bank = bank.updated(_filled(choice, bank), config.confusion.momentum)
         task = replace(task, config=setup.config, bank=bank)
         if config.tuning.label_noise is None:
-            task = replace(task, label_noise=_label_noise(choice, task))
+            task = replace(task, label_noise=agreed(_label_noise(choice, task)))
     make = partial(make_from, setup.config)
     learner = make(split.tuned)
     if learner.visual is not None:

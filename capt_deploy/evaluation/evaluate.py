@@ -63,7 +63,7 @@ class Scores:
         Returns:
             Probabilities (images of these classes, these classes) and labels of the same images.
         """
-        if len(columns) == self.tuned.shape[1]:  # all: copies of many classes would fill the memory
+        if len(columns) == self.tuned.shape[1]:  # `columns` are all classes: avoid a copy
             return self.calibration.probabilities(self.calibration.weigh(self.tuned)), self.labels
         rows = np.flatnonzero(np.isin(self.labels, columns))
         calibration = self.calibration.select(columns)

@@ -127,11 +127,12 @@ class Backbone:
     ) -> Float[Tensor, "classes dim"]:
         """Return t⁰ (METHOD 1): the renormalised mean over templates; see `all_templates`."""
         texts = all_templates(templates)
-        total = torch.zeros(())
-        for text in texts:  # one after the other: embeddings of all would be 80 times as large
-            named = [text.replace("{}", name) for name in class_names]
-            total = total.to(self.device) + self.text_embeddings(named)
-        return functional.normalize(total / len(texts), dim=-1)
+        # one after the other: embeddings of all would be 80 times as large
+        total = sum(
+            self.text_embeddings([text.replace("{}", name) for name in class_names])
+            for text in texts
+        )
+        return functional.normalize(torch.as_tensor(total) / len(texts), dim=-1)
 
     def _finite(self, embeddings: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
         """Return the embeddings of the model as it came, which later steps could not repair."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -16,8 +16,20 @@ from capt_deploy.core.errors import ModelError
 from capt_train.clip.text_tokens import TextTokens
 
 # Tokens at once, which bounds the memory: a step with ViT-B/16's tower keeps 0.4 MB of each for the
-# way back.
+# way back, in float32. Several prompts keep as many each, and larger towers more of each.
 _AT_ONCE = 4096
+_TOKEN_BYTES = 2**20  # reckoned for each on a GPU, which takes more where a quarter of it is enough
+
+
+def _tokens_at_once(device: torch.device) -> int:
+    """Return how many tokens are in memory at once."""
+    return _AT_ONCE if device.type != "cuda" else max(_AT_ONCE, _tokens_on_gpu(device))
+
+
+@cache  # memory that torch keeps for later steps is no longer free
+def _tokens_on_gpu(device: torch.device) -> int:
+    free, _ = torch.cuda.mem_get_info(device)
+    return free // 4 // _TOKEN_BYTES
 
 
 class TextTower:
@@ -69,7 +81,7 @@ class TextTower:
                 length = int(self._tokens.ends(tokens).max()) + 1
             changed["positional_embedding"] = self._tower.positional_embedding[:length]
             changed["attn_mask"] = self._tower.attn_mask[:length, :length]
-        tokens, at_once = tokens[:, :length], max(1, _AT_ONCE // length)
+        tokens, at_once = tokens[:, :length], max(1, _tokens_at_once(tokens.device) // length)
         if exporting or len(tokens) <= at_once:
             return self._encode(tokens, context, deeper, changed)
         parts = tokens.split(at_once)

@@ -72,9 +72,10 @@ class ConfusionBank:
         both, places = torch.cat([self.cells, cells]).unique(dim=0, return_inverse=True)
         blended = torch.cat([momentum * self.counts, (1 - momentum) * counts])
         confidences = momentum * self.confidences + (1 - momentum) * current
+        summed = blended.new_zeros(len(both)).index_add(0, places, blended)
         return ConfusionBank(
-            both,
-            blended.new_zeros(len(both)).index_add(0, places, blended),
+            both[summed > 0],
+            summed[summed > 0],
             self.labels,
             confidences.argmax(dim=1),
             confidences,

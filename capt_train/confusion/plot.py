@@ -28,7 +28,7 @@ def plot_confusions(
     path: Path,
     counts: Float[NDArray[np.floating], "2 classes classes"],
     class_names: Sequence[str],
-    of_classes: int = 0,
+    of_classes: int | None = None,
 ) -> None:
     """Draw confusion counts before and after tuning side by side as a PNG, atomically.
 
@@ -65,7 +65,7 @@ def plot_confusions(
     panels[0].set_ylabel("true class")
     panels[1].tick_params(axis="y", labelleft=False)
     title = "Training images taken for another class (views that were not tuned on)"
-    if of_classes > len(names):
+    if of_classes is not None and of_classes > len(names):
         title += f"\nThe {len(names):,} most confused of {of_classes:,} classes"
     figure.suptitle(title)
     bar = figure.colorbar(image, ax=panels, label="images", shrink=0.8, pad=0.02)

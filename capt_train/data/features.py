@@ -91,9 +91,9 @@ def embed(
         encode: returns unit-norm embeddings of pixels, in place of the backbone.
         workers: threads that decode; by default about as many as there are cores, at most 8.
     """
-    encode, own = encode or backbone.image_embeddings, parallel.part(items, _BATCH)
-    embedded = _embed(backbone, cache, dataset, own, label, encode, workers)
-    features = Features.joined(parallel.of_all(embedded))
+    encode, part = encode or backbone.image_embeddings, parallel.split_items(items, _BATCH)
+    embedded = _embed(backbone, cache, dataset, part, label, encode, workers)
+    features = Features.joined(parallel.gather_items(embedded))
     if skipped := features.skipped:
         number = f"{len(skipped)} of {len(items)} {label}"
         say(f"note: {number} cannot be read and are left out, e.g. {skipped[0].path}")

@@ -204,10 +204,12 @@ class Learner(nn.Module):
         """Return embeddings of some classes, given by index; of each image, if prompts read it."""
         rows = list(classes)
         if self.reads_images and images is not None:
-            encoded = self._learned[0](parallel.share(rows), images)
-            return self._transformed(parallel.joined(encoded, len(rows), dim=1), rows)
-        encoded = [prompt(parallel.share(rows)) for prompt in self._learned]
-        prompted = [parallel.joined(texts, len(rows)) for texts in encoded]
+            if images.requires_grad:  # each image's gradient needs all classes
+                return self._transformed(self._learned[0](rows, images), rows)
+            encoded = self._learned[0](parallel.split_rows(rows), images)
+            return self._transformed(parallel.gather_rows(encoded, len(rows), dim=1), rows)
+        encoded = [prompt(parallel.split_rows(rows)) for prompt in self._learned]
+        prompted = [parallel.gather_rows(texts, len(rows)) for texts in encoded]
         prompted = prompted or [self._zero_shot[rows]]
         return self._transformed(torch.stack(prompted), rows)
 
@@ -255,9 +257,9 @@ class Learner(nn.Module):
         device = self._zero_shot.device
         embedded = [
             self.images(chunk.to(device).float(), shortcut=True).embeddings
-            for chunk in parallel.share(tokens).split(_EMBEDDED_AT_ONCE)
+            for chunk in parallel.split_rows(tokens).split(_EMBEDDED_AT_ONCE)
         ]
-        return parallel.joined(torch.cat(embedded), len(tokens))
+        return parallel.gather_rows(torch.cat(embedded), len(tokens))
 
     @torch.no_grad()
     def prefix(self, pixels: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ class Step:
     gates: tuple[Tensor, ...] = ()  # (rows, experts) of each router
     label_noise: float = 0.0  # ε, the share of wrong labels
     targets: Float[Tensor, "batch classes"] | None = None  # probabilities by a teacher
+    classes: int | None = None  # their number where `logits` are of some that stand for all
 
     def with_retrieved(self, size: int) -> "Step":
         """Return the step of the first `size` images; those after them join the contrast alone."""
@@ -64,8 +65,8 @@ class Step:
 
 def cross_entropy(step: Step) -> Tensor:
     """Return the cross-entropy, corrected for label noise."""
-    share = step.label_noise
-    return step.mean_over_prompts(lambda z, y: losses.noisy_cross_entropy(z, y, share))
+    share, classes = step.label_noise, step.classes
+    return step.mean_over_prompts(lambda z, y: losses.noisy_cross_entropy(z, y, share, classes))
 
 
 def coa(step: Step) -> Tensor:
@@ -85,7 +86,9 @@ def infonce(step: Step) -> Tensor | None:
 
     def term(scores: Tensor) -> Tensor:
         # the gradient of the noisy cross-entropy has the same weights
-        right = losses.right_probabilities(scores.detach(), labels, share) if share else None
+        right = None
+        if share:
+            right = losses.right_probabilities(scores.detach(), labels, share, step.classes)
         return losses.confusion_infonce(scores, labels, mined, right)
 
     return torch.stack([term(scores) for scores in logits]).mean()

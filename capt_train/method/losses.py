@@ -25,27 +25,43 @@ def cross_entropy(
 
 
 def noisy_likelihood(
-    logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"], share: float
+    logits: Float[Tensor, "batch columns"],
+    labels: Int[Tensor, " batch"],
+    share: float,
+    classes: int | None = None,
 ) -> Float[Tensor, " batch"]:
     """Return (1−ε)·p(y) + ε·(1−p(y))/(C−1): the probability of labels, a share ε of them wrong.
 
     A wrong label is any other class, all equally often: the forward correction of Patrini et al.
     (arXiv 1609.03683) for symmetric noise.
+
+    Args:
+        logits: scaled.
+        labels: y, columns of `logits`.
+        share: ε.
+        classes: C where columns stand for several classes; by default the number of columns.
     """
     probability = _label_probabilities(logits, labels)
-    return probability + share * ((1 - probability) / max(1, logits.shape[1] - 1) - probability)
+    others = max(1, (classes or logits.shape[1]) - 1)
+    return probability + share * ((1 - probability) / others - probability)
 
 
 def right_probabilities(
-    logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"], share: float
+    logits: Float[Tensor, "batch columns"],
+    labels: Int[Tensor, " batch"],
+    share: float,
+    classes: int | None = None,
 ) -> Float[Tensor, " batch"]:
-    """Return the probability that each label is right, where a share ε of all is wrong."""
+    """Return the probability that each label is right; arguments as for `noisy_likelihood`."""
     probability = _label_probabilities(logits, labels)
-    return (1 - share) * probability / noisy_likelihood(logits, labels, share)
+    return (1 - share) * probability / noisy_likelihood(logits, labels, share, classes)
 
 
 def noisy_cross_entropy(
-    logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"], share: float
+    logits: Float[Tensor, "batch columns"],
+    labels: Int[Tensor, " batch"],
+    share: float,
+    classes: int | None = None,
 ) -> Float[Tensor, ""]:
     """Return the mean of −log `noisy_likelihood`; the cross-entropy where no label is wrong.
 
@@ -54,7 +70,7 @@ def noisy_cross_entropy(
     """
     if not share:
         return cross_entropy(logits, labels)
-    return -noisy_likelihood(logits, labels, share).log().mean()
+    return -noisy_likelihood(logits, labels, share, classes).log().mean()
 
 
 def confusion_aware(

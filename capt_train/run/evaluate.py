@@ -79,7 +79,7 @@ def score_model(
     fitted = model.fitted
     scores = Scores(
         features.labels.numpy(),
-        _by_parts(model.logits, embeddings),
+        _by_parts(model.logits, embeddings, folds=model.learner.obstacle is None),
         _by_parts(model.zero_shot_logits, features.embeddings),
         fitted.calibration,
         fitted.zero_shot_temperature,
@@ -89,10 +89,14 @@ def score_model(
 
 
 def _by_parts(
-    logits: Callable[[Tensor], Tensor], embeddings: Float[Tensor, "images dim"]
+    logits: Callable[[Tensor], Tensor], embeddings: Float[Tensor, "images dim"], folds: bool = True
 ) -> NDArray[np.float32]:
-    """Return the logits of images, (images, classes); what lies between needs less memory so."""
-    return torch.cat([logits(part).cpu() for part in embeddings.split(_AT_ONCE)]).numpy()
+    """Return the logits of images, (images, classes); what lies between needs less memory so.
+
+    A model that does not fold encodes the class names in each call, so it gets all images at once.
+    """
+    parts = embeddings.split(_AT_ONCE if folds else max(1, len(embeddings)))
+    return torch.cat([logits(part).cpu() for part in parts]).numpy()
 
 
 def evaluate_run(

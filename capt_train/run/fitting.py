@@ -142,7 +142,7 @@ def _mixture(setup: Setup, outcome: Outcome, validation: Float[Tensor, "samples 
     if not len(task.val):
         images, shown = _training_images(outcome), task.train
     images = images.to(task.reference.device)
-    rows = judging_rows(len(images), len(split.tuned), config.seed)
+    rows = _judging(setup, len(images), "fit the mixture")
     images, labels = images[rows], shown.labels_among(split.tuned)[rows].to(images.device)
     texts = runs.all_texts(learner, setup.zero_shot)[:, list(split.tuned)]
     names = setup.pseudo_class_names()
@@ -162,28 +162,20 @@ def _held_out(
     task, split, choice = outcome.task, setup.split, outcome.choice
     tuned = list(split.tuned)
 
-    def judging(images: int) -> Int[Tensor, " judging"]:
-        if images > (most := most_judging(len(tuned))):
-            say(
-                f"note: at most {most:,} of {images:,} photos calibrate, drawn by seed: "
-                f"scores of all for {len(tuned):,} classes would fill the memory"
-            )
-        return judging_rows(images, len(tuned), setup.config.seed)
-
     def frozen(images: Features, rows: Int[Tensor, " rows"]) -> Float[Tensor, "rows tuned"]:
         return model.zero_shot_logits(images.embeddings[rows])[:, tuned].cpu()
 
     if len(task.val):
         images = outcome.frozen.val
-        rows = judging(len(images))
+        rows = _judging(setup, len(images), "calibrate")
         logits = model.raw_logits(validation[rows])[:, tuned].cpu()
         kept = task.val.kept(split.val)
         items = tuple(kept[row] for row in rows.tolist())
         labels = task.val.labels_among(tuned)[rows]
         return HeldOut(rows, items, labels, frozen(images, rows), logits)
     images = outcome.frozen.train
-    rows = judging(len(images))
     if setup.config.needs("teacher"):  # which has seen no label
+        rows = _judging(setup, len(images), "calibrate")
         say(
             "note: no validation images: confidences are too high if the teacher was tuned on the "
             "training photos"
@@ -199,12 +191,25 @@ def _held_out(
             other = replace(model, learner=learner, class_rows=rows)
             return other.raw_logits(embeddings)[:, tuned]
 
-        logits = out_of_fold_logits(task, outcome.make, model.fitted.strength, logits_of)[rows]
+        rows = _judging(setup, len(images), "calibrate")
+        strength = model.fitted.strength
+        logits = out_of_fold_logits(task, outcome.make, strength, logits_of, rows)
         known = ~logits.isnan().any(dim=1)
         logits, rows = logits[known], rows[known]
     kept = images.kept(split.train)
     items = tuple(kept[row] for row in rows.tolist())
     return HeldOut(rows, items, task.labels[rows], frozen(images, rows), logits)
+
+
+def _judging(setup: Setup, images: int, purpose: str) -> Int[Tensor, " judging"]:
+    """Return which of some images calibrate or fit the mixture; a note says if not all do."""
+    classes = len(setup.split.tuned)
+    if images > (most := most_judging(classes)):
+        say(
+            f"note: {most:,} of {images:,} photos {purpose}, drawn by seed: "
+            f"scores of all for {classes:,} classes would fill the memory"
+        )
+    return judging_rows(images, classes, setup.config.seed)
 
 
 def _answers(model: TunedModel, setup: Setup) -> bool:

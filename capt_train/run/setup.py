@@ -4,7 +4,6 @@ import getpass
 import hashlib
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from capt_deploy.core.console import say
 from capt_deploy.core.errors import ConfigError, RunError
 from capt_deploy.core.files import expand_home
 from capt_deploy.data.datasets import Dataset, read_dataset
-from capt_deploy.evaluation.evaluate import ClassPair
+from capt_deploy.evaluation.evaluate import ClassPair, confusion_counts
 from capt_train import parallel
 from capt_train.clip.backbone import Backbone
 from capt_train.clip.loading import choose_device, load_backbone
@@ -87,9 +86,8 @@ class Setup:
             (part.to(texts) @ texts.T).argmax(dim=1) for part in train.embeddings.split(_AT_ONCE)
         ]
         predicted = tuned[torch.cat(best).cpu()]
-        cells = zip(train.labels.tolist(), predicted.tolist(), strict=True)
-        counts = Counter(cell for cell in cells if cell[0] != cell[1])
-        return dict(sorted(counts.items()))
+        counts = confusion_counts(train.labels.numpy(), predicted.numpy())
+        return {pair: count for pair, count in sorted(counts.items()) if pair[0] != pair[1]}
 
 
 @contextmanager

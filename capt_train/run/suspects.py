@@ -71,7 +71,8 @@ def write_suspects(
     spoiling = sum(bool(copy.problem) for copy in copies)
     if wrong_labels or spoiling:
         say(
-            f"note: {counted(wrong_labels, 'label')} probably wrong and "
+            f"note: {counted(wrong_labels, 'label')} probably wrong among "
+            f"{counted(len(labels), 'photo')} that were held out, and "
             f"{counted(spoiling, 'photo')} with a copy in another split or class: "
             f"capt-suspects {out}"
         )

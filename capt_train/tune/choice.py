@@ -30,6 +30,7 @@ from capt_train.calibrate.temperature import calibrated_losses, fit_temperature
 from capt_train.method.class_map import mapped
 from capt_train.method.class_rows import UNCHANGED, ClassRows, Discriminant, Outside, discriminant
 from capt_train.method.learner import Learner
+from capt_train.parallel import agreed
 from capt_train.tune.candidates import Candidate, candidates
 from capt_train.tune.epochs import train_epochs
 from capt_train.tune.fit_map import fit_map, fit_maps, map_task
@@ -125,7 +126,7 @@ class Choice:
 
 
 # Of each group of judging images, the NLL of each image and the accuracy
-_Losses = dict[Candidate, dict[str, tuple[Tensor, float]]]
+_CandidateLosses = dict[Candidate, dict[str, tuple[Tensor, float]]]
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def choose(
     alone = [candidate for candidate in listed if candidate not in behind] or behind
     images = len(compared.train) + len(compared.val)
     fitted = _fit_all(folds, alone, make, "comparing on held-out photos")
-    losses: _Losses = {}
+    losses: _CandidateLosses = {}
     table, chosen = _judge(fitted, alone, images, losses)
     if alone is not behind and behind and _ahead("prompt", "map", table):
         for fit in fitted:
@@ -227,7 +228,7 @@ def choose(
     counts = dict.fromkeys(("tuned", "new"), 0)
     # only folds of all classes answer as the final model will
     whole = fitted
-    if compared is not task:
+    if compared is not task:  # one of many classes, with none held out unless only those judge
         whole = again(task, held_classes=not judged, most=1)
     elif new_classes and judged and not len(task.val):
         whole = again(task, held_classes=False)
@@ -258,13 +259,11 @@ def _compared(task: TuningTask) -> TuningTask:
     if classes <= _MOST_COMPARED:
         return task
     say(
-        f"note: what to keep is decided on {_MOST_COMPARED:,} of the {classes:,} classes, drawn by "
-        "seed: all would take hours"
+        f"note: held-out photos are judged on {_MOST_COMPARED:,} of the {classes:,} classes, drawn "
+        "by seed: all would take hours"
     )
-    draw, drawn = (
-        torch.Generator().manual_seed(task.config.seed),
-        torch.zeros(classes, dtype=torch.bool),
-    )
+    draw = torch.Generator().manual_seed(task.config.seed)
+    drawn = torch.zeros(classes, dtype=torch.bool)
     drawn[torch.randperm(classes, generator=draw)[:_MOST_COMPARED]] = True
     return task.among(drawn).with_new_bank()
 
@@ -335,7 +334,7 @@ def _ahead(first: str, second: str, table: Sequence[Judgement]) -> bool:
 
 
 def _judge(
-    fits: Sequence[_Fitted], listed: Sequence[Candidate], images: int, losses: _Losses
+    fits: Sequence[_Fitted], listed: Sequence[Candidate], images: int, losses: _CandidateLosses
 ) -> tuple[tuple[Judgement, ...], Candidate]:
     """Return the table of families and the chosen candidate, the simplest if nothing judges.
 
@@ -346,7 +345,7 @@ def _judge(
         return (), listed[0]
     for candidate in listed:
         if candidate not in losses:
-            losses[candidate] = _losses(fits, candidate, groups, images)
+            losses[candidate] = _judging_losses(fits, candidate, groups, images)
     score = {
         c: sum(float(loss.mean()) for loss, _ in losses[c].values()) / len(groups) for c in listed
     }
@@ -374,10 +373,11 @@ def _judge(
     closed_form = [row.nll for row in table if {*row.candidate.family} <= {"rows"}]
     floor = min(closed_form, default=math.inf)
     chosen = next(row for row in table if row.behind <= row.error and row.nll <= floor)
-    return tuple(table), chosen.candidate
+    # what follows is trained by all processes in step
+    return agreed((tuple(table), chosen.candidate))
 
 
-def _losses(
+def _judging_losses(
     fits: Sequence[_Fitted], candidate: Candidate, groups: Sequence[str], images: int
 ) -> dict[str, tuple[Float[Tensor, " judging"], float]]:
     """Return of each group every image's calibrated NLL, the mean over the folds, and accuracy."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from capt_deploy.core.console import say
@@ -24,8 +24,9 @@ def out_of_fold_logits(
     make: Callable[[tuple[int, ...]], Learner],
     strength: float,
     logits_of: Callable[[Learner, Tensor], Tensor],
-) -> Float[Tensor, "samples classes"]:
-    """Return each training image's logits by a model that was tuned without it.
+    rows: Int[Tensor, " rows"],
+) -> Float[Tensor, "rows classes"]:
+    """Return the logits of training images by models that were tuned without them.
 
     The images of a class are spread over the folds; a single one is never held out.
 
@@ -34,19 +35,21 @@ def out_of_fold_logits(
         make: returns a new learner for the given classes.
         strength: κ of the model.
         logits_of: returns the logits of a tuned learner over the tuned classes.
+        rows: the training images that are answered.
 
     Returns:
         z = scale·f·Ŵ_c + b_c + bias; NaN for images that are not held out, and for all
         where a tuning diverged, which a note says.
     """
     labels = task.labels
-    logits = torch.full((len(labels), len(task.tuned)), torch.nan)
+    logits = torch.full((len(rows), len(task.tuned)), torch.nan)
     count = _FOLDS_WITH_VISUAL if strength and task.alpha is not None else _FOLDS
     no_class = torch.full((len(task.tuned),), -1)
     folds = photo_folds(labels, task.train.embeddings, no_class, count)
     for fold in range(count):
         held = folds == fold
-        if not held.any():
+        answered = held[rows]
+        if not answered.any():
             continue
         rest = task.with_rows(~held).with_new_bank()
         learner = make(task.tuned)
@@ -67,12 +70,12 @@ def out_of_fold_logits(
             )
             return torch.full_like(logits, torch.nan)
         learner.set_strength(strength)
-        logits[held] = logits_of(learner, _images(learner, task, held)).cpu()
+        logits[answered] = logits_of(learner, _images(learner, task, rows[answered])).cpu()
     return logits
 
 
 @torch.no_grad()
-def _images(learner: Learner, task: TuningTask, chosen: Tensor) -> Float[Tensor, "samples dim"]:
+def _images(learner: Learner, task: TuningTask, chosen: Tensor) -> Float[Tensor, "chosen dim"]:
     tokens = None if task.views is None else task.views.tokens
     if learner.visual is None or tokens is None:
         return task.train.embeddings[chosen]

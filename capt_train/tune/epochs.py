@@ -118,10 +118,12 @@ class Epochs:
         gradients = torch.autograd.grad(
             loss, self._parameters, retain_graph=True, allow_unused=True
         )
-        return [
-            torch.zeros_like(p) if g is None else parallel.averaged(g)
-            for p, g in zip(self._parameters, gradients, strict=True)
-        ]
+        return parallel.averaged(
+            [
+                torch.zeros_like(parameter) if gradient is None else gradient
+                for parameter, gradient in zip(self._parameters, gradients, strict=True)
+            ]
+        )
 
     def _step(self, rows: Tensor, size: int, views: Tensor, mined: Tensor | None) -> Step:
         """Run the trained sides for some images, each in one of its views.
@@ -138,12 +140,13 @@ class Epochs:
         embeddings = None
         with self._precision.towers():
             if self._stage.visual:
-                own, own_views = parallel.share(rows), parallel.share(views)
-                alpha = None if task.alpha is None else task.alpha[own].to(device)
-                encoded = self._learner.images(self._tokens(own, own_views), alpha, shortcut=True)
-                parts = (encoded.embeddings, *encoded.gates)
-                images, *routed = (parallel.joined(part, len(rows)) for part in parts)
-                gates = tuple(part[:size] for part in routed)
+                part = parallel.split_rows(rows)
+                tokens = self._tokens(part, parallel.split_rows(views))
+                alpha = None if task.alpha is None else task.alpha[part].to(device)
+                encoded = self._learner.images(tokens, alpha, shortcut=True)
+                outputs = (encoded.embeddings, *encoded.gates)
+                images, *routed = (parallel.gather_rows(output, len(rows)) for output in outputs)
+                gates = tuple(gate[:size] for gate in routed)
             if self._stage.text:
                 logits, texts = self._learner.answer(images, task.tuned)
                 embeddings = texts.embeddings.float()

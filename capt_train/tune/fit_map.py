@@ -34,6 +34,7 @@ class MapTask:
     reference: Float[Tensor, "classes dim"]  # t⁰
     weights: Mapping[str, float]  # of the loss terms
     label_noise: float = 0.0
+    seed: int = 0  # of the classes that are drawn of many
 
 
 def map_task(task: TuningTask, texts: Float[Tensor, "prompts classes dim"]) -> MapTask:
@@ -49,6 +50,7 @@ def map_task(task: TuningTask, texts: Float[Tensor, "prompts classes dim"]) -> M
         task.reference,
         config.loss_weights,
         task.label_noise,
+        config.seed,
     )
 
 
@@ -77,8 +79,8 @@ def fit_map(
     """Return the A that minimises the weighted loss terms plus `ridge·(scale/10)²·‖A‖_F²`.
 
     The penalty is in logits, so that a ridge means the same for every model: `scale·f·tA` is what A
-    adds to a logit. Minimised by L-BFGS over all images at once, which has no rate to choose. With
-    more than 2000 classes, see `_columns`.
+    adds to a logit. Minimised by L-BFGS over all images at once, which has no rate to choose. Of
+    more than 2000 classes beside those of the images and the mined ones, see `_columns`.
 
     Args:
         task: classes, images and losses.
@@ -102,7 +104,7 @@ def fit_map(
     )
     samples = len(task.labels)
     count = -(-samples // _AT_ONCE)
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(task.seed)
     parts = []
     for first in range(count):
         rows = torch.arange(first, samples, count)
@@ -137,7 +139,8 @@ def _columns(
     Those of the images and those that are mined for them are always there. Of more than 2000
     others, that many are drawn, and each stands for w of them by log w on its logit: the sampled
     softmax of arXiv 1412.2007. So a fit takes as long for each image however many classes there
-    are.
+    are. Sums over classes are right on average. What reads single logits is not: the margin term
+    takes its rival among the classes that are there, those drawn with log w.
     """
     needed = torch.zeros(task.texts.shape[1], dtype=torch.bool)
     needed[task.labels[rows].cpu()] = True
@@ -172,4 +175,5 @@ def _step(
         task.reference[columns],
         None if task.mined is None else torch.searchsorted(columns, task.mined[rows]),
         label_noise=task.label_noise,
+        classes=task.texts.shape[1],
     )

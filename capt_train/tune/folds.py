@@ -1,5 +1,6 @@
 """Folds of the photos, and of the classes: what is tuned on and what judges it."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,8 @@ from capt_train.tune.stages import TuningTask
 
 _FOLDS = 4
 _MOST_VALIDATED = 2000  # images that judge; more would hardly decide otherwise
-_MOST_SCORES = 5_000_000  # images × classes; more would fill the memory, and decide no better
+_MANY = 1000  # classes; of more, only some of the held-out images judge and calibrate
+_MOST_SCORES = 5_000_000  # images × many classes; more would fill the memory
 _ALIKE = 0.4
 # Photos of a class that are compared: two differ from their mean in opposite ways, and the
 # similarities of thousands would take minutes
@@ -71,8 +73,8 @@ def make_folds(task: TuningTask, *, held_classes: bool) -> Iterator[Fold]:
 
 
 def most_judging(classes: int) -> int:
-    """Return how many held-out images judge and calibrate at most, among so many classes."""
-    return max(1, _MOST_SCORES // classes)
+    """Return how many held-out images judge at most in each fold, and calibrate without folds."""
+    return sys.maxsize if classes <= _MANY else max(1, _MOST_SCORES // classes)
 
 
 def judging_rows(images: int, classes: int, seed: int) -> Int[Tensor, " judging"]:

@@ -54,9 +54,10 @@ class Precision:
         """
         optimizer.zero_grad()
         self._scaler.scale(loss).backward()
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad = averaged(parameter.grad)
+        trained = [parameter for parameter in parameters if parameter.grad is not None]
+        gradients = averaged([p.grad for p in trained if p.grad is not None])
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.grad = gradient
         self._scaler.unscale_(optimizer)
         if guides is not None:
             guides = [guide / self._scaler.get_scale() for guide in guides]

@@ -7,6 +7,7 @@ import torch
 from capt_train.confusion.bank import ConfusionBank
 from capt_train.method.class_rows import RowTask
 from capt_train.method.learner import Learner
+from capt_train.parallel import agree_on
 from capt_train.tune.checkpoint import TuningState, save_checkpoint
 from capt_train.tune.fit_map import fit_maps, map_task
 from capt_train.tune.stages import TuningTask, text_prefix, text_stage
@@ -54,8 +55,10 @@ def fit_closed_form(learner: Learner, task: TuningTask) -> None:
             raise ValueError("expected settings with the side and the ridge of the map")
         matrix = fit_maps(map_task(task, texts), settings.side, [settings.ridge])[settings.ridge]
         class_map.matrix.copy_(matrix)
+        agree_on(class_map)
     if learner.rows is not None:
         learner.rows.fit(_row_task(learner, task))
+        agree_on(learner.rows)
 
 
 def _row_task(learner: Learner, task: TuningTask) -> RowTask:

@@ -103,10 +103,10 @@ def _start(
     learner: Learner, pixels: UInt8[Tensor, "batch height width 3"]
 ) -> tuple[Float[Tensor, "batch dim"], Tensor | None]:
     """Return what `Learner.start` does; of several processes, each encodes its share."""
-    features, tokens = learner.start(parallel.share(pixels))
+    features, tokens = learner.start(parallel.split_rows(pixels))
     if tokens is not None:
-        tokens = parallel.joined(tokens, len(pixels))
-    return parallel.joined(features, len(pixels)), tokens
+        tokens = parallel.gather_rows(tokens, len(pixels))
+    return parallel.gather_rows(features, len(pixels)), tokens
 
 
 def _room(shape: tuple[int, ...], label: str) -> Tensor:

@@ -331,3 +331,11 @@ def test_a_bank_comes_back_bit_by_bit(tmp_path: Path) -> None:
 def test_moving_a_bank_moves_every_tensor() -> None:
     moved = some_bank().to(torch.device("meta"))
     assert {tensor.device.type for tensor in vars(moved).values()} == {"meta"}
+
+
+def test_without_momentum_no_old_cell_is_left() -> None:
+    logits = random(30, 5, seed=4)
+    after = some_bank().updated(logits, 0.0)
+    assert (after.counts > 0).all()
+    fresh = ConfusionBank.fill(logits, after.labels, after.embeddings)
+    assert torch.equal(after.cells, fresh.cells)

@@ -243,3 +243,9 @@ def test_autocast_changes_neither_terms_nor_gradients(
 def test_shapes_that_do_not_fit_are_noticed_under_test() -> None:
     with pytest.raises(TypeCheckError):
         losses.cross_entropy(torch.zeros(3, 2), torch.zeros(4, dtype=torch.long))
+
+
+def test_wrong_labels_are_spread_over_all_classes_where_columns_stand_for_several() -> None:
+    logits, labels = torch.zeros(1, 4, dtype=torch.double), torch.tensor([2])
+    found = losses.noisy_likelihood(logits, labels, 0.3, classes=11)
+    assert found.item() == pytest.approx(0.7 * 0.25 + 0.3 * 0.75 / 10)

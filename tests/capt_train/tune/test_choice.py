@@ -297,9 +297,10 @@ def test_of_many_classes_some_are_compared_and_one_fold_of_all_judges_what_is_ke
 
     monkeypatch.setattr(choice_module, "_fit", noting)
     monkeypatch.setattr(choice_module, "_MOST_COMPARED", 6)
+    monkeypatch.setattr(folds_module, "_MANY", 6)
     monkeypatch.setattr(folds_module, "_MOST_SCORES", 12 * 5)
     choice = decide(task)
-    assert "decided on 6 of the 12 classes" in capsys.readouterr().err
+    assert "judged on 6 of the 12 classes" in capsys.readouterr().err
     compared, (last,), placed = folds[:4], folds[4:5], folds[5:]
     (classes,) = {fold.classes for fold in compared + placed}
     assert len(classes) == 6 and set(classes) < set(task.tuned)

@@ -39,6 +39,10 @@ def fresh(backbone: Backbone, task: TuningTask) -> Callable[[tuple[int, ...]], L
     return lambda tuned: learner(backbone, task.config, tuned)
 
 
+def every(task: TuningTask) -> Tensor:
+    return torch.arange(len(task.train))
+
+
 def some(task: TuningTask, per_class: int) -> TuningTask:
     """Return the task with that many images of each class."""
     labels = task.train.labels
@@ -84,7 +88,7 @@ def test_no_model_is_asked_about_an_image_that_it_was_tuned_on(
     monkeypatch.setattr(cross_validation, "_images", noting)
     monkeypatch.setattr(folds_module, "_MOST_LINKED", 0)  # numbered embeddings look like bursts
     numbers = task.train.embeddings[:, 0].tolist()
-    logits = out_of_fold_logits(task, fresh(tiny_backbone, task), strength, logits_of)
+    logits = out_of_fold_logits(task, fresh(tiny_backbone, task), strength, logits_of, every(task))
     labels, folds = task.labels, min(folds, per_class)  # no fold is tuned for nothing
     assert logits.shape == (len(numbers), len(TUNED)) and logits.isfinite().all()
     assert len(asked) == folds
@@ -121,11 +125,12 @@ def test_a_single_image_of_a_class_is_always_tuned_on(
     _, task = make(tiny_backbone)
     task = without_val(task)
     one = some(task, 1)
-    assert out_of_fold_logits(one, fresh(tiny_backbone, task), 0.0, logits_of).isnan().all()
+    logits = out_of_fold_logits(one, fresh(tiny_backbone, task), 0.0, logits_of, every(one))
+    assert logits.isnan().all()
     assert noted == []
     pair = one.train.labels[0]
     six = task.with_rows((task.train.labels == pair) | (torch.arange(len(task.train)) % 4 == 0))
-    logits = out_of_fold_logits(six, fresh(tiny_backbone, task), 0.0, logits_of)
+    logits = out_of_fold_logits(six, fresh(tiny_backbone, task), 0.0, logits_of, every(six))
     held = six.train.labels == pair
     assert logits[held].isfinite().all() and logits[~held].isnan().all()
     for _, part, _ in noted:
@@ -154,7 +159,7 @@ def test_logits_are_those_of_the_models_of_the_parts_bias_included(
         return plain(own, part, chosen)
 
     monkeypatch.setattr(cross_validation, "_images", noting)
-    logits = out_of_fold_logits(task, moved, 1.0, logits_of)
+    logits = out_of_fold_logits(task, moved, 1.0, logits_of, every(task))
     assert task.views is not None and task.views.tokens is not None
     assert len(made) == len(held) == 2
     for own, chosen in zip(made, held, strict=True):
@@ -173,9 +178,12 @@ def test_tuning_for_it_changes_neither_model_nor_task(
     before = copy.deepcopy(own.state_dict())
     frozen = copy.deepcopy(tiny_backbone.model.state_dict())
     train_rows = task.train.embeddings.clone()
-    found = out_of_fold_logits(task, fresh(tiny_backbone, task), strength, logits_of)
-    again = out_of_fold_logits(task, fresh(tiny_backbone, task), strength, logits_of)
+    found = out_of_fold_logits(task, fresh(tiny_backbone, task), strength, logits_of, every(task))
+    again = out_of_fold_logits(task, fresh(tiny_backbone, task), strength, logits_of, every(task))
     assert torch.equal(found, again)
+    rows = torch.tensor([1, 4, 6])
+    some_found = out_of_fold_logits(task, fresh(tiny_backbone, task), strength, logits_of, rows)
+    torch.testing.assert_close(some_found, found[rows], equal_nan=True)
     assert not found.requires_grad
     for kept, now in ((before, own.state_dict()), (frozen, tiny_backbone.model.state_dict())):
         assert all(torch.equal(kept[name], now[name]) for name in kept)
@@ -214,7 +222,7 @@ def test_parts_whose_tuning_diverges_give_nothing_and_name_the_setting(
 ) -> None:
     _, task = make(tiny_backbone)
     task = without_val(replace(task, config=config(**{setting.replace(".", "_"): 1e30})))
-    logits = out_of_fold_logits(task, fresh(tiny_backbone, task), strength, logits_of)
+    logits = out_of_fold_logits(task, fresh(tiny_backbone, task), strength, logits_of, every(task))
     assert logits.shape == (len(task.train), len(TUNED)) and logits.isnan().all()
     told = capsys.readouterr().err
     assert "note: confidences are not calibrated: cross-validation diverged (in epoch 1 " in told
