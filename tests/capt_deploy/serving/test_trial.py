@@ -152,9 +152,17 @@ def test_one_that_does_not_load_is_a_warning_and_not_the_end(machine, caplog):
 
 
 def test_where_none_works_all_reasons_are_named(machine):
-    made = machine({"one": 0.01, "two": 0.01}, broken=["one"], wrong=["two"])
-    with pytest.raises(BackendError, match="one fp32: it does not load; two fp32: differs"):
+    made = machine({"one": 0.01, "two": 0.01}, broken=["one", "two"])
+    with pytest.raises(BackendError, match="one fp32: it does not load; two fp32: it does not"):
         made.choose()
+
+
+def test_where_all_differ_the_fastest_is_used_with_a_warning(machine, caplog):
+    made = machine(
+        {"gone": 0.001, "slow": 0.01, "fast": 0.001}, broken=["gone"], wrong=["slow", "fast"]
+    )
+    assert made.choose() == "fast"
+    assert "none gives the trained model's answers" in caplog.text
 
 
 def test_what_worked_once_and_fails_now_is_measured_anew(machine):
