@@ -11,7 +11,7 @@ VENV ?= .venv
 DEPLOY_VENV ?= .venv-deploy
 BIN = $(VENV)/bin
 # Tests run in two processes with one thread each: threads of torch spend much time waiting.
-SHARED_OUT = --numprocesses 2 --dist loadfile
+TWO_PROCESSES = --numprocesses 2 --dist loadfile
 # Python 2 had a function `file`; here it is a variable, which vermin would take for that.
 PACKAGES = capt_deploy capt_train export examples benchmarks tests
 
@@ -22,8 +22,8 @@ demo: $(VENV)/.demo
 
 test: export OMP_NUM_THREADS = 1
 test: check $(DEPLOY_VENV)/.installed
-	$(DEPLOY_VENV)/bin/python -m pytest $(SHARED_OUT) tests/capt_deploy
-	$(BIN)/python -m pytest $(SHARED_OUT)
+	$(DEPLOY_VENV)/bin/python -m pytest $(TWO_PROCESSES) tests/capt_deploy
+	$(BIN)/python -m pytest $(TWO_PROCESSES)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

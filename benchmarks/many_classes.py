@@ -134,13 +134,12 @@ def _rows(classes: int) -> dict[str, Any]:
 
 def _map(classes: int) -> dict[str, Any]:
     from capt_train.method.class_map import CLASSES
-    from capt_train.tune import fit_map
+    from capt_train.tune.fit_map import MapTask, fit_map
 
     images, labels, texts = _random_photos(classes, 2)
     weights = {"cross_entropy": 1.0}
-    task = fit_map.MapTask(_SCALE, texts[None], images, labels, None, texts, weights)
-    fit_map._STEPS = 2
-    return _measured(lambda: fit_map.fit_map(task, CLASSES, 0.01))
+    task = MapTask(_SCALE, texts[None], images, labels, None, texts, weights)
+    return _measured(lambda: fit_map(task, CLASSES, 0.01, steps=2))
 
 
 _COMMANDS = "commands"  # train, export, eval and answer

@@ -123,7 +123,7 @@ def agreed(value: T) -> T:
 
 
 def by_first(compute: Callable[[], T]) -> T:
-    """Return what the first process computes, alone."""
+    """Run `compute` in the first process alone, and return its result in all."""
     values: Any = agreed([compute()] if is_first() else None)
     return values[0]  # type: ignore[no-any-return]
 

@@ -1,6 +1,7 @@
 """The interface of a backend, and the checks that backends share."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -63,6 +64,15 @@ class DeviceTimed(Protocol):
             BackendError: as `Backend.run`, or there are too many images.
         """
         ...
+
+
+@contextmanager
+def typed_errors(backend: str, action: str) -> Iterator[None]:
+    """Raise what a library raises as a `BackendError`: its backend "cannot" do the `action`."""
+    try:
+        yield
+    except Exception as cause:  # libraries' exceptions share no other base class
+        raise BackendError(f"backend {backend} cannot {action}: {cause}") from cause
 
 
 def concatenate(parts: Iterable[Outputs]) -> Outputs:

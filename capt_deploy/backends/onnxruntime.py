@@ -1,12 +1,11 @@
 """ONNX Runtime on the CPU, and what its two backends share."""
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from capt_deploy.backends.base import Outputs, Pixels, run_in_parts
+from capt_deploy.backends.base import Outputs, Pixels, run_in_parts, typed_errors
 from capt_deploy.backends.options import DEFAULT_OPTIONS, RuntimeOptions
 from capt_deploy.backends.spec import BackendSpec
 from capt_deploy.core.errors import BackendError, UnavailableError
@@ -75,7 +74,7 @@ class OnnxRuntime:
             raise BackendError("backend onnxruntime is closed; load the classifier again")
 
         def run_part(part: Pixels) -> Outputs:
-            with typed_errors("run the graph"):
+            with typed_errors("onnxruntime", "run the graph"):
                 return Outputs(*session.run(list(Outputs._fields), {"images": part}))
 
         return run_in_parts(run_part, images, self._largest)
@@ -84,15 +83,6 @@ class OnnxRuntime:
         """Free the session once the current runs have ended."""
         if self._process.is_this:
             self._session = None
-
-
-@contextmanager
-def typed_errors(action: str) -> Iterator[None]:
-    """Raise what ONNX Runtime raises as a `BackendError`: it "cannot" do the `action`."""
-    try:
-        yield
-    except Exception as cause:  # its exceptions share no other base class
-        raise BackendError(f"backend onnxruntime cannot {action}: {cause}") from cause
 
 
 def import_library() -> Any:
@@ -154,7 +144,7 @@ def start_session(
     # spinning within a run shortens the wait between operators.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
-    with typed_errors("load the graph"):
+    with typed_errors("onnxruntime", "load the graph"):
         session = onnxruntime.InferenceSession(
             onnx, options, providers=list(providers), enable_fallback=0
         )

@@ -21,9 +21,10 @@ from capt_deploy.backends.base import (
     check_timed,
     run_in_parts,
     try_out,
+    typed_errors,
 )
 from capt_deploy.backends.device import Device, open_device
-from capt_deploy.backends.onnxruntime import CUDA, import_library, start_session, typed_errors
+from capt_deploy.backends.onnxruntime import CUDA, import_library, start_session
 from capt_deploy.backends.options import DEFAULT_OPTIONS, RuntimeOptions, batch_buckets
 from capt_deploy.core.errors import BackendError, UnavailableError
 from capt_deploy.core.gpus import gpu_name
@@ -185,7 +186,7 @@ class BoundSession:
         """Run pixels of at most the largest batch; see `Backend.run`."""
         buffers = self._fill(images)
         self._start(buffers)
-        with typed_errors("fetch its outputs"):
+        with typed_errors("onnxruntime", "fetch its outputs"):
             buffers.binding.synchronize_outputs()
             # Copies, because the next run writes into the same buffers.
             return Outputs(*(np.array(value.numpy()[: len(images)]) for value in buffers.outputs))
@@ -214,7 +215,7 @@ class BoundSession:
         """Copy images into the buffers of their bucket."""
         check_pixels(images, self.pixels)
         size = next(size for size in self._sizes if size >= len(images))
-        with typed_errors(f"take {size} images"):
+        with typed_errors("onnxruntime", f"take {size} images"):
             if size not in self._buffers:
                 self._buffers[size] = self._make_buffers(size)
             buffers = self._buffers[size]
@@ -223,7 +224,7 @@ class BoundSession:
         return buffers
 
     def _start(self, buffers: _Buffers) -> None:
-        with typed_errors("run the graph"):
+        with typed_errors("onnxruntime", "run the graph"):
             self._session.run_with_iobinding(buffers.binding, buffers.run_options)
 
     def _make_buffers(self, size: int) -> _Buffers:

@@ -6,14 +6,18 @@ BF16, VNNI or AMX.
 
 import os
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Any
 
-from capt_deploy.backends.base import Outputs, Pixels, check_pixels, run_in_parts
+from capt_deploy.backends.base import (
+    Outputs,
+    Pixels,
+    check_pixels,
+    run_in_parts,
+    typed_errors,
+)
 from capt_deploy.backends.options import DEFAULT_OPTIONS, RuntimeOptions
 from capt_deploy.core.errors import BackendError, UnavailableError
 from capt_deploy.core.install import install_hint
@@ -56,7 +60,7 @@ class OpenVino:
         self._process = Process()
         self._largest = options.batches[-1]
         self._running = Lock()
-        with _typed_errors("compile the graph"):
+        with typed_errors("openvino", "compile the graph"):
             core = openvino.Core()
             compiled = core.compile_model(
                 _read(core, onnx, weights_folder),
@@ -83,13 +87,14 @@ class OpenVino:
         return run_in_parts(self._run, images, self._largest)
 
     def _run(self, images: Pixels) -> Outputs:
-        with self._running, _typed_errors("run the graph"):
+        with self._running:
             request = self._request
             if request is None:
                 raise BackendError("backend openvino is closed; load the classifier again")
-            request.infer({"images": images})
-            # The tensors are the request's own, and the next run overwrites them.
-            return Outputs(*(request.get_tensor(name).data.copy() for name in Outputs._fields))
+            with typed_errors("openvino", "run the graph"):
+                request.infer({"images": images})
+                # The tensors are the request's own, and the next run overwrites them.
+                return Outputs(*(request.get_tensor(name).data.copy() for name in Outputs._fields))
 
     def close(self) -> None:
         """Free the graph once the current run has ended."""
@@ -111,14 +116,3 @@ def _read(core: Any, onnx: bytes, weights_folder: Path | None) -> Any:
             return core.read_model(os.fspath(graph))
         finally:
             graph.unlink(missing_ok=True)
-
-
-@contextmanager
-def _typed_errors(action: str) -> Iterator[None]:
-    """Raise what OpenVINO raises as a `BackendError`: it "cannot" do the `action`."""
-    try:
-        yield
-    except BackendError:
-        raise
-    except Exception as cause:  # RuntimeError and others
-        raise BackendError(f"backend openvino cannot {action}: {cause}") from cause

@@ -113,14 +113,17 @@ def _run(missing: Sequence[Part], labeller: Labeller, engines: Engines, counter:
 def _describe(
     bundle: Bundle, parts: Sequence[Part], photos: int, options: LabelOptions
 ) -> dict[str, object]:
-    """Return, as JSON, what decides on the rows. The batch size only rounds them differently."""
-    asked = asdict(options)
-    del asked["batch_size"]
+    """Return the job as JSON: bundle, photos and options, without the batch size.
+
+    Rows of other batch sizes differ in rounding alone.
+    """
+    settings = asdict(options)
+    del settings["batch_size"]
     listed = {"count": photos, "parts": len(parts), "sha256": fingerprint(parts)}
-    return {"format": 1, "bundle": {"sha256": _hash(bundle)}, "photos": listed, **asked}
+    return {"format": 1, "bundle": {"sha256": _bundle_hash(bundle)}, "photos": listed, **settings}
 
 
-def _hash(bundle: Bundle) -> str:
+def _bundle_hash(bundle: Bundle) -> str:
     """Return a hash of the content, for a folder and a zip of it the same."""
     if bundle.lone_graph is not None:
         return hashlib.sha256(bundle.lone_graph.onnx).hexdigest()

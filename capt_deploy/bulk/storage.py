@@ -148,7 +148,7 @@ def read_photo(name: str) -> bytes:
 
 
 def open_table(name: str) -> Table:
-    """Return what a Parquet file holds.
+    """Return the number of rows of a Parquet file, and whether they hold encoded photos.
 
     Raises:
         DataError: it cannot be read, or has no column of photos or of their names.

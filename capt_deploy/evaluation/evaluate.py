@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from capt_deploy.metrics.calibration import all_metrics, confusion_recovery
 from capt_deploy.metrics.intervals import harmonic_mean
 from capt_deploy.metrics.probabilities import Floats, Ints
 
+Class = TypeVar("Class", int, str)  # by its column or its name
 Report = dict[str, Any]
 ClassPair = tuple[int, int]  # columns: the true class, and the class it is mistaken for
 
@@ -213,6 +214,20 @@ def confused_pairs(
         }
         for true, predicted in worst
     ]
+
+
+def classes_of_worst(pairs: Iterable[tuple[Class, Class]], most: int) -> set[Class]:
+    """Return the classes of the worst pairs; a pair that no longer fits is left out.
+
+    Args:
+        pairs: of confused classes, the worst first.
+        most: classes that are returned, at most.
+    """
+    kept: set[Class] = set()
+    for pair in pairs:
+        if len(kept.union(pair)) <= most:
+            kept.update(pair)
+    return kept
 
 
 def confusion_counts(labels: Ints, predictions: Ints) -> Counter[ClassPair]:

@@ -6,7 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.evaluation.evaluate import ClassPair, Evaluation, confusion_counts
+from capt_deploy.evaluation.evaluate import (
+    ClassPair,
+    Evaluation,
+    classes_of_worst,
+    confusion_counts,
+)
 from capt_deploy.report.measure import Predictions
 
 Counts = Counter[ClassPair]  # images, by true and predicted class
@@ -110,12 +115,7 @@ def order_by_confusion(counts: Counts, classes: int, most: int) -> list[int]:
         if count and true != predicted:
             both[min(true, predicted), max(true, predicted)] += count
     pairs = sorted(sorted(both), key=lambda pair: -both[pair])
-    left = set(range(classes))
-    if classes > most:
-        left = set()
-        for pair in pairs:
-            if len(left.union(pair)) <= most:
-                left.update(pair)
+    left = set(range(classes)) if classes <= most else classes_of_worst(pairs, most)
 
     def confused(pair: ClassPair) -> int:
         return both[min(pair), max(pair)]

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from capt_deploy.backends.onnxruntime import start_session, typed_errors
+from capt_deploy.backends.base import typed_errors
+from capt_deploy.backends.onnxruntime import start_session
 from capt_deploy.bundle.manifest import OpenVocabulary
 from capt_deploy.bundle.read import Bundle
 from capt_deploy.confidence.calibration import Calibration
@@ -147,7 +148,7 @@ class TextEncoder:
     def _run(self, names: Sequence[str], outputs: Sequence[str]) -> list[NDArray[np.float32]]:
         batches = [names[start : start + _BATCH] for start in range(0, len(names), _BATCH)]
         tokens = [self.tokens.rows(batch) for batch in batches]
-        with typed_errors("run the text graph"):
+        with typed_errors("onnxruntime", "run the text graph"):
             parts = [self._session.run([*outputs], {"tokens": batch}) for batch in tokens]
         return [np.concatenate(part) for part in zip(*parts, strict=True)]
 

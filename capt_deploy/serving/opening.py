@@ -66,7 +66,7 @@ def open_backend(
 def cpu_candidates(
     bundle: Bundle, specs: Sequence[BackendSpec], precision: str | None
 ) -> list[Candidate]:
-    """Return what may run a bundle fastest on this CPU, the most exact first."""
+    """Return the backends and precisions to run a bundle with on this CPU, the most exact first."""
     if precision is not None and precision not in bundle.precisions:
         return []
     candidates = [

@@ -29,6 +29,7 @@ from capt_deploy.verify.reference import PATTERNS, ReferenceOutputs, draw_patter
 _SECONDS = 0.3  # of measuring, at least
 _RUNS = 3  # at least, before a candidate is given up
 _HOPELESS = 2.0  # times the time of the fastest so far, above which it is given up
+_ALL_DIFFER = "none gives the trained model's answers; the fastest is used all the same"
 _TIE = 0.95  # share of the time so far that a less exact candidate has to stay below
 
 
@@ -75,9 +76,13 @@ def fastest(
         return open_candidate(candidates[0]), candidates[0]
     key = {**_key(bundle, candidates, options), "check": check}
     path = _path(key)
-    if (remembered := _remembered(path, candidates)) is not None:
+    remembered, differs = _remembered(path, candidates)
+    if remembered is not None:
         with suppress(BackendError):  # it may work no more; then all are measured again
-            return open_candidate(remembered), remembered
+            backend = open_candidate(remembered)
+            if differs:
+                warn(_ALL_DIFFER)
+            return backend, remembered
     say(f"measuring what runs this bundle fastest here, once: {', '.join(map(str, candidates))}")
     expected = _patterns(bundle) if check else None
     best: tuple[Backend, Candidate] | None = None
@@ -105,8 +110,10 @@ def fastest(
         else:
             backend.close()
     if best is None and expected is not None:
-        warn("none gives the trained model's answers; the fastest is used all the same")
-        return fastest(bundle, candidates, options, open_candidate, check=False)
+        warn(_ALL_DIFFER)
+        best = fastest(bundle, candidates, options, open_candidate, check=False)
+        _remember(path, {"key": key, "chosen": str(best[1]), "differs": True})
+        return best
     if best is None:
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise BackendError(f"no backend runs this bundle on the CPU: {listed}")
@@ -189,15 +196,18 @@ def _remember(path: Path | None, result: dict[str, Any]) -> None:
             write_json(path, result)
 
 
-def _remembered(path: Path | None, candidates: Sequence[Candidate]) -> Candidate | None:
-    """Return the candidate that an earlier trial chose; None where there was none."""
+def _remembered(
+    path: Path | None, candidates: Sequence[Candidate]
+) -> tuple[Candidate | None, bool]:
+    """Return what an earlier trial chose, if any did, and whether its answers differed."""
     if path is None:
-        return None
+        return None, False
     try:
-        chosen = read_json(path, BundleError)["chosen"]
-    except (OSError, CaptError, KeyError, TypeError):  # none, or damaged
-        return None
-    return next((one for one in candidates if str(one) == chosen), None)
+        result = read_json(path, BundleError)
+        chosen, differs = result["chosen"], bool(result.get("differs"))
+    except (OSError, CaptError, KeyError, TypeError, AttributeError):  # none, or damaged
+        return None, False
+    return next((one for one in candidates if str(one) == chosen), None), differs
 
 
 def _key(

@@ -94,7 +94,7 @@ class ConfusionBank:
     def confusions(self) -> dict[ClassPair, float]:
         """Return the cells of `N` that are not zero, `{(true, predicted): count}`, by class."""
         cells = zip(self.cells.tolist(), self.counts.tolist(), strict=True)
-        return {(true, predicted): count for (true, predicted), count in cells if count}
+        return {(true, predicted): count for (true, predicted), count in cells}
 
 
 def semantic_scores(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from capt_deploy.core.errors import RunError
 from capt_deploy.core.files import read_json, write_json
-from capt_deploy.evaluation.evaluate import ClassPair
+from capt_deploy.evaluation.evaluate import ClassPair, classes_of_worst
 
 if TYPE_CHECKING:
     from capt_train.confusion.bank import ConfusionBank
@@ -53,10 +53,7 @@ class Confusions:
         """Return the confusions among at most so many classes, those of the worst pairs."""
         if len(self.class_names) <= most:
             return self
-        kept: set[str] = set()
-        for pair in self.pairs:
-            if len(kept | {pair.true, pair.predicted}) <= most:
-                kept |= {pair.true, pair.predicted}
+        kept = classes_of_worst(((pair.true, pair.predicted) for pair in self.pairs), most)
         shown = [place for place, name in enumerate(self.class_names) if name in kept]
         return Confusions(
             tuple(self.class_names[place] for place in shown),

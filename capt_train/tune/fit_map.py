@@ -74,7 +74,11 @@ def fit_maps(
 
 
 def fit_map(
-    task: MapTask, side: str, ridge: float, start: Float[Tensor, "dim dim"] | None = None
+    task: MapTask,
+    side: str,
+    ridge: float,
+    start: Float[Tensor, "dim dim"] | None = None,
+    steps: int = _STEPS,
 ) -> Float[Tensor, "dim dim"]:
     """Return the A that minimises the weighted loss terms plus `ridge·(scale/10)²·‖A‖_F²`.
 
@@ -87,6 +91,7 @@ def fit_map(
         side: whose norm is restored behind the map while it is fitted, `images` or `classes`.
         ridge: at least 0.
         start: a matrix to start from; by default zeros.
+        steps: of L-BFGS, at most.
 
     Raises:
         RunError: the map is not finite.
@@ -96,7 +101,7 @@ def fit_map(
     matrix.requires_grad_()
     optimizer = torch.optim.LBFGS(
         [matrix],
-        max_iter=_STEPS,
+        max_iter=steps,
         tolerance_grad=1e-5,
         tolerance_change=1e-7,
         history_size=10,

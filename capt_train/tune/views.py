@@ -102,7 +102,7 @@ def embed_views(
 def _start(
     learner: Learner, pixels: UInt8[Tensor, "batch height width 3"]
 ) -> tuple[Float[Tensor, "batch dim"], Tensor | None]:
-    """Return what `Learner.start` does; of several processes, each encodes its share."""
+    """Return embeddings and tokens as `Learner.start`; each process encodes its share."""
     features, tokens = learner.start(parallel.split_rows(pixels))
     if tokens is not None:
         tokens = parallel.gather_rows(tokens, len(pixels))

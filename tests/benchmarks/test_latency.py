@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import latency
 from benchmarks.exported import Exported
+from benchmarks.latency_tables import docs_table, readme_line, text_of
 from benchmarks.record import load_cells
 from capt_deploy.bench.cases import BenchRequest
 from capt_deploy.bench.compare import compare_rows
@@ -67,11 +68,11 @@ def test_rows_of_both_stand_in_one_table(exported: Exported) -> None:
     assert cell["load_before"] is None  # only who began it knows
     loaded = latency.compare(exported, latency.Comparison(request, compiled=False), QUICK, 0.25)
     assert loaded["load_before"] == 0.25
-    text = latency.text_of("tiny", cell)
+    text = text_of("tiny", cell)
     assert "fp32 batch 1: 1.5" in text and "auto takes " in text
 
 
 def test_the_docs_show_what_was_measured() -> None:
     cells = load_cells(latency.NAME)
-    assert latency.docs_table(cells) in latency.DOCS.read_text()
-    assert latency.readme_line(cells["ViT-B/16"]) in latency.README.read_text()
+    assert docs_table(cells) in latency.DOCS.read_text()
+    assert readme_line(cells["ViT-B/16"]) in latency.README.read_text()

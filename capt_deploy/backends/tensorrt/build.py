@@ -60,12 +60,12 @@ class EngineRequest:
 
     @property
     def key(self) -> EngineKey:
-        """Return the key of the engine in the cache; raises as `own_key`."""
-        key = self.own_key
+        """Return the key of the engine in the cache; raises as `local_key`."""
+        key = self.local_key
         return next((one for one in key.portables if one.portable == self.portable), key)
 
     @cached_property
-    def own_key(self) -> EngineKey:
+    def local_key(self) -> EngineKey:
         """Return the key of an engine for this GPU alone; the graph and its weights are hashed.
 
         TensorRT times kernels on one GPU under one driver. Portable engines are compiled for all
@@ -97,9 +97,9 @@ class EngineRequest:
             cache: the cache.
             load: takes the engine, and whether it brings the runtime of its version.
         """
-        if self.spec.portable_engines or cache.path_of(self.own_key).exists():
+        if self.spec.portable_engines or cache.path_of(self.local_key).exists():
             return None
-        for key in self.own_key.portables:
+        for key in self.local_key.portables:
             if key.portable == "hardware" and jetson_linux() is not None:
                 continue
             engine = cache.load(key, partial(load, with_code=key.portable == "version"))
@@ -123,8 +123,9 @@ class EngineRequest:
         gpus = f"SM {key.sm}{' and later' * (self.portable == 'hardware')}"
         say(f"{spec.name} {key.version}: building an engine for {gpus}, once; {cache.folder}")
         # Measurements for one graph serve other graphs on the same GPU.
-        own = self.own_key
-        shared = replace(own, kind="timing", onnx="", weights="", precision="", batches=())
+        shared = replace(
+            self.local_key, kind="timing", onnx="", weights="", precision="", batches=()
+        )
         timings = None if spec.portable_engines else bytearray(cache.read(shared) or b"")
 
         def build(cancelled: Event) -> bytes:

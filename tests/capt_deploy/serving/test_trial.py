@@ -163,6 +163,10 @@ def test_where_all_differ_the_fastest_is_used_with_a_warning(machine, caplog):
     )
     assert made.choose() == "fast"
     assert "none gives the trained model's answers" in caplog.text
+    caplog.clear()
+    assert made.choose() == "fast"
+    assert made.opened["fast"].runs == 0  # not measured again, and still said
+    assert "none gives the trained model's answers" in caplog.text
 
 
 def test_what_worked_once_and_fails_now_is_measured_anew(machine):
