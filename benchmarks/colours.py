@@ -20,8 +20,8 @@ from benchmarks.record import add_cells, load_cells
 from capt_deploy.core.console import Command, say
 from capt_train.config import TrainConfig
 from capt_train.data.features import embed, read_pixels
+from capt_train.run.colours import fit_colours, natural_colours
 from capt_train.run.setup import load
-from capt_train.tune.colours import fit_colours, natural_colours
 
 _JUDGED = 256  # training images that decide, as in a run
 

@@ -25,10 +25,10 @@ from capt_train.data.validation import VALIDATION, Validation
 from capt_train.method.class_rows import ClassRows
 from capt_train.method.learner import Learner, make_learner
 from capt_train.method.visual_tuner import VisualTuner
+from capt_train.run.colours import ColourFit
 from capt_train.run.fitted import Fitted
 from capt_train.tune.checkpoint import load_checkpoint
 from capt_train.tune.choice import Choice
-from capt_train.tune.colours import ColourFit
 from capt_train.tune.stages import TEXT
 from capt_train.tune.strength import Trial
 from capt_train.tune.tune import BEST

@@ -13,9 +13,9 @@ from capt_deploy.data.datasets import Item
 from capt_train.clip.backbone import Backbone
 from capt_train.data.features import Embedded, Features, embed, read_pixels
 from capt_train.parallel import agreed
+from capt_train.run.colours import ColourFit, fit_colours
 from capt_train.run.folder import COLOURS, read_colours
 from capt_train.run.setup import Setup
-from capt_train.tune.colours import ColourFit, fit_colours
 
 _MOST = 256  # images to fit on; twelve numbers need no more
 

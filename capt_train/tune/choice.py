@@ -1,20 +1,17 @@
 """Choose prompt, map and rows on held-out photos and held-out classes (METHOD 5c, ours)."""
 
-import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from capt_deploy.core.console import progress, say
 from capt_deploy.core.errors import RunError
@@ -26,52 +23,29 @@ from capt_train.calibrate.learning_curve import (
     mean_hits,
     thinned,
 )
-from capt_train.calibrate.temperature import calibrated_losses, fit_temperature
 from capt_train.method.class_map import mapped
-from capt_train.method.class_rows import UNCHANGED, ClassRows, Discriminant, Outside, discriminant
+from capt_train.method.class_rows import UNCHANGED, Outside, discriminant
 from capt_train.method.learner import Learner
-from capt_train.parallel import agreed
 from capt_train.tune.candidates import Candidate, candidates
 from capt_train.tune.epochs import train_epochs
-from capt_train.tune.fit_map import fit_map, fit_maps, map_task
+from capt_train.tune.fit_map import fit_maps, map_task
 from capt_train.tune.folds import Fold, make_folds
+from capt_train.tune.judging import (
+    CandidateLosses,
+    Fitted,
+    Judgement,
+    fit_outside,
+    is_ahead,
+    judge,
+)
 from capt_train.tune.stages import TuningTask
 
 # Classes that candidates are compared on, drawn by seed; more would hardly decide otherwise, and
 # the time grows with their square
 _MOST_COMPARED = 1000
 _FEWEST_CLASSES = 4  # two to tune on and two to hold out
-_OFFSETS = tuple(step / 4 for step in range(-32, 33))  # δ in nats
 _MOST_PROBED = 200_000  # images × classes; more would take minutes
 _PROBE_C = 100.0  # inverse ridge of the logistic regression; embeddings have unit norm
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """How the best candidate of a family does on held-out images.
-
-    `tuned` are images of classes that were tuned on, `new` images of classes that were left out.
-    """
-
-    candidate: Candidate
-    accuracy_tuned: float | None
-    accuracy_new: float | None
-    nll: float  # calibrated, nats; the mean of both groups where both are judged
-    behind: float  # difference from the lowest NLL
-    error: float  # standard error of that difference
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        return {**vars(self), "candidate": self.candidate.to_dict()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Judgement":
-        """Read the JSON form.
-
-        Raises:
-            TypeError, KeyError, ValueError: values of wrong form.
-        """
-        return cls(**{**values, "candidate": Candidate.from_dict(values["candidate"])})
 
 
 @dataclass(frozen=True)
@@ -125,61 +99,6 @@ class Choice:
         )
 
 
-# Of each group of judging images, the NLL of each image and the accuracy
-_CandidateLosses = dict[Candidate, dict[str, tuple[Tensor, float]]]
-
-
-@dataclass(frozen=True)
-class _Fitted:
-    """Everything that was fitted on one fold, in the memory of the CPU, where it is judged."""
-
-    fold: Fold
-    before: Mapping[bool, Float[Tensor, "prompts classes dim"]]  # without and with a prompt
-    texts: dict[tuple[bool, str | None, float], Float[Tensor, "classes dim"]]  # behind the maps
-    rows: Discriminant  # of the classes inside
-
-    def beside(self, candidate: Candidate, outside: Outside) -> Float[Tensor, "held classes"]:
-        """Return the logits with tuned and new classes set beside each other."""
-        fold = self.fold
-        texts = self.texts[candidate.prompt, candidate.side, candidate.ridge]
-        shift = outside.applied(ClassRows.from_texts(texts), fold.inside.tolist())
-        moved = shift.logits(fold.images, fold.task.scale)
-        moved -= fold.task.scale * fold.images @ texts.T
-        return self.logits(candidate) + moved
-
-    def logits(self, candidate: Candidate) -> Float[Tensor, "held classes"]:
-        """Return scaled logits of the judging images over all tuned classes of the run."""
-        texts = self.texts[candidate.prompt, candidate.side, candidate.ridge]
-        return self._logits(candidate, texts, self.rows)
-
-    def _logits(
-        self, candidate: Candidate, texts: Float[Tensor, "classes dim"], rows: Discriminant
-    ) -> Float[Tensor, "held classes"]:
-        fold = self.fold
-        logits = fold.task.scale * fold.images @ texts.T
-        if candidate.weight:
-            logits[:, fold.inside] += candidate.weight * (fold.images @ rows.weight.T + rows.bias)
-        return logits
-
-    def with_photos(
-        self, candidate: Candidate, kept: Bool[Tensor, " photos"]
-    ) -> Float[Tensor, "held classes"]:
-        """Return the logits of a map and rows that fit some of the fold's photos.
-
-        A prompt stays as all of the fold's photos have tuned it.
-        """
-        fold = self.fold
-        task = fold.task.with_rows(kept).with_new_bank()
-        texts = self.texts[candidate.prompt, candidate.side, candidate.ridge]
-        if candidate.side is not None:
-            before = self.before[candidate.prompt]
-            part = map_task(task, before[:, fold.inside])
-            matrix = fit_map(part, candidate.side, candidate.ridge)
-            texts = mapped(before, matrix).mean(dim=0).cpu()
-        rows = discriminant(task.train.embeddings, task.labels, len(task.tuned))
-        return self._logits(candidate, texts, rows)
-
-
 def choose(
     task: TuningTask,
     make: Callable[[tuple[int, ...]], Learner],
@@ -214,14 +133,14 @@ def choose(
     alone = [candidate for candidate in listed if candidate not in behind] or behind
     images = len(compared.train) + len(compared.val)
     fitted = _fit_all(folds, alone, make, "comparing on held-out photos")
-    losses: _CandidateLosses = {}
-    table, chosen = _judge(fitted, alone, images, losses)
-    if alone is not behind and behind and _ahead("prompt", "map", table):
+    losses: CandidateLosses = {}
+    table, chosen = judge(fitted, alone, images, losses)
+    if alone is not behind and behind and is_ahead("prompt", "map", table):
         for fit in fitted:
             _fit_maps(fit, behind)
-        table, chosen = _judge(fitted, listed, images, losses)
+        table, chosen = judge(fitted, listed, images, losses)
 
-    def again(task: TuningTask, *, held_classes: bool, most: int | None = None) -> list[_Fitted]:
+    def again(task: TuningTask, *, held_classes: bool, most: int | None = None) -> list[Fitted]:
         folds = list(islice(make_folds(task, held_classes=held_classes), most))
         return _fit_all(folds, [chosen], make, "fitting what is kept to other folds")
 
@@ -248,7 +167,7 @@ def choose(
     if judged and enough:
         if not new_classes:
             fitted = again(compared, held_classes=True)
-        outside = _outside(fitted, chosen)
+        outside = fit_outside(fitted, chosen)
     out_of_fold = torch.cat(logits)[order]
     return Choice(chosen, outside, table, probe, counts, out_of_fold, judging, curve)
 
@@ -273,7 +192,7 @@ def _fit_all(
     listed: Sequence[Candidate],
     make: Callable[[tuple[int, ...]], Learner],
     label: str,
-) -> list[_Fitted]:
+) -> list[Fitted]:
     """Fit the candidates on each fold."""
     fitted = []
     with progress(label, len(folds), "folds") as counter:
@@ -285,7 +204,7 @@ def _fit_all(
 
 def _fit(
     fold: Fold, listed: Sequence[Candidate], make: Callable[[tuple[int, ...]], Learner]
-) -> _Fitted:
+) -> Fitted:
     """Fit everything that the candidates need on one fold.
 
     Raises:
@@ -306,12 +225,12 @@ def _fit(
         (key, None, 0.0): value.mean(dim=0).cpu() for key, value in before.items()
     }
     rows = discriminant(task.train.embeddings, task.labels, len(task.tuned))
-    fitted = _Fitted(fold, before, texts, rows)
+    fitted = Fitted(fold, before, texts, rows)
     _fit_maps(fitted, listed)
     return fitted
 
 
-def _fit_maps(fitted: _Fitted, listed: Sequence[Candidate]) -> None:
+def _fit_maps(fitted: Fitted, listed: Sequence[Candidate]) -> None:
     """Add the class embeddings behind the maps of the candidates."""
     fold, ridges = fitted.fold, defaultdict[tuple[bool, str], dict[float, None]](dict)
     for candidate in listed:
@@ -324,123 +243,8 @@ def _fit_maps(fitted: _Fitted, listed: Sequence[Candidate]) -> None:
             fitted.texts[prompt, side, ridge] = mapped(before, matrix).mean(dim=0).cpu()
 
 
-def _ahead(first: str, second: str, table: Sequence[Judgement]) -> bool:
-    """Tell whether the best candidate with one part is ahead of the best with another."""
-    best = [
-        min((row.nll for row in table if part in row.candidate.family), default=math.inf)
-        for part in (first, second)
-    ]
-    return best[0] < best[1]
-
-
-def _judge(
-    fits: Sequence[_Fitted], listed: Sequence[Candidate], images: int, losses: _CandidateLosses
-) -> tuple[tuple[Judgement, ...], Candidate]:
-    """Return the table of families and the chosen candidate, the simplest if nothing judges.
-
-    `losses` are those of candidates judged before; those of the others are added.
-    """
-    groups = [name for name in ("tuned", "new") if any(f.fold.group(name).any() for f in fits)]
-    if not groups:
-        return (), listed[0]
-    for candidate in listed:
-        if candidate not in losses:
-            losses[candidate] = _judging_losses(fits, candidate, groups, images)
-    score = {
-        c: sum(float(loss.mean()) for loss, _ in losses[c].values()) / len(groups) for c in listed
-    }
-    best: dict[tuple[str, ...], Candidate] = {}
-    for candidate in listed:  # simple families first
-        family = candidate.family
-        if family not in best or score[candidate] < score[best[family]]:
-            best[family] = candidate
-    winner = min(best.values(), key=score.__getitem__)
-    table = []
-    for candidate in best.values():
-        differences = [losses[candidate][name][0] - losses[winner][name][0] for name in groups]
-        variance = sum(float(d.var()) / len(d) for d in differences if len(d) > 1)
-        right = {name: hits for name, (_, hits) in losses[candidate].items()}
-        table.append(
-            Judgement(
-                candidate,
-                right.get("tuned"),
-                right.get("new"),
-                score[candidate],
-                score[candidate] - score[winner],
-                variance**0.5 / len(groups),
-            )
-        )
-    closed_form = [row.nll for row in table if {*row.candidate.family} <= {"rows"}]
-    floor = min(closed_form, default=math.inf)
-    chosen = next(row for row in table if row.behind <= row.error and row.nll <= floor)
-    # what follows is trained by all processes in step
-    return agreed((tuple(table), chosen.candidate))
-
-
-def _judging_losses(
-    fits: Sequence[_Fitted], candidate: Candidate, groups: Sequence[str], images: int
-) -> dict[str, tuple[Float[Tensor, " judging"], float]]:
-    """Return of each group every image's calibrated NLL, the mean over the folds, and accuracy."""
-    sums, times, hits = (
-        {name: torch.zeros(images, dtype=torch.double) for name in groups} for _ in range(3)
-    )
-    for fit in fits:
-        whole = fit.logits(candidate)
-        for name in groups:
-            chosen, columns = fit.fold.group(name), fit.fold.columns(name)
-            if not chosen.any():
-                continue
-            logits = whole[chosen][:, columns]
-            labels = torch.searchsorted(columns, fit.fold.labels[chosen])
-            places = fit.fold.places[chosen]
-            sums[name][places] += calibrated_losses(logits, labels).double()
-            hits[name][places] += (logits.argmax(dim=1) == labels).double()
-            times[name][places] += 1
-    seen = {name: times[name] > 0 for name in groups}
-    return {
-        name: (
-            sums[name][chosen] / times[name][chosen],
-            float((hits[name][chosen] / times[name][chosen]).mean()),
-        )
-        for name, chosen in seen.items()
-    }
-
-
-def _outside(fits: Sequence[_Fitted], candidate: Candidate) -> Outside:
-    """Return γ, which gives both groups one temperature, and the δ that then tells them apart best.
-
-    Each is fitted on images of tuned and of left-out classes.
-    """
-    temperatures = {}
-    for name in ("tuned", "new"):
-        logs = []
-        for fit in fits:
-            chosen, columns = fit.fold.group(name), fit.fold.columns(name)
-            if chosen.any() and len(columns) > 1:
-                labels = torch.searchsorted(columns, fit.fold.labels[chosen])
-                logits = fit.logits(candidate)[chosen][:, columns]
-                logs.append(math.log(fit_temperature(logits, labels)))
-        if not logs:
-            return UNCHANGED
-        temperatures[name] = math.exp(fmean(logs))
-    scale = temperatures["tuned"] / temperatures["new"]
-
-    def loss(offset: float) -> float:
-        outside = Outside(scale, offset)
-        return fmean(
-            float(
-                functional.cross_entropy(
-                    fit.beside(candidate, outside) / temperatures["tuned"], fit.fold.labels
-                )
-            )
-            for fit in fits
-        )
-
-    return Outside(scale, min(_OFFSETS, key=loss))
-
-
 def _learning_curve(
-    fits: Sequence[_Fitted], chosen: Candidate, task: TuningTask, class_names: Sequence[str]
+    fits: Sequence[Fitted], chosen: Candidate, task: TuningTask, class_names: Sequence[str]
 ) -> LearningCurve | None:
     """Return the curve through the folds and through the same folds with fewer photos.
 

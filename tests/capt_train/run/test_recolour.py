@@ -23,11 +23,11 @@ from capt_train.config import TrainConfig
 from capt_train.data.features import Embedded, embed, read_pixels
 from capt_train.pipeline import train
 from capt_train.run import recolour as recolouring
+from capt_train.run.colours import ColourFit
 from capt_train.run.evaluate import evaluate_run
 from capt_train.run.folder import COLOURS, TunedModel, load_run
 from capt_train.run.recolour import recolour
 from capt_train.run.setup import Setup, load
-from capt_train.tune.colours import ColourFit
 from export.cli.export import main as capt_export
 
 Configure = Callable[..., TrainConfig]

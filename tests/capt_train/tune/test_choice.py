@@ -21,6 +21,7 @@ from capt_train.tune import folds as folds_module
 from capt_train.tune.candidates import Candidate, candidates, choosable
 from capt_train.tune.choice import Choice, choose
 from capt_train.tune.folds import Fold
+from capt_train.tune.judging import Judgement, is_ahead
 from capt_train.tune.stages import TuningTask, zero_shot_bank
 from tests.configs import train_config
 
@@ -87,7 +88,7 @@ def test_names_that_know_all_are_left_alone() -> None:
     assert "No gain measured over zero-shot" in " ".join(choice_notes(choice.to_dict()))
 
 
-def kept_row(choice: Choice) -> choice_module.Judgement:
+def kept_row(choice: Choice) -> Judgement:
     return next(row for row in choice.table if row.candidate.family == choice.chosen.family)
 
 
@@ -269,14 +270,14 @@ def test_nan_in_a_fold_is_an_error_that_names_the_setting(monkeypatch: pytest.Mo
 
 
 def test_a_map_behind_a_prompt_is_tried_where_the_prompt_is_ahead() -> None:
-    def row(prompt: bool, side: str | None, nll: float) -> choice_module.Judgement:
-        return choice_module.Judgement(Candidate(prompt, side), None, None, nll, 0.0, 0.0)
+    def row(prompt: bool, side: str | None, nll: float) -> Judgement:
+        return Judgement(Candidate(prompt, side), None, None, nll, 0.0, 0.0)
 
     table = [row(True, None, 1.0), row(False, "images", 1.1)]
-    assert choice_module._ahead("prompt", "map", table)
-    assert not choice_module._ahead("map", "prompt", table)
-    assert choice_module._ahead("prompt", "map", table[:1])
-    assert not choice_module._ahead("prompt", "map", table[1:])
+    assert is_ahead("prompt", "map", table)
+    assert not is_ahead("map", "prompt", table)
+    assert is_ahead("prompt", "map", table[:1])
+    assert not is_ahead("prompt", "map", table[1:])
 
 
 def test_the_seed_decides_the_folds() -> None:

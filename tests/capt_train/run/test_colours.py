@@ -15,8 +15,8 @@ from torch import Tensor
 from capt_train.calibrate.temperature import fit_temperature
 from capt_train.clip.backbone import Backbone
 from capt_train.clip.colour_map import ColourMap
-from capt_train.tune import colours
-from capt_train.tune.colours import ColourFit, fit_colours, natural_colours
+from capt_train.run import colours
+from capt_train.run.colours import ColourFit, fit_colours, natural_colours
 
 PHOTO = "a photo of a {}."
 NAMES = ("cat", "dog", "boat", "tree")
